@@ -1,0 +1,49 @@
+"""What goes into a model: `Sample`, as a person writes it, and `Batch`, as a compiled function takes it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One example, before tokenisation.
+
+    images:  pictures for the `<ImageHere>` places of the prompt, in order: a path, a PIL image, `uint8[H,W,3]`, or
+             an already normalised `float32[3,H,W]`
+    media:   other senses by name (ImageBind families)
+    prompt:  the text before the answer; empty for none
+    answer:  the text to learn or to score; None when there is nothing to learn (generation)
+    turns:   a conversation, `(question, answer)` pairs; takes the place of `prompt` and `answer`
+    """
+
+    images: list[Any] = dataclasses.field(default_factory=list)
+    media: dict[str, Any] = dataclasses.field(default_factory=dict)
+    prompt: str = ""
+    answer: str | None = None
+    turns: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows of one static length. B rows, T places, F pictures a row, Q soft tokens a picture.
+
+    tokens:        int32[B,T]  ids; the places of soft tokens and of padding hold the pad id
+    soft_index:    int32[B,T]  which of the row's F·Q soft tokens stands here; -1 where a word stands
+    valid:         bool[B,T]   seen by attention; False at padding (and at the original's holes)
+    loss_mask:     bool[B,T]   the token here is a target (to be predicted from the place before it)
+    positions:     int32[B,T]  rotary positions: 0, 1, 2, ... in every row
+    padded_length: int32[B]    length of the rows as the original pads them; its per-row loss divides by that minus 1
+    images:        uint8[B,F,H,W,3] (normalised by the model) or normalised float32[B,F,3,H,W]; None for text alone
+    """
+
+    tokens: jax.Array | np.ndarray
+    soft_index: jax.Array | np.ndarray
+    valid: jax.Array | np.ndarray
+    loss_mask: jax.Array | np.ndarray
+    positions: jax.Array | np.ndarray
+    padded_length: jax.Array | np.ndarray
+    images: jax.Array | np.ndarray | None = None
