@@ -1,0 +1,36 @@
+"""Families by name. Each is one file with `Config`, `Model`, `AXES`, `TRAINED`, `PRESETS` and `example(cfg)`."""
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+import jax
+
+from mmjax import trees
+from mmjax.families import llama, minigpt4
+
+FAMILIES = {"minigpt4": minigpt4, "llama": llama}
+
+
+def shapes(family: str, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Every parameter of a family at these sizes as `{path: float32 shape}`; nothing is allocated."""
+    module = FAMILIES[family]
+    variables = jax.eval_shape(module.Model(cfg).init, jax.random.key(0), module.example(cfg))
+    return trees.flatten(variables["params"])
+
+
+def config_from_dict(cls: type, values: dict[str, Any], where: str = "architecture") -> Any:
+    """The inverse of `dataclasses.asdict`; raises ValueError naming every unknown field."""
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
+    if unknown:
+        raise ValueError(f"{where} has fields that {cls.__name__} does not know: {', '.join(unknown)}. "
+                         f"It knows {', '.join(hints)}.")
+    built = {}
+    for name, value in values.items():
+        choices = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
+        nested = next((choice for choice in choices if dataclasses.is_dataclass(choice)), None)
+        is_nested = nested is not None and value is not None
+        built[name] = config_from_dict(nested, value, f"{where}.{name}") if is_nested else value
+    return cls(**built)

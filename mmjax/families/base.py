@@ -1,0 +1,73 @@
+"""What every family shares: LLaMA behind `encode`, and a way to look at shapes without allocating anything.
+
+B rows   T query tokens   S key tokens   D model   V vocabulary
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mmjax.batch import Batch
+from mmjax.models.llama import Llama
+
+
+def causal_mask(valid: jax.Array) -> jax.Array:
+    """bool[B,T] -> bool[B,T,T]: each token sees the valid tokens up to itself."""
+    T = valid.shape[1]
+    return jnp.tril(jnp.ones((T, T), bool)) & valid[:, None, :]
+
+
+class LanguageModel(nn.Module):
+    """An encoder in front of LLaMA. A family adds its towers in `setup` and turns a batch into vectors in `encode`.
+
+    dtype: of the activations; parameters of another dtype are cast where they are used
+    remat: recompute the layers in the backward pass
+    """
+
+    cfg: Any
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    def setup(self):
+        self.llama = Llama(self.cfg.llama, self.dtype, self.remat)
+
+    def encode(self, batch: Batch) -> jax.Array:
+        """-> [B,T,D]: words embedded, soft tokens placed."""
+        raise TypeError(f"{type(self).__name__} is a family without `encode`.")
+
+    def embed(self, tokens):
+        """int[B,T] -> [B,T,D]."""
+        return self.llama.embed(tokens)
+
+    def decode(self, x, positions, mask, cache=None, start=0):
+        """See `Llama.__call__`."""
+        return self.llama(x, positions, mask, cache, start)
+
+    def logits(self, hidden):
+        """[B,T,D] -> float32[B,T,V]."""
+        return self.llama.logits(hidden)
+
+    def __call__(self, batch: Batch) -> jax.Array:
+        """-> float32 logits [B,T,V]."""
+        hidden, _ = self.decode(self.encode(batch), batch.positions, causal_mask(batch.valid))
+        return self.logits(hidden)
+
+    def empty_cache(self, rows: int, length: int):
+        """A zero key-value cache for `decode`."""
+        return Llama(self.cfg.llama, self.dtype).empty_cache(rows, length)
+
+
+def example_batch(image_size: int | None = None, rows: int = 1, length: int = 8) -> Batch:
+    """A batch of zeros that reaches every parameter."""
+    zeros = jnp.zeros((rows, length), jnp.int32)
+    return Batch(
+        tokens=zeros,
+        soft_index=zeros - 1,
+        valid=zeros == 0,
+        loss_mask=zeros == 0,
+        positions=zeros,
+        padded_length=jnp.full(rows, length, jnp.int32),
+        images=None if image_size is None else jnp.zeros((rows, 1, 3, image_size, image_size)),
+    )

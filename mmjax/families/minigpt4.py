@@ -1,0 +1,114 @@
+"""MiniGPT-4 and MiniGPT-v2: pictures become soft tokens among the words (Zhu et al. 2023; Chen et al. 2023).
+
+B rows   T tokens   F pictures a row   M soft tokens a row (F pictures)   S picture tokens
+D language model   E projector input
+
+    soft = projector(qformer(ln_vision(vit(images))))        x = words, with soft tokens at the marked places
+
+Without Q-Former (MiniGPT-4 on LLaMA-2, MiniGPT-v2) the class token is dropped and four neighbouring patches in raster
+order are joined instead. Mirrors minigpt4/models/{minigpt_base,minigpt4,minigpt_v2}.py.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mmjax.batch import Batch
+from mmjax.families.base import LanguageModel, example_batch
+from mmjax.models import eva_vit, llama, qformer
+from mmjax.models.eva_vit import EVA_VIT_G, EVA_VIT_G_448, EvaVit, VitConfig
+from mmjax.models.layers import LayerNorm, Project
+from mmjax.models.llama import LLAMA2_7B_CHAT, VICUNA_7B, VICUNA_13B, LlamaConfig
+from mmjax.models.qformer import QFORMER_BASE, QFormer, QFormerConfig
+from mmjax.trees import prefixed
+
+JOINED = 4  # patches that become one soft token where there is no Q-Former
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    vit: VitConfig = EVA_VIT_G
+    qformer: QFormerConfig | None = QFORMER_BASE
+    llama: LlamaConfig = VICUNA_7B
+
+    @property
+    def image_size(self) -> int:
+        return self.vit.image_size
+
+    @property
+    def image_tokens(self) -> int:
+        """Soft tokens a picture becomes."""
+        return self.qformer.queries if self.qformer else self.vit.grid**2 // JOINED
+
+    @property
+    def soft_width(self) -> int:
+        """What the projector reads."""
+        return self.qformer.dim if self.qformer else JOINED * self.vit.dim
+
+
+_V2 = dataclasses.replace(LLAMA2_7B_CHAT, lora_rank=64, lora_alpha=16.0)
+PRESETS = {
+    "minigpt4-7b": Config(),
+    "minigpt4-13b": Config(llama=VICUNA_13B),
+    "minigpt4-llama2-7b": Config(qformer=None, llama=LLAMA2_7B_CHAT),
+    "minigpt-v2-7b": Config(vit=EVA_VIT_G_448, qformer=None, llama=_V2),
+    "tiny": Config(eva_vit.TINY, qformer.TINY, llama.TINY),
+}
+AXES = (
+    *prefixed("vit", eva_vit.AXES),
+    (r"ln_vision/(scale|bias)", ("embed",)),
+    *prefixed("qformer", qformer.AXES),
+    (r"projector/w", ("picture", "embed")),
+    (r"projector/b", ("embed",)),
+    *prefixed("llama", llama.AXES),
+)
+TRAINED = (r"projector/.*",)
+
+
+def normalise(images: jax.Array) -> jax.Array:
+    """uint8[B,F,H,W,3] -> float32[B,F,3,H,W] as the towers were trained; normalised pictures pass unchanged."""
+    if images.dtype != jnp.uint8:
+        return images
+    scaled = (images.astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)
+    return jnp.moveaxis(scaled, -1, -3)
+
+
+def place(words: jax.Array, soft: jax.Array, soft_index: jax.Array) -> jax.Array:
+    """words [B,T,D], soft [B,M,D] -> [B,T,D]: the row's soft token number `soft_index` [B,T] wherever that is >= 0."""
+    chosen = jnp.take_along_axis(soft, jnp.maximum(soft_index, 0)[..., None], axis=1)
+    return jnp.where(soft_index[..., None] >= 0, chosen, words)
+
+
+class Model(LanguageModel):
+    cfg: Config
+
+    def setup(self):
+        super().setup()
+        c = self.cfg
+        self.vit = EvaVit(c.vit, self.dtype, self.remat)
+        self.ln_vision = LayerNorm(eps=1e-5)
+        if c.qformer:
+            self.qformer = QFormer(c.qformer, self.dtype)
+        self.projector = Project((c.soft_width, c.llama.dim), use_bias=True)
+
+    def soft_tokens(self, images: jax.Array) -> jax.Array:
+        """Pictures as in `Batch.images` -> [B,M,D]."""
+        B = images.shape[0]
+        images = normalise(images)
+        tokens = self.ln_vision(self.vit(images.reshape(-1, *images.shape[2:])))
+        if self.cfg.qformer:
+            tokens = self.qformer(tokens)
+        else:
+            tokens = tokens[:, 1:].reshape(tokens.shape[0], -1, self.cfg.soft_width)
+        return self.projector("BSE,ED->BSD", tokens).reshape(B, -1, self.cfg.llama.dim)
+
+    def encode(self, batch: Batch) -> jax.Array:
+        words = self.embed(batch.tokens)
+        return words if batch.images is None else place(words, self.soft_tokens(batch.images), batch.soft_index)
+
+
+def example(cfg: Config) -> Batch:
+    return example_batch(cfg.image_size)

@@ -1,0 +1,166 @@
+"""EVA ViT-G, the picture tower of BLIP-2 and MiniGPT-4 (minigpt4/models/eva_vit.py; Fang et al. 2022).
+
+B batch   C colours   P, Q patch sides   T tokens   D model   N heads   H head   F feed-forward   L blocks
+
+Pre-norm blocks, keys without bias, exact GELU, no final norm and no head: the output is the last block's tokens, the
+class token included. Relative positions and layer scale of other EVA models are left out.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from mmjax.models.layers import LayerNorm, Project, attend, einsum, uniform_fan_in
+
+
+@dataclasses.dataclass(frozen=True)
+class VitConfig:
+    image_size: int = 224
+    patch: int = 14
+    dim: int = 1_408
+    depth: int = 39
+    heads: int = 16
+    hidden: int = 6_144
+    table: int = 16  # side of the stored position table; resized in the forward pass if the picture has other patches
+    eps: float = 1e-6
+    drop_path: float = 0.0  # of the last block, rising linearly from 0; acts only while the tower is trained
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.patch
+
+
+EVA_VIT_G = VitConfig()
+EVA_VIT_G_448 = VitConfig(image_size=448)
+TINY = VitConfig(image_size=28, patch=7, dim=32, depth=2, heads=4, hidden=48, table=4)
+
+AXES = (
+    (r"patch/w", ("colour", "patch", "patch_", "embed")),
+    (r"patch/b|cls", ("embed",)),
+    (r"pos", ("place", "embed")),
+    (r"blocks/norm[12]/(scale|bias)", ("layer", "embed")),
+    (r"blocks/attn/qkv/w", ("layer", "embed", "qkv", "heads", "head")),
+    (r"blocks/attn/qkv/[qv]_b", ("layer", "heads", "head")),
+    (r"blocks/attn/o/w", ("layer", "heads", "head", "embed")),
+    (r"blocks/mlp/fc1/w", ("layer", "embed", "ff")),
+    (r"blocks/mlp/fc1/b", ("layer", "ff")),
+    (r"blocks/mlp/fc2/w", ("layer", "ff", "embed")),
+    (r"blocks/(attn/o|mlp/fc2)/b", ("layer", "embed")),
+)
+
+
+def bicubic(source: int, target: int) -> np.ndarray:
+    """float32[target, source]: torch's bicubic interpolation along one axis.
+
+    Keys' cubic with a = -0.75, half-pixel centres, taps clamped at the border, no antialiasing (`jax.image.resize`
+    has a = -0.5 and antialiases).
+    """
+    a = -0.75
+    matrix = np.zeros((target, source))
+    for row in range(target):
+        centre = (row + 0.5) * source / target - 0.5
+        left = int(np.floor(centre))
+        for tap in range(left - 1, left + 3):
+            d = abs(centre - tap)
+            near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+            far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+            matrix[row, min(max(tap, 0), source - 1)] += near if d <= 1 else far
+    return matrix.astype(np.float32)
+
+
+def resize_positions(pos: jax.Array, target: int) -> jax.Array:
+    """[1 + n·n, D] -> [1 + target·target, D]; the class token's row is kept."""
+    side = round((pos.shape[0] - 1) ** 0.5)
+    if side == target:
+        return pos
+    matrix = bicubic(side, target)
+    grid = pos[1:].astype(jnp.float32).reshape(side, side, -1)
+    grid = jnp.einsum("hp,wq,pqD->hwD", matrix, matrix, grid, precision="highest")
+    return jnp.concatenate([pos[:1], grid.reshape(target * target, -1).astype(pos.dtype)])
+
+
+class FusedQKV(nn.Module):
+    """Queries, keys and values from one matrix; a bias on queries and values only. [B,T,D] -> [3,B,T,N,H]."""
+
+    cfg: VitConfig
+
+    @nn.compact
+    def __call__(self, x):
+        D, N = self.cfg.dim, self.cfg.heads
+        w = self.param("w", uniform_fan_in(D), (D, 3, N, D // N))
+        q_b = self.param("q_b", nn.initializers.zeros_init(), (N, D // N))
+        v_b = self.param("v_b", nn.initializers.zeros_init(), (N, D // N))
+        bias = jnp.stack([q_b, jnp.zeros_like(q_b), v_b]).astype(x.dtype)
+        return einsum("BTD,DSNH->SBTNH", x, w) + bias[:, None, None]
+
+
+class Attention(nn.Module):
+    cfg: VitConfig
+
+    @nn.compact
+    def __call__(self, x):
+        D, N = self.cfg.dim, self.cfg.heads
+        out = attend(*FusedQKV(self.cfg, name="qkv")(x))
+        return Project((N, D // N, D), contracted=2, use_bias=True, name="o")("BTNH,NHD->BTD", out)
+
+
+class FeedForward(nn.Module):
+    cfg: VitConfig
+
+    @nn.compact
+    def __call__(self, x):
+        D, F = self.cfg.dim, self.cfg.hidden
+        h = Project((D, F), use_bias=True, name="fc1")("BTD,DF->BTF", x)
+        return Project((F, D), use_bias=True, name="fc2")("BTF,FD->BTD", jax.nn.gelu(h, approximate=False))
+
+
+class Block(nn.Module):
+    """A pre-norm block; each branch of a sample is dropped with probability `drop_rate` (stochastic depth)."""
+
+    cfg: VitConfig
+
+    @nn.compact
+    def __call__(self, x, drop_rate):
+        x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+        x = x + self.drop_path(Attention(self.cfg, name="attn")(LayerNorm(self.cfg.eps, name="norm1")(x)), drop_rate)
+        x = x + self.drop_path(FeedForward(self.cfg, name="mlp")(LayerNorm(self.cfg.eps, name="norm2")(x)), drop_rate)
+        return x, None
+
+    def drop_path(self, branch, rate):
+        if self.cfg.drop_path == 0 or not self.has_rng("vit"):
+            return branch
+        kept = jax.random.bernoulli(self.make_rng("vit"), 1 - rate, (branch.shape[0], 1, 1))
+        return jnp.where(kept, branch / (1 - rate).astype(branch.dtype), 0)
+
+
+class EvaVit(nn.Module):
+    """float[B,3,image_size,image_size] -> [B, 1 + grid², D]."""
+
+    cfg: VitConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, images):
+        c = self.cfg
+        B = images.shape[0]
+        if images.shape[1:] != (3, c.image_size, c.image_size):
+            raise ValueError(f"This tower takes pictures of 3x{c.image_size}x{c.image_size}, got {images.shape[1:]}.")
+        patches = images.astype(self.dtype).reshape(B, 3, c.grid, c.patch, c.grid, c.patch)
+        patch = Project((3, c.patch, c.patch, c.dim), contracted=3, use_bias=True, name="patch")
+        x = patch("BChPwQ,CPQD->BhwD", patches).reshape(B, c.grid * c.grid, c.dim)
+        cls = self.param("cls", nn.initializers.normal(0.02), (c.dim,)).astype(self.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, c.dim)), x], axis=1)
+        pos = self.param("pos", nn.initializers.normal(0.02), (1 + c.table**2, c.dim))
+        x = x + resize_positions(pos, c.grid).astype(self.dtype)
+        blocks = nn.scan(
+            nn.remat(Block, prevent_cse=False) if self.remat else Block,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True, "vit": True},
+            length=c.depth,
+        )
+        x, _ = blocks(c, name="blocks")(x, jnp.linspace(0, c.drop_path, c.depth))
+        return x

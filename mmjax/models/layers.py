@@ -1,0 +1,98 @@
+"""Parts that the towers share.
+
+B batch   T query tokens   S key tokens   D model   N query heads   K key and value heads   G = N/K   H head
+
+Weights take the dtype of the activations they meet; norms and softmax are computed in float32; a float32 product is
+never rounded to the tensor cores' TF32 or bfloat16. Dropout acts where the caller gives its random stream, so that a
+frozen part stays in evaluation mode by not being given one.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+
+def einsum(letters: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """`jnp.einsum` in the dtype of `x`, at full precision if that is float32."""
+    return jnp.einsum(letters, x, w.astype(x.dtype), precision="highest" if x.dtype == jnp.float32 else None)
+
+
+def uniform_fan_in(fan_in: int) -> Callable[..., jax.Array]:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what torch.nn.Linear starts its weight and its bias from."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Project(nn.Module):
+    """A linear map whose axes are named by the caller: `Project((D, N, H))("BTD,DNH->BTNH", x)`.
+
+    shape:  the weight's axes, inputs first, `contracted` of them
+    """
+
+    shape: tuple[int, ...]
+    contracted: int = 1
+    use_bias: bool = False
+
+    def setup(self):
+        fan_in = 1
+        for size in self.shape[: self.contracted]:
+            fan_in *= size
+        self.w = self.param("w", uniform_fan_in(fan_in), self.shape)
+        if self.use_bias:
+            self.b = self.param("b", uniform_fan_in(fan_in), self.shape[self.contracted :])
+
+    def __call__(self, letters: str, x: jax.Array) -> jax.Array:
+        y = einsum(letters, x, self.w)
+        return y + self.b.astype(y.dtype) if self.use_bias else y
+
+
+class LayerNorm(nn.Module):
+    """Mean and variance over the last axis in float32 (two passes), scale and bias, back to the input's dtype."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones_init(), x.shape[-1:]).astype(jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), x.shape[-1:]).astype(jnp.float32)
+        wide = x.astype(jnp.float32)
+        centred = wide - wide.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, back to the input's dtype, times scale (LLaMA's order)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones_init(), x.shape[-1:])
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None = None,
+    drop: Callable[[jax.Array], jax.Array] = lambda weights: weights,
+) -> jax.Array:
+    """Scaled dot-product attention. q [B,T,N,H], k and v [B,S,K,H], mask bool[B,T,S] (True is seen) -> [B,T,N,H].
+
+    Key head j serves the query heads j·G .. j·G + G - 1. A query that sees nothing gets the mean of all values
+    (finite, as the original's additive masks give), never NaN.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    q = q.reshape(B, T, K, N // K, H) * H**-0.5
+    scores = einsum("BTKGH,BSKH->BKGTS", q, k).astype(jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = drop(jax.nn.softmax(scores, axis=-1).astype(v.dtype))
+    return einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)

@@ -1,0 +1,113 @@
+"""Q-Former, the query path of BLIP-2's BERT (minigpt4/models/Qformer.py; Li et al. 2023).
+
+B batch   Q queries   S picture tokens   D model   E picture width   N heads   H head   F feed-forward
+
+Post-norm layers: queries attend to each other, in every `cross_every`-th layer also to the picture's tokens, then pass
+the feed-forward of the query branch. The text branch and the word embeddings are left out: MiniGPT-4 never uses them.
+The layers differ in what they hold, so they are not scanned; there are few and they are small.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mmjax.models.layers import LayerNorm, Project, attend
+
+
+@dataclasses.dataclass(frozen=True)
+class QFormerConfig:
+    queries: int = 32
+    dim: int = 768
+    depth: int = 12
+    heads: int = 12
+    hidden: int = 3_072
+    cross_every: int = 2
+    eps: float = 1e-12
+    dropout: float = 0.1  # acts only while the Q-Former is trained
+
+
+QFORMER_BASE = QFormerConfig()
+TINY = QFormerConfig(queries=4, dim=24, depth=2, heads=4, hidden=40)
+
+AXES = (
+    (r"query_tokens", ("place", "embed")),
+    (r"norm/(scale|bias)", ("embed",)),
+    (r"layer_\d+/(attn|cross|mlp)_norm/(scale|bias)", ("embed",)),
+    (r"layer_\d+/attn/[qkv]/w|layer_\d+/cross/q/w", ("embed", "heads", "head")),
+    (r"layer_\d+/cross/[kv]/w", ("picture", "heads", "head")),
+    (r"layer_\d+/(attn|cross)/[qkv]/b", ("heads", "head")),
+    (r"layer_\d+/(attn|cross)/o/w", ("heads", "head", "embed")),
+    (r"layer_\d+/mlp/fc1/w", ("embed", "ff")),
+    (r"layer_\d+/mlp/fc1/b", ("ff",)),
+    (r"layer_\d+/mlp/fc2/w", ("ff", "embed")),
+    (r"layer_\d+/((attn|cross)/o|mlp/fc2)/b", ("embed",)),
+)
+
+
+class Dropout(nn.Module):
+    rate: float
+
+    @nn.compact
+    def __call__(self, x):
+        acts = self.has_rng("qformer")
+        return nn.Dropout(self.rate, rng_collection="qformer")(x, deterministic=not acts)
+
+
+class Attention(nn.Module):
+    """Queries x [B,Q,D] read `source` [B,S,E] (themselves, or the picture)."""
+
+    cfg: QFormerConfig
+
+    @nn.compact
+    def __call__(self, x, source):
+        D, N = self.cfg.dim, self.cfg.heads
+        E, H = source.shape[-1], D // N
+        q = Project((D, N, H), use_bias=True, name="q")("BQD,DNH->BQNH", x)
+        k = Project((E, N, H), use_bias=True, name="k")("BSE,ENH->BSNH", source)
+        v = Project((E, N, H), use_bias=True, name="v")("BSE,ENH->BSNH", source)
+        out = attend(q, k, v, drop=Dropout(self.cfg.dropout))
+        return Project((N, H, D), contracted=2, use_bias=True, name="o")("BQNH,NHD->BQD", out)
+
+
+class FeedForward(nn.Module):
+    cfg: QFormerConfig
+
+    @nn.compact
+    def __call__(self, x):
+        D, F = self.cfg.dim, self.cfg.hidden
+        h = Project((D, F), use_bias=True, name="fc1")("BQD,DF->BQF", x)
+        return Project((F, D), use_bias=True, name="fc2")("BQF,FD->BQD", jax.nn.gelu(h, approximate=False))
+
+
+class Layer(nn.Module):
+    cfg: QFormerConfig
+    crosses: bool
+
+    @nn.compact
+    def __call__(self, x, picture):
+        def add(branch, name):
+            return LayerNorm(self.cfg.eps, name=name)(x + Dropout(self.cfg.dropout)(branch))
+
+        x = add(Attention(self.cfg, name="attn")(x, x), "attn_norm")
+        if self.crosses:
+            x = add(Attention(self.cfg, name="cross")(x, picture), "cross_norm")
+        return add(FeedForward(self.cfg, name="mlp")(x), "mlp_norm")
+
+
+class QFormer(nn.Module):
+    """Picture tokens [B,S,E], class token included -> [B,Q,D]."""
+
+    cfg: QFormerConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, picture):
+        c = self.cfg
+        queries = self.param("query_tokens", nn.initializers.normal(0.02), (c.queries, c.dim))
+        x = jnp.broadcast_to(queries.astype(self.dtype), (picture.shape[0], c.queries, c.dim))
+        x = Dropout(c.dropout)(LayerNorm(c.eps, name="norm")(x))
+        for i in range(c.depth):
+            x = Layer(c, crosses=i % c.cross_every == 0, name=f"layer_{i}")(x, picture)
+        return x
