@@ -1,6 +1,12 @@
-"""Everything a run can be told, as frozen dataclasses."""
+"""Everything a run can be told, as frozen dataclasses; a config file is Python that builds a `RunConfig`.
+
+A config file defines `config() -> RunConfig`. Every field can be overridden on the command line with its dotted name:
+`python train.py --config configs/minigpt4_stage2.py --optim.init-lr 1e-5`.
+"""
 
 import dataclasses
+import runpy
+from pathlib import Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,3 +25,135 @@ class TextConfig:
     end_sym: str = "###"
     max_txt_len: int = 160
     max_context_len: int = 3800
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsConfig:
+    """The converted checkpoint a run starts from.
+
+    checkpoint: folder written by `convert_weights.py`
+    sources:    released files by option name (`vit`, `qformer`, `llama`, `projector`, `lora`, `arch`); converted into
+                `checkpoint` first if that folder does not exist yet
+    start_from: a finished run whose trained parameters this one starts from (stage 2 after stage 1)
+    dtype:      frozen parameters and activations; trained parameters are float32 always
+    """
+
+    checkpoint: str = ""
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)
+    start_from: str | None = None
+    dtype: str = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class ScenesConfig:
+    """The procedural world of the embedded default, drawn to disk before training.
+
+    count:    training pictures
+    held_out: pictures of each evaluation split
+    """
+
+    count: int = 3000
+    held_out: int = 200
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is trained on.
+
+    path:            folder in the CC-SBU-align layout: `filter_cap.json` and `image/IMAGE_ID.jpg`
+    prompts:         one is drawn for each batch, as in the original; empty for image tokens and caption alone (stage 1)
+    clean_captions:  the original's stage-1 cleaning: lower case, no punctuation, 50 words
+    length_multiple: rows are padded to the batch's longest, rounded up to this, so that few lengths are compiled
+    threads:         that read and decode pictures
+    scenes:          draw this world into `path` first
+    """
+
+    path: str = ""
+    prompts: tuple[str, ...] = ()
+    clean_captions: bool = False
+    batch_size: int = 12
+    length_multiple: int = 32
+    seed: int = 42
+    threads: int = 2
+    scenes: ScenesConfig | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and the original's schedule; see `mmjax.optim`.
+
+    epochs, steps_per_epoch: an epoch is a number of steps, not a pass over the data
+    warmup_lr:               a negative value means `init_lr`
+    clip:                    largest global gradient norm; None as in the original: no clipping
+    accumulate:              steps whose gradients are summed (not averaged, as in the original) before an update
+    """
+
+    init_lr: float = 3e-5
+    min_lr: float = 1e-5
+    warmup_lr: float = 1e-6
+    warmup_steps: int = 200
+    epochs: int = 5
+    steps_per_epoch: int = 200
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip: float | None = None
+    accumulate: int = 1
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; one of them may be -1: whatever is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One training run.
+
+    out:         folder of the run: metrics, checkpoints, report
+    trained:     path rules of the trained parameters; None for the family's own. `("projector/.*", "qformer/.*")`
+                 unfreezes the Q-Former as well, with its dropout
+    image_size:  pictures of another size than the checkpoint's; the position table is resized
+    drop_path:   stochastic depth of the picture tower while it is trained
+    remat:       recompute layers in the backward pass: less memory, about a third more work
+    log_every, save_every: steps
+    keep:        checkpoints kept
+    check_first_loss: stop if the first loss says that the language model predicts nothing (off for random weights)
+    """
+
+    out: str = ""
+    weights: WeightsConfig = WeightsConfig()
+    data: DataConfig = DataConfig()
+    text: TextConfig = TextConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    trained: tuple[str, ...] | None = None
+    image_size: int | None = None
+    drop_path: float = 0.0
+    remat: bool = False
+    seed: int = 42
+    log_every: int = 10
+    save_every: int = 200
+    keep: int = 2
+    check_first_loss: bool = True
+
+
+def load(path: str) -> RunConfig:
+    """The `RunConfig` that a config file's `config()` returns; FileNotFoundError or ValueError says what is wrong."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"No config file at {path}. The shipped ones are in configs/.")
+    build = runpy.run_path(path).get("config")
+    built = build() if callable(build) else None
+    if not isinstance(built, RunConfig):
+        raise ValueError(f"{path} must define a function `config()` that returns a mmjax.config.RunConfig.")
+    return built

@@ -1,0 +1,242 @@
+"""Text to token ids and back, as the original models saw it.
+
+A `tokenizer.model` is read with `sentencepiece` itself and behaves like the slow LLaMA tokenizer of transformers 4.30
+(its "legacy" mode), which the released models were trained with: text is cut at special tokens, and every remaining
+piece is tokenised on its own, so that each one gets the leading-space marker again. A folder that has a
+`tokenizer.json` alone goes through `transformers`.
+
+Left out: the clean-up of spaces while decoding (LLaMA folders switch it off), and making a new row for a token that
+a folder declares without numbering it, such as `[PAD]` (the original replaces the pad token by "$$" anyway).
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PAD_PIECE = "$$"  # minigpt4/models/base_model.py: init_llm
+
+
+class Tokenizer:
+    """Encodes and decodes. `Tokenizer.from_folder` makes the one that fits a folder.
+
+    bos, eos, unk: ids, from the folder's JSON files
+    bos_text:      how the beginning of a sequence is written inside a text
+    pad:           id of the piece "$$" if the vocabulary has one, else of its unknown piece: an ordinary row, which
+                   may also come up in text
+    vocab_size:    rows an embedding table needs, added tokens counted
+    """
+
+    bos: int
+    eos: int
+    unk: int
+    pad: int
+    bos_text: str
+    vocab_size: int
+
+    @staticmethod
+    def from_folder(path: str | Path) -> "Tokenizer":
+        """Reads the tokenizer of a LLaMA folder.
+
+        Raises FileNotFoundError if the folder has none, and ValueError for a damaged or contradictory file.
+        """
+        folder = Path(path)
+        if (folder / "tokenizer.model").exists():
+            return SentencePieceTokenizer(folder)
+        if (folder / "tokenizer.json").exists():
+            return JsonTokenizer(folder)
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer: expected tokenizer.model or tokenizer.json in it. "
+            "Give the LLaMA or Vicuna folder with all its files.")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text. No BOS is put in front."""
+        raise NotImplementedError
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of the ids; special tokens, the pad piece among them, are left out or written as they are.
+
+        Raises ValueError for ids that the vocabulary does not have.
+        """
+        ids = [int(i) for i in ids]
+        if strange := sorted({i for i in ids if not 0 <= i < self.vocab_size}):
+            raise ValueError(
+                f"Cannot decode the ids {strange}: this tokenizer has ids 0 to {self.vocab_size - 1}. "
+                "Take the tokenizer that belongs to the model.")
+        return self._decode(ids, skip_special)
+
+    def _decode(self, ids: list[int], skip_special: bool) -> str:
+        raise NotImplementedError
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """`tokenizer.model`, and what the JSON files beside it say about special and added tokens."""
+
+    def __init__(self, folder: Path):
+        declared = Declared.read(folder)
+        self._model = model = _load_model(folder / "tokenizer.model")
+
+        def find(text: str) -> int | None:
+            i = declared.added.get(text, model.piece_to_id(text))  # a text that is no piece gets the unknown piece's id
+            return i if text in declared.added or model.id_to_piece(i) == text else None
+
+        ids = {name: find(text) for name, text in declared.named.items()}
+        if missing := [f"{name} {declared.named[name]!r}" for name, i in ids.items() if i is None]:
+            raise ValueError(
+                f"{folder}: {', '.join(missing)} is neither in tokenizer.model nor among the added tokens. "
+                "Correct special_tokens_map.json or tokenizer_config.json.")
+        self.bos, self.eos, self.unk = (ids[name] for name in ("bos_token", "eos_token", "unk_token"))
+        self.bos_text = declared.named["bos_token"]
+        pad = find(PAD_PIECE)
+        self.pad = model.unk_id() if pad is None else pad
+        self.vocab_size = max(len(model), 1 + max(declared.added.values(), default=0))
+
+        self._added = {i: text for text, i in declared.added.items() if i >= len(model)}
+        # The pad piece is set after loading: special when decoding, but it does not cut text.
+        self._special = {find(text) for text in declared.special} - {None} | {self.pad}
+        self._cuts = {text: (i, *eats) for text, eats in declared.eats.items() if (i := find(text)) is not None}
+        longest_first = sorted(self._cuts, key=len, reverse=True)
+        self._pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+    def encode(self, text: str) -> list[int]:
+        parts = self._pattern.split(text)  # words, cut, words, cut, ..., words
+        for place in range(1, len(parts), 2):
+            _, left, right = self._cuts[parts[place]]
+            parts[place - 1] = parts[place - 1].rstrip() if left else parts[place - 1]
+            parts[place + 1] = parts[place + 1].lstrip() if right else parts[place + 1]
+        ids = []
+        for place, part in enumerate(parts):
+            ids += self._model.encode(part) if place % 2 == 0 else [self._cuts[part][0]]
+        return ids
+
+    def _decode(self, ids: list[int], skip_special: bool) -> str:
+        parts: list[list[int] | str] = [[]]  # added tokens stand apart, between single spaces
+        for i in ids:
+            if skip_special and i in self._special:
+                continue
+            if i in self._added:
+                parts += [self._added[i], []]
+            else:
+                parts[-1].append(i)
+        return " ".join(part if isinstance(part, str) else self._join(part) for part in parts if part)
+
+    def _join(self, ids: list[int]) -> str:
+        # transformers 4.30, LlamaTokenizer.convert_tokens_to_string: words that a special token follows get a space
+        text, words = "", []
+        for i in ids:
+            if i in self._special:
+                text += (" " + self._model.decode(words) if words else "") + self._model.id_to_piece(i)
+                words = []
+            else:
+                words.append(i)
+        return text + self._model.decode(words)
+
+
+class JsonTokenizer(Tokenizer):
+    """A `tokenizer.json` without `tokenizer.model`, through `transformers`. Cuts and spaces are as that file says."""
+
+    def __init__(self, folder: Path):
+        from transformers import PreTrainedTokenizerFast
+
+        try:
+            self._fast = fast = PreTrainedTokenizerFast.from_pretrained(folder)
+        except Exception as error:  # the library raises bare Exception for a damaged file
+            raise ValueError(f"{folder / 'tokenizer.json'} cannot be read as a tokenizer: {error}") from error
+        if missing := [name for name in ("bos_token", "eos_token") if getattr(fast, name) is None]:
+            raise ValueError(f"{folder} declares no {' and no '.join(missing)}. Name them in tokenizer_config.json.")
+        vocabulary = fast.get_vocab()
+        self.bos, self.eos = fast.bos_token_id, fast.eos_token_id
+        self.unk = self.eos if fast.unk_token_id is None else fast.unk_token_id  # byte-level vocabularies need none
+        self.pad = vocabulary.get(PAD_PIECE, self.unk)
+        self.bos_text = fast.bos_token
+        self.vocab_size = 1 + max(vocabulary.values())
+
+    def encode(self, text: str) -> list[int]:
+        return self._fast.encode(text, add_special_tokens=False)
+
+    def _decode(self, ids: list[int], skip_special: bool) -> str:
+        kept = [i for i in ids if not (skip_special and i == self.pad)]
+        return self._fast.decode(kept, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Declared:
+    """What the JSON files of a folder say.
+
+    named:   texts of bos_token, eos_token and unk_token
+    added:   ids of tokens that are not in the model file, or repeat one of its own
+    special: texts that decoding may skip
+    eats:    for every text that cuts: does it eat the white space on its left, on its right?
+    """
+
+    named: dict[str, str]
+    added: dict[str, int]
+    special: set[str]
+    eats: dict[str, tuple[bool, bool]]
+
+    @staticmethod
+    def read(folder: Path) -> "Declared":
+        """Raises ValueError naming the file that does not hold what it should."""
+        config = _read_json(folder / "tokenizer_config.json")
+        special_map = _read_json(folder / "special_tokens_map.json")
+        added = _read_json(folder / "added_tokens.json")
+        records = config.get("added_tokens_decoder", {})
+        eats = dict.fromkeys(added, (True, True))
+        eats |= {_content(record): _flags(record) for record in records.values()}
+        special = {_content(record) for record in records.values() if record.get("special")}
+
+        # As transformers 4.30 reads a folder: special_tokens_map.json wins, and what it writes as a plain string eats
+        # white space, what tokenizer_config.json writes so does not. Vicuna-v0 leaves the latter's entries empty.
+        named = {}
+        for name, usual in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")):
+            entry = special_map.get(name) or config.get(name) or usual
+            named[name] = _content(entry)
+            eats[named[name]] = _flags(entry)
+        lists = (value if isinstance(value, list) else [value] for value in special_map.values())
+        entries = [entry for some in lists for entry in some if entry and _content(entry)]
+        eats |= {entry: (True, True) for entry in entries if isinstance(entry, str)}
+        eats |= {_content(entry): _flags(entry) for entry in entries if isinstance(entry, dict)}
+        special |= {*named.values(), *map(_content, entries)}
+        return Declared(named, added | {_content(record): int(i) for i, record in records.items()}, special, eats)
+
+
+def _content(entry: str | dict[str, Any]) -> str:
+    """The text of a token that is declared as a plain string or as a record."""
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    if not isinstance(text, str):
+        raise ValueError(
+            f"A special token is declared as {entry!r}: expected a string or a record with a 'content'. "
+            "Correct special_tokens_map.json or tokenizer_config.json.")
+    return text
+
+
+def _flags(entry: str | dict[str, Any]) -> tuple[bool, bool]:
+    return (False, False) if isinstance(entry, str) else (entry.get("lstrip", False), entry.get("rstrip", False))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}. Download the file again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} should hold a JSON object, but holds a {type(value).__name__}.")
+    return value
+
+
+def _load_model(path: Path) -> Any:
+    from sentencepiece import SentencePieceProcessor
+
+    model = SentencePieceProcessor()
+    try:
+        model.LoadFromSerializedProto(path.read_bytes())
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} is not a sentencepiece model ({path.stat().st_size} bytes; {error}). Download the file again; "
+            "a very small one may be a Git LFS pointer.") from error
+    return model
