@@ -1,0 +1,1 @@
+"""From files and samples to batches; everything here runs on the host, in numpy."""

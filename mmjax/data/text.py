@@ -1,0 +1,161 @@
+"""Samples to rows of token ids: which word, soft token or padding stands at each place.
+
+A row is `[BOS][prompt][answer][padding]`; a picture's soft tokens take `image_tokens` places of the prompt. The ids,
+targets and masks are those of minigpt4/models/minigpt_base.py (preparing_embedding, prompt_wrap,
+tokenize_conversation, get_context_emb); where the original drops what does not fit together, this raises.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mmjax.batch import Batch, Sample
+from mmjax.config import TextConfig
+from mmjax.tokenizer import Tokenizer
+
+PLACEHOLDER = "<ImageHere>"
+
+
+class Place(NamedTuple):
+    """One place of a row: the fields of `Batch` of the same names."""
+
+    token: int
+    soft_index: int = -1
+    valid: bool = True
+    loss_mask: bool = False
+
+
+def rows(samples: Sequence[Sample], tokenizer: Tokenizer, text: TextConfig, image_tokens: int,
+         length: int | None = None, multiple: int = 1) -> Batch:
+    """Samples as one batch of numpy arrays, with `images` left None.
+
+    image_tokens: soft tokens of one picture; the k-th picture of a row has the indices from k·image_tokens on
+    length:       places of every row; None for the longest row's, rounded up to a multiple of `multiple`
+
+    A sample with neither answer nor turns becomes a prompt to be continued, which max_context_len does not cut.
+    Raises ValueError, naming every row concerned, if pictures and `<ImageHere>` do not agree or a row is longer than
+    `length`; also for no samples at all, and for a template without its one `{}`.
+    """
+    _check(samples, text)
+    prompts = [prompt_places(sample, tokenizer, text, image_tokens) for sample in samples]
+    answers = [answer_places(sample, tokenizer, text) for sample in samples]
+    lengths = [1 + len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    if length is None:
+        length = -(-max(lengths) // multiple) * multiple
+    if too_long := [f"row {row}: {n} tokens" for row, n in enumerate(lengths) if n > length]:
+        raise ValueError(f"{len(too_long)} of {len(samples)} rows do not fit into {length} places:\n  "
+                         + "\n  ".join(too_long) + "\nRaise the row length, or lower max_txt_len or max_context_len.")
+
+    grid = np.empty((len(samples), length, len(Place._fields)), np.int32)
+    grid[:] = Place(tokenizer.pad, valid=False)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        # The original gives BOS the mask entry of the padded prompts' first place, so the BOS of an empty prompt is
+        # hidden as soon as another row has a prompt. If none has one, there is no such place (the original fails) and
+        # BOS is seen. A prompt to be continued keeps its BOS: get_context_emb masks nothing.
+        seen = bool(prompt) or not _learns(samples[row]) or not any(prompts)
+        grid[row, :lengths[row]] = [Place(tokenizer.bos, valid=seen), *prompt, *answer]
+    tokens, soft_index, valid, loss_mask = np.moveaxis(grid, -1, 0).copy()
+    padded_length = 1 + max(map(len, prompts)) + max(map(len, answers))
+    return Batch(
+        tokens=tokens, soft_index=soft_index, valid=valid.astype(bool), loss_mask=loss_mask.astype(bool),
+        positions=np.tile(np.arange(length, dtype=np.int32), (len(samples), 1)),
+        padded_length=np.full(len(samples), padded_length, np.int32))
+
+
+def prompt_places(sample: Sample, tokenizer: Tokenizer, text: TextConfig, image_tokens: int) -> list[Place]:
+    """The prompt, or the first question of a conversation, behind BOS.
+
+    Segments between pictures are tokenised one by one, so each starts with its own space marker. Pictures without a
+    prompt stand alone (stage 1), without a template.
+    """
+
+    def words(segment: str) -> list[Place]:
+        return [Place(token) for token in tokenizer.encode(segment)]
+
+    def picture(k: int) -> list[Place]:
+        return [Place(tokenizer.pad, k * image_tokens + j) for j in range(image_tokens)]
+
+    prompt, *_ = _questions(sample)
+    if sample.images and not prompt:
+        return [place for k in range(len(sample.images)) for place in picture(k)]
+    first, *others = _wrap(prompt, text).split(PLACEHOLDER)
+    places = words(first)
+    for k, segment in enumerate(others):
+        places += picture(k) + words(segment)
+    return places[:text.max_context_len] if sample.images and _learns(sample) else places
+
+
+def answer_places(sample: Sample, tokenizer: Tokenizer, text: TextConfig) -> list[Place]:
+    """What follows the prompt: the answer, or a conversation from its first answer on; the right end may be cut.
+
+    The pad piece can come up in text, and the two forms differ there: in an answer it is seen but no target, in a
+    conversation it is a target but not seen.
+    """
+    if not _learns(sample):
+        return []
+    if not sample.turns:
+        ids = tokenizer.encode(sample.answer + text.end_sym)
+        return [Place(i, loss_mask=i != tokenizer.pad) for i in ids[:text.max_txt_len]]
+    places = []
+    for number, (question, answer) in enumerate(sample.turns):
+        if number > 0:
+            ids = tokenizer.encode(tokenizer.bos_text + _wrap(question, text))
+            places += [Place(i, valid=i != tokenizer.pad) for i in ids]
+        ids = tokenizer.encode(answer + text.end_sym)
+        places += [Place(i, valid=i != tokenizer.pad, loss_mask=True) for i in ids]
+    return places[:text.max_txt_len]
+
+
+def crop_left(batch: Batch, keep: int) -> Batch:
+    """Prompts to be continued, each cut to its last `keep` tokens; positions start at 0 again.
+
+    As `Chat` of the original does with a context that leaves no room for the answer: soft tokens count, and BOS goes
+    first. Raises ValueError if nothing would be kept.
+    """
+    if keep < 1:
+        raise ValueError(f"Cannot keep {keep} tokens of a prompt: max_length must be greater than max_new_tokens.")
+    lengths = batch.valid.sum(axis=1)  # such rows have no holes
+    places = np.arange(min(keep, batch.tokens.shape[1]))
+    source = np.maximum(lengths - keep, 0)[:, None] + places
+
+    def take(array: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(array, source, axis=1)
+
+    return dataclasses.replace(
+        batch, tokens=take(batch.tokens), soft_index=take(batch.soft_index), valid=take(batch.valid),
+        loss_mask=take(batch.loss_mask), positions=batch.positions[:, places],
+        padded_length=np.minimum(batch.padded_length, keep))
+
+
+def _questions(sample: Sample) -> list[str]:
+    return [question for question, _ in sample.turns] or [sample.prompt]
+
+
+def _learns(sample: Sample) -> bool:
+    return bool(sample.turns) or sample.answer is not None
+
+
+def _wrap(prompt: str, text: TextConfig) -> str:
+    return text.prompt_template.replace("{}", prompt) if text.prompt_template else prompt
+
+
+def _check(samples: Sequence[Sample], text: TextConfig) -> None:
+    if not samples:
+        raise ValueError("A batch needs at least one sample.")
+    if text.prompt_template and text.prompt_template.count("{}") != 1:
+        raise ValueError(f"prompt_template {text.prompt_template!r} must have one '{{}}', where the prompt goes.")
+    problems = []
+    for row, sample in enumerate(samples):
+        prompt, *later = _questions(sample)
+        if (prompt or not sample.images) and prompt.count(PLACEHOLDER) != len(sample.images):
+            problems.append(f"row {row}: {prompt.count(PLACEHOLDER)} {PLACEHOLDER} for {len(sample.images)} pictures "
+                            f"in {prompt!r}")
+        problems += [f"row {row}: {PLACEHOLDER} in a later question, {question!r}"
+                     for question in later if PLACEHOLDER in question]
+    if problems:
+        raise ValueError(
+            "Pictures and placeholders do not agree:\n  " + "\n  ".join(problems)
+            + f"\nWrite one {PLACEHOLDER} for each picture, as in '<Img>{PLACEHOLDER}</Img> What is it?'; in a "
+            "conversation all of them into the first question.")
