@@ -3,6 +3,7 @@
 Rules are ordered `(pattern, value)` pairs; a pattern must match the whole path and the first match wins.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -33,9 +34,10 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def map_with_path(function: Callable[[str, Any], Any], tree: Mapping[str, Any]) -> dict[str, Any]:
-    """`function(path, leaf)` at every leaf."""
-    return unflatten({path: function(path, leaf) for path, leaf in flatten(tree).items()})
+def map_with_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """`function(path, leaf)` at every leaf of any pytree; None is no leaf and stays where it is."""
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return jax.tree_util.tree_map_with_path(lambda keys, leaf: function(name(keys), leaf), tree)
 
 
 def matches(path: str, patterns: Iterable[str]) -> bool:
