@@ -1,0 +1,1 @@
+"""Reading released PyTorch weights, and writing them back."""

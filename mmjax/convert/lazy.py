@@ -1,0 +1,110 @@
+"""Tensors that stay in their file until they are read, and the one error of the weight readers."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+
+# A table of contents larger than this is refused: 8 MiB describe about 50,000 tensors, and the largest
+# file we convert (LLaMA 65B in one piece, with optimizer state) has a few thousand.
+MAX_HEADER = 8 * 2**20
+MAX_AXES = 32
+
+
+class WeightFileError(ValueError):
+    """A weight file that cannot be read; the message names the file, what is wrong and what to do."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """One tensor of a weight file: where its bytes are, and how to lay them out."""
+
+    path: Path
+    key: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in elements, as PyTorch counts them
+    offset: int  # of the first element, in bytes from the start of the file
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def source(self) -> str:
+        """File and key, for messages."""
+        return f"{self.path.name}: {self.key}"
+
+    def read(self) -> np.ndarray:
+        """The tensor in fresh memory, C-contiguous; nothing of the file stays open or mapped.
+
+        Plain reads, not a memory map: a file that shrinks meanwhile is then an error instead of a crash (SIGBUS).
+        Needs the tensor's own memory, and for a strided tensor that of the stretch of file it is scattered over.
+        Raises WeightFileError if the file can no longer be read that far.
+        """
+        count = span(self.shape, self.strides)
+        raw = np.empty(count * self.dtype.itemsize, np.uint8)
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.offset)
+                got = file.readinto(raw)
+        except OSError as error:
+            raise WeightFileError(f"{self.source}: cannot read it ({error}).") from error
+        if got != raw.nbytes:
+            raise WeightFileError(f"{self.source}: only {got} of {raw.nbytes} bytes are left in the file. "
+                                  "It was changed after it was opened; start again with the complete file.")
+        values = raw.view(self.dtype)
+        if self.strides == contiguous(self.shape) or not count:
+            return values.reshape(self.shape)
+        steps = [stride * self.dtype.itemsize for stride in self.strides]
+        return np.lib.stride_tricks.as_strided(values, self.shape, steps).copy()
+
+
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in elements, of a C-contiguous array."""
+    return tuple(math.prod(shape[axis + 1:]) for axis in range(len(shape)))
+
+
+def span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements from the first to the last one that such a tensor touches."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def kind(path: Path) -> str:
+    """What a file is by its first bytes: `"zip"`, `"safetensors"`, or a sentence saying what it is instead.
+
+    Raises WeightFileError if there is no such file, or nothing in it.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except FileNotFoundError as error:
+        raise WeightFileError(f"{path}: there is no such file.") from error
+    except IsADirectoryError as error:
+        raise WeightFileError(f"{path} is a folder; name the weight file inside it.") from error
+    except OSError as error:
+        raise WeightFileError(f"{path}: cannot open it ({error}).") from error
+    text = head.lstrip().lower()
+    if not head:
+        raise WeightFileError(f"{path} is empty. The download probably failed; download it again.")
+    if head.startswith(b"PK\x03\x04"):
+        return "zip"
+    if head[8:9] == b"{" and head[6:8] == b"\0\0":  # a length below 2**48, then JSON
+        return "safetensors"
+    if head.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."):  # the pickled number 0x1950a86a20f9469cfc6c
+        return ("is in the format that PyTorch wrote before version 1.6, which is not read here.\n"
+                "Save it again where PyTorch is installed:\n"
+                f'  python -c "import torch; torch.save(torch.load(\'{path.name}\', map_location=\'cpu\'), '
+                f'\'new_{path.name}\')"')
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return ("is a web page, not weights. The site answered the download with a page (a log-in, a licence or an "
+                "error); open the file in a browser to see which, then download again.")
+    if text.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, not the weights themselves. Run `git lfs pull` in the folder it came from."
+    if head.startswith(b"\x80"):
+        return "is a bare pickle, not a file written by torch.save. Save its tensors with torch.save."
+    return (f"is not a weight file: it begins with {head[:16]!r}. Expected a zip archive written by torch.save, or "
+            "safetensors. Download it again, and compare its size with the one the site states.")

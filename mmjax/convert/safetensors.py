@@ -1,0 +1,83 @@
+"""Reads `.safetensors` files tensor by tensor.
+
+The format is eight bytes of length, a JSON table and the numbers, so reading it takes fewer lines than making the
+`safetensors` package give bfloat16 to numpy, one reader's errors and one reader's LazyTensor.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from mmjax.convert.lazy import MAX_AXES, MAX_HEADER, LazyTensor, WeightFileError, contiguous, kind
+
+# float8 and smaller are left out on purpose: such files keep the scales beside the numbers, and would be read wrong.
+DTYPES = {
+    "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
+}  # fmt: skip
+
+
+def load(path: str | os.PathLike) -> dict[str, LazyTensor]:
+    """The tensors of a file by name; its `__metadata__` is dropped.
+
+    Raises WeightFileError if the file is something else or damaged: as the format demands, the tensors must lie in
+    it without gap or overlap.
+    """
+    path = Path(path)
+    found = kind(path)
+    if found == "zip":
+        raise WeightFileError(f"{path} is a zip archive, probably a file of torch.save, whatever its name says. Rename "
+                              f"it to {path.with_suffix('.pth').name} and pass that.")
+    if found != "safetensors":
+        raise WeightFileError(f"{path} {found}")
+    again = "\nDownload it again, and compare its size with the one the site states."
+    length = path.stat().st_size
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > min(MAX_HEADER, length - 8):
+            raise WeightFileError(f"{path} is cut off or damaged: its header would take {size} bytes, of {length} in "
+                                  f"the file and {MAX_HEADER} that are accepted.{again}")
+        try:
+            table = json.loads(file.read(size), object_pairs_hook=_no_duplicates)
+        except (ValueError, RecursionError) as error:
+            raise WeightFileError(f"{path} is damaged: its header is not readable ({error}).{again}") from error
+
+    tensors, extents, problems = {}, [], []
+    table.pop("__metadata__", None)
+    for key, entry in table.items():
+        match entry:
+            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(first), int(last)]} if (
+                    len(shape) <= MAX_AXES and all(type(axis) is int and axis >= 0 for axis in shape)
+                    and math.prod(axis or 1 for axis in shape) < 2**48):
+                if dtype not in DTYPES:
+                    problems.append(f"{key}: dtype {dtype} is not supported; expected one of {', '.join(DTYPES)}")
+                elif last - first != math.prod(shape) * DTYPES[dtype].itemsize:
+                    problems.append(f"{key}: {last - first} bytes for {dtype} {shape}")
+                else:
+                    tensors[key] = LazyTensor(path, key, DTYPES[dtype], tuple(shape), contiguous(shape),
+                                              8 + size + first)
+                    extents.append((first, last, key))
+            case _:
+                problems.append(f"{key}: expected a dtype, a shape and two data_offsets, got {str(entry)[:100]}")
+    end = 0
+    for first, last, key in sorted(extents):
+        if first != end and not problems:
+            problems.append(f"{key}: begins at byte {first} of the data, expected {end}")
+        end = last
+    if end != length - 8 - size and not problems:
+        problems.append(f"the tensors take {end} bytes, and {length - 8 - size} follow the header")
+    if problems:
+        raise WeightFileError(f"{path} cannot be read:\n  " + "\n  ".join(problems[:20]) + again)
+    return tensors
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return table
