@@ -56,7 +56,7 @@ class LanguageModel(nn.Module):
 
     def empty_cache(self, rows: int, length: int):
         """A zero key-value cache for `decode`."""
-        return Llama(self.cfg.llama, self.dtype).empty_cache(rows, length)
+        return Llama(self.cfg.llama, self.dtype, parent=None).empty_cache(rows, length)
 
 
 def example_batch(image_size: int | None = None, rows: int = 1, length: int = 8) -> Batch:

@@ -13,6 +13,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mmjax.batch import Batch
 from mmjax.families.base import LanguageModel, example_batch
@@ -24,8 +25,8 @@ from mmjax.models.qformer import QFORMER_BASE, QFormer, QFormerConfig
 from mmjax.trees import prefixed
 
 JOINED = 4  # patches that become one soft token where there is no Q-Former
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +69,15 @@ AXES = (
 TRAINED = (r"projector/.*",)
 
 
-def normalise(images: jax.Array) -> jax.Array:
-    """uint8[B,F,H,W,3] -> float32[B,F,3,H,W] as the towers were trained; normalised pictures pass unchanged."""
-    if images.dtype != jnp.uint8:
+def normalise(images: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """uint8[B,F,H,W,3] -> float32[B,F,3,H,W] as the towers were trained; normalised pictures pass unchanged.
+
+    A numpy array is worked on by numpy, bit-equal to the original; XLA may differ in the last bit of the division.
+    """
+    if images.dtype != np.uint8:
         return images
-    scaled = (images.astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)
-    return jnp.moveaxis(scaled, -1, -3)
+    scaled = (images.astype(np.float32) / np.float32(255) - MEAN) / STD
+    return scaled.transpose(0, 1, 4, 2, 3)
 
 
 def place(words: jax.Array, soft: jax.Array, soft_index: jax.Array) -> jax.Array:
