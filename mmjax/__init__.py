@@ -1,3 +1,16 @@
-"""mmjax: MiniGPT-4 and its kin in JAX."""
+"""mmjax: MiniGPT-4 and its kin in JAX.
 
+    m = mmjax.load("checkpoints/minigpt4-7b")
+    batch = m.batch([mmjax.Sample(images=["a.png"], prompt="<Img><ImageHere></Img> What is this?", answer="A dog.")])
+    loss, aux = mmjax.loss(m.module, m.params, batch)
+    m.generate([mmjax.Sample(images=["a.png"], prompt="<Img><ImageHere></Img> What is this?")])
+    mmjax.train(run_config)
+"""
+
+from mmjax.batch import Batch, Sample
+from mmjax.loaded import Loaded, export, load
+from mmjax.run import train
+from mmjax.steps import loss
+
+__all__ = ["Batch", "Loaded", "Sample", "export", "load", "loss", "train"]
 __version__ = "0.1.0"

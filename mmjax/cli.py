@@ -1,0 +1,109 @@
+"""`mmjax train | convert | export | generate`: the same functions as from Python, behind typed options.
+
+A mistake in what the user gave ends with one message and exit status 2, without a traceback.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import tyro
+
+from mmjax.config import RunConfig
+from mmjax.config import load as load_config
+
+
+def train(args: Sequence[str]) -> None:
+    """Train as a config file says; every field of it can be overridden: --config FILE [--optim.init-lr 1e-5 ...]."""
+    from mmjax import run
+
+    if "--config" not in args[:1] or len(args) < 2:
+        raise ValueError("Name a config file first: train --config configs/tiny_minigpt4.py [--FIELD VALUE ...]")
+    config = tyro.cli(RunConfig, args=args[2:], default=load_config(args[1]), prog=f"train --config {args[1]}")
+    run.train(config)
+
+
+def convert(args: Sequence[str]) -> None:
+    """Convert released PyTorch files into a checkpoint: minigpt4 or llama."""
+    from mmjax.convert import convert as conversions
+
+    commands = {"minigpt4": conversions.minigpt4, "llama": conversions.llama}
+    tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="convert")
+
+
+def export(args: Sequence[str]) -> None:
+    """Write a part of a checkpoint or of a finished run in its released PyTorch format."""
+    from mmjax.loaded import export as write
+
+    tyro.cli(write, args=args, prog="mmjax export")
+
+
+def generate(
+    checkpoint: Path,
+    prompt: str,
+    image: tuple[Path, ...] = (),
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    num_beams: int = 1,
+    stop: tuple[str, ...] | None = None,
+    prompt_template: str | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+) -> None:
+    """Print the model's answer to a prompt, with or without pictures.
+
+    Args:
+        checkpoint: converted checkpoint or run folder
+        prompt: the question; pictures are put in front of it unless it says where with <ImageHere>
+        image: picture files
+        max_new_tokens: longest answer
+        temperature: 0 takes the best word, above 0 draws
+        num_beams: above 1 searches with beams
+        stop: strings that end the answer (default: the end symbol the model was trained with)
+        prompt_template: put around the prompt at its {} (default: the checkpoint's)
+        dtype: float32 or bfloat16 (default: what suits the device)
+        seed: of the draws
+    """
+    from mmjax.batch import Sample
+    from mmjax.data.conversation import PICTURE
+    from mmjax.loaded import load
+
+    model = load(checkpoint, dtype=dtype)
+    if image and "<ImageHere>" not in prompt:
+        prompt = PICTURE * len(image) + " " + prompt
+    settings = {} if prompt_template is None else {"prompt_template": prompt_template}
+    words = model.generate(
+        [Sample(images=list(image), prompt=prompt)], max_new_tokens, temperature, num_beams,
+        [model.text.end_sym] if stop is None else stop, seed=seed, **settings)
+    print(words[0])
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "convert": convert,
+    "export": export,
+    "generate": lambda args: tyro.cli(generate, args=args, prog="mmjax generate"),
+}
+
+
+def main(command: str | None = None) -> None:
+    """The entry point; `command` is given by the scripts that stand for one."""
+    args = sys.argv[1:]
+    if command is None:
+        command, args = (args[0], args[1:]) if args else ("--help", [])
+    if command not in COMMANDS:
+        print("usage: mmjax {" + ",".join(COMMANDS) + "} ...\n")
+        for name, what in (("train", train), ("convert", convert), ("export", export), ("generate", generate)):
+            print(f"  {name:9} {what.__doc__.splitlines()[0]}")
+        print("\nmmjax COMMAND --help tells more.")
+        sys.exit(0 if command in ("--help", "-h") else 2)
+    from mmjax.run import TrainingStopped
+
+    try:
+        COMMANDS[command](args)
+    except (ValueError, FileNotFoundError, FileExistsError, TrainingStopped) as error:
+        print(f"mmjax {command}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("Interrupted. A training run goes on from its last checkpoint with the same command.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,104 @@
+"""Scores of a model: choices ranked by their loss, and what it says about the scenes of the embedded default.
+
+B rows   A candidate answers
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from mmjax import steps
+from mmjax.batch import Batch, Sample
+from mmjax.config import ScenesConfig
+from mmjax.data import scenes
+from mmjax.loaded import Loaded
+from mmjax.report import Example
+
+NO_CHOICE = 9999.0  # the loss of a candidate that a row does not have, as in the original
+
+
+def rank(
+    module: nn.Module, params: Any, candidates: Sequence[Batch], counts: Sequence[int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(losses float32[B,A], ranks int[B,A] best first) of A answers to the same B prompts.
+
+    candidates: for each answer the batch that scores it; its loss is each row's sum over the padded length - 1, so a
+                rank depends on the other rows of the batch, as in the original (minigpt_base.py: multi_select)
+    counts:     how many of the candidates each row really has; the others come last
+    """
+
+    @jax.jit
+    def score(params: Any, batch: Batch) -> jax.Array:
+        return steps.loss(module, params, batch, reduction="none")[0]
+
+    losses = np.stack([np.asarray(score(params, batch)) for batch in candidates], axis=1)
+    if counts is not None:
+        absent = np.arange(losses.shape[1]) >= np.asarray(counts)[:, None]
+        losses = np.where(absent, np.float32(NO_CHOICE), losses)
+    return losses, np.argsort(losses, axis=1, kind="stable")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScenesScore:
+    """Shares that are right, by attribute, "whole" caption, "mean" of the attributes, and "questions"."""
+
+    shares: dict[str, float]
+    examples: list[Example]
+
+
+PICTURE = "<Img><ImageHere></Img> "
+
+
+def score_scenes(
+    model: Loaded, shown: Sequence[scenes.Scene], truth: Sequence[scenes.Scene] | None = None
+) -> ScenesScore:
+    """Captions `shown` pictures and asks one question about each; holds the words against `truth`.
+
+    truth: the scenes to score by; None for the ones shown. Other ones give the blind baseline: what a model gets right
+           that does not look.
+    """
+    truth = shown if truth is None else truth
+    pictures = [scenes.draw(scene) for scene in shown]
+    asked = [scenes.questions(scene)[index % len(scenes.questions(scene))] for index, scene in enumerate(truth)]
+
+    def answers(prompts: Sequence[str]) -> list[str]:
+        samples = [Sample(images=[p], prompt=PICTURE + words) for p, words in zip(pictures, prompts, strict=True)]
+        return model.generate(samples, max_new_tokens=48, stop=[model.text.end_sym], batch_size=100)
+
+    captions = answers([scenes.PROMPTS[0]] * len(shown))
+    replies = answers([question.text for question in asked])
+    right = [reply.strip(" .").lower() == question.answer for reply, question in zip(replies, asked, strict=True)]
+    shares = scenes.total(scenes.score(*pair) for pair in zip(captions, truth, strict=True))
+    examples = []
+    for picture, caption, scene, reply, question, is_right in zip(
+            pictures, captions, truth, replies, asked, right, strict=True):
+        whole = scenes.score(caption, scene)["whole"][0] == 1
+        examples.append(Example(picture, scenes.PROMPTS[0], caption, scenes.caption(scene), whole))
+        examples.append(Example(picture, question.text, reply, question.answer, is_right))
+    return ScenesScore({**shares, "questions": float(np.mean(right))}, examples)
+
+
+def scenes_table(model: Loaded, cfg: ScenesConfig, untrained: Loaded | None) -> tuple[list[list[Any]], list[Example]]:
+    """(rows for a table, heading first; examples of the held-out split).
+
+    The rows: held-out scenes, scenes with colour-shape pairs that no training picture had, both with the wrong picture
+    ("blind"), and the model before training.
+    """
+    names = [*scenes.ATTRIBUTES, "mean", "whole", "questions"]
+    table: list[list[Any]] = [["", *names[:-3], "mean of the four", "whole caption", "questions"]]
+    examples: list[Example] = []
+    for split, label in (("held_out", "held-out scenes"), ("new_pairs", "colour-shape pairs never seen")):
+        shown = scenes.scenes(split, cfg.held_out, cfg.seed)
+        score = score_scenes(model, shown)
+        examples = examples or score.examples
+        blind = score_scenes(model, shown[1:] + shown[:1], shown)
+        table.append([label, *(score.shares[name] for name in names)])
+        table.append([f"{label}, blind (wrong picture)", *(blind.shares[name] for name in names)])
+    if untrained is not None:
+        score = score_scenes(untrained, scenes.scenes("held_out", min(cfg.held_out, 100), cfg.seed))
+        table.append(["held-out scenes, before training", *(score.shares[name] for name in names)])
+    return table, examples

@@ -1,0 +1,258 @@
+"""A model ready to use: module, parameters, tokenizer and settings, from a converted checkpoint or a finished run."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from mmjax import generate as generation
+from mmjax import sharding, trees, weights
+from mmjax.batch import Batch, Sample
+from mmjax.checkpoint import trained as read_trained
+from mmjax.config import MeshConfig, TextConfig
+from mmjax.convert.export import export as write_part
+from mmjax.data import images, text
+from mmjax.families import FAMILIES, config_from_dict
+from mmjax.families import shapes as family_shapes
+from mmjax.tokenizer import Tokenizer
+
+FORMAT = 1  # of config.json in a converted checkpoint
+RUN_CARD = "run.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """The description of a converted checkpoint: `config.json` read and checked, no weights."""
+
+    folder: Path
+    family: str
+    config: Any
+    text: TextConfig
+    generation: dict[str, int]
+    fresh: tuple[str, ...]
+
+    @staticmethod
+    def open(folder: str | Path) -> "Checkpoint":
+        """Raises FileNotFoundError or ValueError naming the file and what is wrong with it."""
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} is neither a converted checkpoint (no config.json) nor a finished run "
+                                    f"(no {RUN_CARD}). Make a checkpoint with convert_weights.py.")
+        card = json.loads(path.read_text(encoding="utf-8"))
+        if card.get("format") != FORMAT or card.get("family") not in FAMILIES:
+            raise ValueError(
+                f"{path} is of format {card.get('format')!r} and family {card.get('family')!r}; this mmjax reads "
+                f"format {FORMAT} of {', '.join(FAMILIES)}. Is it a Hugging Face folder? Convert it with convert_weights.py.")
+        config = config_from_dict(FAMILIES[card["family"]].Config, card["architecture"])
+        return Checkpoint(Path(folder), card["family"], config, TextConfig(**card["text"]), card["generation"],
+                          tuple(card["fresh"]))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_folder(self.folder / "tokenizer")
+
+
+def read_params(
+    source: Checkpoint,
+    module: nn.Module,
+    mesh: jax.sharding.Mesh,
+    dtype: Callable[[str], Any],
+    init_fresh: int | None = None,
+) -> dict[str, Any]:
+    """All parameters of `module`, each straight onto its place on the mesh.
+
+    dtype:      of the parameter at a path
+    init_fresh: seed for the parameters that no source file held; None raises ValueError naming them
+    """
+    if source.fresh and init_fresh is None:
+        raise ValueError(
+            f"{source.folder} was converted without {', '.join(source.fresh)}. Convert it with the trained file "
+            "(--projector, --lora), load the run that trained them, or start them anew with init_fresh=SEED.")
+    family = FAMILIES[source.family]
+    shapes = family_shapes(source.family, module.cfg)
+    places = sharding.shardings(shapes, family.AXES, mesh)
+    wanted = {path: jax.ShapeDtypeStruct(shape.shape, dtype(path), sharding=places[path])
+              for path, shape in shapes.items()}
+    flat = trees.flatten(weights.restore(source.folder / "weights", wanted, only=lambda p: p not in source.fresh))
+
+    def fresh() -> dict[str, jax.Array]:
+        variables = module.init(jax.random.key(init_fresh), family.example(module.cfg))
+        initial = trees.flatten(variables["params"])
+        return {path: initial[path].astype(dtype(path)) for path in source.fresh}
+
+    if source.fresh:
+        flat |= jax.jit(fresh, out_shardings={path: places[path] for path in source.fresh})()
+    return trees.unflatten(flat)
+
+
+def read_run(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
+    """The checkpoint that a run started from, with the run's text settings, and the run's card."""
+    card = json.loads((folder / RUN_CARD).read_text(encoding="utf-8"))
+    base = Path(card["checkpoint"])
+    if not base.is_absolute():
+        base = folder / base
+    source = Checkpoint.open(base)
+    config = config_from_dict(FAMILIES[source.family].Config, card["architecture"])
+    return dataclasses.replace(source, text=TextConfig(**card["config"]["text"]), config=config), card
+
+
+def default_dtype() -> str:
+    """bfloat16 on an accelerator; float32 on a CPU, where bfloat16 is no faster."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def load(
+    path: str | Path,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: str | None = None,
+    init_fresh: int | None = None,
+) -> "Loaded":
+    """A converted checkpoint, or a training run (its newest checkpoint on top of the weights it started from).
+
+    mesh:       where the parameters go (`mmjax.sharding.make_mesh`); None for the first device
+    dtype:      of parameters and activations, "float32" or "bfloat16"; None for what suits the device
+    init_fresh: seed for parameters that were never trained (a checkpoint converted without a projector)
+
+    Raises FileNotFoundError or ValueError naming the folder, file or parameters that are not as they should be.
+    """
+    folder, kind = Path(path), jnp.dtype(dtype or default_dtype())
+    mesh = mesh or sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    trained: dict[str, Any] = {}
+    if (folder / RUN_CARD).is_file():
+        source, _ = read_run(folder)
+        trained = read_trained(folder / "checkpoints")
+        source = dataclasses.replace(source, fresh=tuple(name for name in source.fresh if name not in trained))
+    else:
+        source = Checkpoint.open(folder)
+    module = FAMILIES[source.family].Model(source.config, kind)
+    if trained:
+        full = dataclasses.replace(source, fresh=(*source.fresh, *trained))
+        params = read_params(full, module, mesh, lambda _: kind, init_fresh or 0)
+        flat = trees.flatten(params)
+        flat |= {name: jax.device_put(leaf.astype(kind), flat[name].sharding) for name, leaf in trained.items()}
+        params = trees.unflatten(flat)
+    else:
+        params = read_params(source, module, mesh, lambda _: kind, init_fresh)
+    return Loaded(source.family, module, params, source.config, source.tokenizer, source.text, source.generation, mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model with everything around it. `module` and `params` are for `module.apply({"params": params}, batch)`."""
+
+    family: str
+    module: nn.Module
+    params: Any
+    config: Any
+    tokenizer: Tokenizer
+    text: TextConfig
+    generation: dict[str, int]
+    mesh: jax.sharding.Mesh
+
+    def batch(self, samples: Sequence[Sample], length: int | None = None, multiple: int = 1, **settings: Any) -> Batch:
+        """Rows for `mmjax.loss` or the module, as numpy arrays.
+
+        length, multiple: fixed row length, or what the longest row is rounded up to
+        settings:         fields of `TextConfig` that differ from the checkpoint's (max_txt_len, end_sym, ...)
+
+        Raises ValueError naming the rows, pictures or settings that cannot be used.
+        """
+        return collate(samples, self.tokenizer, self._text(settings), self.config, length, multiple)
+
+    def _text(self, settings: dict[str, Any]) -> TextConfig:
+        known = [field.name for field in dataclasses.fields(TextConfig)]
+        if unknown := sorted(settings.keys() - set(known)):
+            raise ValueError(f"No such text settings: {', '.join(unknown)}. There are {', '.join(known)}.")
+        return dataclasses.replace(self.text, **settings)
+
+    def generate(
+        self,
+        samples: Sequence[Sample],
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        num_beams: int = 1,
+        stop: Sequence[str] = (),
+        *,
+        top_k: int = 50,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        length_penalty: float = 1.0,
+        min_length: int = 1,
+        seed: int = 0,
+        batch_size: int | None = None,
+        **settings: Any,
+    ) -> list[str]:
+        """The model's words for each sample's prompt, without special tokens and without the stop string.
+
+        temperature: 0 is greedy (or beam search if `num_beams` > 1), above 0 samples
+        stop:        strings that end a row; the text before the first of them is returned
+        batch_size:  rows generated at once; None for all. The others mean what they mean in `GenerateConfig`.
+
+        Raises ValueError naming the samples or settings that cannot be used.
+        """
+        ids = self.generation
+        config = generation.GenerateConfig(
+            max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=temperature > 0, temperature=temperature,
+            top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, length_penalty=length_penalty,
+            min_length=min_length, bos=ids["bos_token_id"], eos=ids["eos_token_id"], pad=ids["pad_token_id"],
+            stop=tuple(sequence for words in stop for sequence in stop_ids(self.tokenizer, words)))
+        samples = [dataclasses.replace(sample, answer=None) for sample in samples]
+        size = batch_size or len(samples)
+        keys = jax.random.split(jax.random.key(seed), max(len(samples), 1))
+        words: list[str] = []
+        for first in range(0, len(samples), size):
+            chunk = samples[first : first + size]
+            filled = chunk + [chunk[-1]] * (size - len(chunk))  # one row count, one compiled function
+            rows = np.minimum(np.arange(first, first + size), len(samples) - 1)
+            batch = self.batch(filled, multiple=32, **settings)
+            with sharding.use(self.mesh):
+                made = generation.generate(self.module, self.params, batch, config, keys[rows])
+            sequences, lengths = np.asarray(made.sequences), np.asarray(made.lengths)
+            words += [self._words(row[1:length], stop)
+                      for row, length in zip(sequences[: len(chunk)], lengths, strict=False)]
+        return words
+
+    def _words(self, ids: np.ndarray, stop: Sequence[str]) -> str:
+        words = self.tokenizer.decode([int(i) for i in ids])
+        cuts = [words.index(end) for end in stop if end in words]
+        return words[: min(cuts, default=None)].strip()
+
+
+def collate(samples: Sequence[Sample], tokenizer: Tokenizer, settings: TextConfig, config: Any,
+            length: int | None = None, multiple: int = 1) -> Batch:
+    """Samples to a batch: text and pictures. `config` is the family's."""
+    rows = text.rows(samples, tokenizer, settings, config.image_tokens, length, multiple)
+    pictures = None if config.image_size is None else images.stack(samples, config.image_size)
+    return dataclasses.replace(rows, images=pictures)
+
+
+def stop_ids(tokenizer: Tokenizer, words: str) -> list[tuple[int, ...]]:
+    """The ways a vocabulary writes a stop string: at the start of a word and glued to the one before."""
+    before = tokenizer.encode("a")
+    glued = tokenizer.encode("a" + words)
+    ways = [tuple(tokenizer.encode(words))]
+    if glued[: len(before)] == before:
+        ways.append(tuple(glued[len(before) :]))
+    return [way for way in dict.fromkeys(ways) if way]
+
+
+def export(checkpoint: Path, part: str, out: Path) -> None:
+    """Writes a part of a converted checkpoint or of a training run in its released PyTorch format.
+
+    Args:
+        checkpoint: converted checkpoint, or run folder (its newest trained parameters are written)
+        part: projector (with LoRA if there is one), vit, qformer or llama
+        out: file to write; a folder for llama
+    """
+    folder = Path(checkpoint)
+    if (folder / RUN_CARD).is_file():
+        source, _ = read_run(folder)
+        write_part(source.folder, part, Path(out), trained=read_trained(folder / "checkpoints"))
+    else:
+        write_part(folder, part, Path(out))

@@ -1,0 +1,321 @@
+"""A training run from its configuration to its report: what `train.py` and `mmjax train` call."""
+
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mmjax import checkpoint, evaluate, loaded, optim, report, sharding, steps, trees
+from mmjax.batch import Batch, Sample
+from mmjax.config import RunConfig
+from mmjax.convert import convert
+from mmjax.data import formats, pipeline, scenes
+from mmjax.families import FAMILIES
+
+console = Console(stderr=True)
+FORMAT = 1  # of the run's card
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message says why, where the last good checkpoint is, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run left behind."""
+
+    folder: Path
+    step: int
+    loss: float | None
+    scores: list[list[Any]] | None
+
+
+def train(config: RunConfig) -> Run:
+    """Trains as configured, or goes on with the run in `config.out` where it stopped.
+
+    Raises ValueError for a configuration that cannot work, before anything is written, and `TrainingStopped` when the
+    numbers say that going on is pointless.
+    """
+    check(config)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    prepare(config)
+
+    source = loaded.Checkpoint.open(config.weights.checkpoint)
+    source = dataclasses.replace(source, config=architecture(source, config), text=config.text)
+    family = FAMILIES[source.family]
+    mesh = sharding.make_mesh(config.mesh)
+    if config.data.batch_size % sharding.ways(mesh, "batch"):
+        raise ValueError(f"data.batch_size = {config.data.batch_size} cannot be cut into "
+                         f"{sharding.ways(mesh, 'batch')} (mesh {dict(mesh.shape)}).")
+    rules = config.trained or family.TRAINED
+    dtype = jnp.dtype(config.weights.dtype)
+    module = family.Model(source.config, dtype, config.remat)
+
+    with sharding.use(mesh):
+        params = loaded.read_params(
+            source, module, mesh, lambda path: jnp.float32 if trees.matches(path, rules) else dtype, config.seed)
+        mask = trees.mask(params, rules)
+        trained, frozen = trees.split(start_from(config, params), mask)
+        first = jax.tree.map(jnp.copy, trained)  # training reuses the memory of `trained`
+        optimizer = optim.optimizer(config.optim)
+        state = steps.start(trained, optimizer, config.seed)
+        before = int(steps.fingerprint(frozen))
+        checkpoints = checkpoint.Checkpoints(out / "checkpoints", config.keep)
+        state, started = resume(state, checkpoints, mesh)
+        write_card(config, source, out)
+        announce(source, params, mask, mesh, started, config)
+
+        records = formats.cc_sbu_align(config.data.path)
+        tokenizer = source.tokenizer
+
+        def collate(samples: list[Sample]) -> Batch:
+            return loaded.collate(samples, tokenizer, config.text, source.config, multiple=config.data.length_multiple)
+
+        batches = pipeline.batches(records, config.data, collate, started)
+        state, loss = loop(config, module, optimizer, state, frozen, batches, checkpoints, source, mesh, started)
+        checkpoints.save(int(state.step), state)
+        checkpoints.close()
+        if int(steps.fingerprint(frozen)) != before:
+            raise TrainingStopped("Frozen parameters changed during training. That is a bug in mmjax; please report it "
+                                  f"with {out / loaded.RUN_CARD}.")
+        scores = None
+        if config.data.scenes is not None:
+            after, before_training = (trees.merge(part, frozen) for part in (state.params, first))
+            scores = finish_scenes(config, source, mesh, after, before_training)
+    return Run(out, int(state.step), loss, scores)
+
+
+def check(config: RunConfig) -> None:
+    """Raises ValueError naming everything in the configuration that cannot work."""
+    o, d = config.optim, config.data
+    wrong = [
+        message for holds, message in (
+            (config.out, "out: the run needs a folder"),
+            (config.weights.checkpoint, "weights.checkpoint: name the converted checkpoint to start from"),
+            (d.path, "data.path: name the folder with the pictures and captions"),
+            (d.batch_size > 0, f"data.batch_size = {d.batch_size}: at least 1"),
+            (o.steps > 0, f"optim.epochs · optim.steps_per_epoch = {o.steps}: at least 1"),
+            (o.accumulate > 0, f"optim.accumulate = {o.accumulate}: at least 1"),
+            (config.log_every > 0 and config.save_every > 0, "log_every and save_every: at least 1"),
+            (config.weights.dtype in ("float32", "bfloat16"), f"weights.dtype = {config.weights.dtype!r}: "
+                                                              "float32 or bfloat16"),
+        ) if not holds
+    ]
+    if wrong:
+        raise ValueError("This configuration cannot run:\n  " + "\n  ".join(wrong))
+
+
+def prepare(config: RunConfig) -> None:
+    """Converts the sources and draws the scenes, where the configuration asks for it and it has not been done."""
+    weights, data = config.weights, config.data
+    if weights.sources and not Path(weights.checkpoint).exists():
+        console.print(f"Converting released files into {weights.checkpoint}")
+        command = convert.minigpt4 if "vit" in weights.sources else convert.llama
+        command(out=weights.checkpoint, **weights.sources)
+    if data.scenes is not None and not (Path(data.path) / "filter_cap.json").exists():
+        console.print(f"Drawing {data.scenes.count} scenes into {data.path}")
+        scenes.write(data.path, scenes.scenes("train", data.scenes.count, data.scenes.seed))
+
+
+def architecture(source: loaded.Checkpoint, config: RunConfig) -> Any:
+    """The checkpoint's, with the run's picture size and drop path."""
+    changes = {}
+    if config.image_size is not None:
+        changes["image_size"] = config.image_size
+    if config.drop_path:
+        changes["drop_path"] = config.drop_path
+    if not changes:
+        return source.config
+    if not hasattr(source.config, "vit"):
+        raise ValueError(f"The family {source.family} has no picture tower: {', '.join(changes)} cannot be set.")
+    return dataclasses.replace(source.config, vit=dataclasses.replace(source.config.vit, **changes))
+
+
+def start_from(config: RunConfig, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters with those that an earlier run trained in their places."""
+    if config.weights.start_from is None:
+        return params
+    flat = trees.flatten(params)
+    earlier = checkpoint.trained(Path(config.weights.start_from) / "checkpoints")
+    if wrong := trees.compare({path: flat.get(path, leaf) for path, leaf in earlier.items()}, earlier):
+        raise ValueError(f"weights.start_from: the run {config.weights.start_from} trained another model:\n  "
+                         + "\n  ".join(wrong))
+    placed = {path: jax.device_put(leaf.astype(flat[path].dtype), flat[path].sharding)
+              for path, leaf in earlier.items()}
+    return trees.unflatten(flat | placed)
+
+
+def resume(state: steps.TrainState, checkpoints: checkpoint.Checkpoints, mesh: Any) -> tuple[steps.TrainState, int]:
+    """The newest checkpoint's state and step; the given state and 0 if there is none."""
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def on_mesh(leaf: jax.Array) -> jax.Array:
+        return leaf if isinstance(leaf.sharding, jax.sharding.NamedSharding) else jax.device_put(leaf, everywhere)
+
+    state = jax.tree.map(on_mesh, state)
+    if checkpoints.latest is None:
+        return state, 0
+    state = checkpoints.restore(state)
+    return state, int(state.step)
+
+
+def loop(config, module, optimizer, state, frozen, batches, checkpoints, source, mesh, started):
+    """The steps from `started` on; returns the state and the last loss. See `TrainingStopped`."""
+    step = steps.train_step(module, optimizer)
+    place = sharding.batch_sharding(mesh)
+    log = Log(Path(config.out) / "metrics.jsonl", started, config)
+    loss = None
+    saved = checkpoints.latest
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
+               TimeElapsedColumn(), TimeRemainingColumn())
+    with log, Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=config.optim.steps, completed=started, loss="")
+        for item in itertools.islice(batches, config.optim.steps - started):
+            if not np.any(item.batch.loss_mask[:, 1:]):
+                raise TrainingStopped(
+                    f"Batch {item.number} has no token to learn: all its answers are empty or cut away "
+                    f"(text.max_txt_len = {config.text.max_txt_len}). Its samples: {', '.join(item.names)}. "
+                    + last_good(checkpoints, saved))
+            state, metrics = step(state, frozen, jax.device_put(item.batch, place))
+            loss = float(metrics["loss"])
+            if not bool(metrics["finite"]):
+                raise TrainingStopped(
+                    f"The loss or a gradient of batch {item.number} is not finite (loss {loss}, gradient norm "
+                    f"{float(metrics['grad_norm'])}). Its samples: {', '.join(item.names)}. The update was not made. "
+                    + last_good(checkpoints, saved))
+            if item.number == 0 and config.check_first_loss:
+                check_first_loss(loss, source.config.llama.vocab, {"trained": state.params, "frozen": frozen})
+            log.add(item, metrics, loss)
+            bar.update(task, advance=1, loss=f"loss {loss:.3f}")
+            if (item.number + 1) % config.save_every == 0:
+                checkpoints.save(item.number + 1, state)
+                saved = item.number + 1
+    return state, loss
+
+
+def last_good(checkpoints: checkpoint.Checkpoints, saved: int | None) -> str:
+    checkpoints.close()
+    if saved is None:
+        return "No checkpoint had been saved yet."
+    return f"The last good checkpoint is of step {saved}; the same command goes on from there."
+
+
+def check_first_loss(loss: float, vocab: int, parts: dict[str, Any]) -> None:
+    """Raises TrainingStopped if the first loss is that of a model that holds every word for equally likely."""
+    if abs(loss - math.log(vocab)) > 0.01 * math.log(vocab):
+        return
+    dead = [f"{part}/{path}" for part, tree in parts.items() for path, leaf in _named(tree)
+            if path.startswith("llama/") and not path.endswith("lora_b") and float(jnp.abs(leaf).max()) == 0]
+    raise TrainingStopped(
+        f"The first loss is {loss:.4f}, which is ln({vocab}) = {math.log(vocab):.4f}: the language model holds every "
+        "word for equally likely. Its weights are missing or broken, or an unmerged delta was converted as if it were "
+        "a model. " + (f"These tensors are all zero: {', '.join(dead)}. " if dead else "")
+        + "Convert the language model again (`--delta` merges a Vicuna delta); to train a random language model on "
+        "purpose set check_first_loss=False.")
+
+
+def _named(tree: Any) -> Iterator[tuple[str, Any]]:
+    yield from ((path, leaf) for path, leaf in trees.flatten(tree).items() if leaf is not None)
+
+
+class Log:
+    """`metrics.jsonl`: one line each `log_every` steps, and the first and the last."""
+
+    def __init__(self, path: Path, started: int, config: RunConfig):
+        self._config, self._path = config, path
+        self._since, self._images, self._tokens = time.monotonic(), 0, 0
+        if path.exists():  # what an interrupted run wrote beyond its last checkpoint will be written again
+            kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] < started]
+            path.write_text("".join(line + "\n" for line in kept))
+
+    def __enter__(self) -> "Log":
+        self._file = self._path.open("a", buffering=1)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._file.close()
+
+    def add(self, item: pipeline.Step, metrics: dict[str, Any], loss: float) -> None:
+        self._images += len(item.names)
+        self._tokens += item.batch.tokens.size
+        last = item.number + 1 == self._config.optim.steps
+        if item.number % self._config.log_every and not last:
+            return
+        seconds = time.monotonic() - self._since
+        line = {
+            "step": item.number,
+            "loss": loss,
+            "lr": float(optim.learning_rate(self._config.optim, item.number)),
+            "grad_norm": float(metrics["grad_norm"]),
+            "targets": int(metrics["tokens"]),
+            "samples_per_second": round(self._images / seconds, 2),
+            "tokens_per_second": round(self._tokens / seconds, 1),
+        }
+        self._file.write(json.dumps(line) + "\n")
+        self._since, self._images, self._tokens = time.monotonic(), 0, 0
+
+
+def write_card(config: RunConfig, source: loaded.Checkpoint, out: Path) -> None:
+    """`run.json`: what anyone needs to load, repeat or understand the run."""
+    card = {
+        "format": FORMAT,
+        "family": source.family,
+        "checkpoint": os.path.relpath(source.folder.absolute(), out.absolute()),
+        "architecture": dataclasses.asdict(source.config),
+        "trained": list(config.trained or FAMILIES[source.family].TRAINED),
+        "config": dataclasses.asdict(config),
+        "versions": {name: importlib.metadata.version(name) for name in ("mmjax", "jax", "flax", "optax")}
+        | {"python": platform.python_version()},
+        "devices": [str(device) for device in jax.devices()],
+    }
+    partial = out / (loaded.RUN_CARD + ".partial")
+    partial.write_text(json.dumps(card, indent=2) + "\n")
+    partial.rename(out / loaded.RUN_CARD)
+
+
+def announce(source, params, mask, mesh, started: int, config: RunConfig) -> None:
+    """What is about to happen, in three lines."""
+    sizes = {True: 0, False: 0}
+    for leaf, is_trained in zip(jax.tree.leaves(params), jax.tree.leaves(mask), strict=True):
+        sizes[is_trained] += leaf.size
+    console.print(f"[bold]{source.family}[/bold] from {source.folder}: {sizes[True]:,} parameters trained, "
+                  f"{sizes[False]:,} frozen ({config.weights.dtype})")
+    console.print(f"mesh {dict(mesh.shape)} of {mesh.size} {mesh.devices.flat[0].platform} device(s); "
+                  f"run folder {config.out}")
+    if started:
+        console.print(f"Going on at step {started} of {config.optim.steps}.")
+
+
+def finish_scenes(config: RunConfig, source: loaded.Checkpoint, mesh, trained_params, first_params):
+    """Scores the trained model on scenes it never saw; prints the table and writes the report."""
+    console.print("Scoring held-out scenes, with the right and with the wrong picture")
+    dtype = jnp.dtype(config.weights.dtype)
+    module = FAMILIES[source.family].Model(source.config, dtype)
+    model = loaded.Loaded(source.family, module, trained_params, source.config, source.tokenizer, config.text,
+                          source.generation, mesh)
+    untrained = dataclasses.replace(model, params=first_params)
+    rows, examples = evaluate.scenes_table(model, config.data.scenes, untrained)
+    page = report.write(Path(config.out) / "report", "mmjax: MiniGPT-4 on scenes", Path(config.out) / "metrics.jsonl",
+                        examples[:24], rows)
+    (Path(config.out) / "scores.json").write_text(json.dumps(rows, indent=2) + "\n")
+    table = Table(*map(str, rows[0]), title="share that is right")
+    for row in rows[1:]:
+        table.add_row(row[0], *(f"{value:.3f}" for value in row[1:]))
+    Console().print(table)
+    Console().print(f"Report with pictures: {page}")
+    return rows
