@@ -1,0 +1,305 @@
+"""LLaMA, Vicuna and other models of that architecture, as Hugging Face's folders hold them.
+
+V vocabulary   D model   F feed-forward   N query heads   K key and value heads   H head   R LoRA rank
+
+Facts: transformers' modeling_llama.py and configuration_llama.py, peft 0.2.0's key names, FastChat's apply_delta.py.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmjax.convert import safetensors, torch_file
+from mmjax.convert.lazy import LazyTensor, WeightFileError
+from mmjax.convert.tables import Computed, Entry, Problems, expand, flat, read_json, reason
+from mmjax.models.llama import LlamaConfig
+from mmjax.tokenizer import Tokenizer
+
+LLAMA = (
+    ("model.embed_tokens.weight", "llama/embedding", "V D -> V D"),
+    ("model.layers.{L}.input_layernorm.weight", "llama/layers/attn_norm/scale", "D -> D"),
+    ("model.layers.{L}.self_attn.q_proj.weight", "llama/layers/attn/q/w", "(N H) D -> D N H"),
+    ("model.layers.{L}.self_attn.k_proj.weight", "llama/layers/attn/k/w", "(K H) D -> D K H"),
+    ("model.layers.{L}.self_attn.v_proj.weight", "llama/layers/attn/v/w", "(K H) D -> D K H"),
+    ("model.layers.{L}.self_attn.o_proj.weight", "llama/layers/attn/o/w", "D (N H) -> N H D"),
+    ("model.layers.{L}.post_attention_layernorm.weight", "llama/layers/mlp_norm/scale", "D -> D"),
+    ("model.layers.{L}.mlp.gate_proj.weight", "llama/layers/mlp/gate/w", "F D -> D F"),
+    ("model.layers.{L}.mlp.up_proj.weight", "llama/layers/mlp/up/w", "F D -> D F"),
+    ("model.layers.{L}.mlp.down_proj.weight", "llama/layers/mlp/down/w", "D F -> F D"),
+    ("model.norm.weight", "llama/norm/scale", "D -> D"),
+)
+HEAD = (("lm_head.weight", "llama/head/w", "V D -> D V"),)
+IGNORED = (
+    (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "a buffer; rotary frequencies are computed from config"),
+)
+TIED = (("lm_head\\.weight", "the same matrix as the embedding (tie_word_embeddings)"),)
+_PEFT = "llama_model.base_model.model.model.layers.{L}.self_attn."
+LORA = (  # peft 0.2.0's names; newer ones have ".default" before ".weight", which `minigpt4.trained` takes out
+    (_PEFT + "q_proj.lora_A.weight", "llama/layers/attn/q/lora_a", "R D -> D R"),
+    (_PEFT + "q_proj.lora_B.weight", "llama/layers/attn/q/lora_b", "(N H) R -> R N H"),
+    (_PEFT + "v_proj.lora_A.weight", "llama/layers/attn/v/lora_a", "R D -> D R"),
+    (_PEFT + "v_proj.lora_B.weight", "llama/layers/attn/v/lora_b", "(K H) R -> R K H"),
+)
+
+FIELDS = {  # config.json -> LlamaConfig
+    "vocab_size": "vocab",
+    "num_hidden_layers": "depth",
+    "hidden_size": "dim",
+    "num_attention_heads": "heads",
+    "intermediate_size": "hidden",
+}
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLE = ("model.safetensors", "pytorch_model.bin")
+TOKENIZER_FILES = (
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+DELTA_SCALE = 0.05  # RMSNorm scales of a model are of the order of 1, those of a delta below 0.01
+PADDED_VOCABULARY = 64  # embeddings may be padded with unused rows to a multiple of this
+
+
+def entries(cfg: LlamaConfig) -> list[Entry]:
+    """What a folder's tensors become; LoRA apart."""
+    return expand(LLAMA if cfg.tied else LLAMA + HEAD, axes(cfg), {"L": range(cfg.depth)})
+
+
+def lora_entries(cfg: LlamaConfig) -> list[Entry]:
+    return expand(LORA, axes(cfg), {"L": range(cfg.depth)}) if cfg.lora_rank else []
+
+
+def axes(cfg: LlamaConfig) -> dict[str, int]:
+    return {"V": cfg.vocab, "D": cfg.dim, "F": cfg.hidden, "N": cfg.heads, "K": cfg.kv_heads, "H": cfg.head_dim,
+            "R": cfg.lora_rank}
+
+
+def ignored(cfg: LlamaConfig) -> tuple[tuple[str, str], ...]:
+    return IGNORED + TIED if cfg.tied else IGNORED
+
+
+@dataclasses.dataclass(frozen=True)
+class Release:
+    """A language model, opened but not read.
+
+    files:      the weight files, for fingerprints
+    tokenizer:  the folder whose tokenizer belongs to it
+    generation: {"bos_token_id", "eos_token_id", "pad_token_id"}
+    """
+
+    files: tuple[Path, ...]
+    tensors: Mapping[str, LazyTensor]
+    cfg: LlamaConfig
+    generation: dict[str, Any]
+    tokenizer: Path
+
+
+def open_release(folder: Path, delta: Path | None, problems: Problems) -> Release | None:
+    """Opens a folder, and adds a delta to it if there is one.
+
+    What is wrong goes to `problems`; then the release may have no tensors, and without a config there is none.
+    """
+    cfg = read_config(folder, problems)
+    files, tensors = read_tensors(folder, problems)
+    if cfg is None:
+        return None
+    if is_delta(tensors):
+        problems.append(f"{folder} holds a delta, not a model: its norm scales are near 0 (a model's are near 1). "
+                        f"Give the base model as --llama and this folder as --delta.")
+    tokenizer = folder
+    if delta is not None:
+        delta_files, changes = read_tensors(delta, problems)
+        if changes and not is_delta(changes):
+            problems.append(f"{delta} was given as --delta, but it holds a whole model: its norm scales are not near "
+                            "0. Give it as --llama, without --delta.")
+        if tensors and changes:
+            tensors = add_delta(tensors, changes, folder.name, delta.name, problems)
+        files += delta_files
+        if _has_tokenizer(delta):  # a delta may bring words of its own
+            tokenizer = delta
+        if "model.embed_tokens.weight" in tensors:
+            rows = tensors["model.embed_tokens.weight"].shape[0]
+            if rows > cfg.vocab:  # only a delta may add words: config.json is the base's
+                cfg = dataclasses.replace(cfg, vocab=rows)
+    check_vocabulary(tokenizer, cfg, tensors, problems)
+    if cfg.tied and "lm_head.weight" in tensors and "model.embed_tokens.weight" in tensors:
+        if not np.array_equal(tensors["lm_head.weight"].read(), tensors["model.embed_tokens.weight"].read()):
+            problems.append(f"{folder}: config.json says tie_word_embeddings, but lm_head.weight is not the same "
+                            "matrix as model.embed_tokens.weight. Correct whichever is wrong.")
+    return Release(tuple(files), tensors, cfg, generation_ids(folder, problems), tokenizer)
+
+
+def read_config(folder: Path, problems: Problems) -> LlamaConfig | None:
+    """config.json, in its old and new spelling. Every field that asks for something else than LLaMA is a problem."""
+    path = folder / "config.json"
+    if not path.is_file():
+        problems.append(f"{folder} has no config.json; --llama wants a folder as transformers saves it.")
+        return None
+    values = read_json(path, problems)
+    missing = [name for name in FIELDS if not isinstance(values.get(name), int) or values[name] <= 0]
+    if missing:
+        problems.append(f"{path} says nothing about {', '.join(missing)}; is it a LLaMA's config.json?")
+        return None
+    rope = dict(values.get("rope_parameters") or {})
+    scaling = {**rope, **dict(values.get("rope_scaling") or {})}
+    refused = {
+        "model_type": (values.get("model_type", "llama"), "llama"),
+        "hidden_act": (values.get("hidden_act", "silu"), "silu"),
+        "attention_bias": (values.get("attention_bias", False), False),
+        "mlp_bias": (values.get("mlp_bias", False), False),
+        "quantization_config": (values.get("quantization_config"), None),
+        "rope scaling": (scaling.get("rope_type", scaling.get("type", "default")), "default"),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)), 1.0),
+    }
+    problems.extend(f"{path}: {name} is {got!r}; only {wanted!r} is supported."
+                    for name, (got, wanted) in refused.items() if got != wanted)
+    heads = values["num_attention_heads"]
+    kv_heads = values.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        problems.append(f"{path}: {kv_heads} key and value heads do not divide {heads} heads.")
+    return LlamaConfig(
+        **{ours: values[theirs] for theirs, ours in FIELDS.items()},
+        kv_heads=kv_heads,
+        head_dim=values.get("head_dim") or values["hidden_size"] // heads,
+        eps=values.get("rms_norm_eps", 1e-6),
+        rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10_000.0),
+        max_positions=values.get("max_position_embeddings", 2_048),
+        tied=bool(values.get("tie_word_embeddings", False)),
+    )
+
+
+def generation_ids(folder: Path, problems: Problems) -> dict[str, Any]:
+    """What generation starts from, stops at (an id, or a list of ids) and fills finished rows with.
+
+    generation_config.json holds, unless it says that it was derived from config.json: then config.json does. Without
+    a pad id finished rows are filled with the end's, as transformers does.
+    """
+    config = read_json(folder / "config.json", problems)
+    path = folder / "generation_config.json"
+    chosen = read_json(path, problems) if path.is_file() else {"_from_model_config": True}
+    names, defaults = ("bos_token_id", "eos_token_id", "pad_token_id"), (1, 2, None)
+    if chosen.get("_from_model_config"):
+        ids = {name: config.get(name, default) for name, default in zip(names, defaults, strict=True)}
+    else:
+        ids = {name: chosen.get(name) for name in names}
+    if ids["pad_token_id"] is None:
+        end = ids["eos_token_id"]
+        ids["pad_token_id"] = end[0] if isinstance(end, list) else end
+    return ids
+
+
+def read_tensors(folder: Path, problems: Problems) -> tuple[list[Path], dict[str, LazyTensor]]:
+    """(weight files, tensors) of a folder: one file, or shards and their index, in safetensors or PyTorch's format.
+
+    No tensors come with a problem: those of a missing shard would all be reported again, one by one.
+    """
+    before = len(problems)
+    index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
+    if index is None:
+        single = next((folder / name for name in SINGLE if (folder / name).is_file()), None)
+        if single is None:
+            meta = " It is in Meta's own format; transformers' convert_llama_weights_to_hf.py makes the folder we read."
+            problems.append(f"{folder} holds no weights: none of {', '.join(INDEXES + SINGLE)} is there."
+                            + meta * (folder / "params.json").is_file())
+            return [], {}
+        return [single], read_file(single, problems)
+    where = read_json(index, problems).get("weight_map", {})
+    if not where or any(Path(name).name != name for name in where.values()):
+        problems.append(f"{index} has no weight_map that names files of its own folder.")
+        return [], {}
+    files = [folder / name for name in sorted(set(where.values()))]
+    absent = [file.name for file in files if not file.is_file()]
+    problems.extend(f"{folder}: {name} is missing, though {index.name} lists it. Download the folder again."
+                    for name in absent)
+    tensors: dict[str, LazyTensor] = {}
+    for file in files:
+        if file.name not in absent:
+            found = read_file(file, problems)
+            problems.extend(f"{file.name}: {key} is here, but {index.name} does not say so"
+                             for key in found if where.get(key) != file.name)
+            problems.extend(f"{file.name}: {key} is missing, though {index.name} says it is here"
+                             for key in where if where[key] == file.name and key not in found)
+            tensors.update(found)
+    return files, tensors if len(problems) == before else {}
+
+
+def read_file(path: Path, problems: Problems) -> dict[str, LazyTensor]:
+    """A flat file of tensors, in either format."""
+    try:
+        found = safetensors.load(path) if path.suffix == ".safetensors" else torch_file.load(path)
+    except WeightFileError as error:
+        problems.append(str(error))
+        return {}
+    return flat(path, found, problems)
+
+
+def is_delta(tensors: Mapping[str, Any]) -> bool:
+    """Do the norm scales lie around 0, as those of a difference of two models do?"""
+    scales = [np.abs(tensor.read().astype(np.float32)).mean()
+              for key, tensor in tensors.items() if key.endswith("norm.weight")]
+    return bool(scales) and float(np.median(scales)) < DELTA_SCALE
+
+
+def add_delta(
+    base: Mapping[str, LazyTensor], delta: Mapping[str, LazyTensor], name: str, delta_name: str, problems: Problems
+) -> dict[str, Computed]:
+    """base + delta, tensor by tensor while they are read: added in float32, rounded once to the base's dtype.
+
+    For float16 files that is what FastChat's apply_delta computes. Where the delta has more rows of words, the new
+    rows are the delta's own.
+    """
+    base = {key: tensor for key, tensor in base.items() if reason(key, IGNORED) is None}
+    delta = {key: tensor for key, tensor in delta.items() if reason(key, IGNORED) is None}
+    problems.extend(f"{key} is in {name} but not in the delta {delta_name}"
+                    for key in sorted(base.keys() - delta.keys()))
+    problems.extend(f"{key} is in the delta {delta_name} but not in {name}"
+                    for key in sorted(delta.keys() - base.keys()))
+    summed = {}
+    for key in [key for key in base if key in delta]:
+        small, large = tuple(base[key].shape), tuple(delta[key].shape)
+        grows = key in ("model.embed_tokens.weight", "lm_head.weight") and large[0] > small[0]
+        if small[int(grows):] != large[int(grows):]:
+            problems.append(f"{key} has shape {list(small)} in {name} but {list(large)} in the delta {delta_name}: "
+                            "they belong to different models.")
+        summed[key] = Computed(key, large, base[key].dtype, lambda key=key: _sum(base[key], delta[key]))
+    return summed
+
+
+def _sum(base: LazyTensor, delta: LazyTensor) -> np.ndarray:
+    old, change = base.read(), delta.read()
+    result = old if old.shape == change.shape else change.astype(base.dtype)
+    np.add(old, change[: len(old)], out=result[: len(old)], dtype=np.float32, casting="unsafe")
+    return result
+
+
+def check_vocabulary(folder: Path, cfg: LlamaConfig, tensors: Mapping[str, Any], problems: Problems) -> None:
+    """Embedding rows, config.json and tokenizer must agree.
+
+    More rows than words is legal only as padding to a multiple of 64; fewer rows never is, because a word without a
+    row would silently read another one's.
+    """
+    table = tensors.get("model.embed_tokens.weight")
+    if table is None:
+        return  # reported as missing
+    rows = table.shape[0]
+    hint = "Released models differ here (32000 or 32001 words): take all files from the same release."
+    if rows != cfg.vocab:
+        problems.append(f"model.embed_tokens.weight has {rows} rows, config.json says vocab_size {cfg.vocab}. {hint}")
+    if not _has_tokenizer(folder):
+        problems.append(f"{folder} has neither tokenizer.model nor tokenizer.json. Copy the tokenizer files of the "
+                        "release into it.")
+        return
+    try:
+        words = Tokenizer.from_folder(folder).vocab_size
+    except ValueError as error:
+        problems.append(str(error))
+        return
+    if rows < words:
+        problems.append(f"model.embed_tokens.weight has {rows} rows, the tokenizer in {folder} has {words} words, "
+                        f"added tokens included. {hint}")
+    elif rows > words and rows != -(-words // PADDED_VOCABULARY) * PADDED_VOCABULARY:
+        problems.append(f"model.embed_tokens.weight has {rows} rows, the tokenizer in {folder} has only {words} words, "
+                        f"added tokens included. {hint}")
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))

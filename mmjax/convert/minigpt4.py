@@ -1,0 +1,282 @@
+"""The released files of MiniGPT-4 and MiniGPT-v2: eva_vit.pth, blip2_pretrained*.pth and the trained checkpoints.
+
+Vision: C colours   P, Q patch sides   S 1 + patches   T q, k and v   D model   F feed-forward   N heads   H head
+Q-Former: A queries   D model   E picture width   F feed-forward   N heads   H head
+Projector: E input   D language model
+
+Facts: minigpt4/models/{eva_vit,Qformer,minigpt_base}.py, and what its runner saves (minigpt4/runners/runner_base.py).
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmjax.convert import llama, torch_file
+from mmjax.convert.lazy import LazyTensor, WeightFileError
+from mmjax.convert.tables import Entry, Problems, expand, flat, read_json
+from mmjax.models.eva_vit import VitConfig
+from mmjax.models.llama import LlamaConfig
+from mmjax.models.qformer import QFormerConfig
+
+EVA_VIT = (
+    ("cls_token", "vit/cls", "1 1 D -> D"),
+    ("pos_embed", "vit/pos", "1 S D -> S D"),
+    ("patch_embed.proj.weight", "vit/patch/w", "D C P Q -> C P Q D"),
+    ("patch_embed.proj.bias", "vit/patch/b", "D -> D"),
+    ("blocks.{L}.norm1.weight", "vit/blocks/norm1/scale", "D -> D"),
+    ("blocks.{L}.norm1.bias", "vit/blocks/norm1/bias", "D -> D"),
+    ("blocks.{L}.attn.qkv.weight", "vit/blocks/attn/qkv/w", "(T N H) D -> D T N H"),
+    ("blocks.{L}.attn.q_bias", "vit/blocks/attn/qkv/q_b", "(N H) -> N H"),
+    ("blocks.{L}.attn.v_bias", "vit/blocks/attn/qkv/v_b", "(N H) -> N H"),
+    ("blocks.{L}.attn.proj.weight", "vit/blocks/attn/o/w", "D (N H) -> N H D"),
+    ("blocks.{L}.attn.proj.bias", "vit/blocks/attn/o/b", "D -> D"),
+    ("blocks.{L}.norm2.weight", "vit/blocks/norm2/scale", "D -> D"),
+    ("blocks.{L}.norm2.bias", "vit/blocks/norm2/bias", "D -> D"),
+    ("blocks.{L}.mlp.fc1.weight", "vit/blocks/mlp/fc1/w", "F D -> D F"),
+    ("blocks.{L}.mlp.fc1.bias", "vit/blocks/mlp/fc1/b", "F -> F"),
+    ("blocks.{L}.mlp.fc2.weight", "vit/blocks/mlp/fc2/w", "D F -> F D"),
+    ("blocks.{L}.mlp.fc2.bias", "vit/blocks/mlp/fc2/b", "D -> D"),
+)
+EVA_VIT_IGNORED = (
+    (r"norm\.(weight|bias)", "MiniGPT-4 takes the tokens before the final norm"),
+    (r"head\.(weight|bias)", "the classifier"),
+)
+
+LN_VISION = (
+    ("ln_vision.weight", "ln_vision/scale", "E -> E"),
+    ("ln_vision.bias", "ln_vision/bias", "E -> E"),
+)
+_LAYER = "Qformer.bert.encoder.layer."
+QFORMER = (  # {i} every layer, {c} every layer that reads the picture
+    ("query_tokens", "qformer/query_tokens", "1 A D -> A D"),
+    ("Qformer.bert.embeddings.LayerNorm.weight", "qformer/norm/scale", "D -> D"),
+    ("Qformer.bert.embeddings.LayerNorm.bias", "qformer/norm/bias", "D -> D"),
+    (_LAYER + "{i}.attention.self.query.weight", "qformer/layer_{i}/attn/q/w", "(N H) D -> D N H"),
+    (_LAYER + "{i}.attention.self.query.bias", "qformer/layer_{i}/attn/q/b", "(N H) -> N H"),
+    (_LAYER + "{i}.attention.self.key.weight", "qformer/layer_{i}/attn/k/w", "(N H) D -> D N H"),
+    (_LAYER + "{i}.attention.self.key.bias", "qformer/layer_{i}/attn/k/b", "(N H) -> N H"),
+    (_LAYER + "{i}.attention.self.value.weight", "qformer/layer_{i}/attn/v/w", "(N H) D -> D N H"),
+    (_LAYER + "{i}.attention.self.value.bias", "qformer/layer_{i}/attn/v/b", "(N H) -> N H"),
+    (_LAYER + "{i}.attention.output.dense.weight", "qformer/layer_{i}/attn/o/w", "D (N H) -> N H D"),
+    (_LAYER + "{i}.attention.output.dense.bias", "qformer/layer_{i}/attn/o/b", "D -> D"),
+    (_LAYER + "{i}.attention.output.LayerNorm.weight", "qformer/layer_{i}/attn_norm/scale", "D -> D"),
+    (_LAYER + "{i}.attention.output.LayerNorm.bias", "qformer/layer_{i}/attn_norm/bias", "D -> D"),
+    (_LAYER + "{c}.crossattention.self.query.weight", "qformer/layer_{c}/cross/q/w", "(N H) D -> D N H"),
+    (_LAYER + "{c}.crossattention.self.query.bias", "qformer/layer_{c}/cross/q/b", "(N H) -> N H"),
+    (_LAYER + "{c}.crossattention.self.key.weight", "qformer/layer_{c}/cross/k/w", "(N H) E -> E N H"),
+    (_LAYER + "{c}.crossattention.self.key.bias", "qformer/layer_{c}/cross/k/b", "(N H) -> N H"),
+    (_LAYER + "{c}.crossattention.self.value.weight", "qformer/layer_{c}/cross/v/w", "(N H) E -> E N H"),
+    (_LAYER + "{c}.crossattention.self.value.bias", "qformer/layer_{c}/cross/v/b", "(N H) -> N H"),
+    (_LAYER + "{c}.crossattention.output.dense.weight", "qformer/layer_{c}/cross/o/w", "D (N H) -> N H D"),
+    (_LAYER + "{c}.crossattention.output.dense.bias", "qformer/layer_{c}/cross/o/b", "D -> D"),
+    (_LAYER + "{c}.crossattention.output.LayerNorm.weight", "qformer/layer_{c}/cross_norm/scale", "D -> D"),
+    (_LAYER + "{c}.crossattention.output.LayerNorm.bias", "qformer/layer_{c}/cross_norm/bias", "D -> D"),
+    (_LAYER + "{i}.intermediate_query.dense.weight", "qformer/layer_{i}/mlp/fc1/w", "F D -> D F"),
+    (_LAYER + "{i}.intermediate_query.dense.bias", "qformer/layer_{i}/mlp/fc1/b", "F -> F"),
+    (_LAYER + "{i}.output_query.dense.weight", "qformer/layer_{i}/mlp/fc2/w", "D F -> F D"),
+    (_LAYER + "{i}.output_query.dense.bias", "qformer/layer_{i}/mlp/fc2/b", "D -> D"),
+    (_LAYER + "{i}.output_query.LayerNorm.weight", "qformer/layer_{i}/mlp_norm/scale", "D -> D"),
+    (_LAYER + "{i}.output_query.LayerNorm.bias", "qformer/layer_{i}/mlp_norm/bias", "D -> D"),
+)
+_POSITIONS = (r"Qformer\.bert\.embeddings\.position_ids", "a buffer; the queries have no positions")
+BLIP2_IGNORED = (
+    _POSITIONS,
+    (r"Qformer\.bert\.embeddings\.(word|position)_embeddings\.weight", "text branch"),
+    (r"Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\..*", "text branch's feed-forward"),
+    (r"Qformer\.cls\..*", "text branch's word head"),
+    (r"(t5_proj|llm_proj|opt_proj)\..*", "BLIP-2's projection to its own language model"),
+    (r"(vision_proj|text_proj|itm_head)\..*|temp", "BLIP-2's first-stage losses"),
+)
+
+PROJECTOR = (
+    ("llama_proj.weight", "projector/w", "D E -> E D"),
+    ("llama_proj.bias", "projector/b", "D -> D"),
+)
+_TUNED = r"llama_model\.base_model\.model\."
+TRAINED_IGNORED = (
+    _POSITIONS,
+    (r"(" + _TUNED + r"|llama_model\.)" + llama.IGNORED[0][0], llama.IGNORED[0][1]),
+)
+TRAINED_KEYS = {"projector": r"llama_proj\..*", "lora": r".*\.lora_[AB]\..*"}  # by the option that asks for them
+TRAINED_MEMBERS = {"optimizer", "config", "scaler", "epoch"}  # beside "model"; training state that no model needs
+
+# Where sizes show; "" is an axis that says nothing new.
+VIT_SIZES = {"patch_embed.proj.weight": ("dim", "", "patch", ""), "blocks.0.mlp.fc1.weight": ("hidden", "dim"),
+             "pos_embed": ("", "places", "")}
+QFORMER_SIZES = {"query_tokens": ("", "queries", "dim"),
+                 _LAYER + "0.intermediate_query.dense.weight": ("hidden", "dim")}
+# What shapes do not tell, for the released sizes: known by the width of the model.
+REAL_VIT = {1_408: {"heads": 16, "depth": 39}}
+REAL_QFORMER = {768: {"heads": 12, "cross_every": 2}}
+REAL_IMAGE_SIZE = {"minigpt4": 224, "minigpt_v2": 448}
+LORA_ALPHA = 16.0
+
+# --arch: its names -> ours. A value of None means that it can only have the value that we would work out.
+ARCH = {
+    "vit": {"image_size": "image_size", "patch_size": "patch", "dim": "dim", "depth": "depth", "num_heads": "heads",
+            "mlp_hidden": "hidden", "layer_norm_eps": "eps", "ln_vision_eps": None},
+    "qformer": {"hidden": "dim", "num_layers": "depth", "num_heads": "heads", "intermediate": "hidden",
+                "num_query_tokens": "queries", "cross_attention_freq": "cross_every", "layer_norm_eps": "eps",
+                "encoder_width": None},
+    "minigpt_v2": {"image_size": "image_size", "lora_r": "rank", "lora_alpha": "alpha", "lora_targets": None},
+}
+LN_VISION_EPS, LORA_TARGETS = 1e-5, ["q_proj", "v_proj"]
+
+
+def vit_entries(cfg: VitConfig) -> list[Entry]:
+    sizes = {"C": 3, "P": cfg.patch, "Q": cfg.patch, "S": 1 + cfg.table**2, "T": 3, "D": cfg.dim, "F": cfg.hidden,
+             "N": cfg.heads, "H": cfg.dim // cfg.heads}
+    return expand(EVA_VIT, sizes, {"L": range(cfg.depth)})
+
+
+def vit_ignored(cfg: VitConfig) -> tuple[tuple[str, str], ...]:
+    deeper = rf"blocks\.(?!({'|'.join(map(str, range(cfg.depth)))})\.)\d+\..*"
+    return (*EVA_VIT_IGNORED, (deeper, f"blocks beyond the {cfg.depth} that the model has"))
+
+
+def qformer_entries(cfg: QFormerConfig, vit_dim: int) -> list[Entry]:
+    sizes = {"A": cfg.queries, "D": cfg.dim, "E": vit_dim, "F": cfg.hidden, "N": cfg.heads, "H": cfg.dim // cfg.heads}
+    layers = {"i": range(cfg.depth), "c": range(0, cfg.depth, cfg.cross_every)}
+    return expand(LN_VISION + QFORMER, sizes, layers)
+
+
+def projector_entries(inputs: int, outputs: int) -> list[Entry]:
+    return expand(PROJECTOR, {"E": inputs, "D": outputs})
+
+
+def read(path: Path, problems: Problems, members: set[str] = frozenset()) -> dict[str, LazyTensor]:
+    """The tensors of a .pth: flat, or under "model" beside `members` that are left out on purpose."""
+    try:
+        found = torch_file.load(path)
+    except WeightFileError as error:
+        problems.append(str(error))
+        return {}
+    if isinstance(found, dict) and isinstance(found.get("model"), dict):
+        problems.extend(f"{path.name} holds {name!r} beside 'model', which is not known as something to leave out."
+                        for name in found if name not in members | {"model"})
+        found = found["model"]
+    return flat(path, found, problems)
+
+
+def read_trained(path: Path, problems: Problems) -> dict[str, LazyTensor]:
+    """What was trained, as the original's runner saves it; LoRA under peft 0.2.0's names."""
+    tensors = read(path, problems, TRAINED_MEMBERS)
+    return {re.sub(r"\.(lora_[AB])\.default\.weight$", r".\1.weight", key): tensor for key, tensor in tensors.items()}
+
+
+def read_arch(path: Path | None, problems: Problems) -> dict[str, dict[str, Any]]:
+    """--arch: a JSON file with any of the parts and fields of `ARCH`, as {part: {our name: value}}."""
+    told: dict[str, dict[str, Any]] = {part: {} for part in ARCH}
+    for part, fields in (read_json(path, problems) if path else {}).items():
+        if part not in ARCH:
+            if part != "llama":  # its folder's config.json says everything
+                problems.append(f"--arch {path.name}: {_unknown(part, ARCH)}")
+            continue
+        if not isinstance(fields, dict):
+            problems.append(f"--arch {path.name}: {part} is {fields!r}, expected a table of fields.")
+            continue
+        for name, value in fields.items():
+            if name not in ARCH[part]:
+                problems.append(f"--arch {path.name}: {part}: {_unknown(name, ARCH[part])}")
+            elif name != "lora_targets" and (not isinstance(value, int | float) or value <= 0):
+                problems.append(f"--arch {path.name}: {part}.{name} is {value!r}, expected a number above 0.")
+            else:
+                told[part][ARCH[part][name] or name] = value
+    fixed = (("vit", "ln_vision_eps", LN_VISION_EPS), ("minigpt_v2", "lora_targets", LORA_TARGETS))
+    problems.extend(f"--arch {path.name}: {part}.{name} is {told[part][name]!r}; only {only!r} is supported."
+                    for part, name, only in fixed if told[part].get(name, only) != only)
+    width = told["qformer"].get("encoder_width")
+    if width is not None and told["vit"].get("dim", width) != width:
+        problems.append(f"--arch {path.name}: qformer.encoder_width is {width}, vit.dim is {told['vit']['dim']}.")
+    return told
+
+
+def _unknown(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"unknown {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}.")
+
+
+def vit_config(tensors: Mapping[str, LazyTensor], arch: Mapping[str, Mapping[str, Any]], v2: bool,
+               problems: Problems) -> VitConfig | None:
+    """Sizes of the vision tower: from its tensors, `--arch`, or the released model's width."""
+    found = _sizes(tensors, VIT_SIZES)
+    if "places" in found:  # not a square: a wrong shape, which the line of pos_embed reports
+        found["table"] = math.isqrt(max(found.pop("places") - 1, 0))
+    known = dict(REAL_VIT.get(found.get("dim"), {}))
+    if known:
+        known["image_size"] = REAL_IMAGE_SIZE["minigpt_v2" if v2 else "minigpt4"]
+    told = {name: value for name, value in arch["vit"].items() if name != "ln_vision_eps"}
+    if v2 and "image_size" in arch["minigpt_v2"]:
+        told["image_size"] = arch["minigpt_v2"]["image_size"]
+    cfg = _config(VitConfig, "vit", tensors, found, known, told, problems)
+    if cfg and cfg.image_size % cfg.patch:
+        problems.append(f"vit: pictures of {cfg.image_size} pixels do not divide into patches of {cfg.patch}.")
+        return None
+    return cfg
+
+
+def qformer_config(tensors: Mapping[str, LazyTensor], arch: Mapping[str, Mapping[str, Any]],
+                   problems: Problems) -> QFormerConfig | None:
+    """Sizes of the Q-Former: from its tensors, `--arch`, or the released model's width."""
+    found = _sizes(tensors, QFORMER_SIZES)
+    layers = [int(match[1]) for match in (re.match(re.escape(_LAYER) + r"(\d+)\.", key) for key in tensors) if match]
+    if layers:
+        found["depth"] = max(layers) + 1
+    told = {name: value for name, value in arch["qformer"].items() if name != "encoder_width"}
+    return _config(QFormerConfig, "qformer", tensors, found, REAL_QFORMER.get(found.get("dim"), {}), told, problems)
+
+
+def with_lora(cfg: LlamaConfig, tensors: Mapping[str, LazyTensor], rank: int, arch: Mapping[str, Mapping[str, Any]],
+              problems: Problems) -> LlamaConfig:
+    """The language model with LoRA: its rank from the tensors if there are any, else `rank`."""
+    told = arch["minigpt_v2"]
+    a = next((tensor for key, tensor in tensors.items()
+              if key.endswith("q_proj.lora_A.weight") and len(tensor.shape) == 2), None)
+    if tensors and a is None:
+        problems.append("The file given as --lora holds no LoRA on q_proj (names that end in q_proj.lora_A.weight).")
+    if a is not None:
+        if rank and rank != a.shape[0]:
+            problems.append(f"--lora-rank is {rank}, but the LoRA file holds rank {a.shape[0]}.")
+        rank = a.shape[0]
+    if rank and told.get("rank", rank) != rank:
+        problems.append(f"--arch: minigpt_v2.lora_r is {told['rank']}, but LoRA has rank {rank}.")
+    return dataclasses.replace(cfg, lora_rank=rank, lora_alpha=float(told.get("alpha", LORA_ALPHA)))
+
+
+def _sizes(tensors: Mapping[str, LazyTensor], where: Mapping[str, tuple[str, ...]]) -> dict[str, int]:
+    """What the shapes of some tensors say; one that is missing or has other axes says nothing (its line reports it)."""
+    found: dict[str, int] = {}
+    for key, names in where.items():
+        shape = tensors[key].shape if key in tensors else ()
+        if len(shape) == len(names):
+            found = dict(zip(names, shape, strict=True)) | found
+    found.pop("", None)
+    return found
+
+
+def _config(cls, part: str, tensors: Mapping[str, LazyTensor], found: Mapping[str, int], known: Mapping[str, Any],
+            told: Mapping[str, Any], problems: Problems):
+    """A config of what tensors show (`found`), --arch says (`told`) and released sizes imply (`known`)."""
+    if not tensors:
+        return None  # the file's own problem
+    theirs = {ours: name for name, ours in ARCH[part].items() if ours and ours != "eps"}
+    problems.extend(
+        f"--arch: {part}.{theirs[name]} is {told[name]}, but the tensors say {found[name]}."
+        for name in found.keys() & told.keys() if found[name] != told[name])
+    values = {**known, **found, **told}
+    absent = [name for ours, name in theirs.items() if ours not in values]
+    if absent:
+        example = json.dumps({part: {name: "..." for name in absent}})
+        problems.append(f"{part}: the sizes are not a released model's, and the tensors do not show "
+                        f"{', '.join(absent)}. If it is the right file, give them: --arch FILE with {example}.")
+        return None
+    cfg = cls(**values)
+    if cfg.dim % cfg.heads:
+        problems.append(f"{part}: {cfg.heads} heads do not divide the width {cfg.dim}.")
+        return None
+    return cfg

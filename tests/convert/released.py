@@ -1,0 +1,72 @@
+"""Released files to convert: the golden set's, copies of them with a change, and a made-up language model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from mmjax import weights
+from mmjax.convert import torch_file
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "minigpt4"
+CKPT = GOLDEN / "ckpt"
+ARCH = GOLDEN / "model_sizes.json"
+
+MINIGPT4 = {"vit": CKPT / "eva_vit.pth", "qformer": CKPT / "blip2_pretrained.pth", "llama": CKPT / "llama_hf",
+            "projector": CKPT / "minigpt4_proj.pth", "arch": ARCH}
+NO_QFORMER = {"vit": CKPT / "eva_vit.pth", "llama": CKPT / "llama_hf", "projector": CKPT / "minigpt4_llama2_proj.pth",
+              "arch": ARCH}
+V2 = {"vit": CKPT / "eva_vit.pth", "llama": CKPT / "llama_hf", "projector": CKPT / "minigpt_v2.pth",
+      "lora": CKPT / "minigpt_v2.pth", "arch": ARCH}
+
+
+def tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a .pth, read, without the wrapper that some have."""
+    loaded = torch_file.load(path)
+    return {key: tensor.read() for key, tensor in loaded.get("model", loaded).items()}
+
+
+def edited(source: Path, target: Path, **changes) -> Path:
+    """A copy of a .pth whose tensors (dots as __) are replaced, added, or (None) removed."""
+    held = tensors(source)
+    for name, value in changes.items():
+        key = name.replace("__", ".")
+        held.pop(key, None)
+        if value is not None:
+            held[key] = value
+    wrapped = "model" in torch_file.load(source)
+    torch_file.save(target, {"model": held} if wrapped else held)
+    return target
+
+
+def llama_tensors(folder: Path = CKPT / "llama_hf") -> dict[str, np.ndarray]:
+    """All tensors of a folder of .bin files, buffers left out."""
+    held = {}
+    for shard in sorted(folder.glob("*.bin")):
+        held |= tensors(shard)
+    return {key: value for key, value in held.items() if not key.endswith("inv_freq")}
+
+
+def llama_folder(folder: Path, held: dict[str, np.ndarray], **config) -> Path:
+    """A folder with the golden set's config.json (fields changed, or removed by None) and tokenizer, and one .bin."""
+    folder.mkdir()
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+        shutil.copyfile(CKPT / "llama_hf" / name, folder / name)
+    values = json.loads((CKPT / "llama_hf" / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+    torch_file.save(folder / "pytorch_model.bin", held)
+    return folder
+
+
+def params(checkpoint: Path) -> dict[str, np.ndarray]:
+    """Every parameter of a converted checkpoint, in its stored dtype."""
+    return {path: array.read().result() for path, array in weights.arrays(checkpoint / "weights").items()}
+
+
+def assert_same(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Equal keys, dtypes and bits."""
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
+        assert got[key].dtype == value.dtype, key
+        np.testing.assert_array_equal(got[key], value, err_msg=key)
