@@ -195,8 +195,8 @@ def loop(config, module, optimizer, state, frozen, batches, checkpoints, source,
             loss = float(metrics["loss"])
             if not bool(metrics["finite"]):
                 raise TrainingStopped(
-                    f"The loss or a gradient of batch {item.number} is not finite (loss {loss}, gradient norm "
-                    f"{float(metrics['grad_norm'])}). Its samples: {', '.join(item.names)}. The update was not made. "
+                    f"The loss, a gradient or the update of batch {item.number} is not finite (loss {loss}, gradient "
+                    f"norm {float(metrics['grad_norm'])}). Its samples: {', '.join(item.names)}. The update was not made. "
                     + last_good(checkpoints, saved))
             if item.number == 0 and config.check_first_loss:
                 check_first_loss(loss, source.config.llama.vocab, {"trained": state.params, "frozen": frozen})

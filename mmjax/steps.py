@@ -65,8 +65,8 @@ def start(trained: Any, optimizer: optax.GradientTransformation, seed: int) -> T
 def train_step(module: nn.Module, optimizer: optax.GradientTransformation) -> Callable[..., tuple[TrainState, dict]]:
     """A compiled `(state, frozen, batch) -> (state, metrics)`; the state's memory is reused.
 
-    Gradients are taken of the trained part only. Dropout acts in the parts that hold a trained parameter. If the loss
-    or a gradient is not finite the parameters and the optimizer stay as they were and metrics["finite"] is False.
+    Gradients are taken of the trained part only. Dropout acts in the parts that hold a trained parameter. If the loss,
+    a gradient or an update is not finite, parameters and optimizer stay as they were and metrics["finite"] is False.
     metrics: "loss", "tokens" (targets), "grad_norm", "finite".
     """
 
@@ -80,8 +80,8 @@ def train_step(module: nn.Module, optimizer: optax.GradientTransformation) -> Ca
 
         (value, tokens), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         norm = optax.global_norm(grads)
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
         params = optax.apply_updates(state.params, updates)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state))

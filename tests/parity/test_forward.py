@@ -58,7 +58,7 @@ def capture(m, *arguments, **options):
     """(result, {module's path: what it returned}) of the model called with these arguments."""
     call = functools.partial(m.module.apply, capture_intermediates=True, mutable=["intermediates"], **options)
     result, variables = jax.jit(call)({"params": m.params}, *arguments)
-    calls = trees.flatten(variables["intermediates"])
+    calls = trees.flatten(variables.get("intermediates", {}))
     return result, {path.removesuffix("/__call__"): value[0] for path, value in calls.items()}
 
 

@@ -1,0 +1,61 @@
+"""The command line: the same functions, mistakes without a traceback."""
+
+import pytest
+
+from mmjax import cli
+from tests import tiny
+
+
+def call(monkeypatch, *args):
+    monkeypatch.setattr("sys.argv", ["mmjax", *map(str, args)])
+    cli.main()
+
+
+def test_generate_prints_the_words(monkeypatch, capsys):
+    call(monkeypatch, "generate", "--checkpoint", tiny.checkpoint(), "--image", tiny.pictures() / "image" / "0.jpg",
+         "--prompt", "What is it?", "--max-new-tokens", 4)
+    assert capsys.readouterr().out.strip()
+
+
+def test_convert_and_export(monkeypatch, tmp_path):
+    ckpt = tiny.GOLDEN / "ckpt"
+    call(monkeypatch, "convert", "llama", "--llama", ckpt / "llama_hf", "--out", tmp_path / "llama")
+    call(monkeypatch, "export", "--checkpoint", tmp_path / "llama", "--part", "llama", "--out", tmp_path / "hf")
+    assert (tmp_path / "hf" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (("generate", "--checkpoint", "nowhere", "--prompt", "Hi"), "nowhere"),
+    (("train", "--config", "nowhere.py"), "nowhere.py"),
+    (("train",), "Name a config file"),
+    (("convert", "llama", "--llama", "nowhere", "--out", "out"), "nowhere"),
+])
+def test_mistake_ends_with_one_message(monkeypatch, capsys, args, message):
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, *args)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_unreadable_picture_is_named(monkeypatch, capsys, tmp_path):
+    (tmp_path / "a.jpg").write_text("not a picture")
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "generate", "--checkpoint", tiny.checkpoint(), "--prompt", "Hi",
+             "--image", tmp_path / "a.jpg")
+    assert "a.jpg is not a picture" in capsys.readouterr().err
+
+
+def test_config_fields_are_overridden(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("mmjax.run.train", seen.append)
+    call(monkeypatch, "train", "--config", "configs/tiny_minigpt4.py", "--optim.init-lr", "0.5", "--out", tmp_path,
+         "--data.scenes.count", "7")
+    assert (seen[0].optim.init_lr, seen[0].out, seen[0].data.scenes.count) == (0.5, str(tmp_path), 7)
+
+
+def test_commands_are_listed(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, "--help")
+    assert stopped.value.code == 0
+    assert all(name in capsys.readouterr().out for name in cli.COMMANDS)

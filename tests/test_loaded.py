@@ -1,0 +1,91 @@
+"""A loaded checkpoint: batches, loss, words."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import mmjax
+from mmjax.data import scenes
+from mmjax.loaded import stop_ids
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def model():
+    return mmjax.load(tiny.checkpoint(), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def samples():
+    prompts = (tiny.PROMPT, "<Img><ImageHere></Img> Where?", tiny.PROMPT)
+    return [mmjax.Sample(images=[scenes.draw(scene)], prompt=prompt, answer="A dog.")
+            for scene, prompt in zip(scenes.scenes("train", 3), prompts, strict=True)]
+
+
+def test_loss_of_a_batch(model, samples):
+    batch = model.batch(samples, max_txt_len=160, end_sym="###")
+    loss, aux = mmjax.loss(model.module, model.params, batch)
+    assert aux["logits"].shape == (*batch.tokens.shape, model.config.llama.vocab)
+    assert int(aux["tokens"]) == batch.loss_mask.sum() > 0
+    assert np.isfinite(loss)
+
+
+def test_words_do_not_depend_on_the_batch(model, samples):
+    together = model.generate(samples, max_new_tokens=6)
+    assert together == [words for sample in samples for words in model.generate([sample], max_new_tokens=6)]
+    assert together == model.generate(samples, max_new_tokens=6, batch_size=2)
+    assert len(set(together)) > 1
+
+
+def test_words_end_before_the_stop_string(model, samples):
+    whole = model.generate(samples, max_new_tokens=12)
+    stop = whole[0][2:4]
+    cut = model.generate(samples, max_new_tokens=12, stop=[stop])
+    assert cut[0] == whole[0][: whole[0].index(stop)].strip()
+
+
+def test_sampling_follows_the_seed(model, samples):
+    first, again, other = (model.generate(samples, 8, temperature=1.0, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_stop_ids_cover_both_ways_of_writing(model):
+    tokenizer = model.tokenizer
+    ways = stop_ids(tokenizer, "###")
+    for text in ("###", "end###", "end ###"):
+        ids = tuple(tokenizer.encode(text))
+        assert any(ids[-len(way):] == way for way in ways)
+
+
+def test_unknown_text_setting_is_refused(model, samples):
+    with pytest.raises(ValueError, match="No such text settings: end_symbol"):
+        model.batch(samples, end_symbol="###")
+
+
+def test_folder_that_is_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither a converted checkpoint"):
+        mmjax.load(tmp_path)
+    with pytest.raises(ValueError, match="Is it a Hugging Face folder"):
+        mmjax.load(tiny.GOLDEN / "ckpt" / "llama_hf")
+
+
+def test_parameters_that_were_never_trained_are_named(tmp_path):
+    shutil.copytree(tiny.checkpoint(), tmp_path / "c")
+    card = json.loads((tmp_path / "c" / "config.json").read_text())
+    (tmp_path / "c" / "config.json").write_text(json.dumps(card | {"fresh": ["projector/w", "projector/b"]}))
+    with pytest.raises(ValueError, match="converted without projector/w, projector/b"):
+        mmjax.load(tmp_path / "c", dtype="float32")
+    fresh = mmjax.load(tmp_path / "c", dtype="float32", init_fresh=1)
+    bound = fresh.config.soft_width**-0.5
+    assert 0.9 * bound < np.abs(fresh.params["projector"]["w"]).max() <= bound
+
+
+def test_bfloat16_is_close(model, samples):
+    half = mmjax.load(tiny.checkpoint(), dtype="bfloat16")
+    batch = model.batch(samples)
+    exact, _ = mmjax.loss(model.module, model.params, batch)
+    rough, aux = mmjax.loss(half.module, half.params, batch)
+    assert aux["logits"].dtype == np.float32
+    np.testing.assert_allclose(rough, exact, rtol=0.02)

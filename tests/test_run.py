@@ -1,0 +1,121 @@
+"""Whole runs: train, stop, go on; what stops a run; what it leaves behind."""
+
+import dataclasses
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mmjax
+from mmjax import checkpoint, run, trees
+from mmjax.config import MeshConfig, TextConfig
+from mmjax.convert import torch_file
+from tests import tiny
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return run.train(tiny.run_config(folder))
+
+
+def test_stopped_and_resumed_is_the_same_run(finished, tmp_path, monkeypatch):
+    config = tiny.run_config(tmp_path / "run")
+    add = run.Log.add
+
+    def interrupted(self, item, *rest):
+        add(self, item, *rest)
+        if item.number == 2:  # one step beyond the checkpoint
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.Log, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.train(config)
+    monkeypatch.undo()
+    resumed = run.train(config)
+
+    assert resumed.step == finished.step == 4
+    first, second = (checkpoint.trained(r.folder / "checkpoints") for r in (finished, resumed))
+    assert first.keys() == second.keys() == {"projector/b", "projector/w"}
+    for path in first:
+        np.testing.assert_array_equal(first[path], second[path])
+    assert [line["loss"] for line in metrics(resumed.folder)] == [line["loss"] for line in metrics(finished.folder)]
+    assert [line["step"] for line in metrics(resumed.folder)] == [0, 1, 2, 3]
+
+
+def test_finished_run_has_nothing_left_to_do(finished):
+    again = run.train(tiny.run_config(finished.folder))
+    assert again.step == finished.step
+    assert len(metrics(finished.folder)) == 4
+
+
+def test_run_is_loaded_and_exported(finished, tmp_path):
+    base, trained = (mmjax.load(folder, dtype="float32") for folder in (tiny.checkpoint(), finished.folder))
+    assert trained.text.prompt_template == "###Human: {} ###Assistant: "
+    before, after = trees.flatten(base.params), trees.flatten(trained.params)
+    moved = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert moved == {"projector/b", "projector/w"}
+
+    mmjax.export(finished.folder, "projector", tmp_path / "projector.pth")
+    exported = torch_file.load(tmp_path / "projector.pth")["model"]
+    np.testing.assert_array_equal(exported["llama_proj.weight"].read(), after["projector/w"].T)
+    np.testing.assert_array_equal(exported["llama_proj.bias"].read(), after["projector/b"])
+
+
+def test_second_stage_starts_from_the_first(finished, tmp_path):
+    config = tiny.run_config(tmp_path / "run", steps=1)
+    config = dataclasses.replace(
+        config, weights=dataclasses.replace(config.weights, start_from=str(finished.folder)),
+        optim=dataclasses.replace(config.optim, init_lr=0.0, warmup_lr=0.0, min_lr=0.0))
+    second = run.train(config)
+    first, then = (checkpoint.trained(r.folder / "checkpoints") for r in (finished, second))
+    for path in first:
+        np.testing.assert_array_equal(first[path], then[path])
+
+
+def test_unfrozen_qformer_is_trained(tmp_path):
+    rules = ("projector/.*", "qformer/.*")
+    done = run.train(tiny.run_config(tmp_path / "run", steps=1, trained=rules))
+    trained = checkpoint.trained(done.folder / "checkpoints")
+    before = trees.flatten(mmjax.load(tiny.checkpoint(), dtype="float32").params)
+    assert {path.split("/")[0] for path in trained} == {"projector", "qformer"}
+    still = {path for path in trained if np.array_equal(trained[path], before[path])}
+    # a constant added to all scores of a query changes nothing: the key biases of attention get no gradient
+    assert all("/k/b" in path for path in still), still
+
+
+def test_update_that_is_not_finite_stops_the_run(tmp_path):
+    config = tiny.run_config(tmp_path / "run")
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, init_lr=math.inf, warmup_steps=0))
+    with pytest.raises(run.TrainingStopped, match=r"batch 0 is not finite.*samples: \d, \d.*No checkpoint"):
+        run.train(config)
+
+
+def test_batch_without_targets_stops_the_run(tmp_path):
+    config = tiny.run_config(tmp_path / "run", text=TextConfig(max_txt_len=0))
+    with pytest.raises(run.TrainingStopped, match=r"Batch 0 has no token to learn.*max_txt_len = 0"):
+        run.train(config)
+
+
+def test_first_loss_of_a_dead_language_model():
+    dead = {"llama": {"embedding": jnp.zeros((600, 4)), "norm": {"scale": jnp.ones(4)}}}
+    with pytest.raises(run.TrainingStopped, match=r"ln\(600\).*all zero: frozen/llama/embedding"):
+        run.check_first_loss(math.log(600) + 1e-3, 600, {"frozen": dead})
+    run.check_first_loss(5.0, 600, {"frozen": dead})
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"out": ""}, "out: the run needs a folder"),
+    ({"log_every": 0}, "log_every"),
+    ({"mesh": MeshConfig(data=3)}, "does not fill"),
+    ({"trained": ("projektor/.*",)}, "projektor"),
+])
+def test_configuration_that_cannot_run(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run.train(dataclasses.replace(tiny.run_config(tmp_path / "run"), **changes))
