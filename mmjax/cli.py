@@ -19,7 +19,8 @@ def train(args: Sequence[str]) -> None:
 
     if "--config" not in args[:1] or len(args) < 2:
         raise ValueError("Name a config file first: train --config configs/tiny_minigpt4.py [--FIELD VALUE ...]")
-    config = tyro.cli(RunConfig, args=args[2:], default=load_config(args[1]), prog=f"train --config {args[1]}")
+    config = tyro.cli(RunConfig, args=args[2:], default=load_config(args[1]), prog=f"train --config {args[1]}",
+                      config=(tyro.conf.AvoidSubcommands,))
     run.train(config)
 
 

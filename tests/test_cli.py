@@ -58,4 +58,5 @@ def test_commands_are_listed(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, "--help")
     assert stopped.value.code == 0
-    assert all(name in capsys.readouterr().out for name in cli.COMMANDS)
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in cli.COMMANDS)

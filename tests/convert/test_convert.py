@@ -61,7 +61,7 @@ def test_folder(converted):
     assert config["architecture"]["vit"]["heads"] == 4 and config["architecture"]["vit"]["image_size"] == 56
     assert config["architecture"]["qformer"]["cross_every"] == 2
     assert config["generation"] == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    assert config["text"]["prompt_template"] == "###Human: {} ###Assistant: "
+    assert config["text"]["prompt_template"] == ""
     vit = (CKPT / "eva_vit.pth").read_bytes()
     assert config["sources"]["vit"] == {
         "file": "eva_vit.pth", "bytes": len(vit), "sha256": hashlib.sha256(vit).hexdigest()}
@@ -93,7 +93,7 @@ def test_v2(converted):
     config, held = described(converted / "v2"), params(converted / "v2")
     assert config["architecture"]["vit"]["image_size"] == 84
     assert (config["architecture"]["llama"]["lora_rank"], config["architecture"]["llama"]["lora_alpha"]) == (4, 16.0)
-    assert config["text"] == {"prompt_template": "[INST] {} [/INST]", "end_sym": "</s>", "max_txt_len": 1024,
+    assert config["text"] == {"prompt_template": "", "end_sym": "</s>", "max_txt_len": 1024,
                               "max_context_len": 3800}
     key = "llama_model.base_model.model.model.layers.2.self_attn.v_proj.lora_B.weight"
     np.testing.assert_array_equal(held["llama/layers/attn/v/lora_b"][2].reshape(4, 64), tensors(V2["lora"])[key].T)
