@@ -85,20 +85,21 @@ def score_scenes(
 def scenes_table(model: Loaded, cfg: ScenesConfig, untrained: Loaded | None) -> tuple[list[list[Any]], list[Example]]:
     """(rows for a table, heading first; examples of the held-out split).
 
-    The rows: held-out scenes, scenes with colour-shape pairs that no training picture had, both with the wrong picture
-    ("blind"), and the model before training.
+    The rows: held-out scenes, and scenes with colour-shape pairs that no training picture had, both also "blind" (with
+    the picture of another scene), and the model before training. The columns: the four attributes in captions and their
+    mean, captions that are wholly right, and answers to questions.
     """
     names = [*scenes.ATTRIBUTES, "mean", "whole", "questions"]
-    table: list[list[Any]] = [["", *names[:-3], "mean of the four", "whole caption", "questions"]]
+    table: list[list[Any]] = [["", *names]]
     examples: list[Example] = []
-    for split, label in (("held_out", "held-out scenes"), ("new_pairs", "colour-shape pairs never seen")):
+    for split, label in (("held_out", "held-out scenes"), ("new_pairs", "new colour-shape pairs")):
         shown = scenes.scenes(split, cfg.held_out, cfg.seed)
         score = score_scenes(model, shown)
         examples = examples or score.examples
         blind = score_scenes(model, shown[1:] + shown[:1], shown)
         table.append([label, *(score.shares[name] for name in names)])
-        table.append([f"{label}, blind (wrong picture)", *(blind.shares[name] for name in names)])
+        table.append([f"{label}, blind", *(blind.shares[name] for name in names)])
     if untrained is not None:
         score = score_scenes(untrained, scenes.scenes("held_out", min(cfg.held_out, 100), cfg.seed))
-        table.append(["held-out scenes, before training", *(score.shares[name] for name in names)])
+        table.append(["held-out scenes, untrained", *(score.shares[name] for name in names)])
     return table, examples

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Checkpoint:
         if card.get("format") != FORMAT or card.get("family") not in FAMILIES:
             raise ValueError(
                 f"{path} is of format {card.get('format')!r} and family {card.get('family')!r}; this mmjax reads "
-                f"format {FORMAT} of {', '.join(FAMILIES)}. Is it a Hugging Face folder? Convert it with convert_weights.py.")
+                f"format {FORMAT} of {', '.join(FAMILIES)}. Is it a Hugging Face folder? Then convert it first.")
         config = config_from_dict(FAMILIES[card["family"]].Config, card["architecture"])
         return Checkpoint(Path(folder), card["family"], config, TextConfig(**card["text"]), card["generation"],
                           tuple(card["fresh"]))
@@ -64,42 +64,53 @@ def read_params(
     mesh: jax.sharding.Mesh,
     dtype: Callable[[str], Any],
     init_fresh: int | None = None,
+    trained: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All parameters of `module`, each straight onto its place on the mesh.
 
     dtype:      of the parameter at a path
     init_fresh: seed for the parameters that no source file held; None raises ValueError naming them
+    trained:    `{path: array}` that take the place of the checkpoint's, such as an earlier run's; ValueError names what
+                does not belong to this model
     """
-    if source.fresh and init_fresh is None:
+    trained = trained or {}
+    fresh = [path for path in source.fresh if path not in trained]
+    if fresh and init_fresh is None:
         raise ValueError(
-            f"{source.folder} was converted without {', '.join(source.fresh)}. Convert it with the trained file "
+            f"{source.folder} was converted without {', '.join(fresh)}. Convert it with the trained file "
             "(--projector, --lora), load the run that trained them, or start them anew with init_fresh=SEED.")
     family = FAMILIES[source.family]
     shapes = family_shapes(source.family, module.cfg)
     places = sharding.shardings(shapes, family.AXES, mesh)
     wanted = {path: jax.ShapeDtypeStruct(shape.shape, dtype(path), sharding=places[path])
               for path, shape in shapes.items()}
-    flat = trees.flatten(weights.restore(source.folder / "weights", wanted, only=lambda p: p not in source.fresh))
+    if wrong := trees.compare({path: shapes.get(path, leaf) for path, leaf in trained.items()}, trained):
+        raise ValueError("The trained parameters are of another model:\n  " + "\n  ".join(wrong))
+    if unknown := sorted(trained.keys() - shapes.keys()):
+        raise ValueError(f"The model has no {', '.join(unknown)}; these trained parameters are of another model.")
+    flat = trees.flatten(weights.restore(
+        source.folder / "weights", wanted, only=lambda path: path not in trained and path not in fresh))
+    flat |= {path: jax.device_put(leaf.astype(dtype(path)), places[path]) for path, leaf in trained.items()}
 
-    def fresh() -> dict[str, jax.Array]:
+    def start() -> dict[str, jax.Array]:
         variables = module.init(jax.random.key(init_fresh), family.example(module.cfg))
         initial = trees.flatten(variables["params"])
-        return {path: initial[path].astype(dtype(path)) for path in source.fresh}
+        return {path: initial[path].astype(dtype(path)) for path in fresh}
 
-    if source.fresh:
-        flat |= jax.jit(fresh, out_shardings={path: places[path] for path in source.fresh})()
+    if fresh:
+        flat |= jax.jit(start, out_shardings={path: places[path] for path in fresh})()
     return trees.unflatten(flat)
 
 
-def read_run(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
-    """The checkpoint that a run started from, with the run's text settings, and the run's card."""
+def read_run(folder: Path) -> Checkpoint:
+    """The checkpoint that a run started from, with the run's architecture and text settings."""
     card = json.loads((folder / RUN_CARD).read_text(encoding="utf-8"))
     base = Path(card["checkpoint"])
     if not base.is_absolute():
         base = folder / base
     source = Checkpoint.open(base)
     config = config_from_dict(FAMILIES[source.family].Config, card["architecture"])
-    return dataclasses.replace(source, text=TextConfig(**card["config"]["text"]), config=config), card
+    return dataclasses.replace(source, text=TextConfig(**card["config"]["text"]), config=config)
 
 
 def default_dtype() -> str:
@@ -123,22 +134,12 @@ def load(
     """
     folder, kind = Path(path), jnp.dtype(dtype or default_dtype())
     mesh = mesh or sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    trained: dict[str, Any] = {}
     if (folder / RUN_CARD).is_file():
-        source, _ = read_run(folder)
-        trained = read_trained(folder / "checkpoints")
-        source = dataclasses.replace(source, fresh=tuple(name for name in source.fresh if name not in trained))
+        source, trained = read_run(folder), read_trained(folder / "checkpoints")
     else:
-        source = Checkpoint.open(folder)
+        source, trained = Checkpoint.open(folder), {}
     module = FAMILIES[source.family].Model(source.config, kind)
-    if trained:
-        full = dataclasses.replace(source, fresh=(*source.fresh, *trained))
-        params = read_params(full, module, mesh, lambda _: kind, init_fresh or 0)
-        flat = trees.flatten(params)
-        flat |= {name: jax.device_put(leaf.astype(kind), flat[name].sharding) for name, leaf in trained.items()}
-        params = trees.unflatten(flat)
-    else:
-        params = read_params(source, module, mesh, lambda _: kind, init_fresh)
+    params = read_params(source, module, mesh, lambda _: kind, init_fresh, trained)
     return Loaded(source.family, module, params, source.config, source.tokenizer, source.text, source.generation, mesh)
 
 
@@ -252,7 +253,6 @@ def export(checkpoint: Path, part: str, out: Path) -> None:
     """
     folder = Path(checkpoint)
     if (folder / RUN_CARD).is_file():
-        source, _ = read_run(folder)
-        write_part(source.folder, part, Path(out), trained=read_trained(folder / "checkpoints"))
+        write_part(read_run(folder).folder, part, Path(out), trained=read_trained(folder / "checkpoints"))
     else:
         write_part(folder, part, Path(out))

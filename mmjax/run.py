@@ -66,11 +66,15 @@ def train(config: RunConfig) -> Run:
     dtype = jnp.dtype(config.weights.dtype)
     module = family.Model(source.config, dtype, config.remat)
 
+    earlier = config.weights.start_from and checkpoint.trained(Path(config.weights.start_from) / "checkpoints")
+
+    def kind(path: str) -> Any:
+        return jnp.float32 if trees.matches(path, rules) else dtype
+
     with sharding.use(mesh):
-        params = loaded.read_params(
-            source, module, mesh, lambda path: jnp.float32 if trees.matches(path, rules) else dtype, config.seed)
+        params = loaded.read_params(source, module, mesh, kind, config.seed, earlier)
         mask = trees.mask(params, rules)
-        trained, frozen = trees.split(start_from(config, params), mask)
+        trained, frozen = trees.split(params, mask)
         first = jax.tree.map(jnp.copy, trained)  # training reuses the memory of `trained`
         optimizer = optim.optimizer(config.optim)
         state = steps.start(trained, optimizer, config.seed)
@@ -146,20 +150,6 @@ def architecture(source: loaded.Checkpoint, config: RunConfig) -> Any:
     return dataclasses.replace(source.config, vit=dataclasses.replace(source.config.vit, **changes))
 
 
-def start_from(config: RunConfig, params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters with those that an earlier run trained in their places."""
-    if config.weights.start_from is None:
-        return params
-    flat = trees.flatten(params)
-    earlier = checkpoint.trained(Path(config.weights.start_from) / "checkpoints")
-    if wrong := trees.compare({path: flat.get(path, leaf) for path, leaf in earlier.items()}, earlier):
-        raise ValueError(f"weights.start_from: the run {config.weights.start_from} trained another model:\n  "
-                         + "\n  ".join(wrong))
-    placed = {path: jax.device_put(leaf.astype(flat[path].dtype), flat[path].sharding)
-              for path, leaf in earlier.items()}
-    return trees.unflatten(flat | placed)
-
-
 def resume(state: steps.TrainState, checkpoints: checkpoint.Checkpoints, mesh: Any) -> tuple[steps.TrainState, int]:
     """The newest checkpoint's state and step; the given state and 0 if there is none."""
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -196,8 +186,8 @@ def loop(config, module, optimizer, state, frozen, batches, checkpoints, source,
             if not bool(metrics["finite"]):
                 raise TrainingStopped(
                     f"The loss, a gradient or the update of batch {item.number} is not finite (loss {loss}, gradient "
-                    f"norm {float(metrics['grad_norm'])}). Its samples: {', '.join(item.names)}. The update was not made. "
-                    + last_good(checkpoints, saved))
+                    f"norm {float(metrics['grad_norm'])}). Its samples: {', '.join(item.names)}. "
+                    "The update was not made. " + last_good(checkpoints, saved))
             if item.number == 0 and config.check_first_loss:
                 check_first_loss(loss, source.config.llama.vocab, {"trained": state.params, "frozen": frozen})
             log.add(item, metrics, loss)
@@ -313,7 +303,9 @@ def finish_scenes(config: RunConfig, source: loaded.Checkpoint, mesh, trained_pa
     page = report.write(Path(config.out) / "report", "mmjax: MiniGPT-4 on scenes", Path(config.out) / "metrics.jsonl",
                         examples[:24], rows)
     (Path(config.out) / "scores.json").write_text(json.dumps(rows, indent=2) + "\n")
-    table = Table(*map(str, rows[0]), title="share that is right")
+    table = Table(title="share that is right")
+    for name in map(str, rows[0]):
+        table.add_column(name, no_wrap=True)
     for row in rows[1:]:
         table.add_row(row[0], *(f"{value:.3f}" for value in row[1:]))
     Console().print(table)

@@ -3,7 +3,7 @@
 import pytest
 
 from mmjax import cli
-from tests import tiny
+from tests import small
 
 
 def call(monkeypatch, *args):
@@ -12,13 +12,13 @@ def call(monkeypatch, *args):
 
 
 def test_generate_prints_the_words(monkeypatch, capsys):
-    call(monkeypatch, "generate", "--checkpoint", tiny.checkpoint(), "--image", tiny.pictures() / "image" / "0.jpg",
+    call(monkeypatch, "generate", "--checkpoint", small.checkpoint(), "--image", small.pictures() / "image" / "0.jpg",
          "--prompt", "What is it?", "--max-new-tokens", 4)
     assert capsys.readouterr().out.strip()
 
 
 def test_convert_and_export(monkeypatch, tmp_path):
-    ckpt = tiny.GOLDEN / "ckpt"
+    ckpt = small.GOLDEN / "ckpt"
     call(monkeypatch, "convert", "llama", "--llama", ckpt / "llama_hf", "--out", tmp_path / "llama")
     call(monkeypatch, "export", "--checkpoint", tmp_path / "llama", "--part", "llama", "--out", tmp_path / "hf")
     assert (tmp_path / "hf" / "config.json").is_file()
@@ -41,7 +41,7 @@ def test_mistake_ends_with_one_message(monkeypatch, capsys, args, message):
 def test_unreadable_picture_is_named(monkeypatch, capsys, tmp_path):
     (tmp_path / "a.jpg").write_text("not a picture")
     with pytest.raises(SystemExit):
-        call(monkeypatch, "generate", "--checkpoint", tiny.checkpoint(), "--prompt", "Hi",
+        call(monkeypatch, "generate", "--checkpoint", small.checkpoint(), "--prompt", "Hi",
              "--image", tmp_path / "a.jpg")
     assert "a.jpg is not a picture" in capsys.readouterr().err
 

@@ -9,17 +9,17 @@ import pytest
 import mmjax
 from mmjax.data import scenes
 from mmjax.loaded import stop_ids
-from tests import tiny
+from tests import small
 
 
 @pytest.fixture(scope="module")
 def model():
-    return mmjax.load(tiny.checkpoint(), dtype="float32")
+    return mmjax.load(small.checkpoint(), dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def samples():
-    prompts = (tiny.PROMPT, "<Img><ImageHere></Img> Where?", tiny.PROMPT)
+    prompts = (small.PROMPT, "<Img><ImageHere></Img> Where?", small.PROMPT)
     return [mmjax.Sample(images=[scenes.draw(scene)], prompt=prompt, answer="A dog.")
             for scene, prompt in zip(scenes.scenes("train", 3), prompts, strict=True)]
 
@@ -68,11 +68,11 @@ def test_folder_that_is_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither a converted checkpoint"):
         mmjax.load(tmp_path)
     with pytest.raises(ValueError, match="Is it a Hugging Face folder"):
-        mmjax.load(tiny.GOLDEN / "ckpt" / "llama_hf")
+        mmjax.load(small.GOLDEN / "ckpt" / "llama_hf")
 
 
 def test_parameters_that_were_never_trained_are_named(tmp_path):
-    shutil.copytree(tiny.checkpoint(), tmp_path / "c")
+    shutil.copytree(small.checkpoint(), tmp_path / "c")
     card = json.loads((tmp_path / "c" / "config.json").read_text())
     (tmp_path / "c" / "config.json").write_text(json.dumps(card | {"fresh": ["projector/w", "projector/b"]}))
     with pytest.raises(ValueError, match="converted without projector/w, projector/b"):
@@ -83,7 +83,7 @@ def test_parameters_that_were_never_trained_are_named(tmp_path):
 
 
 def test_bfloat16_is_close(model, samples):
-    half = mmjax.load(tiny.checkpoint(), dtype="bfloat16")
+    half = mmjax.load(small.checkpoint(), dtype="bfloat16")
     batch = model.batch(samples)
     exact, _ = mmjax.loss(model.module, model.params, batch)
     rough, aux = mmjax.loss(half.module, half.params, batch)

@@ -12,7 +12,7 @@ import mmjax
 from mmjax import checkpoint, run, trees
 from mmjax.config import MeshConfig, TextConfig
 from mmjax.convert import torch_file
-from tests import tiny
+from tests import small
 
 
 def metrics(folder):
@@ -22,11 +22,11 @@ def metrics(folder):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
-    return run.train(tiny.run_config(folder))
+    return run.train(small.run_config(folder))
 
 
 def test_stopped_and_resumed_is_the_same_run(finished, tmp_path, monkeypatch):
-    config = tiny.run_config(tmp_path / "run")
+    config = small.run_config(tmp_path / "run")
     add = run.Log.add
 
     def interrupted(self, item, *rest):
@@ -50,13 +50,13 @@ def test_stopped_and_resumed_is_the_same_run(finished, tmp_path, monkeypatch):
 
 
 def test_finished_run_has_nothing_left_to_do(finished):
-    again = run.train(tiny.run_config(finished.folder))
+    again = run.train(small.run_config(finished.folder))
     assert again.step == finished.step
     assert len(metrics(finished.folder)) == 4
 
 
 def test_run_is_loaded_and_exported(finished, tmp_path):
-    base, trained = (mmjax.load(folder, dtype="float32") for folder in (tiny.checkpoint(), finished.folder))
+    base, trained = (mmjax.load(folder, dtype="float32") for folder in (small.checkpoint(), finished.folder))
     assert trained.text.prompt_template == "###Human: {} ###Assistant: "
     before, after = trees.flatten(base.params), trees.flatten(trained.params)
     moved = {path for path in before if not np.array_equal(before[path], after[path])}
@@ -69,7 +69,7 @@ def test_run_is_loaded_and_exported(finished, tmp_path):
 
 
 def test_second_stage_starts_from_the_first(finished, tmp_path):
-    config = tiny.run_config(tmp_path / "run", steps=1)
+    config = small.run_config(tmp_path / "run", steps=1)
     config = dataclasses.replace(
         config, weights=dataclasses.replace(config.weights, start_from=str(finished.folder)),
         optim=dataclasses.replace(config.optim, init_lr=0.0, warmup_lr=0.0, min_lr=0.0))
@@ -81,9 +81,9 @@ def test_second_stage_starts_from_the_first(finished, tmp_path):
 
 def test_unfrozen_qformer_is_trained(tmp_path):
     rules = ("projector/.*", "qformer/.*")
-    done = run.train(tiny.run_config(tmp_path / "run", steps=1, trained=rules))
+    done = run.train(small.run_config(tmp_path / "run", steps=1, trained=rules))
     trained = checkpoint.trained(done.folder / "checkpoints")
-    before = trees.flatten(mmjax.load(tiny.checkpoint(), dtype="float32").params)
+    before = trees.flatten(mmjax.load(small.checkpoint(), dtype="float32").params)
     assert {path.split("/")[0] for path in trained} == {"projector", "qformer"}
     still = {path for path in trained if np.array_equal(trained[path], before[path])}
     # a constant added to all scores of a query changes nothing: the key biases of attention get no gradient
@@ -91,14 +91,14 @@ def test_unfrozen_qformer_is_trained(tmp_path):
 
 
 def test_update_that_is_not_finite_stops_the_run(tmp_path):
-    config = tiny.run_config(tmp_path / "run")
+    config = small.run_config(tmp_path / "run")
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, init_lr=math.inf, warmup_steps=0))
     with pytest.raises(run.TrainingStopped, match=r"batch 0 is not finite.*samples: \d, \d.*No checkpoint"):
         run.train(config)
 
 
 def test_batch_without_targets_stops_the_run(tmp_path):
-    config = tiny.run_config(tmp_path / "run", text=TextConfig(max_txt_len=0))
+    config = small.run_config(tmp_path / "run", text=TextConfig(max_txt_len=0))
     with pytest.raises(run.TrainingStopped, match=r"Batch 0 has no token to learn.*max_txt_len = 0"):
         run.train(config)
 
@@ -118,4 +118,4 @@ def test_first_loss_of_a_dead_language_model():
 ])
 def test_configuration_that_cannot_run(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        run.train(dataclasses.replace(tiny.run_config(tmp_path / "run"), **changes))
+        run.train(dataclasses.replace(small.run_config(tmp_path / "run"), **changes))
