@@ -1,0 +1,250 @@
+"""Scenes: a small made-up world of pictures with captions and questions, for the embedded default.
+
+A picture holds one to three shapes on a 3x3 grid; each has a size, a colour, a shape and a place. Everything follows
+from a seed, so nothing is downloaded and every run draws the same pictures. `write` puts scenes on disk in the layout
+of MiniGPT-4's second stage (CC-SBU-align): `image/ID.jpg` and `filter_cap.json`.
+
+Splits keep evaluation honest:
+  train      what a job may learn from
+  held_out   captions that `train` never holds (a hash of the caption decides), made of familiar colour-shape pairs
+  new_pairs  at least one shape in a colour that `train` never shows on it
+"""
+
+import dataclasses
+import json
+import re
+import zlib
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+# Towers that scripts/pretrain_scenes.py trained on this world, in the released PyTorch formats.
+ASSETS = Path(__file__).parents[1] / "assets" / "scenes"
+
+SIDE = 48  # pixels of a picture
+CELL = SIDE // 3
+
+SIZES = {"small": 4.6, "large": 7.4}  # radius in pixels
+COLORS = {
+    "red": (0.85, 0.10, 0.12), "orange": (0.98, 0.55, 0.05), "yellow": (0.97, 0.91, 0.15), "green": (0.10, 0.62, 0.20),
+    "blue": (0.12, 0.25, 0.88), "purple": (0.55, 0.12, 0.70), "white": (0.97, 0.97, 0.97), "black": (0.04, 0.04, 0.04),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+PLACES = ("top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right")
+ATTRIBUTES = {"size": tuple(SIZES), "color": tuple(COLORS), "shape": SHAPES, "place": PLACES}
+COUNTS = ("zero", "one", "two", "three")
+
+NEW_PAIRS = (("red", "star"), ("yellow", "circle"), ("green", "triangle"), ("blue", "cross"), ("white", "square"))
+SPLITS = ("train", "held_out", "new_pairs")
+
+# The four instructions of MiniGPT-4's second stage.
+PROMPTS = (
+    "Describe this image in detail.",
+    "Take a look at this image and describe what you notice.",
+    "Please provide a detailed description of the picture.",
+    "Could you describe the contents of this image for me?",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Thing:
+    """One shape; `parse` leaves None where a phrase does not name an attribute."""
+
+    size: str | None
+    color: str | None
+    shape: str | None
+    place: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What a picture shows, in raster order of the places, and the random key of everything a caption leaves out
+    (background, shades, small shifts and turns, noise)."""
+
+    things: tuple[Thing, ...]
+    key: tuple[int, ...]
+
+
+class Question(NamedTuple):
+    """`kind` is the attribute that is asked for, or "count"."""
+
+    text: str
+    answer: str
+    kind: str
+
+
+def scenes(split: str, count: int, seed: int = 0, new_pairs: Sequence[tuple[str, str]] = NEW_PAIRS) -> list[Scene]:
+    """The first `count` scenes of a split; scene i does not depend on `count`.
+
+    new_pairs: (colour, shape) pairs that are kept for the split of that name. Raises ValueError for a split or a pair
+    that does not exist.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"There is no split {split!r} of scenes; choose one of {', '.join(SPLITS)}.")
+    unknown = [pair for pair in new_pairs if pair[0] not in COLORS or pair[1] not in SHAPES]
+    if unknown:
+        raise ValueError(f"No such (colour, shape) pairs: {unknown}. Colours: {', '.join(COLORS)}. "
+                         f"Shapes: {', '.join(SHAPES)}.")
+    return [_scene(split, seed, index, set(new_pairs)) for index in range(count)]
+
+
+def _scene(split: str, seed: int, index: int, new_pairs: set[tuple[str, str]]) -> Scene:
+    key = (seed, SPLITS.index(split), index)
+    rng = np.random.default_rng(key)
+    while True:
+        places = sorted(rng.choice(len(PLACES), rng.integers(1, 4), replace=False))
+        things = [Thing(*(str(rng.choice(ATTRIBUTES[name])) for name in ("size", "color", "shape")), PLACES[place])
+                  for place in places]
+        if split == "new_pairs" and new_pairs:
+            changed = rng.integers(len(things))
+            color, shape = rng.permutation(sorted(new_pairs))[0]
+            things[changed] = dataclasses.replace(things[changed], color=str(color), shape=str(shape))
+        scene = Scene(tuple(things), key)
+        has_new = any((thing.color, thing.shape) in new_pairs for thing in things)
+        kept_back = zlib.crc32(caption(scene).encode()) % 8 == 0
+        if split == ("new_pairs" if has_new else "held_out" if kept_back else "train"):
+            return scene
+
+
+def caption(scene: Scene) -> str:
+    """ "A large red circle at the top-left and a small blue star in the center." """
+    phrases = [f"a {thing.size} {thing.color} {thing.shape} {where(thing.place)}" for thing in scene.things]
+    text = phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
+    return text[0].upper() + text[1:] + "."
+
+
+def where(place: str) -> str:
+    return f"in the {place}" if place == "center" else f"at the {place}"
+
+
+def questions(scene: Scene) -> list[Question]:
+    """What can be asked so that there is exactly one answer. A lone shape is not counted: that would be no question."""
+    asked = []
+    shapes = [thing.shape for thing in scene.things]
+    for thing in scene.things:
+        spot = where(thing.place)
+        asked.append(Question(f"What shape is {spot}?", thing.shape, "shape"))
+        asked.append(Question(f"What color is the shape {spot}?", thing.color, "color"))
+        if shapes.count(thing.shape) == 1:
+            asked.append(Question(f"What color is the {thing.shape}?", thing.color, "color"))
+            asked.append(Question(f"What size is the {thing.shape}?", thing.size, "size"))
+            asked.append(Question(f"Where is the {thing.shape}?", spot, "place"))
+    if len(shapes) > 1:
+        asked.append(Question("How many shapes are there?", COUNTS[len(shapes)], "count"))
+    return asked
+
+
+def parse(text: str) -> list[Thing]:
+    """The things that a caption names, in its order; a phrase without any attribute word is left out."""
+    things = []
+    for phrase in re.split(r",|\band\b", text.lower()):
+        words = re.findall(r"[a-z]+(?:-[a-z]+)?", phrase)
+        found = {name: next((word for word in words if word in values), None) for name, values in ATTRIBUTES.items()}
+        if any(found.values()):
+            things.append(Thing(**found))
+    return things
+
+
+def score(text: str, scene: Scene) -> dict[str, tuple[int, int]]:
+    """(right, total) for each attribute and for "whole", the caption as one.
+
+    The n-th thing said is held against the n-th thing shown; things too few or too many count as wrong.
+    """
+    said = parse(text)
+    pairs = list(zip_longest(said, scene.things))
+    points = {name: (sum(getattr(a, name, None) == getattr(b, name, "") for a, b in pairs), len(pairs))
+              for name in ATTRIBUTES}
+    return {**points, "whole": (int(tuple(said) == scene.things), 1)}
+
+
+def total(scores: Iterable[dict[str, tuple[int, int]]]) -> dict[str, float]:
+    """Share that is right in many `score`s, by attribute, for "whole", and as "mean" of the four attributes."""
+    scores = list(scores)
+    shares = {name: sum(s[name][0] for s in scores) / sum(s[name][1] for s in scores) for name in scores[0]}
+    return {**shares, "mean": float(np.mean([shares[name] for name in ATTRIBUTES]))}
+
+
+def write(folder: str | Path, scenes: Sequence[Scene]) -> None:
+    """Draw scenes into `folder/image/ID.jpg` and write `folder/filter_cap.json`; the id is the place in the list."""
+    from PIL import Image
+
+    folder = Path(folder)
+    (folder / "image").mkdir(parents=True, exist_ok=True)
+    for number, scene in enumerate(scenes):
+        # Full colour resolution: the usual halved one would smear the colour of a 9-pixel shape.
+        Image.fromarray(draw(scene)).save(folder / "image" / f"{number}.jpg", quality=95, subsampling=0)
+    annotations = [{"image_id": str(number), "caption": caption(scene)} for number, scene in enumerate(scenes)]
+    (folder / "filter_cap.json").write_text(json.dumps({"annotations": annotations}, indent=1))
+
+
+# Drawing. Pixels are points of a plane; a shape is its signed distance in pixels, negative inside, and the share of a
+# pixel that it covers is 1/2 - distance, cut to 0..1: that is the anti-aliasing.
+
+_Y, _X = np.mgrid[:SIDE, :SIDE].astype(np.float32) + 0.5
+
+
+def draw(scene: Scene) -> np.ndarray:
+    """The picture, uint8[48,48,3]."""
+    rng = np.random.default_rng((*scene.key, 1))
+    picture = _background(rng)
+    for thing in scene.things:
+        row, column = divmod(PLACES.index(thing.place), 3)
+        x, y = (_X - CELL * (column + 0.5) - rng.uniform(-1, 1), _Y - CELL * (row + 0.5) - rng.uniform(-1, 1))
+        turn = rng.uniform(-0.3, 0.3)
+        x, y = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
+        radius = SIZES[thing.size] * rng.uniform(0.94, 1.06)
+        cover = np.clip(0.5 - _DISTANCE[thing.shape](x, y, radius), 0, 1)[..., None]
+        shade = 1 + rng.uniform(-0.06, 0.06) - 0.05 * y[..., None] / radius  # lit from above
+        picture += cover * (np.array(COLORS[thing.color], np.float32) * shade - picture)
+    picture += 0.03 * rng.standard_normal(picture.shape, np.float32)
+    return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def _background(rng: np.random.Generator) -> np.ndarray:
+    """A greyish gradient, wave or checker; float32[48,48,3]."""
+    ends = rng.uniform(0.3, 0.7, 2)[:, None] + rng.uniform(-0.05, 0.05, (2, 3))
+    angle = rng.uniform(0, 2 * np.pi)
+    along = (np.cos(angle) * (_X - SIDE / 2) + np.sin(angle) * (_Y - SIDE / 2)) / SIDE  # about -0.7..0.7
+    kind = rng.integers(3)
+    if kind == 0:
+        mix = 0.5 + along / 1.5
+    elif kind == 1:
+        mix = 0.5 + 0.5 * np.sin(2 * np.pi * (rng.uniform(1, 4) * along + rng.uniform()))
+    else:
+        width, shift = rng.integers(4, 13), rng.integers(12)
+        mix = ((_X + shift) // width + (_Y + shift) // width) % 2
+        ends[1] = ends[0] + 0.4 * (ends[1] - ends[0])  # hard edges distract more than slopes
+    return (ends[0] + mix[..., None] * (ends[1] - ends[0])).astype(np.float32)
+
+
+def _circle(x, y, r):
+    return np.hypot(x, y) - r
+
+
+def _square(x, y, r):
+    return np.maximum(abs(x), abs(y)) - 0.86 * r
+
+
+def _triangle(x, y, r):
+    return np.maximum(y - 0.75 * r, 0.866 * abs(x) - 0.5 * (y + 1.15 * r))
+
+
+def _star(x, y, r):
+    """Five points: the plane folded onto half a point, where one straight edge is left."""
+    fifth = 2 * np.pi / 5
+    angle = abs((np.arctan2(x, -y) + fifth / 2) % fifth - fifth / 2)  # 0 at a tip, 36 degrees at a notch
+    u, v = np.hypot(x, y) * np.cos(angle), np.hypot(x, y) * np.sin(angle)
+    tip, notch = 1.15 * r, 0.5 * r * np.array([np.cos(fifth / 2), np.sin(fifth / 2)])
+    edge = notch - (tip, 0)
+    return ((u - tip) * edge[1] - v * edge[0]) / np.hypot(*edge)
+
+
+def _cross(x, y, r):
+    long, short = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
+    return np.maximum(long - r, short - 0.36 * r)
+
+
+_DISTANCE = {"circle": _circle, "square": _square, "triangle": _triangle, "star": _star, "cross": _cross}

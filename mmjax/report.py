@@ -1,0 +1,238 @@
+"""A page about a finished run: scores, the loss curve, and pictures with the model's words under them.
+
+Plain inputs only (arrays, texts, numbers); what they are about is the caller's business.
+"""
+
+import base64
+import html
+import io
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Example(NamedTuple):
+    """One picture and what was said about it. `right` None leaves the mark out."""
+
+    picture: np.ndarray  # uint8[H,W,3]
+    question: str
+    said: str
+    truth: str
+    right: bool | None = None
+
+
+LIGHT = {"ink": "#1c2128", "muted": "#667080", "grid": "#e3e6ea", "line": "#2563c9", "good": "#1a7f4b",
+         "bad": "#c0362c", "page": "#ffffff"}
+DARK = {"ink": "#e6e9ee", "muted": "#98a2b0", "grid": "#343b46", "line": "#7db0ff", "good": "#5fcf93",
+        "bad": "#ff8f85", "page": "#1c2027"}
+MARKS = {True: "✓", False: "✗", None: ""}
+NOTHING = "(nothing)"
+
+
+def write(folder: str | Path, title: str, metrics: str | Path, examples: Sequence[Example],
+          table: Sequence[Sequence[str | float | None]], facts: Mapping[str, str] | None = None) -> Path:
+    """Writes `report.html` (self-contained), `loss.png` and `pictures.png`; returns the path of the page.
+
+    metrics: JSON lines of the run; those with "step" and "loss" make the curve
+    table:   rows of texts and numbers, the first row is the heading; a float is shown with three digits, None as a dash
+    facts:   short figures for the top of the page, such as {"trained parameters": "9,312"}
+
+    Raises ValueError if the metrics hold no loss or a row of the table has another length than the heading.
+    """
+    folder = Path(folder)
+    steps, losses = _curve(Path(metrics))
+    uneven = [number for number, row in enumerate(table) if len(row) != len(table[0])]
+    if uneven:
+        raise ValueError(f"The table's heading has {len(table[0])} columns; these rows have another number: {uneven}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    light, dark = (_draw_curve(steps, losses, colors) for colors in (LIGHT, DARK))
+    (folder / "loss.png").write_bytes(light)
+    (folder / "pictures.png").write_bytes(_draw_sheet(title, examples))
+    page = folder / "report.html"
+    page.write_text(_page(title, light, dark, examples, table, facts or {}), encoding="utf-8")
+    return page
+
+
+def _curve(path: Path) -> tuple[list[float], list[float]]:
+    records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    points = [(record["step"], record["loss"]) for record in records if "step" in record and "loss" in record]
+    if not points:
+        raise ValueError(f"{path} has no line with \"step\" and \"loss\", so there is no curve to draw.")
+    steps, losses = zip(*points, strict=True)
+    return list(steps), list(losses)
+
+
+def _smooth(values: Sequence[float]) -> np.ndarray:
+    """A centred mean over about a twentieth of the run; shorter windows at the ends."""
+    half = max(1, len(values) // 40)
+    return np.array([np.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
+
+
+def _draw_curve(steps: Sequence[float], losses: Sequence[float], colors: Mapping[str, str]) -> bytes:
+    from matplotlib.figure import Figure  # a Figure of its own needs neither pyplot nor a display
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    figure = Figure(figsize=(7.6, 3.0), dpi=160, facecolor="none", layout="constrained")
+    axes = figure.add_subplot(facecolor="none")
+    smooth = _smooth(losses)
+    axes.plot(steps, losses, color=colors["line"], linewidth=0.8, alpha=0.35)
+    axes.plot(steps, smooth, color=colors["line"], linewidth=2)
+    if min(losses) > 0 and max(losses) > 20 * min(losses):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.annotate(f"{smooth[-1]:.3g}", (steps[-1], smooth[-1]), xytext=(6, 0), textcoords="offset points",
+                  va="center", color=colors["ink"], fontsize=9, fontweight="bold", annotation_clip=False)
+    axes.set_xlabel("step", color=colors["muted"], fontsize=9)
+    axes.set_title("training loss", color=colors["muted"], fontsize=9, loc="left")
+    axes.grid(axis="y", color=colors["grid"], linewidth=0.8)
+    axes.tick_params(which="both", colors=colors["muted"], labelsize=8.5, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(colors["grid"])
+    axes.set_axisbelow(True)
+    axes.margins(x=0.01)
+    return _png(figure, None if colors is DARK else colors["page"])
+
+
+def _draw_sheet(title: str, examples: Sequence[Example]) -> bytes:
+    """The pictures enlarged, four in a row, with what was asked, what was said, and the truth where it differs."""
+    from matplotlib.figure import Figure
+
+    columns = min(4, max(1, len(examples)))
+    cell, side, line, head = 3.1, 2.78, 0.163, 0.6  # inches
+    margin = (cell - side) / 2
+    texts = [_sheet_lines(example) for example in examples]
+    grid = [range(first, min(first + columns, len(examples))) for first in range(0, len(examples), columns)]
+    tall = [side + 0.4 + line * max(sum(len(lines) for lines, *_ in texts[n]) for n in row) for row in grid]
+    width, height = cell * columns, head + sum(tall)
+    figure = Figure(figsize=(width, height), dpi=110, facecolor=LIGHT["page"])
+
+    def write_text(x, y, words, **style):
+        figure.text(x / width, y / height, words, va="top", parse_math=False, **style)
+
+    write_text(margin, height - 0.2, title, fontsize=14, fontweight="bold", color=LIGHT["ink"])
+    for row, numbers in enumerate(grid):
+        top = height - head - sum(tall[:row])
+        for column, number in enumerate(numbers):
+            x, y = cell * column + margin, top - side
+            axes = figure.add_axes((x / width, y / height, side / width, side / height))
+            axes.imshow(examples[number].picture, interpolation="nearest")
+            axes.axis("off")
+            y -= 0.08
+            for lines, color, weight in texts[number]:
+                write_text(x, y, "\n".join(lines), fontsize=8.6, color=LIGHT[color], fontweight=weight, linespacing=1.2)
+                y -= line * len(lines) + 0.04
+    return _png(figure, LIGHT["page"])
+
+
+def _sheet_lines(example: Example) -> list[tuple[list[str], str, str]]:
+    """(lines, colour, weight) of what stands below a picture."""
+
+    def wrap(words: str, width: int) -> list[str]:
+        return textwrap.wrap(words, width, max_lines=5, placeholder=" …", break_on_hyphens=False) or [""]
+
+    said = f"{MARKS[example.right]} {example.said or NOTHING}".strip()
+    below = [(wrap(example.question, 46), "muted", "normal"),
+             (wrap(said, 39), "bad" if example.right is False else "ink", "bold")]
+    return below if example.right else [*below, (wrap(f"truth: {example.truth}", 46), "muted", "normal")]
+
+
+def _png(figure, face: str | None) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="png", facecolor=face or "none")
+    return out.getvalue()
+
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2128; --muted: #667080; --grid: #e3e6ea; --page: #f5f6f8; --card: #ffffff;
+  --good: #1a7f4b; --bad: #c0362c; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --muted: #98a2b0; --grid: #343b46; --page: #14171c;
+  --card: #1c2027; --good: #5fcf93; --bad: #ff8f85; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 40px 20px 60px; }
+h1 { font-size: 26px; line-height: 1.25; margin: 0 0 20px; }
+h2 { font-size: 17px; margin: 36px 0 12px; }
+.facts { display: flex; flex-wrap: wrap; gap: 10px 36px; margin: 0; }
+.facts dt { color: var(--muted); font-size: 13px; }
+.facts dd { margin: 0; font-size: 21px; font-weight: 600; }
+.card { background: var(--card); border: 1px solid var(--grid); border-radius: 10px; }
+.wide { overflow-x: auto; padding: 6px 16px; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: 9px 12px; text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+tr:last-child td { border-bottom: 0; }
+thead th { color: var(--muted); font-weight: 500; font-size: 13px; }
+.curve { padding: 14px; }
+.curve img { display: block; width: 100%; max-width: 860px; height: auto; margin: 0 auto; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 16px; }
+figure { margin: 0; overflow: hidden; }
+figure img { display: block; width: 100%; image-rendering: pixelated; }
+figcaption { padding: 11px 14px 14px; overflow-wrap: anywhere; }
+.asked, .truth { color: var(--muted); font-size: 13px; margin: 0; }
+.said { margin: 3px 0 0; font-weight: 600; }
+.truth { margin-top: 6px; }
+.mark.good { color: var(--good); } .mark.bad, .said.bad { color: var(--bad); }
+"""
+
+
+def _page(title: str, light: bytes, dark: bytes, examples: Sequence[Example],
+          table: Sequence[Sequence[str | float | None]], facts: Mapping[str, str]) -> str:
+    text = html.escape
+    heading, *rows = table or [[]]
+    head = "".join(f'<th scope="col">{text(_cell(cell))}</th>' for cell in heading)
+    body = "\n".join("<tr>" + "".join(f"<td>{text(_cell(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    tiles = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in facts.items())
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{text(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<main>
+<h1>{text(title)}</h1>
+<dl class="facts">{tiles}</dl>
+<h2>Scores</h2>
+<div class="card wide"><table><thead><tr>{head}</tr></thead><tbody>
+{body}
+</tbody></table></div>
+<h2>Loss</h2>
+<div class="card curve"><picture><source media="(prefers-color-scheme: dark)" srcset="{_inline(dark)}">
+<img src="{_inline(light)}" alt="training loss by step"></picture></div>
+<h2>Pictures and words</h2>
+<div class="pictures">
+{"".join(map(_figure, examples))}</div>
+</main>
+</body>
+</html>
+"""
+
+
+def _figure(example: Example) -> str:
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(example.picture).save(out, format="png")
+    kind = {True: "good", False: "bad", None: ""}[example.right]
+    mark = f'<span class="mark {kind}">{MARKS[example.right]}</span> ' if kind else ""
+    truth = "" if example.right else f'<p class="truth">truth: {html.escape(example.truth)}</p>'
+    return f"""<figure class="card"><img src="{_inline(out.getvalue())}" alt="{html.escape(example.truth)}">
+<figcaption><p class="asked">{html.escape(example.question)}</p>
+<p class="said {kind}">{mark}{html.escape(example.said or NOTHING)}</p>{truth}</figcaption></figure>
+"""
+
+
+def _cell(value: str | float | None) -> str:
+    return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _inline(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
