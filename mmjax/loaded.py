@@ -228,6 +228,8 @@ class Loaded:
 def collate(samples: Sequence[Sample], tokenizer: Tokenizer, settings: TextConfig, config: Any,
             length: int | None = None, multiple: int = 1) -> Batch:
     """Samples to a batch: text and pictures. `config` is the family's."""
+    if config.image_size is None and (seeing := [row for row, sample in enumerate(samples) if sample.images]):
+        raise ValueError(f"Rows {seeing} have pictures, but this is a language model without a picture tower.")
     rows = text.rows(samples, tokenizer, settings, config.image_tokens, length, multiple)
     pictures = None if config.image_size is None else images.stack(samples, config.image_size)
     return dataclasses.replace(rows, images=pictures)

@@ -1,5 +1,6 @@
 """A training run from its configuration to its report: what `train.py` and `mmjax train` call."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
@@ -8,7 +9,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,36 +72,42 @@ def train(config: RunConfig) -> Run:
     def kind(path: str) -> Any:
         return jnp.float32 if trees.matches(path, rules) else dtype
 
-    with sharding.use(mesh):
+    checkpoints = contextlib.closing(checkpoint.Checkpoints(out / "checkpoints", config.keep))
+    with sharding.use(mesh), checkpoints as checkpoints:
         params = loaded.read_params(source, module, mesh, kind, config.seed, earlier)
         mask = trees.mask(params, rules)
         trained, frozen = trees.split(params, mask)
-        first = jax.tree.map(jnp.copy, trained)  # training reuses the memory of `trained`
+        first = jax.tree.map(jnp.copy, trained) if config.data.scenes else None  # training reuses `trained`'s memory
         optimizer = optim.optimizer(config.optim)
-        state = steps.start(trained, optimizer, config.seed)
-        before = int(steps.fingerprint(frozen))
-        checkpoints = checkpoint.Checkpoints(out / "checkpoints", config.keep)
-        state, started = resume(state, checkpoints, mesh)
+        state, started = resume(steps.start(trained, optimizer, config.seed), checkpoints, mesh)
         write_card(config, source, out)
         announce(source, params, mask, mesh, started, config)
+        del params, trained
 
-        records = formats.cc_sbu_align(config.data.path)
         tokenizer = source.tokenizer
+        step, place = steps.train_step(module, optimizer), sharding.batch_sharding(mesh)
 
         def collate(samples: list[Sample]) -> Batch:
             return loaded.collate(samples, tokenizer, config.text, source.config, multiple=config.data.length_multiple)
 
+        def advance(state: steps.TrainState, batch: Batch) -> tuple[steps.TrainState, dict[str, Any]]:
+            return step(state, frozen, jax.device_put(batch, place))
+
+        def diagnose(loss: float, state: steps.TrainState) -> None:
+            check_first_loss(loss, source.config.llama.vocab, {"trained": state.params, "frozen": frozen})
+
+        records = formats.cc_sbu_align(config.data.path)
         batches = pipeline.batches(records, config.data, collate, started)
-        state, loss = loop(config, module, optimizer, state, frozen, batches, checkpoints, source, mesh, started)
+        before = int(steps.fingerprint(frozen))
+        state, loss = loop(config, started, advance, diagnose, state, batches, checkpoints)
         checkpoints.save(int(state.step), state)
-        checkpoints.close()
         if int(steps.fingerprint(frozen)) != before:
             raise TrainingStopped("Frozen parameters changed during training. That is a bug in mmjax; please report it "
                                   f"with {out / loaded.RUN_CARD}.")
         scores = None
-        if config.data.scenes is not None:
-            after, before_training = (trees.merge(part, frozen) for part in (state.params, first))
-            scores = finish_scenes(config, source, mesh, after, before_training)
+        if first is not None:
+            after, untrained = (trees.merge(part, frozen) for part in (state.params, first))
+            scores = finish_scenes(config, source, mesh, after, untrained)
     return Run(out, int(state.step), loss, scores)
 
 
@@ -164,45 +171,50 @@ def resume(state: steps.TrainState, checkpoints: checkpoint.Checkpoints, mesh: A
     return state, int(state.step)
 
 
-def loop(config, module, optimizer, state, frozen, batches, checkpoints, source, mesh, started):
-    """The steps from `started` on; returns the state and the last loss. See `TrainingStopped`."""
-    step = steps.train_step(module, optimizer)
-    place = sharding.batch_sharding(mesh)
-    log = Log(Path(config.out) / "metrics.jsonl", started, config)
+def loop(
+    config: RunConfig,
+    started: int,
+    advance: Callable[[steps.TrainState, Batch], tuple[steps.TrainState, dict[str, Any]]],
+    diagnose: Callable[[float, steps.TrainState], None],
+    state: steps.TrainState,
+    batches: Iterator[pipeline.Step],
+    checkpoints: checkpoint.Checkpoints,
+) -> tuple[steps.TrainState, float | None]:
+    """The steps from `started` on: the state and the last loss. See `TrainingStopped`.
+
+    advance:  one training step
+    diagnose: looks at the first loss of a run
+    """
     loss = None
-    saved = checkpoints.latest
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
                TimeElapsedColumn(), TimeRemainingColumn())
-    with log, Progress(*columns, console=console) as bar:
+    with Log(Path(config.out) / "metrics.jsonl", started, config) as log, Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=config.optim.steps, completed=started, loss="")
         for item in itertools.islice(batches, config.optim.steps - started):
+            samples = f"Its samples: {', '.join(item.names)}. {last_good(checkpoints)}"
             if not np.any(item.batch.loss_mask[:, 1:]):
                 raise TrainingStopped(
                     f"Batch {item.number} has no token to learn: all its answers are empty or cut away "
-                    f"(text.max_txt_len = {config.text.max_txt_len}). Its samples: {', '.join(item.names)}. "
-                    + last_good(checkpoints, saved))
-            state, metrics = step(state, frozen, jax.device_put(item.batch, place))
+                    f"(text.max_txt_len = {config.text.max_txt_len}). {samples}")
+            state, metrics = advance(state, item.batch)
             loss = float(metrics["loss"])
             if not bool(metrics["finite"]):
                 raise TrainingStopped(
                     f"The loss, a gradient or the update of batch {item.number} is not finite (loss {loss}, gradient "
-                    f"norm {float(metrics['grad_norm'])}). Its samples: {', '.join(item.names)}. "
-                    "The update was not made. " + last_good(checkpoints, saved))
+                    f"norm {float(metrics['grad_norm'])}). The update was not made. {samples}")
             if item.number == 0 and config.check_first_loss:
-                check_first_loss(loss, source.config.llama.vocab, {"trained": state.params, "frozen": frozen})
+                diagnose(loss, state)
             log.add(item, metrics, loss)
             bar.update(task, advance=1, loss=f"loss {loss:.3f}")
             if (item.number + 1) % config.save_every == 0:
                 checkpoints.save(item.number + 1, state)
-                saved = item.number + 1
     return state, loss
 
 
-def last_good(checkpoints: checkpoint.Checkpoints, saved: int | None) -> str:
-    checkpoints.close()
-    if saved is None:
+def last_good(checkpoints: checkpoint.Checkpoints) -> str:
+    if checkpoints.latest is None:
         return "No checkpoint had been saved yet."
-    return f"The last good checkpoint is of step {saved}; the same command goes on from there."
+    return f"The last good checkpoint is of step {checkpoints.latest}; the same command goes on from there."
 
 
 def check_first_loss(loss: float, vocab: int, parts: dict[str, Any]) -> None:

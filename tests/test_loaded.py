@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import mmjax
+from mmjax.convert import convert
 from mmjax.data import scenes
 from mmjax.loaded import stop_ids
 from tests import small
@@ -89,3 +90,12 @@ def test_bfloat16_is_close(model, samples):
     rough, aux = mmjax.loss(half.module, half.params, batch)
     assert aux["logits"].dtype == np.float32
     np.testing.assert_allclose(rough, exact, rtol=0.02)
+
+
+def test_language_model_alone(samples, tmp_path):
+    convert.llama(small.GOLDEN / "ckpt" / "llama_hf", tmp_path / "llama")
+    model = mmjax.load(tmp_path / "llama", dtype="float32")
+    words = model.generate([mmjax.Sample(prompt="A dog"), mmjax.Sample(prompt="Two children look at")], 6)
+    assert len(words) == 2 and all(words)
+    with pytest.raises(ValueError, match=r"Rows \[0, 1, 2\] have pictures"):
+        model.batch(samples)

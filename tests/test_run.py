@@ -93,7 +93,7 @@ def test_unfrozen_qformer_is_trained(tmp_path):
 def test_update_that_is_not_finite_stops_the_run(tmp_path):
     config = small.run_config(tmp_path / "run")
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, init_lr=math.inf, warmup_steps=0))
-    with pytest.raises(run.TrainingStopped, match=r"batch 0 is not finite.*samples: \d, \d.*No checkpoint"):
+    with pytest.raises(run.TrainingStopped, match=r"batch 0 is not finite.*samples: \d, \d\. No checkpoint"):
         run.train(config)
 
 
