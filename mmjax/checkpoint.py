@@ -35,7 +35,12 @@ def _restored(state: Any, plain: Any) -> Any:
 
 
 def trained(folder: str | Path, step: int | None = None) -> dict[str, Any]:
-    """`{path: array}`: the trained parameters of a run's newest checkpoint, or of that `step`."""
+    """`{path: array}`: the trained parameters of a run's newest checkpoint, or of that `step`.
+
+    Raises FileNotFoundError if there is none.
+    """
+    if not Path(folder).is_dir():  # opening it would make it
+        raise FileNotFoundError(f"There is no folder of training checkpoints at {folder}.")
     checkpoints = Checkpoints(folder)
     try:
         return trees.flatten(checkpoints.read(step)["params"])
@@ -56,7 +61,7 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The newest step that was saved whole; None if there is none."""
+        """The newest step that was saved, or is just being saved; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any) -> None:
@@ -87,6 +92,7 @@ class Checkpoints:
         return self._manager.restore(step, args=self._args.StandardRestore(saved))
 
     def _saved(self, step: int | None) -> int:
+        self._manager.wait_until_finished()  # the newest may still be on its way to the disk
         steps = sorted(self._manager.all_steps())
         if not steps or step not in (None, *steps):
             raise FileNotFoundError(f"{self._manager.directory} has no checkpoint"

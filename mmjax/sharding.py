@@ -32,7 +32,8 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else list(devices)
     sizes = [cfg.data, cfg.fsdp, cfg.tensor]
     known = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) > 1 or known < 1 or len(devices) % known or (-1 not in sizes and known != len(devices)):
+    impossible = sizes.count(-1) > 1 or any(size < 1 for size in sizes if size != -1)
+    if impossible or len(devices) % known or (-1 not in sizes and known != len(devices)):
         raise ValueError(
             f"The mesh data={cfg.data}, fsdp={cfg.fsdp}, tensor={cfg.tensor} does not fill {len(devices)} device(s). "
             "The product must be their number; one size may be -1 to take what is left.")

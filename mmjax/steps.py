@@ -98,8 +98,10 @@ def fingerprint(tree: Any) -> jax.Array:
     def of(leaf: jax.Array) -> jax.Array:
         word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
         bits = jax.lax.bitcast_convert_type(leaf, word).astype(jnp.uint32)
-        weights = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, bits.ndim - 1) * jnp.uint32(2_654_435_761) + 1
-        return (bits * weights).sum(dtype=jnp.uint32)
+        weights = jnp.zeros(bits.shape, jnp.uint32)
+        for axis in range(bits.ndim):
+            weights = weights * 31 + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(2_654_435_761)
+        return (bits * (weights | 1)).sum(dtype=jnp.uint32)  # odd: an even weight would lose the highest bit
 
     total = jnp.uint32(0)
     for leaf in jax.tree.leaves(tree):

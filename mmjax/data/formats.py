@@ -24,14 +24,17 @@ def cc_sbu_align(folder: str) -> list[Record]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not in the CC-SBU-align layout: there is no {path.name} in it.")
     try:
-        annotations = json.loads(path.read_text())["annotations"]
+        annotations = json.loads(path.read_text(encoding="utf-8"))["annotations"]
         records = [
             Record(str(a["image_id"]), str(Path(folder) / "image" / f"{a['image_id']}.jpg"), a["caption"])
             for a in annotations
         ]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:  # not JSON, or not UTF-8, is a ValueError
         expected = '{"annotations": [{"image_id": "2", "caption": "..."}, ...]}'
         raise ValueError(f"{path} must be JSON like {expected}: {error!r}") from error
+    if wordless := [record.name for record in records if not isinstance(record.caption, str)]:
+        raise ValueError(f"{path}: {len(wordless)} captions are not text, such as that of image_id "
+                         f"{', '.join(wordless[:5])}.")
     absent = [record.image for record in records if not Path(record.image).is_file()]
     if absent or not records:
         raise ValueError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mmjax.batch import Sample
 from mmjax.families.minigpt4 import normalise
@@ -41,7 +41,7 @@ def _open(path: Any, size: int) -> np.ndarray:
     try:
         with Image.open(path) as picture:
             return load(picture, size)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:  # what Pillow raises
         raise ValueError(f"{path} is not a picture that can be read: {error}") from error
 
 

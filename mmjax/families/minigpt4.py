@@ -72,7 +72,7 @@ TRAINED = (r"projector/.*",)
 def normalise(images: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     """uint8[B,F,H,W,3] -> float32[B,F,3,H,W] as the towers were trained; normalised pictures pass unchanged.
 
-    A numpy array is worked on by numpy, bit-equal to the original; XLA may differ in the last bit of the division.
+    A numpy array is worked on by numpy, bit-equal to the original; XLA may differ in the last two bits.
     """
     if images.dtype != np.uint8:
         return images
