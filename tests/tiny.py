@@ -1,45 +1,78 @@
-"""A tiny converted MiniGPT-4 and a folder of scenes, for tests that need something real to load or to train."""
+"""What tests of models and of training share: tiny random weights, batches that fit them, and quick compiling."""
 
 import functools
-import tempfile
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
-from mmjax.config import DataConfig, OptimConfig, RunConfig, TextConfig, WeightsConfig
-from mmjax.convert import convert
-from mmjax.data import scenes
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-GOLDEN = Path(__file__).parent / "golden" / "minigpt4"
-PROMPT = "<Img><ImageHere></Img> Describe this image in detail."
+from mmjax import trees
+from mmjax.batch import Batch
+from mmjax.families import minigpt4, shapes
 
-
-@functools.cache
-def _folder() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="mmjax-tests-")
-
-
-@functools.cache
-def checkpoint() -> Path:
-    """The reference set's MiniGPT-4, converted (pictures of 56 pixels, vocabulary 600)."""
-    ckpt, out = GOLDEN / "ckpt", Path(_folder().name) / "checkpoint"
-    convert.minigpt4(ckpt / "eva_vit.pth", ckpt / "llama_hf", out, qformer=ckpt / "blip2_pretrained.pth",
-                     projector=ckpt / "minigpt4_proj.pth", arch=GOLDEN / "model_sizes.json")
-    return out
+MINIGPT4 = minigpt4.PRESETS["tiny"]
+V, Q = MINIGPT4.llama.vocab, MINIGPT4.image_tokens
 
 
 @functools.cache
-def pictures() -> Path:
-    """Eight scenes in the CC-SBU-align layout."""
-    out = Path(_folder().name) / "pictures"
-    scenes.write(out, scenes.scenes("train", 8))
-    return out
+def quick_options() -> dict[str, Any]:
+    """Compiler options with which these small programs compile in a fifth of the time and run a little slower."""
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True,
+               "xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda x: x + 1, compiler_options=options)(0)
+    except jax.errors.JaxRuntimeError:  # an XLA that does not know one of them
+        return {}
+    return options
 
 
-def run_config(out: Path, steps: int = 4, **changes) -> RunConfig:
-    defaults = dict(
-        out=str(out),
-        weights=WeightsConfig(checkpoint=str(checkpoint()), dtype="float32"),
-        data=DataConfig(path=str(pictures()), prompts=(PROMPT,), batch_size=2, length_multiple=64),
-        text=TextConfig(prompt_template="###Human: {} ###Assistant: ", end_sym="###", max_txt_len=32),
-        optim=OptimConfig(init_lr=1e-3, warmup_steps=1, epochs=1, steps_per_epoch=steps),
-        log_every=1, save_every=2)
-    return RunConfig(**(defaults | changes))
+def jit(function: Callable) -> Callable:
+    return jax.jit(function, compiler_options=quick_options())
+
+
+def compiled(function: Any, *args: Any) -> Any:
+    """A jitted function compiled quickly for these arguments."""
+    return function.lower(*args).compile(compiler_options=quick_options())
+
+
+def copied(tree: Any) -> Any:
+    """Arrays of their own, for a step that reuses the memory of its state. Through numpy, nothing is compiled."""
+    return jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf)), tree)
+
+
+def drawn(path: str, shape: Any, random: np.random.Generator) -> jax.Array:
+    mean, spread = (1.0, 0.1) if path.endswith("scale") else (0.0, 0.2)
+    return jnp.asarray(random.normal(mean, spread, shape.shape), jnp.float32)
+
+
+def params(family: str, cfg: Any, seed: int = 0) -> dict[str, Any]:
+    """Random weights, none of them 0 or 1. numpy draws them: compiling jax's generator takes longer than a test."""
+    random = np.random.default_rng(seed)
+    return trees.unflatten({path: drawn(path, shape, random) for path, shape in shapes(family, cfg).items()})
+
+
+def module_params(module: Any, *inputs: Any, seed: int = 0) -> dict[str, Any]:
+    """The same for any linen module."""
+    random = np.random.default_rng(seed)
+    variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    return trees.map_with_path(lambda path, shape: drawn(path, shape, random), variables.get("params", {}))
+
+
+def batch(rows: int = 4, length: int = 12, pictures: int = 1, seed: int = 0) -> Batch:
+    """`[word][soft tokens][words][padding]`, rows of different lengths; targets from place 2 + Q·pictures on."""
+    random = np.random.default_rng(seed)
+    size, soft = MINIGPT4.image_size, Q * pictures
+    places = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    valid = places < length - np.arange(rows)[:, None] % 3
+    images = random.integers(0, 256, (rows, pictures, size, size, 3), np.uint8) if pictures else None
+    return Batch(
+        tokens=random.integers(1, V, (rows, length), np.int32),
+        soft_index=np.where((places >= 1) & (places <= soft), places - 1, -1).astype(np.int32),
+        valid=valid,
+        loss_mask=valid & (places >= 2 + soft),
+        positions=places,
+        padded_length=np.full(rows, length, np.int32),
+        images=images,
+    )

@@ -32,8 +32,7 @@ def test_picture(name, array):
     if detail == "channel_mean_std":
         expected = case.arrays[array]
         found = np.stack([found.mean((1, 2), dtype=np.float64), found.std((1, 2), dtype=np.float64)])
-        axis_ok = found.shape == expected.shape
-        assert axis_ok
+        assert found.shape == expected.shape
         np.testing.assert_allclose(found, expected, rtol=1e-4)
     else:
         np.testing.assert_array_equal(found, case.arrays[array])
@@ -41,11 +40,11 @@ def test_picture(name, array):
 
 @golden.each("pictures")
 def test_normalising_on_the_device(case):
-    """Compiled, as the model does it, at most the last bit of a division differs."""
+    """Compiled, as the model does it, XLA rounds differently: by two units in the last place of values up to 2.6."""
     picture = next(iter(case.spec["pictures"].values()))
     with Image.open(golden.folder() / "cases" / picture["file"]) as opened:
         pixels = images.load(opened, 56)[None, None]
-    np.testing.assert_allclose(jax.jit(normalise)(pixels), normalise(pixels), rtol=0, atol=3e-7)
+    np.testing.assert_allclose(jax.jit(normalise)(pixels), normalise(pixels), rtol=0, atol=6e-7)
 
 
 @golden.each("pictures")

@@ -1,0 +1,87 @@
+"""What needs eight (virtual) devices; run by test_sharding.py."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+from mmjax import checkpoint, optim, sharding, steps, trees  # noqa: E402
+from mmjax.config import MeshConfig, OptimConfig  # noqa: E402
+from mmjax.families import minigpt4  # noqa: E402
+from tests import tiny  # noqa: E402
+
+ADAMW = optim.optimizer(OptimConfig(init_lr=1e-3, min_lr=1e-3, warmup_steps=0))
+MODULE = minigpt4.Model(tiny.MINIGPT4)
+
+
+def on(mesh, flat):
+    places = sharding.shardings(flat, minigpt4.AXES, mesh)
+    return trees.unflatten({path: jax.device_put(leaf, places[path]) for path, leaf in flat.items()})
+
+
+def train(mesh, rules, batches):
+    """(losses, last state)"""
+    with sharding.use(mesh):
+        params = on(mesh, trees.flatten(tiny.params("minigpt4", tiny.MINIGPT4)))
+        trained, frozen = trees.split(params, trees.mask(params, rules))
+        state = steps.start(trained, ADAMW, 0)
+        step, losses = jax.jit(steps.train_step(MODULE, ADAMW), compiler_options=tiny.quick_options()), []
+        for batch in batches:
+            state, metrics = step(state, frozen, jax.device_put(batch, sharding.batch_sharding(mesh)))
+            losses.append(float(metrics["loss"]))
+    return losses, state
+
+
+@pytest.mark.parametrize(("cfg", "shape"), [
+    (MeshConfig(), (8, 1, 1)), (MeshConfig(2, -1, 2), (2, 2, 2)), (MeshConfig(1, 8, 1), (1, 8, 1)),
+    (MeshConfig(1, 4, -1), (1, 4, 2))])
+def test_one_size_takes_what_is_left(cfg, shape):
+    mesh = sharding.make_mesh(cfg)
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.devices.shape == shape
+
+
+def test_eight_devices_train_as_one():
+    """Rows with different numbers of targets: the mean is over those of all devices."""
+    batches = [tiny.batch(seed=seed) for seed in (0, 1)]
+    assert len(set(batches[0].loss_mask.sum(1).tolist())) > 1
+    rules = (*minigpt4.TRAINED, "llama/norm/.*", "llama/layers/attn/[qv]/w")
+    one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    eight = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    expected, alone = train(one, rules, batches)
+    losses, state = train(eight, rules, batches)
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+    for path, leaf in trees.flatten(state.params).items():
+        if leaf is not None:
+            np.testing.assert_allclose(leaf, trees.flatten(alone.params)[path], atol=1e-6, err_msg=path)
+    assert state.params["projector"]["w"].sharding.spec == PartitionSpec(None, "fsdp")
+    assert state.params["llama"]["layers"]["attn"]["q"]["w"].addressable_shards[0].data.shape == (2, 16, 2, 8)
+
+
+def test_a_checkpoint_moves_to_another_mesh(tmp_path):
+    flat = {path: leaf for path, leaf in trees.flatten(tiny.params("minigpt4", tiny.MINIGPT4)).items()
+            if path.startswith("projector/")}
+    meshes = [sharding.make_mesh(MeshConfig(data=1, fsdp=8)), sharding.make_mesh(MeshConfig(2, 2, 2)),
+              sharding.make_mesh(MeshConfig(), jax.devices()[3:4])]
+
+    def state(mesh, factor, seed):
+        trained = on(mesh, {path: factor * leaf for path, leaf in flat.items()}) | {"llama": {"embedding": None}}
+        made = steps.start(trained, ADAMW, seed)
+        whole = NamedSharding(mesh, PartitionSpec())
+        return jax.tree.map(lambda leaf: leaf if leaf.ndim else jax.device_put(leaf, whole), made)
+
+    saved = state(meshes[0], 1, 7)
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(3, saved)
+    for mesh in meshes:
+        wanted = state(mesh, 0, 0)
+        restored = checkpoints.restore(wanted)
+        for path, leaf in flat.items():
+            found = trees.flatten(restored.params)[path]
+            np.testing.assert_array_equal(found, leaf)
+            assert found.sharding == trees.flatten(wanted.params)[path].sharding
+        np.testing.assert_array_equal(*map(jax.random.key_data, (restored.key, saved.key)))
+    checkpoints.close()
+    np.testing.assert_array_equal(checkpoint.trained(tmp_path)["projector/w"], flat["projector/w"])

@@ -1,0 +1,107 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax.models.layers import LayerNorm, Project, RMSNorm, attend, einsum
+from tests import tiny
+
+RANDOM = np.random.default_rng(0)
+
+
+def draw(*shape):
+    return RANDOM.normal(size=shape).astype(np.float32)
+
+
+def apply(module, params, *inputs):
+    return tiny.jit(lambda params, *inputs: module.apply({"params": params}, *inputs))(params, *inputs)
+
+
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+def test_layer_norm(mean):
+    """Far from zero too, where the difference of two squares would lose the variance."""
+    x = draw(3, 16) + np.float32(mean)
+    params = tiny.module_params(LayerNorm(1e-6), x)
+    wide = x.astype(np.float64)
+    expected = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-6)
+    expected = expected * np.float64(params["scale"]) + np.float64(params["bias"])
+    np.testing.assert_allclose(apply(LayerNorm(1e-6), params, x), expected, atol=2e-5 if mean else 1e-6)
+
+
+def test_norms_use_their_eps():
+    x = np.full((1, 4), 1e-3, np.float32) * [1, -1, 1, -1]
+    for eps in (1e-6, 1e-2):
+        ones = {"scale": jnp.ones(4), "bias": jnp.zeros(4)}
+        expected = x / np.sqrt(1e-6 + eps)
+        np.testing.assert_allclose(apply(LayerNorm(eps), ones, x), expected, rtol=1e-5)
+        np.testing.assert_allclose(apply(RMSNorm(eps), {"scale": jnp.ones(4)}, x), expected, rtol=1e-5)
+
+
+def test_rms_norm():
+    x = draw(3, 16)
+    params = tiny.module_params(RMSNorm(1e-6), x)
+    expected = x / np.sqrt(np.square(x.astype(np.float64)).mean(-1, keepdims=True) + 1e-6) * params["scale"]
+    np.testing.assert_allclose(apply(RMSNorm(1e-6), params, x), expected, rtol=1e-5)
+
+
+def test_norms_keep_the_dtype_and_compute_in_float32():
+    x = (draw(3, 64) * 1e4).astype(jnp.bfloat16)  # squares of these have lost everything in bfloat16
+    ones = {"scale": jnp.ones(64)}
+    wide = apply(RMSNorm(1e-6), ones, x.astype(jnp.float32))
+    narrow = apply(RMSNorm(1e-6), ones, x)
+    assert narrow.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(narrow, wide.astype(jnp.bfloat16))
+    assert apply(LayerNorm(1e-6), ones | {"bias": jnp.zeros(64)}, x).dtype == jnp.bfloat16
+
+
+def slow_attention(q, k, v, mask):
+    B, T, N, H = q.shape
+    out = np.zeros((B, T, N, H))
+    for b, t, n in np.ndindex(B, T, N):
+        shared = n // (N // k.shape[2])  # key heads serve neighbouring query heads
+        scores = np.array([q[b, t, n] @ k[b, s, shared] / H**0.5 for s in range(k.shape[1])], np.float64)
+        scores[~mask[b, t]] = -np.inf
+        weights = np.exp(scores - scores.max())
+        out[b, t, n] = weights / weights.sum() @ v[b, :, shared]
+    return out
+
+
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_attention_with_shared_key_heads_and_a_mask(key_heads):
+    q, k, v = draw(2, 3, 4, 8), draw(2, 5, key_heads, 8), draw(2, 5, key_heads, 8)
+    mask = RANDOM.random((2, 3, 5)) < 0.6
+    mask[:, :, 1] = True
+    np.testing.assert_allclose(tiny.jit(attend)(q, k, v, mask), slow_attention(q, k, v, mask), atol=1e-6)
+
+
+def test_a_query_that_sees_nothing_gets_the_mean():
+    q, k, v = draw(1, 2, 2, 4), draw(1, 3, 2, 4), draw(1, 3, 2, 4)
+    out = tiny.jit(attend)(q, k, v, np.zeros((1, 2, 3), bool))
+    np.testing.assert_allclose(out, np.broadcast_to(v.mean(1, keepdims=True), out.shape), rtol=1e-6)
+
+
+def test_project_contracts_the_named_axes():
+    x = draw(2, 3, 4, 5)
+    project = Project((4, 5, 6), contracted=2, use_bias=True)
+    params = {"w": draw(4, 5, 6), "b": draw(6)}
+    expected = x.reshape(6, 20) @ params["w"].reshape(20, 6) + params["b"]
+    found = project.apply({"params": params}, "BTNH,NHD->BTD", x)
+    np.testing.assert_allclose(found.reshape(6, 6), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_fresh_projections_are_those_of_torch_linear():
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), weight and bias alike."""
+    project = Project((8, 8, 50), contracted=2, use_bias=True)
+    params = tiny.jit(lambda key: project.init(key, "BNH,NHD->BD", jnp.zeros((1, 8, 8))))(jax.random.key(0))["params"]
+    for leaf in jax.tree.leaves(params):
+        assert 0.9 / 8 < np.abs(leaf).max() <= 1 / 8
+    assert abs(np.mean(params["w"])) < 0.01
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(jnp.float32, "HIGHEST"), (jnp.bfloat16, "None")])
+def test_products_keep_their_dtype_and_float32_its_digits(dtype, precision):
+    x, w = jnp.ones((2, 3), dtype), jnp.ones((3, 4), jnp.float32)
+    (product,) = (equation for equation in jax.make_jaxpr(lambda x, w: einsum("BD,DF->BF", x, w))(x, w).eqns
+                  if equation.primitive.name == "dot_general")
+    assert product.outvars[0].aval.dtype == dtype
+    assert precision in str(product.params["precision"])

@@ -1,0 +1,41 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from mmjax import config
+from mmjax.config import OptimConfig, RunConfig
+
+SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
+def test_shipped_configs(path):
+    """They load, can be written into a run's card, and say in their docstring how to run them."""
+    loaded = config.load(str(path))
+    json.dumps(dataclasses.asdict(loaded))
+    assert f"python train.py --config configs/{path.name}" in path.read_text(encoding="utf-8")
+
+
+def test_a_config_file_may_import_and_compute(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import mmjax.config as c\n\ndef config():\n    return c.RunConfig(out='runs/' + 'x', seed=42)\n")
+    assert config.load(str(file)) == RunConfig(out="runs/x", seed=42)
+
+
+def test_missing_file():
+    with pytest.raises(FileNotFoundError, match="configs/no_such.py"):
+        config.load("configs/no_such.py")
+
+
+@pytest.mark.parametrize("text", ["", "config = 3", "def config():\n    return {'out': 'x'}"])
+def test_files_that_define_no_run(tmp_path, text):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="mine.py must define a function"):
+        config.load(str(file))
+
+
+def test_steps_of_a_run():
+    assert OptimConfig(epochs=3, steps_per_epoch=7).steps == 21

@@ -1,0 +1,75 @@
+"""Who may import whom: a module may import those of lower levels, and its own package."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LEVELS = (
+    {"trees", "batch", "tokenizer"},
+    {"models.layers"},
+    {"models"},
+    {"families"},
+    {"config"},
+    {"sharding", "optim", "weights", "checkpoint"},
+    {"data", "convert"},
+    {"steps", "generate", "report"},
+    {"loaded"},
+    {"evaluate"},
+    {"run"},
+    {"cli"},
+    {"train", "convert_weights"},  # the scripts
+)
+FILES = [path for path in sorted((ROOT / "mmjax").rglob("*.py")) if path != ROOT / "mmjax" / "__init__.py"]
+MODULES = {path: ".".join(path.relative_to(ROOT / "mmjax").with_suffix("").parts).removesuffix(".__init__")
+           for path in FILES}
+MODULES |= {ROOT / f"{name}.py": name for name in LEVELS[-1]}
+
+
+def level(module: str) -> int:
+    """Of the longest listed name that the module's begins with."""
+    places = {name: number for number, names in enumerate(LEVELS) for name in names}
+    parts = module.split(".")
+    for end in range(len(parts), 0, -1):
+        if (name := ".".join(parts[:end])) in places:
+            return places[name]
+    raise AssertionError(f"mmjax/{module.replace('.', '/')}.py has no level: add it to LEVELS")
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of mmjax that a file imports anywhere, inside functions too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    known = set(MODULES.values())
+    inside = {name.removeprefix("mmjax.") for name in names if name.startswith("mmjax.")}
+    # `from mmjax.trees import prefixed` names something in a module, `from mmjax import trees` the module itself
+    return {name if name in known else name.rpartition(".")[0] for name in inside} - {""}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=MODULES.values())
+def test_imports_go_down(path):
+    name = MODULES[path]
+    package = name.split(".")[0]
+    for other in imported(path):
+        own = other.split(".")[0] == package != "models"  # the towers are strangers to each other
+        assert own or level(other) < level(name), f"mmjax.{name} may not import mmjax.{other}"
+
+
+def test_the_rule_sees_what_is_imported():
+    assert imported(ROOT / "mmjax" / "data" / "text.py") == {"batch", "config", "tokenizer"}
+    assert imported(ROOT / "mmjax" / "cli.py") >= {"run", "config", "loaded", "batch"}
+
+
+def test_importing_mmjax_brings_no_heavy_package():
+    heavy = ("torch", "tensorflow", "grain", "tensorflow_datasets", "gradio", "matplotlib", "transformers")
+    code = f"import sys, mmjax; print(*sorted(set({heavy}) & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split() == []
