@@ -198,11 +198,14 @@ class Loaded:
         Raises ValueError naming the samples or settings that cannot be used.
         """
         ids = self.generation
+        ends = ids["eos_token_id"]
+        end, *more = ends if isinstance(ends, list) else [ends]  # Llama 3 ends a turn with one, a text with another
         config = generation.GenerateConfig(
             max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=temperature > 0, temperature=temperature,
             top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, length_penalty=length_penalty,
-            min_length=min_length, bos=ids["bos_token_id"], eos=ids["eos_token_id"], pad=ids["pad_token_id"],
-            stop=tuple(sequence for words in stop for sequence in stop_ids(self.tokenizer, words)))
+            min_length=min_length, bos=ids["bos_token_id"], eos=end, pad=ids["pad_token_id"],
+            stop=(*((other,) for other in more),
+                  *(sequence for words in stop for sequence in stop_ids(self.tokenizer, words))))
         samples = [dataclasses.replace(sample, answer=None) for sample in samples]
         size = batch_size or len(samples)
         keys = jax.random.split(jax.random.key(seed), max(len(samples), 1))

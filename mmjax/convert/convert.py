@@ -29,9 +29,9 @@ from mmjax.convert.lazy import LazyTensor
 from mmjax.convert.tables import Computed, Entry, Parameter, Problems, forward
 from mmjax.families import FAMILIES, shapes
 from mmjax.families.minigpt4 import JOINED
+from mmjax.tokenizer import Tokenizer
 
 FORMAT = 1  # of the checkpoint folder
-LLAMA_TEXT = TextConfig(end_sym="</s>")
 TEXT = {  # what the released models were trained with; which template belongs to a projector no weight file says
     "minigpt4": TextConfig(end_sym="###", max_txt_len=160),
     "minigpt4, no Q-Former": TextConfig(end_sym="</s>", max_txt_len=160),
@@ -82,7 +82,9 @@ def llama(llama: Path, out: Path, *, delta: Path | None = None, overwrite: bool 
                              llama.name, problems)
     problems.check(f"Cannot convert {llama}")
     architecture = FAMILIES["llama"].Config(llama=release.cfg)
-    write(Plan("llama", architecture, parameters, LLAMA_TEXT, release.generation, {"llama": release.files},
+    words = Tokenizer.from_folder(release.tokenizer)
+    text = TextConfig(end_sym=words.decode([words.eos], skip_special=False))
+    write(Plan("llama", architecture, parameters, text, release.generation, {"llama": release.files},
                release.tokenizer), out, overwrite)
 
 

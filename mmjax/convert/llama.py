@@ -178,9 +178,8 @@ def generation_ids(folder: Path, problems: Problems) -> dict[str, Any]:
     chosen = read_json(path, problems) if path.is_file() else {"_from_model_config": True}
     names, defaults = ("bos_token_id", "eos_token_id", "pad_token_id"), (1, 2, None)
     if chosen.get("_from_model_config"):
-        ids = {name: config.get(name, default) for name, default in zip(names, defaults, strict=True)}
-    else:
-        ids = {name: chosen.get(name) for name in names}
+        chosen = {}
+    ids = {name: chosen.get(name, config.get(name, default)) for name, default in zip(names, defaults, strict=True)}
     if ids["pad_token_id"] is None:
         end = ids["eos_token_id"]
         ids["pad_token_id"] = end[0] if isinstance(end, list) else end
