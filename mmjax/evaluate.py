@@ -44,7 +44,8 @@ def rank(
 
 @dataclasses.dataclass(frozen=True)
 class ScenesScore:
-    """Shares that are right, by attribute, "whole" caption, "mean" of the attributes, and "questions"."""
+    """Shares that are right: by attribute, their "mean", the "whole" caption, questions about scenes of "one shape" and
+    of "several"."""
 
     shares: dict[str, float]
     examples: list[Example]
@@ -79,27 +80,27 @@ def score_scenes(
         whole = scenes.score(caption, scene)["whole"][0] == 1
         examples.append(Example(picture, scenes.PROMPTS[0], caption, scenes.caption(scene), whole))
         examples.append(Example(picture, question.text, reply, question.answer, is_right))
-    return ScenesScore({**shares, "questions": float(np.mean(right))}, examples)
+    alone = np.array([len(scene.things) == 1 for scene in truth])
+    shares |= {"one shape": float(np.mean(np.array(right)[alone])), "several": float(np.mean(np.array(right)[~alone]))}
+    return ScenesScore(shares, examples)
 
 
-def scenes_table(model: Loaded, cfg: ScenesConfig, untrained: Loaded | None) -> tuple[list[list[Any]], list[Example]]:
-    """(rows for a table, heading first; examples of the held-out split).
+COLUMNS = ("", "held-out", "blind", "new pairs", "blind", "untrained")
+ROWS = {**{name: name for name in scenes.ATTRIBUTES}, "mean": "mean of the four", "whole": "whole caption",
+        "one shape": "questions, one shape", "several": "questions, several"}
 
-    The rows: held-out scenes, and scenes with colour-shape pairs that no training picture had, both also "blind" (with
-    the picture of another scene), and the model before training. The columns: the four attributes in captions and their
-    mean, captions that are wholly right, and answers to questions.
+
+def scenes_table(model: Loaded, cfg: ScenesConfig, untrained: Loaded) -> tuple[list[list[Any]], list[Example]]:
+    """(table, heading first; examples of the held-out scenes).
+
+    Rows: the four attributes in captions and their mean, captions that are wholly right, answers to one question a
+    scene. Columns: held-out scenes; scenes with colour-shape pairs that no picture ever showed, to the job or to the
+    towers; both also "blind", with the picture of another scene; and the model before training.
     """
-    names = [*scenes.ATTRIBUTES, "mean", "whole", "questions"]
-    table: list[list[Any]] = [["", *names]]
-    examples: list[Example] = []
-    for split, label in (("held_out", "held-out scenes"), ("new_pairs", "new colour-shape pairs")):
-        shown = scenes.scenes(split, cfg.held_out, cfg.seed)
-        score = score_scenes(model, shown)
-        examples = examples or score.examples
-        blind = score_scenes(model, shown[1:] + shown[:1], shown)
-        table.append([label, *(score.shares[name] for name in names)])
-        table.append([f"{label}, blind", *(blind.shares[name] for name in names)])
-    if untrained is not None:
-        score = score_scenes(untrained, scenes.scenes("held_out", min(cfg.held_out, 100), cfg.seed))
-        table.append(["held-out scenes, untrained", *(score.shares[name] for name in names)])
-    return table, examples
+    held_out, new_pairs = (scenes.scenes(split, cfg.held_out, cfg.seed) for split in ("held_out", "new_pairs"))
+    seen = score_scenes(model, held_out)
+    scores = [seen, score_scenes(model, held_out[1:] + held_out[:1], held_out),
+              score_scenes(model, new_pairs), score_scenes(model, new_pairs[1:] + new_pairs[:1], new_pairs),
+              score_scenes(untrained, held_out[:100])]
+    rows = [[label, *(score.shares[name] for score in scores)] for name, label in ROWS.items()]
+    return [list(COLUMNS), *rows], seen.examples

@@ -106,8 +106,7 @@ def train(config: RunConfig) -> Run:
                                   f"with {out / loaded.RUN_CARD}.")
         scores = None
         if first is not None:
-            after, untrained = (trees.merge(part, frozen) for part in (state.params, first))
-            scores = finish_scenes(config, source, mesh, after, untrained)
+            scores = finish_scenes(config, source, mesh, state.params, first, frozen)
     return Run(out, int(state.step), loss, scores)
 
 
@@ -303,17 +302,24 @@ def announce(source, params, mask, mesh, started: int, config: RunConfig) -> Non
         console.print(f"Going on at step {started} of {config.optim.steps}.")
 
 
-def finish_scenes(config: RunConfig, source: loaded.Checkpoint, mesh, trained_params, first_params):
-    """Scores the trained model on scenes it never saw; prints the table and writes the report."""
+def finish_scenes(config: RunConfig, source: loaded.Checkpoint, mesh: Any, trained: Any, first: Any, frozen: Any):
+    """Scores the trained model on scenes it never saw, beside the `first` trained parameters; prints the table and
+    writes the report."""
     console.print("Scoring held-out scenes, with the right and with the wrong picture")
     dtype = jnp.dtype(config.weights.dtype)
     module = FAMILIES[source.family].Model(source.config, dtype)
-    model = loaded.Loaded(source.family, module, trained_params, source.config, source.tokenizer, config.text,
+    params = trees.merge(trained, frozen)
+    model = loaded.Loaded(source.family, module, params, source.config, source.tokenizer, config.text,
                           source.generation, mesh)
-    untrained = dataclasses.replace(model, params=first_params)
+    untrained = dataclasses.replace(model, params=trees.merge(first, frozen))
     rows, examples = evaluate.scenes_table(model, config.data.scenes, untrained)
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(part)) for part in (trained, params)]
+    mean = next(row for row in rows if row[0] == evaluate.ROWS["mean"])
+    facts = {"trained parameters": f"{sizes[0]:,} of {sizes[1]:,}", "steps": f"{config.optim.steps:,}",
+             "attributes right on held-out scenes": f"{mean[1]:.3f}",
+             "with the wrong picture": f"{mean[2]:.3f}"}
     page = report.write(Path(config.out) / "report", "mmjax: MiniGPT-4 on scenes", Path(config.out) / "metrics.jsonl",
-                        examples[:24], rows)
+                        examples[:24], rows, facts)
     (Path(config.out) / "scores.json").write_text(json.dumps(rows, indent=2) + "\n")
     table = Table(title="share that is right")
     for name in map(str, rows[0]):

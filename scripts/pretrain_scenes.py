@@ -2,8 +2,28 @@
 
     python scripts/pretrain_scenes.py --out mmjax/assets/scenes
 
-Two parts that never meet: a picture tower (ViT, ln_vision, Q-Former) that learns to name what it sees through
-throw-away heads, and a language model that reads words only.
+Two parts that never meet, so that connecting them is left to the job (configs/tiny_minigpt4.py):
+
+Picture tower (ViT, ln_vision, Q-Former; 24,000 pictures, 1,600 steps) learns to name what it sees through throw-away
+heads. It sees only scenes of the `train` split: no picture of it has a pair of `NEW_PAIRS` or a held-out caption, so
+the split `new_pairs` is new to everything that looks at pictures. Read off the queries by the heads:
+
+    split       size    color   shape   place   mean of all
+    held_out    1.000   1.000   0.994   1.000   0.999
+    new_pairs   1.000   1.000   0.759   1.000   0.940    56 % of the things here are new pairs
+
+The shapes lost on `new_pairs` are lost here: a tower that never saw a red star takes it for another shape in about
+four of ten cases. No projector can repair that.
+
+Language model (40,000 texts, 800 steps) reads words only, of all pairs. With the true words in the picture's place:
+
+    captions 1.000   questions: count 1.000   size 0.784   shape 0.763   color 0.588   place 0.551
+
+It answers what is asked about a lone shape, but among several it mostly guesses which one is meant. Slots in one fixed
+order, equal weight for every text, three questions to one caption, and rope_theta 100 were tried and did not help.
+
+Time: 15 + 23 minutes on 2 CPU cores that six programs shared. In quiet moments a step took 0.3 s (pictures) and 0.5 s
+(texts), which would make it 8 + 7.
 """
 
 import argparse
@@ -40,18 +60,17 @@ from mmjax.tokenizer import Tokenizer
 VIT = VitConfig(image_size=world.SIDE, patch=8, dim=96, depth=3, heads=4, hidden=384, table=6)
 QFORMER = QFormerConfig(queries=12, dim=96, depth=4, heads=4, hidden=192, cross_every=2)
 VOCAB = 512
-LLAMA = LlamaConfig(vocab=VOCAB, depth=3, dim=96, heads=4, kv_heads=4, head_dim=24, hidden=256, max_positions=2_048,
-                    rope_theta=100.0)  # texts are short: slow rotations would be wasted, fast ones tell neighbours apart
+LLAMA = LlamaConfig(vocab=VOCAB, depth=3, dim=96, heads=4, kv_heads=4, head_dim=24, hidden=256)
 
 SLOTS = ("shape", "size", "color", "place")  # query 4i + j is to hold slot j of the i-th thing
 WORDS = ("none", *(word for slot in SLOTS for word in world.ATTRIBUTES[slot]))
 MOST = 3  # things in a scene
 
 
-def slots(scene: world.Scene) -> list[str]:
+def slots(scene: world.Scene, order=SLOTS) -> list[str]:
     """The attribute words of a scene, thing by thing; "none" where there is no further thing."""
-    words = [getattr(thing, slot) for thing in scene.things for slot in SLOTS]
-    return words + ["none"] * (MOST * len(SLOTS) - len(words))
+    words = [getattr(thing, slot) for thing in scene.things for slot in order]
+    return words + ["none"] * (MOST * len(order) - len(words))
 
 
 # The picture tower
@@ -82,7 +101,10 @@ def patch_targets(scene: world.Scene) -> np.ndarray:
     return grid.repeat(2, 0).repeat(2, 1).reshape(36, 5)
 
 
-def train_vision(steps: int, pictures: int, batch: int, rate: float):
+def train_vision(steps: int, pictures: int, batch: int, rate: float) -> dict:
+    """Every query names one word through a head that all share, and every patch what is in it; both heads are thrown
+    away. The pictures hold neither the pairs nor the captions that `world.scenes` keeps from its `train` split.
+    """
     shown = world.scenes("train", pictures, seed=1)
     images = np.stack([world.draw(scene) for scene in shown])
     named = np.array([[WORDS.index(word) for word in slots(scene)] for scene in shown])
@@ -132,6 +154,7 @@ def train_vision(steps: int, pictures: int, batch: int, rate: float):
 
 
 TEXT = TextConfig(prompt_template="###Human: {} ###Assistant: ", end_sym="###")
+LENGTH = 64  # tokens of a row; the longest caption with its prompt has 63
 # Instructions that only the language model meets, so that a user is not held to the four of `PROMPTS`.
 MORE_PROMPTS = ("Describe the image.", "Describe this picture.", "What is in this picture?", "What do you see?")
 
@@ -170,41 +193,45 @@ def write_json(path: Path, value) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def caption_of(scene: world.Scene, rng: np.random.Generator) -> Sample:
-    prompts = world.PROMPTS + MORE_PROMPTS
-    return about_picture(prompts[rng.integers(len(prompts))], world.caption(scene))
-
-
-def question_of(scene: world.Scene, rng: np.random.Generator) -> Sample:
-    asked = world.questions(scene)
-    question = asked[rng.integers(len(asked))]
-    return about_picture(question.text, question.answer)
+def texts_of(scene: world.Scene, rng: np.random.Generator) -> Sample:
+    """A caption (half of the time) or an answer; in a tenth of the texts without the place for a picture."""
+    if rng.random() < 0.5:
+        prompts = world.PROMPTS + MORE_PROMPTS
+        prompt, answer = prompts[rng.integers(len(prompts))], world.caption(scene)
+    else:
+        asked = world.questions(scene)
+        prompt, answer, _ = asked[rng.integers(len(asked))]
+    return Sample(prompt=prompt, answer=answer) if rng.random() < 0.1 else about_picture(prompt, answer)
 
 
 def about_picture(prompt: str, answer: str) -> Sample:
     return Sample(["words"], prompt="<Img><ImageHere></Img> " + prompt, answer=answer)
 
 
-def train_language(tokenizer: Tokenizer, steps: int, texts: int, batch: int, rate: float):
+def train_language(tokenizer: Tokenizer, steps: int, texts: int, batch: int, rate: float) -> dict:
     """Texts in which twelve attribute words stand where a picture would: it never sees a picture.
 
-    Noise on these words' vectors makes it look for a word's meaning near the right place, not for one exact vector.
-    Three batches of four are questions: what belongs to the same thing takes long to learn, captions do not.
+    Half of the texts have the words of a thing in another order, and all have noise on the words' vectors, so that
+    what it learns is to look for a word's meaning near the right place, not for one exact vector.
     """
     model = llama.Model(llama.Config(LLAMA))
     rng = np.random.default_rng(3)
     ids = {word: tokenizer.encode(word)[0] for word in WORDS}
 
-    def as_rows(scenes, samples):
-        rows = text.rows(samples, tokenizer, TEXT, QFORMER.queries, multiple=8)
-        words = np.array([[ids[word] for word in slots(scene)] for scene in scenes])
+    def as_rows(scenes, samples, orders):
+        rows = text.rows(samples, tokenizer, TEXT, QFORMER.queries, length=LENGTH)
+        named = (slots(scene, order) for scene, order in zip(scenes, orders, strict=True))
+        words = np.array([[ids[word] for word in words] for words in named])
         soft = rows.soft_index >= 0
         tokens = np.where(soft, np.take_along_axis(words, np.maximum(rows.soft_index, 0), 1), rows.tokens)
         return tokens.astype(np.int32), soft, rows.valid, rows.loss_mask
 
+    def order():
+        return SLOTS if rng.random() < 0.5 else rng.permutation(SLOTS)
+
     # The language model may read of every colour on every shape: only pictures hold pairs back.
     read = world.scenes("train", texts, seed=3, new_pairs=())
-    captions, questions = (as_rows(read, [make(scene, rng) for scene in read]) for make in (caption_of, question_of))
+    columns = as_rows(read, [texts_of(scene, rng) for scene in read], [order() for _ in read])
     params = model.init(jax.random.key(3), llama.example(model.cfg))["params"]
 
     def logits(params, tokens, soft, valid, noise):
@@ -216,7 +243,7 @@ def train_language(tokenizer: Tokenizer, steps: int, texts: int, batch: int, rat
 
     def loss(params, tokens, soft, valid, loss_mask, key):
         strength, noise = jax.random.split(key)
-        size = 0.7 * jax.lax.stop_gradient(params["llama"]["embedding"].std())
+        size = jax.lax.stop_gradient(params["llama"]["embedding"].std())
         noise = size * jax.random.uniform(strength, (len(tokens), 1, 1)) * jax.random.normal(
             noise, (*tokens.shape, LLAMA.dim))
         scores = logits(params, tokens, soft, valid, noise)[:, :-1]
@@ -225,9 +252,11 @@ def train_language(tokenizer: Tokenizer, steps: int, texts: int, batch: int, rat
         right = (scores.argmax(-1) == targets) * counted
         return (entropy * counted).sum() / counted.sum(), right.sum() / counted.sum()
 
+    shuffled = np.concatenate([rng.permutation(texts) for _ in range(steps * batch // texts + 1)])
+
     def feed(step):
-        chosen = rng.integers(texts, size=batch)
-        return *(column[chosen] for column in (questions if step % 4 else captions)), jax.random.key(step)
+        chosen = shuffled[step * batch : (step + 1) * batch]
+        return *(column[chosen] for column in columns), jax.random.key(step)
 
     params = train("language", loss, params, feed, steps, rate)
 
@@ -236,7 +265,7 @@ def train_language(tokenizer: Tokenizer, steps: int, texts: int, batch: int, rat
              for scene in held]
     tasks += [(scene, question.kind, about_picture(question.text, question.answer))
               for scene in held for question in world.questions(scene)]
-    tokens, soft, valid, loss_mask = as_rows([task[0] for task in tasks], [task[2] for task in tasks])
+    tokens, soft, valid, loss_mask = as_rows([t[0] for t in tasks], [t[2] for t in tasks], [SLOTS] * len(tasks))
     said = jax.jit(lambda *rows: logits(params, *rows, 0.0).argmax(-1))
     scores = np.concatenate([said(tokens[i : i + 100], soft[i : i + 100], valid[i : i + 100])
                              for i in range(0, len(tokens), 100)])
@@ -263,7 +292,7 @@ def train(name, loss, params, feed, steps, rate):
     start = time.time()
     for step in range(steps):
         params, state, value, right = update(params, state, *feed(step))
-        if step % 100 == 1 or step == steps - 1:
+        if step % 100 == 0 or step == steps - 1:
             print(f"{name}: step {step}  loss {value:.4f}  right {right:.3f}  {time.time() - start:.0f} s", flush=True)
     return params
 
@@ -304,7 +333,7 @@ def main() -> None:
     write_tokenizer(out / "llama", all_texts())
     tokenizer = Tokenizer.from_folder(out / "llama")
     vision = train_vision(steps=1_600, pictures=24_000, batch=64, rate=2e-3)
-    language = train_language(tokenizer, steps=1_000, texts=40_000, batch=96, rate=3e-3)
+    language = train_language(tokenizer, steps=800, texts=40_000, batch=96, rate=3e-3)
     save(out, {**vision, **language})
 
 

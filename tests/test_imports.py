@@ -26,7 +26,7 @@ LEVELS = (
 FILES = [path for path in sorted((ROOT / "mmjax").rglob("*.py")) if path != ROOT / "mmjax" / "__init__.py"]
 MODULES = {path: ".".join(path.relative_to(ROOT / "mmjax").with_suffix("").parts).removesuffix(".__init__")
            for path in FILES}
-MODULES |= {ROOT / f"{name}.py": name for name in LEVELS[-1]}
+MODULES |= {ROOT / f"{name}.py": name for name in sorted(LEVELS[-1])}
 
 
 def level(module: str) -> int:
