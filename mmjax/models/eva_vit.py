@@ -10,10 +10,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
-from mmjax.models.layers import LayerNorm, Project, attend, einsum, uniform_fan_in
+from mmjax.models.layers import LayerNorm, Project, attend, einsum, resize_positions, uniform_fan_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,36 +49,6 @@ AXES = (
     (r"blocks/mlp/fc2/w", ("layer", "ff", "embed")),
     (r"blocks/(attn/o|mlp/fc2)/b", ("layer", "embed")),
 )
-
-
-def bicubic(source: int, target: int) -> np.ndarray:
-    """float32[target, source]: torch's bicubic interpolation along one axis.
-
-    Keys' cubic with a = -0.75, half-pixel centres, taps clamped at the border, no antialiasing (`jax.image.resize`
-    has a = -0.5 and antialiases).
-    """
-    a = -0.75
-    matrix = np.zeros((target, source))
-    for row in range(target):
-        centre = (row + 0.5) * source / target - 0.5
-        left = int(np.floor(centre))
-        for tap in range(left - 1, left + 3):
-            d = abs(centre - tap)
-            near = (a + 2) * d**3 - (a + 3) * d**2 + 1
-            far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
-            matrix[row, min(max(tap, 0), source - 1)] += near if d <= 1 else far
-    return matrix.astype(np.float32)
-
-
-def resize_positions(pos: jax.Array, target: int) -> jax.Array:
-    """[1 + n·n, D] -> [1 + target·target, D]; the class token's row is kept."""
-    side = round((pos.shape[0] - 1) ** 0.5)
-    if side == target:
-        return pos
-    matrix = bicubic(side, target)
-    grid = pos[1:].astype(jnp.float32).reshape(side, side, -1)
-    grid = jnp.einsum("hp,wq,pqD->hwD", matrix, matrix, grid, precision="highest")
-    return jnp.concatenate([pos[:1], grid.reshape(target * target, -1).astype(pos.dtype)])
 
 
 class FusedQKV(nn.Module):

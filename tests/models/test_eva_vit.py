@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from mmjax import trees
-from mmjax.models.eva_vit import TINY, Block, EvaVit, FusedQKV, bicubic, resize_positions
+from mmjax.models.eva_vit import TINY, Block, EvaVit, FusedQKV
+from mmjax.models.layers import bicubic, resize_positions
 from tests import tiny
 
 PICTURES = np.random.default_rng(0).normal(size=(2, 3, TINY.image_size, TINY.image_size)).astype(np.float32)

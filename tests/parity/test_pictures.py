@@ -10,7 +10,7 @@ from PIL import Image
 from mmjax.data import images
 from mmjax.data.formats import clean_caption
 from mmjax.families.minigpt4 import normalise
-from mmjax.models.eva_vit import resize_positions
+from mmjax.models.layers import resize_positions
 from tests.parity import golden
 from tests.parity.close import EMBEDDING, assert_close
 

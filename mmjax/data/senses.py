@@ -1,0 +1,331 @@
+"""Inputs of ImageBind's towers from files and arrays (imagebind/data.py, imagebind/models/multimodal_preprocessors.py).
+
+C channels   S side of a picture   M mel bins   T frames of a spectrogram
+
+Numpy on the host. Pictures keep their proportions here, unlike MiniGPT-4's. Depth, heat and motion come as arrays:
+the original has no transform for them. Video files are not decoded; a video is given as its frames.
+"""
+
+import functools
+import gzip
+import html
+import math
+import re
+import unicodedata
+import wave
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mmjax.families.minigpt4 import MEAN, STD
+
+# ---- pictures ----
+
+
+def picture(source: Any, size: int = 224) -> np.ndarray:
+    """float32[3,S,S]: the short side scaled to S, the middle cut out, normalised.
+
+    source: a path, a PIL image, or uint8[H,W,3] (or [H,W]: grey). Raises ValueError naming what cannot be used.
+    """
+    image = _rgb(source)
+    short, long = sorted(image.size)
+    long = int(size * long / short)
+    image = image.resize((size, long) if image.width <= image.height else (long, size), Image.Resampling.BICUBIC)
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return _normalised(image.crop((left, top, left + size, top + size)))
+
+
+def cropped_picture(source: Any, box: tuple[int, int, int, int], size: int = 224) -> np.ndarray:
+    """float32[3,S,S]: the training transform, for a box (top, left, height, width) such as `random_box` draws."""
+    top, left, height, width = map(int, box)
+    image = _rgb(source).crop((left, top, left + width, top + height))
+    return _normalised(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def random_box(random: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of 90 to 100 % of a picture's area and a ratio of sides between 3:4 and 4:3.
+
+    Ten draws that may not fit, then the largest such box in the middle (torchvision's RandomResizedCrop).
+    """
+    narrow, flat = 0.75, 1.3333
+    for _ in range(10):
+        area = height * width * random.uniform(0.9, 1.0)
+        ratio = math.exp(random.uniform(math.log(narrow), math.log(flat)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(random.integers(height - h + 1)), int(random.integers(width - w + 1)), h, w
+    ratio = min(max(width / height, narrow), flat)
+    h, w = min(height, round(width / ratio)), min(width, round(height * ratio))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _rgb(source: Any) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in ((), (3,)):
+            raise ValueError(f"A picture array must be uint8[H,W,3], got {source.dtype}{list(source.shape)}.")
+        return Image.fromarray(source).convert("RGB")
+    if not Path(source).is_file():
+        raise ValueError(f"No picture at {source}.")
+    try:
+        with Image.open(source) as image:
+            return image.convert("RGB")
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:  # what Pillow raises
+        raise ValueError(f"{source} is not a picture that can be read: {error}") from error
+
+
+def _normalised(image: Image.Image) -> np.ndarray:
+    pixels = np.asarray(image, np.float32) / np.float32(255)
+    return np.ascontiguousarray(((pixels - MEAN) / STD).transpose(2, 0, 1))
+
+
+# ---- video and its clips ----
+
+
+def clip_times(duration: float, clips: int, seconds: float) -> list[tuple[Fraction, Fraction]]:
+    """(start, end) of each clip, evenly from the start to the end of a recording; all start at 0 in one too short.
+
+    Fractions, as in the pytorchvideo commit that the original pins: the samples that a float 0.6 names depend on it.
+    """
+    step = Fraction(max(duration - seconds, 0.0)) / max(clips - 1, 1)
+    return [(step * i, step * i + Fraction(seconds)) for i in range(clips)]
+
+
+def video(frames: np.ndarray, fps: float, size: int = 224, clips: int = 5, seconds: float = 2.0,
+          shown: int = 2) -> np.ndarray:
+    """float32[3·clips, 3, shown, S, S]: of each clip its three crops along the long side, `shown` frames each.
+
+    frames: uint8[N,H,W,3], all frames of the video. Raises ValueError if a clip has none.
+    """
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not len(frames):
+        raise ValueError(f"A video must be uint8[N,H,W,3] with N > 0, got {frames.dtype}{list(frames.shape)}.")
+    made = []
+    for start, end in clip_times(len(frames) / fps, clips, seconds):
+        inside = [i for i in range(len(frames)) if start <= i / fps < end]
+        if not inside:
+            raise ValueError(f"No frame lies between {float(start):.3f} s and {float(end):.3f} s at {fps} frames a "
+                             "second; take longer clips.")
+        chosen = frames[[inside[int(i)] for i in np.linspace(0, len(inside) - 1, shown)]]
+        pixels = _scaled(chosen.astype(np.float32) / np.float32(255), size)
+        pixels = ((pixels - MEAN) / STD).transpose(3, 0, 1, 2)
+        height, width = pixels.shape[2:]
+        for part in range(3):
+            top, left = math.ceil((height - size) / 2), math.ceil((width - size) / 2)
+            if height > width:
+                top = (0, top, height - size)[part]
+            else:
+                left = (0, left, width - size)[part]
+            made.append(pixels[:, :, top:top + size, left:left + size])
+    return np.stack(made)
+
+
+def _scaled(frames: np.ndarray, size: int) -> np.ndarray:
+    """[N,H,W,C] with the short side S: bilinear, half-pixel centres, not antialiased."""
+    height, width = frames.shape[1:3]
+    if width < height:
+        height, width = math.floor(height / width * size), size
+    else:
+        height, width = size, math.floor(width / height * size)
+    return np.einsum("hp,wq,npqc->nhwc", _bilinear(frames.shape[1], height), _bilinear(frames.shape[2], width),
+                     frames, optimize=True)
+
+
+def _bilinear(source: int, target: int) -> np.ndarray:
+    """float32[target, source]."""
+    centre = ((np.arange(target) + 0.5) * source / target - 0.5).clip(0, source - 1)
+    return np.maximum(1 - np.abs(centre[:, None] - np.arange(source)), 0).astype(np.float32)
+
+
+# ---- sound ----
+
+RATE = 16_000
+SOUND_MEAN, SOUND_STD = -4.268, 9.138
+LOWEST = 20.0  # hertz, of the mel filters
+
+
+def read_wav(path: str | Path) -> tuple[np.ndarray, int]:
+    """(float32[C,samples] between -1 and 1, samples a second) of a PCM .wav file.
+
+    Raises ValueError naming the file if it is something else.
+    """
+    try:
+        with wave.open(str(path), "rb") as file:
+            channels, width, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
+            raw = np.frombuffer(file.readframes(file.getnframes()), np.uint8)
+    except FileNotFoundError as error:
+        raise ValueError(f"No sound at {path}.") from error
+    except (wave.Error, EOFError, OSError) as error:
+        raise ValueError(f"{path} is not a PCM .wav file ({error}). Convert it: ffmpeg -i FILE -c:a pcm_s16le NEW.wav"
+                         ) from error
+    raw = raw[:len(raw) // (width * channels) * width * channels].reshape(-1, width)
+    if width == 1:  # unsigned
+        samples = raw[:, 0].astype(np.float32) / 128 - 1
+    else:  # little endian, moved to the top of 32 bits
+        wide = np.zeros((len(raw), 4), np.uint8)
+        wide[:, 4 - width:] = raw
+        samples = (wide.view("<i4")[:, 0] / 2.0**31).astype(np.float32)
+    return samples.reshape(-1, channels).T, rate
+
+
+def resample(waveform: np.ndarray, rate: int, target: int) -> np.ndarray:
+    """float32[C,samples] at another rate: a sinc of six zero crossings under a Hann window, cut off at 99 % of the
+    lower Nyquist frequency (torchaudio.functional.resample)."""
+    if rate == target:
+        return waveform
+    common = math.gcd(rate, target)
+    old, new = rate // common, target // common
+    crossings, cutoff = 6, min(old, new) * 0.99
+    reach = math.ceil(crossings * old / cutoff)
+    # float32 throughout, as torchaudio computes it: the taps differ from exact ones by 1e-5
+    t = np.arange(-reach, reach + old, dtype=np.float32) / old - (np.arange(new, dtype=np.float32) / new)[:, None]
+    t = (t * np.float32(cutoff)).clip(-crossings, crossings)
+    kernels = np.sinc(t) * np.cos(t * np.float32(np.pi / crossings / 2)) ** 2 * np.float32(cutoff / old)
+    padded = np.pad(waveform, ((0, 0), (reach, reach + old)))
+    pieces = np.lib.stride_tricks.sliding_window_view(padded, kernels.shape[1], axis=1)[:, ::old]
+    out = (pieces @ kernels.T).reshape(len(waveform), -1)
+    return out[:, :math.ceil(new * waveform.shape[1] / old)]
+
+
+def mel_filters(bins: int, rate: int = RATE) -> np.ndarray:
+    """float64[M, fft/2]: triangles, evenly spaced in mel from 20 Hz to the Nyquist frequency (Kaldi's)."""
+    half = _fft_size(rate) // 2
+    low, high = _mel(LOWEST), _mel(rate / 2)
+    step = (high - low) / (bins + 1)
+    rise = (_mel(rate / 2 / half * np.arange(half)) - low) / step - np.arange(bins)[:, None]
+    return np.maximum(np.minimum(rise, 2 - rise), 0)
+
+
+def _mel(hertz):
+    return 1127.0 * np.log(1.0 + hertz / 700.0)
+
+
+def log_mel(waveform: np.ndarray, bins: int, rate: int = RATE) -> np.ndarray:
+    """float32[M,T] of float[samples]: Kaldi's filter bank (torchaudio.compliance.kaldi.fbank).
+
+    Frames of 25 ms every 10 ms, as many as fit; their mean removed, pre-emphasis 0.97, Hann window, log of the power.
+    """
+    length, shift = int(rate * 0.025), int(rate * 0.010)
+    if len(waveform) < length:
+        return np.zeros((bins, 0), np.float32)
+    frames = np.lib.stride_tricks.sliding_window_view(waveform, length)[::shift].astype(np.float64)
+    frames = frames - frames.mean(1, keepdims=True)
+    frames = frames - 0.97 * np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
+    power = np.abs(np.fft.rfft(frames * np.hanning(length), _fft_size(rate))) ** 2
+    energies = mel_filters(bins, rate) @ power[:, :-1].T
+    return np.log(np.maximum(energies, np.finfo(np.float32).eps)).astype(np.float32)
+
+
+def _fft_size(rate: int) -> int:
+    return 2 ** math.ceil(math.log2(int(rate * 0.025)))
+
+
+def sound(source: str | Path | tuple[np.ndarray, int], bins: int = 128, frames: int = 204, clips: int = 3,
+          seconds: float = 2.0) -> np.ndarray:
+    """float32[clips,1,M,T]: normalised log-mel spectrograms of evenly spread clips; what is missing of T is 0 before
+    the normalisation.
+
+    source: a PCM .wav file, or (float[C,samples], samples a second)
+    The mean over all channels is taken out of each clip, the first channel is used. As in the original, clips that
+    overlap share their samples, so that a later one sees what an earlier one's mean has shifted.
+    """
+    waveform, rate = source if isinstance(source, tuple) else read_wav(source)
+    if waveform.ndim != 2 or waveform.size == 0 or not np.issubdtype(waveform.dtype, np.floating):
+        raise ValueError("A sound must be float[C,samples] between -1 and 1 with at least one sample, got "
+                         f"{waveform.dtype}{list(waveform.shape)}.")
+    waveform = np.array(resample(waveform.astype(np.float32), rate, RATE))
+    made = np.zeros((clips, 1, bins, frames), np.float32)
+    for i, (start, end) in enumerate(clip_times(waveform.shape[1] / RATE, clips, seconds)):
+        clip = waveform[:, int(start * RATE):int(end * RATE)]
+        clip -= clip.mean(dtype=np.float64).astype(np.float32)
+        mels = log_mel(clip[0], bins)[:, :frames]
+        made[i, 0, :, :mels.shape[1]] = mels
+    return (made - np.float32(SOUND_MEAN)) / np.float32(SOUND_STD)
+
+
+# ---- words ----
+
+
+class WordTokenizer:
+    """CLIP's byte pairs: lower case, merges within words, a mark on each word's last piece.
+
+    path:  the merges (`bpe_simple_vocab_16e6.txt.gz`), a header first
+    vocab: how many ids there are, which says how many merges are used
+
+    The original also repairs wrongly decoded text (ftfy) first; here text has to come as it is meant.
+    """
+
+    def __init__(self, path: str | Path, vocab: int = 49_408):
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printable]
+        self._letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+        single = list(self._letters.values())
+        count = vocab - 2 * len(single) - 2
+        lines = gzip.decompress(Path(path).read_bytes()).decode("utf-8").split("\n")[1:count + 1]
+        merges = [tuple(line.split()) for line in lines]
+        if len(merges) < count or any(len(merge) != 2 for merge in merges):
+            usable = sum(len(merge) == 2 for merge in merges)
+            raise ValueError(f"{path} holds {usable} merges, but a vocabulary of {vocab} needs {count}.")
+        self._ranks = {merge: rank for rank, merge in enumerate(merges)}
+        pieces = [*single, *(letter + "</w>" for letter in single), *("".join(merge) for merge in merges),
+                  "<|startoftext|>", "<|endoftext|>"]
+        self._ids = {piece: i for i, piece in enumerate(pieces)}
+        self.start, self.end = vocab - 2, vocab - 1
+        self._word = functools.lru_cache(maxsize=None)(self._word)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the words, without the start and the end."""
+        text = re.sub(r"\s+", " ", html.unescape(html.unescape(text)).strip()).strip().lower()
+        return [i for word in _words(text) for i in self._word(word)]
+
+    def rows(self, texts: Sequence[str], context: int = 77, keep_end: bool = False) -> np.ndarray:
+        """int32[B,context]: start, words, end, zeros.
+
+        A text that is too long is cut, its end with it, as ImageBind-LLM does; with `keep_end` the last id is the end,
+        as ImageBind itself does.
+        """
+        out = np.zeros((len(texts), context), np.int32)
+        for row, text in zip(out, texts, strict=True):
+            ids = [self.start, *self.encode(text), self.end]
+            row[:len(ids)] = ids[:context]
+            if keep_end and len(ids) > context:
+                row[-1] = self.end
+        return out
+
+    def _word(self, word: str) -> list[int]:
+        if word in ("<|startoftext|>", "<|endoftext|>"):
+            return [self._ids[word]]
+        parts = [self._letters[byte] for byte in word.encode("utf-8")]
+        parts[-1] += "</w>"
+        while len(parts) > 1:
+            first = min(zip(parts, parts[1:], strict=False), key=lambda pair: self._ranks.get(pair, math.inf))
+            if first not in self._ranks:
+                break
+            joined, i = [], 0
+            while i < len(parts):
+                width = 2 if tuple(parts[i:i + 2]) == first else 1
+                joined.append("".join(parts[i:i + width]))
+                i += width
+            parts = joined
+        return [self._ids[part] for part in parts]
+
+
+_SHORT = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d")
+_RUN = re.compile(r"L+|N|x+")
+
+
+def _words(text: str) -> list[str]:
+    """The original's split: endings such as 's, runs of letters, single digits, runs of anything else but space."""
+    kinds = "".join(
+        " " if char.isspace() else {"L": "L", "N": "N"}.get(unicodedata.category(char)[0], "x") for char in text)
+    words, place = [], 0
+    while place < len(text):
+        found = _SHORT.match(text, place) or _RUN.match(kinds, place)
+        if found:
+            words.append(text[place:found.end()])
+        place = found.end() if found else place + 1
+    return words

@@ -1,0 +1,403 @@
+"""ImageBind: six senses in one space (imagebind/models/{imagebind_model,transformer,multimodal_preprocessors}.py;
+Girdhar et al. 2023).
+
+B batch (clips folded in)   C colours or channels   M frames   P, Q patch sides   T tokens   V vocabulary   D model
+S queries, keys, values     N heads   H head   F feed-forward   L blocks   E the shared space
+
+    tower = stem (tokens with positions) -> pre-norm blocks -> head on one token -> unit length times a factor
+
+The towers differ in their stems; in four of them every attention sees one more key and value, learned and never
+projected. The point cloud branch of `imagebind_w3D.pth` is left out.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from mmjax.models.layers import LayerNorm, Project, attend, resize_positions, unit
+
+EPS = 1e-6  # of every norm but the stems'
+STEM_EPS = 1e-5  # torch's default, which the original leaves in place there
+MAX_FACTOR = 100.0  # what the factor of a tower is clipped at
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TowerConfig:
+    dim: int
+    depth: int
+    heads: int
+    drop_path: float = 0.0  # of the last block, rising linearly from 0; acts only while the tower is trained
+    head_dropout: float = 0.0  # likewise
+
+    pre_norm: ClassVar[bool] = False  # a norm before the first block
+    causal: ClassVar[bool] = False  # tokens see only earlier ones, and the one with the highest id is the summary
+    extra_key: ClassVar[bool] = True  # a learned key and value behind the sequence
+    scaled: ClassVar[bool] = True  # a factor in the parameters
+
+    @property
+    def hidden(self) -> int:
+        return 4 * self.dim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig(TowerConfig):
+    image_size: int = 224  # of the position table; other squares are taken, the table is then resized
+    patch: int = 14
+    frames: int = 2
+
+    pre_norm: ClassVar[bool] = True
+    extra_key: ClassVar[bool] = False
+    scaled: ClassVar[bool] = False
+
+    @property
+    def places(self) -> int:
+        return 1 + (self.image_size // self.patch) ** 2
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return 3, self.image_size, self.image_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WordsConfig(TowerConfig):
+    vocab: int = 49_408
+    context: int = 77
+
+    causal: ClassVar[bool] = True
+    extra_key: ClassVar[bool] = False
+
+    @property
+    def places(self) -> int:
+        return self.context
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return (self.context,)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PatchesConfig(TowerConfig):
+    """Spectrograms [1, mel bins, frames], depth maps and heat pictures [1, rows, columns]."""
+
+    height: int = 224
+    width: int = 224
+    patch: int = 16
+    stride: int = 16
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return (self.height - self.patch) // self.stride + 1, (self.width - self.patch) // self.stride + 1
+
+    @property
+    def places(self) -> int:
+        return 1 + self.grid[0] * self.grid[1]
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return 1, self.height, self.width
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MotionConfig(TowerConfig):
+    steps: int = 2_000
+    window: int = 8
+    channels: int = 6
+
+    @property
+    def places(self) -> int:
+        return 1 + self.steps // self.window
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return self.channels, self.steps
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageBindConfig:
+    """The towers, and the width of the space they share; a model may go without some of them."""
+
+    vision: VisionConfig | None = VisionConfig(dim=1_280, depth=32, heads=16)
+    text: WordsConfig | None = WordsConfig(dim=1_024, depth=24, heads=16)
+    audio: PatchesConfig | None = PatchesConfig(
+        dim=768, depth=12, heads=12, height=128, width=204, stride=10, drop_path=0.1)
+    depth: PatchesConfig | None = PatchesConfig(dim=384, depth=12, heads=8)
+    thermal: PatchesConfig | None = PatchesConfig(dim=768, depth=12, heads=12)
+    imu: MotionConfig | None = MotionConfig(dim=512, depth=6, heads=8, drop_path=0.7, head_dropout=0.5)
+    out: int = 1_024
+
+    @property
+    def towers(self) -> dict[str, TowerConfig]:
+        return {sense: getattr(self, sense) for sense in SENSES if getattr(self, sense) is not None}
+
+
+SENSES = ("vision", "text", "audio", "depth", "thermal", "imu")
+IMAGEBIND_HUGE = ImageBindConfig()
+TINY = ImageBindConfig(
+    vision=VisionConfig(dim=24, depth=2, heads=4, image_size=28),
+    text=WordsConfig(dim=16, depth=2, heads=2, vocab=40, context=12),
+    audio=PatchesConfig(dim=16, depth=2, heads=2, height=26, width=36, stride=10, drop_path=0.1),
+    depth=PatchesConfig(dim=12, depth=2, heads=2, height=32, width=32),
+    thermal=PatchesConfig(dim=16, depth=2, heads=2, height=32, width=32),
+    imu=MotionConfig(dim=16, depth=2, heads=2, steps=32, drop_path=0.7, head_dropout=0.5),
+    out=20,
+)
+
+AXES = (
+    (r"vision/stem/patch/w", ("colour", "frame", "patch", "patch_", "embed")),
+    (r"(audio|depth|thermal)/stem/patch/w", ("patch", "patch_", "embed")),
+    (r"imu/stem/window/w", ("channel", "patch", "embed")),
+    (r"text/stem/embedding", ("vocab", "embed")),
+    (r"\w+/stem/pos", ("place", "embed")),
+    (r"\w+/(stem/(cls|norm/(scale|bias))|pre_norm/(scale|bias)|head/norm/(scale|bias))", ("embed",)),
+    (r"\w+/blocks/norm[12]/(scale|bias)", ("layer", "embed")),
+    (r"(vision|text)/blocks/attn/qkv/w", ("layer", "embed", "qkv", "heads", "head")),
+    (r"(vision|text)/blocks/attn/qkv/b", ("layer", "qkv", "heads", "head")),
+    (r"(vision|text)/blocks/attn/o/w", ("layer", "heads", "head", "embed")),
+    (r"\w+/blocks/attn/qkv/w", ("layer", "embed", "qkv", "sense_heads", "head")),
+    (r"\w+/blocks/attn/qkv/b", ("layer", "qkv", "sense_heads", "head")),
+    (r"\w+/blocks/attn/o/w", ("layer", "sense_heads", "head", "embed")),
+    (r"\w+/blocks/attn/bias_[kv]", ("layer", "sense_heads", "head")),
+    (r"\w+/blocks/mlp/fc1/w", ("layer", "embed", "ff")),
+    (r"\w+/blocks/mlp/fc1/b", ("layer", "ff")),
+    (r"\w+/blocks/mlp/fc2/w", ("layer", "ff", "embed")),
+    (r"\w+/blocks/(attn/o|mlp/fc2)/b", ("layer", "embed")),
+    (r"\w+/head/out/w", ("embed", "sense")),
+    (r"\w+/post/log_scale", ("one",)),
+)
+
+
+def sense_of(name: str) -> str:
+    """The tower that reads an input of this name: `Image` and `Video` are vision, the others have their tower's name.
+
+    Raises ValueError naming the ones there are.
+    """
+    sense = {"image": "vision", "video": "vision"}.get(name.lower(), name.lower())
+    if sense not in SENSES:
+        raise ValueError(f"No sense is called {name!r}; there are image, video, {', '.join(SENSES[1:])}.")
+    return sense
+
+
+def windows(x: jax.Array, size: int, stride: int) -> jax.Array:
+    """[..., rows, columns] -> [..., h, size, w, size]: the whole patches in raster order; the rest is dropped."""
+    tall, wide = ((side - size) // stride + 1 for side in x.shape[-2:])
+    rows, columns = (np.arange(n)[:, None] * stride + np.arange(size) for n in (tall, wide))
+    return x[..., rows, :][..., columns]
+
+
+class Stem(nn.Module):
+    """What the stems share: a learned class token in front, and learned positions on all tokens."""
+
+    cfg: TowerConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def pos(self):
+        return self.param("pos", nn.initializers.normal(0.02), (self.cfg.places, self.cfg.dim))
+
+    def with_class(self, x):
+        """[B,T,D] -> [B,1+T,D]."""
+        cls = self.param("cls", nn.initializers.normal(0.02), (self.cfg.dim,)).astype(x.dtype)
+        return jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, self.cfg.dim)), x], axis=1)
+
+
+class VisionStem(Stem):
+    """Pictures [B,3,Y,Y], which stand still for all frames, or short videos [B,3,M,Y,Y]."""
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.cfg
+        side = x.shape[-1]
+        if x.shape[1:] not in ((3, side, side), (3, c.frames, side, side)) or side < c.patch:
+            raise ValueError(f"The vision tower takes square pictures [3, Y, Y] of at least {c.patch} pixels, or "
+                             f"{c.frames} of them [3, {c.frames}, Y, Y]; got {list(x.shape[1:])}.")
+        if x.ndim == 4:
+            x = jnp.repeat(x[:, :, None], c.frames, axis=2)
+        patch = Project((3, c.frames, c.patch, c.patch, c.dim), contracted=4, name="patch")
+        x = patch("BCMhPwQ,CMPQD->BhwD", windows(x.astype(self.dtype), c.patch, c.patch))
+        x = self.with_class(x.reshape(len(x), -1, c.dim))
+        return x + resize_positions(self.pos(), side // c.patch).astype(x.dtype)
+
+
+class PatchesStem(Stem):
+    """Sound, depth, heat: one channel [B,1,height,width], patches that may overlap."""
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.cfg
+        _check_shape(x, c)
+        patch = Project((c.patch, c.patch, c.dim), contracted=2, name="patch")
+        x = patch("BhPwQ,PQD->BhwD", windows(x[:, 0].astype(self.dtype), c.patch, c.stride))
+        x = self.with_class(LayerNorm(STEM_EPS, name="norm")(x.reshape(len(x), -1, c.dim)))
+        return x + self.pos().astype(x.dtype)
+
+
+class MotionStem(Stem):
+    """Acceleration and rotation [B,C,steps], cut into windows."""
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.cfg
+        _check_shape(x, c)
+        cut = x[..., :c.steps // c.window * c.window].astype(self.dtype).reshape(len(x), c.channels, -1, c.window)
+        x = Project((c.channels, c.window, c.dim), contracted=2, name="window")("BCTP,CPD->BTD", cut)
+        x = self.with_class(LayerNorm(STEM_EPS, name="norm")(x))
+        return x + self.pos().astype(x.dtype)
+
+
+class WordsStem(Stem):
+    """Words int[B,context]; no class token."""
+
+    @nn.compact
+    def __call__(self, ids):
+        c = self.cfg
+        _check_shape(ids, c)
+        embedding = self.param("embedding", nn.initializers.normal(0.02), (c.vocab, c.dim))
+        return (embedding[ids] + self.pos()).astype(self.dtype)
+
+
+def _check_shape(x, cfg):
+    if x.shape[1:] != cfg.input_shape:
+        raise ValueError(f"This tower takes inputs of shape {list(cfg.input_shape)}, got {list(x.shape[1:])}.")
+
+
+class Attention(nn.Module):
+    cfg: TowerConfig
+
+    @nn.compact
+    def __call__(self, x):
+        B, T, D = x.shape
+        N, H = self.cfg.heads, D // self.cfg.heads
+        q, k, v = jnp.moveaxis(Project((D, 3, N, H), use_bias=True, name="qkv")("BTD,DSNH->BTSNH", x), 2, 0)
+        if self.cfg.extra_key:
+            k = self.append("bias_k", k)
+            v = self.append("bias_v", v)
+        mask = jnp.broadcast_to(jnp.tri(T, dtype=bool), (B, T, T)) if self.cfg.causal else None
+        return Project((N, H, D), contracted=2, use_bias=True, name="o")("BTNH,NHD->BTD", attend(q, k, v, mask))
+
+    def append(self, name, x):
+        """[B,T,N,H] -> [B,T+1,N,H]: a learned vector behind the others."""
+        extra = self.param(name, nn.initializers.xavier_normal(), x.shape[2:]).astype(x.dtype)
+        return jnp.concatenate([x, jnp.broadcast_to(extra, (len(x), 1, *extra.shape))], axis=1)
+
+
+class FeedForward(nn.Module):
+    cfg: TowerConfig
+
+    @nn.compact
+    def __call__(self, x):
+        D, F = self.cfg.dim, self.cfg.hidden
+        h = Project((D, F), use_bias=True, name="fc1")("BTD,DF->BTF", x)
+        return Project((F, D), use_bias=True, name="fc2")("BTF,FD->BTD", jax.nn.gelu(h, approximate=False))
+
+
+class Block(nn.Module):
+    """A pre-norm block; each branch of a sample is dropped with probability `drop_rate` (stochastic depth)."""
+
+    cfg: TowerConfig
+
+    @nn.compact
+    def __call__(self, x, drop_rate):
+        x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+        x = x + self.drop_path(Attention(self.cfg, name="attn")(LayerNorm(EPS, name="norm1")(x)), drop_rate)
+        x = x + self.drop_path(FeedForward(self.cfg, name="mlp")(LayerNorm(EPS, name="norm2")(x)), drop_rate)
+        return x, None
+
+    def drop_path(self, branch, rate):
+        if self.cfg.drop_path == 0 or not self.has_rng("imagebind"):
+            return branch
+        kept = jax.random.bernoulli(self.make_rng("imagebind"), 1 - rate, (branch.shape[0], 1, 1))
+        return jnp.where(kept, branch / (1 - rate).astype(branch.dtype), 0)
+
+
+class Head(nn.Module):
+    """[B,T,D] -> [B,E], of the token at `place` of each row."""
+
+    cfg: TowerConfig
+    out: int
+
+    @nn.compact
+    def __call__(self, x, place):
+        x = LayerNorm(EPS, name="norm")(jnp.take_along_axis(x, place[:, None, None], axis=1)[:, 0])
+        rate = self.cfg.head_dropout
+        if rate and self.has_rng("imagebind"):
+            kept = jax.random.bernoulli(self.make_rng("imagebind"), 1 - rate, x.shape)
+            x = jnp.where(kept, x / (1 - rate), 0)
+        return Project((self.cfg.dim, self.out), name="out")("BD,DE->BE", x)
+
+
+class Postprocess(nn.Module):
+    """[B,E] -> float32[B,E] of length 1, times the tower's factor. The parameter is the factor's logarithm."""
+
+    cfg: TowerConfig
+
+    @nn.compact
+    def __call__(self, x):
+        if not self.cfg.scaled:
+            return unit(x)
+        log_scale = self.param("log_scale", nn.initializers.constant(np.log(1 / 0.07)), (1,))
+        return unit(x) * jnp.minimum(jnp.exp(log_scale.astype(jnp.float32)), MAX_FACTOR)
+
+
+STEMS = {VisionConfig: VisionStem, WordsConfig: WordsStem, PatchesConfig: PatchesStem, MotionConfig: MotionStem}
+
+
+class Tower(nn.Module):
+    """One sense: `[B, *cfg.input_shape]` -> float32[B,E]."""
+
+    cfg: TowerConfig
+    out: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, inputs):
+        c = self.cfg
+        x = STEMS[type(c)](c, self.dtype, name="stem")(inputs)
+        if c.pre_norm:
+            x = LayerNorm(EPS, name="pre_norm")(x)
+        blocks = nn.scan(
+            Block,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True, "imagebind": True},
+            length=c.depth,
+        )
+        x, _ = blocks(c, name="blocks")(x, jnp.linspace(0, c.drop_path, c.depth))
+        place = jnp.argmax(inputs, axis=-1) if c.causal else jnp.zeros(len(x), jnp.int32)
+        return Postprocess(c, name="post")(Head(c, self.out, name="head")(x, place))
+
+
+class ImageBind(nn.Module):
+    """{sense: inputs} -> {sense: float32[B,E]}.
+
+    Inputs are `[B, *input_shape]`, of vision also `[B,3,M,Y,Y]` within clips; with five axes or more they are clips,
+    `[B, clips, ...]`, whose features are averaged (and then no longer of the tower's length). So `[B,n,3,Y,Y]` is n
+    still pictures, and a video is `[B,n,3,M,Y,Y]`.
+    """
+
+    cfg: ImageBindConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        for sense, cfg in self.cfg.towers.items():
+            setattr(self, sense, Tower(cfg, self.cfg.out, self.dtype))
+
+    def __call__(self, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        absent = sorted(inputs.keys() - self.cfg.towers.keys())
+        if absent:
+            raise ValueError(f"This model has no tower for {', '.join(absent)}; it has {', '.join(self.cfg.towers)}.")
+        return {sense: self.feature(getattr(self, sense), x) for sense, x in inputs.items()}
+
+    @staticmethod
+    def feature(tower, x):
+        if x.ndim < 5:
+            return tower(x)
+        return tower(x.reshape(-1, *x.shape[2:])).reshape(*x.shape[:2], -1).mean(1)
+
+
+def example(cfg: ImageBindConfig, rows: int = 1) -> dict[str, jax.Array]:
+    """Inputs of zeros for every tower, which reach every parameter."""
+    return {sense: jnp.zeros((rows, *tower.input_shape), jnp.int32 if tower.causal else jnp.float32)
+            for sense, tower in cfg.towers.items()}

@@ -1,0 +1,192 @@
+"""Inputs of ImageBind's towers. Their numbers: tests/parity."""
+
+import gzip
+import wave
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmjax.data import senses
+from mmjax.data.senses import WordTokenizer, clip_times, log_mel, mel_filters, random_box, read_wav, resample, sound
+
+RANDOM = np.random.default_rng(0)
+
+
+def write_wav(path, raw, width, channels=1, rate=16_000):
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(width)
+        file.setframerate(rate)
+        file.writeframes(raw)
+    return path
+
+
+# ---- pictures ----
+
+
+@pytest.mark.parametrize("shape", [(20, 31, 3), (31, 20, 3), (20, 20, 3), (20, 31)])
+def test_pictures_of_any_shape(shape, tmp_path):
+    pixels = RANDOM.integers(0, 256, shape, np.uint8)
+    made = senses.picture(pixels, 14)
+    assert made.shape == (3, 14, 14) and made.dtype == np.float32
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(made, senses.picture(tmp_path / "a.png", 14))
+    np.testing.assert_array_equal(made, senses.picture(Image.fromarray(pixels), 14))
+
+
+def test_the_middle_is_kept():
+    pixels = np.zeros((10, 30, 3), np.uint8)
+    pixels[:, 10:20] = 255
+    white = ((1 - senses.MEAN) / senses.STD)[:, None, None]
+    np.testing.assert_allclose(senses.picture(pixels, 10), np.broadcast_to(white, (3, 10, 10)), rtol=1e-6)
+
+
+def test_pictures_that_cannot_be_used(tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    for source, message in ((tmp_path / "none.png", "No picture at"), (tmp_path / "text.png", "is not a picture"),
+                            (np.zeros((3, 4, 4), np.float32), r"must be uint8\[H,W,3\], got float32\[3, 4, 4\]")):
+        with pytest.raises(ValueError, match=message):
+            senses.picture(source)
+
+
+@pytest.mark.parametrize(("height", "width"), [(100, 100), (60, 100), (10, 100), (100, 3), (1, 1)])
+def test_random_boxes(height, width):
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        top, left, h, w = random_box(random, height, width)
+        assert 0 <= top <= height - h and 0 <= left <= width - w and h > 0 and w > 0
+        if height == width == 100:
+            assert 0.88 < h * w / 1e4 <= 1 and 0.74 < w / h < 1.35
+
+
+# ---- video ----
+
+
+def test_the_crops_of_a_video_go_along_its_long_side():
+    columns = np.broadcast_to(np.arange(40, dtype=np.uint8)[:, None], (8, 20, 40, 3))
+    wide = senses.video(columns, 4, 20, clips=1, seconds=2)
+    assert wide.shape == (3, 3, 2, 20, 20)
+    back = (wide.transpose(0, 2, 3, 4, 1) * senses.STD + senses.MEAN)[:, 0, 0, :, 0] * 255
+    np.testing.assert_allclose(back, [np.arange(20), np.arange(10, 30), np.arange(20, 40)], atol=1e-3)
+    tall = senses.video(columns.transpose(0, 2, 1, 3), 4, 20, clips=1, seconds=2)
+    np.testing.assert_array_equal(tall, wide.swapaxes(-1, -2))
+
+
+def test_the_frames_of_a_clip_are_its_first_and_last():
+    frames = np.broadcast_to(np.arange(12, dtype=np.uint8)[:, None, None, None] * 20, (12, 6, 6, 3))
+    made = senses.video(frames, 4, 6, clips=2, seconds=1)  # frames 0-3 and 8-11
+    back = (made.transpose(0, 2, 3, 4, 1) * senses.STD + senses.MEAN)[::3, :, 0, 0, 0] * 255
+    np.testing.assert_allclose(back, [[0, 60], [160, 220]], atol=1e-3)
+
+
+def test_videos_that_cannot_be_used():
+    with pytest.raises(ValueError, match=r"must be uint8\[N,H,W,3\] with N > 0, got float64\[2, 4, 4, 3\]"):
+        senses.video(np.zeros((2, 4, 4, 3)), 4, 4)
+    with pytest.raises(ValueError, match="No frame lies between 0.950 s and 1.000 s at 2 frames a second"):
+        senses.video(np.zeros((2, 4, 4, 3), np.uint8), 2, 4, clips=2, seconds=0.05)
+
+
+def test_clips_of_a_short_recording_start_at_its_start():
+    assert clip_times(1.5, 3, 2.0) == [(0, 2)] * 3
+    assert clip_times(5.0, 1, 2.0) == [(0, 2)]
+
+
+# ---- sound ----
+
+
+@pytest.mark.parametrize(("width", "raw"), [
+    (1, np.array([0, 64, 128, 192], np.uint8)), (2, np.array([-32768, -16384, 0, 16384], "<i2")),
+    (4, np.array([-(2**31), -(2**30), 0, 2**30], "<i4"))])
+def test_wav_of_any_width(width, raw, tmp_path):
+    samples, rate = read_wav(write_wav(tmp_path / "a.wav", raw.tobytes(), width, channels=2, rate=8_000))
+    assert rate == 8_000 and samples.dtype == np.float32
+    np.testing.assert_array_equal(samples, [[-1, 0], [-0.5, 0.5]])
+
+
+def test_wav_of_24_bits(tmp_path):
+    raw = b"".join(int(value).to_bytes(3, "little", signed=True) for value in (-(2**23), 2**22, -1))
+    samples, _ = read_wav(write_wav(tmp_path / "a.wav", raw, 3))
+    np.testing.assert_array_equal(samples, [[-1, 0.5, -(2.0**-23)]])
+
+
+def test_sounds_that_cannot_be_used(tmp_path):
+    (tmp_path / "text.wav").write_text("no sound")
+    for source, message in ((tmp_path / "none.wav", "No sound at"), (tmp_path / "text.wav", "not a PCM .wav file"),
+                            ((np.zeros((1, 9), np.int16), 16_000), r"must be float\[C,samples\] .* got int16\[1, 9\]"),
+                            ((np.zeros((1, 0)), 16_000), "at least one sample")):
+        with pytest.raises(ValueError, match=message):
+            sound(source)
+
+
+@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 16_000])
+def test_a_tone_stays_a_tone_at_another_rate(rate):
+    def tone(rate):
+        return np.sin(2 * np.pi * 440 * np.arange(rate) / rate).astype(np.float32)[None]
+
+    got = resample(tone(rate), rate, 16_000)
+    assert got.shape == (1, 16_000)
+    np.testing.assert_allclose(got[:, 200:-200], tone(16_000)[:, 200:-200], atol=5e-3)
+
+
+def test_a_tone_is_loudest_in_its_filter():
+    tone = np.sin(2 * np.pi * 1_000 * np.arange(8_000) / 16_000)
+    mels = log_mel(tone, 40)
+    assert mels.shape == (40, 1 + (8_000 - 400) // 160)
+    assert set(mels.argmax(0)) == {mel_filters(40)[:, 1_000 * 512 // 16_000].argmax()}
+    assert log_mel(tone[:399], 40).shape == (40, 0)
+
+
+def test_what_a_short_sound_lacks_is_zero_before_normalisation():
+    made = sound((RANDOM.uniform(-1, 1, (1, 1_000)), 16_000), bins=20, frames=9, clips=2)
+    assert made.shape == (2, 1, 20, 9)
+    np.testing.assert_allclose(made[..., 4:], 4.268 / 9.138, rtol=1e-6)  # four frames fit into 1000 samples
+    assert np.abs(made[..., :4] - 4.268 / 9.138).min() > 0
+
+
+def test_the_given_samples_are_left_alone():
+    samples = (RANDOM.uniform(-1, 1, (2, 4_000)) + 0.3).astype(np.float32)
+    before = samples.copy()
+    sound((samples, 16_000), clips=2, seconds=0.1)
+    np.testing.assert_array_equal(samples, before)
+
+
+# ---- words ----
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bpe") / "bpe.txt.gz"
+    path.write_bytes(gzip.compress(b"header\nt h\nth e</w>\nc a\nca t</w>\n"))
+    return WordTokenizer(path, 512 + 4 + 2)
+
+
+def test_merges_and_marks(tokenizer):
+    byte = {letter: ord(letter) - 33 for letter in "tehcasx"}  # printable bytes come first
+    assert tokenizer.encode("the  CAT") == [513, 515]
+    assert tokenizer.encode("thex") == [512, byte["e"], 256 + byte["x"]]
+    assert tokenizer.encode("cat's") == [515, ord("'") - 33, 256 + byte["s"]]
+    assert tokenizer.encode("&amp;lt;|endoftext|>") == [tokenizer.end]
+    assert (tokenizer.start, tokenizer.end) == (516, 517)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("it's 42!?'s ok", ["it", "'s", "4", "2", "!?'", "s", "ok"]), ("a_b-c", ["a", "_", "b", "-", "c"]),
+    ("naïve 東京½²", ["naïve", "東京", "½", "²"]), ("x\u00a0y", ["x", "y"]), ("", [])])
+def test_split(text, words):
+    assert senses._words(text) == words
+
+
+def test_rows_are_cut_with_or_without_their_end(tokenizer):
+    start, end = tokenizer.start, tokenizer.end
+    np.testing.assert_array_equal(
+        tokenizer.rows(["the cat", ""], 5), [[start, 513, 515, end, 0], [start, end, 0, 0, 0]])
+    np.testing.assert_array_equal(tokenizer.rows(["the cat the"], 4), [[start, 513, 515, 513]])
+    np.testing.assert_array_equal(tokenizer.rows(["the cat the"], 4, keep_end=True), [[start, 513, 515, end]])
+
+
+def test_merges_that_do_not_fit_the_vocabulary(tmp_path):
+    path = tmp_path / "bpe.txt.gz"
+    path.write_bytes(gzip.compress(b"header\nt h\n"))
+    with pytest.raises(ValueError, match="holds 1 merges, but a vocabulary of 517 needs 3"):
+        WordTokenizer(path, 517)
