@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -51,9 +54,11 @@ def test_shipped_language_model_reads_words(tmp_path):
 
 @pytest.mark.slow
 def test_scores(tmp_path):
-    done = mmjax.train(in_folder(tmp_path))
-    scores = {row[0]: row[1:] for row in done.scores[1:]}
-    held_out, blind, new_pairs, *_ = scores["mean of the four"]
+    """The README's command, in a process of its own that optimises its programs."""
+    env = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    subprocess.run([sys.executable, CONFIG.parents[1] / "train.py", "--config", CONFIG], cwd=tmp_path, env=env, check=True)
+    table = json.loads((tmp_path / "runs" / "tiny_minigpt4" / "scores.json").read_text())
+    held_out, blind, new_pairs, *_ = next(row[1:] for row in table if row[0] == evaluate.ROWS["mean"])
     assert held_out >= 0.98
     assert blind <= 0.35
     assert new_pairs >= 0.90
