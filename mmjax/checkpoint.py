@@ -72,7 +72,8 @@ class Checkpoints:
     def restore(self, state: Any, step: int | None = None) -> Any:
         """The state saved at `step` (default the newest), on the devices where `state`'s leaves are.
 
-        Raises FileNotFoundError if that step was never saved, ValueError naming what differs from `state`.
+        Raises FileNotFoundError if that step was never saved, ValueError naming what differs from `state`
+        or that it is damaged.
         """
         step = self._saved(step)
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _plain(state))
@@ -81,7 +82,7 @@ class Checkpoints:
             raise ValueError(
                 f"The checkpoint of step {step} in {self._manager.directory} was saved by a run with other trained "
                 "parameters or another optimizer:\n  " + "\n  ".join(differences))
-        return _restored(state, self._manager.restore(step, args=self._args.StandardRestore(wanted)))
+        return _restored(state, self._read(step, wanted))
 
     def read(self, step: int | None = None) -> dict[str, Any]:
         """Everything saved at `step` (default the newest) as nested dicts, on the first device."""
@@ -89,7 +90,18 @@ class Checkpoints:
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         saved = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
                              self._manager.item_metadata(step).tree)
-        return self._manager.restore(step, args=self._args.StandardRestore(saved))
+        return self._read(step, saved)
+
+    def _read(self, step: int, wanted: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=self._args.StandardRestore(wanted))
+        except Exception as error:  # Orbax wraps TensorStore's ValueError in a bare Exception
+            cause = error.__cause__ or error
+            if not isinstance(cause, ValueError):
+                raise
+            folder = self._manager.directory / str(step)
+            raise ValueError(f"{folder} is damaged; delete it to go on from the checkpoint before it. "
+                             f"{cause}") from error
 
     def _saved(self, step: int | None) -> int:
         self._manager.wait_until_finished()  # the newest may still be on its way to the disk

@@ -17,6 +17,10 @@ def train(args: Sequence[str]) -> None:
     """Train as a config file says; every field of it can be overridden: --config FILE [--optim.init-lr 1e-5 ...]."""
     from mmjax import run
 
+    if args[:1] in (["--help"], ["-h"]):
+        print("usage: train --config FILE [--FIELD VALUE ...]\n\n" + train.__doc__
+              + "\n`--config FILE --help` lists the fields with the file's values; the shipped files are in configs/.")
+        return
     if "--config" not in args[:1] or len(args) < 2:
         raise ValueError("Name a config file first: train --config configs/tiny_minigpt4.py [--FIELD VALUE ...]")
     config = tyro.cli(RunConfig, args=args[2:], default=load_config(args[1]), prog=f"train --config {args[1]}",
@@ -102,7 +106,7 @@ def main(command: str | None = None) -> None:
 
     try:
         COMMANDS[command](args)
-    except (ValueError, FileNotFoundError, FileExistsError, TrainingStopped) as error:
+    except (ValueError, OSError, TrainingStopped) as error:
         print(f"mmjax {command}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

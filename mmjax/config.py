@@ -6,6 +6,7 @@ A config file defines `config() -> RunConfig`. Every field can be overridden on 
 
 import dataclasses
 import runpy
+import traceback
 from pathlib import Path
 
 
@@ -152,8 +153,13 @@ def load(path: str) -> RunConfig:
     """The `RunConfig` that a config file's `config()` returns; FileNotFoundError or ValueError says what is wrong."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"No config file at {path}. The shipped ones are in configs/.")
-    build = runpy.run_path(path).get("config")
-    built = build() if callable(build) else None
+    try:
+        build = runpy.run_path(path).get("config")
+        built = build() if callable(build) else None
+    except Exception as error:  # the file's own code may raise anything
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f"{path}, line {lines[-1]}" if lines else path
+        raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
     if not isinstance(built, RunConfig):
         raise ValueError(f"{path} must define a function `config()` that returns a mmjax.config.RunConfig.")
     return built

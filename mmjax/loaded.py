@@ -44,11 +44,12 @@ class Checkpoint:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is neither a converted checkpoint (no config.json) nor a finished run "
                                     f"(no {RUN_CARD}). Make a checkpoint with convert_weights.py.")
-        card = json.loads(path.read_text(encoding="utf-8"))
+        card = read_card(path)
         if card.get("format") != FORMAT or card.get("family") not in FAMILIES:
             raise ValueError(
                 f"{path} is of format {card.get('format')!r} and family {card.get('family')!r}; this mmjax reads "
                 f"format {FORMAT} of {', '.join(FAMILIES)}. Is it a Hugging Face folder? Then convert it first.")
+        require(path, card, "architecture", "text", "generation", "fresh")
         config = config_from_dict(FAMILIES[card["family"]].Config, card["architecture"])
         return Checkpoint(Path(folder), card["family"], config, TextConfig(**card["text"]), card["generation"],
                           tuple(card["fresh"]))
@@ -56,6 +57,21 @@ class Checkpoint:
     @property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_folder(self.folder / "tokenizer")
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{path} is damaged, it is not JSON: {error}") from error
+    if not isinstance(card, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(card).__name__}.")
+    return card
+
+
+def require(path: Path, card: Mapping[str, Any], *fields: str) -> None:
+    if absent := [field for field in fields if field not in card]:
+        raise ValueError(f"{path} has no {', '.join(absent)}.")
 
 
 def read_params(
@@ -104,10 +120,14 @@ def read_params(
 
 def read_run(folder: Path) -> Checkpoint:
     """The checkpoint that a run started from, with the run's architecture and text settings."""
-    card = json.loads((folder / RUN_CARD).read_text(encoding="utf-8"))
+    card = read_card(folder / RUN_CARD)
+    require(folder / RUN_CARD, card, "checkpoint", "architecture", "config")
     base = Path(card["checkpoint"])
     if not base.is_absolute():
         base = folder / base
+    if not base.is_dir():
+        raise FileNotFoundError(f"{folder} was trained on the checkpoint {base}, which is not there. Put it back, or "
+                                f"change `checkpoint` in {folder / RUN_CARD}.")
     source = Checkpoint.open(base)
     config = config_from_dict(FAMILIES[source.family].Config, card["architecture"])
     return dataclasses.replace(source, text=TextConfig(**card["config"]["text"]), config=config)
@@ -132,6 +152,8 @@ def load(
 
     Raises FileNotFoundError or ValueError naming the folder, file or parameters that are not as they should be.
     """
+    if dtype is not None and getattr(dtype, "__name__", str(dtype)) not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype = {dtype!r}: float32 or bfloat16")
     folder, kind = Path(path), jnp.dtype(dtype or default_dtype())
     mesh = mesh or sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     if (folder / RUN_CARD).is_file():
@@ -207,7 +229,7 @@ class Loaded:
             stop=(*((other,) for other in more),
                   *(sequence for words in stop for sequence in stop_ids(self.tokenizer, words))))
         samples = [dataclasses.replace(sample, answer=None) for sample in samples]
-        size = batch_size or len(samples)
+        size = batch_size or max(len(samples), 1)
         keys = jax.random.split(jax.random.key(seed), max(len(samples), 1))
         words: list[str] = []
         for first in range(0, len(samples), size):
@@ -224,7 +246,7 @@ class Loaded:
 
     def _words(self, ids: np.ndarray, stop: Sequence[str]) -> str:
         words = self.tokenizer.decode([int(i) for i in ids])
-        cuts = [words.index(end) for end in stop if end in words]
+        cuts = [words.index(end) for end in stop if end and end in words]
         return words[: min(cuts, default=None)].strip()
 
 

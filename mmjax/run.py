@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,6 +56,7 @@ def train(config: RunConfig) -> Run:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     prepare(config)
+    records = formats.cc_sbu_align(config.data.path)
 
     source = loaded.Checkpoint.open(config.weights.checkpoint)
     source = dataclasses.replace(source, config=architecture(source, config), text=config.text)
@@ -80,8 +82,13 @@ def train(config: RunConfig) -> Run:
         first = jax.tree.map(jnp.copy, trained) if config.data.scenes else None  # training reuses `trained`'s memory
         optimizer = optim.optimizer(config.optim)
         state, started = resume(steps.start(trained, optimizer, config.seed), checkpoints, mesh)
+        if started > config.optim.steps:
+            raise ValueError(f"{out} is at step {started}, beyond optim.epochs · optim.steps_per_epoch = "
+                             f"{config.optim.steps}. Name another `out`, or raise them.")
+        if started:
+            console.print(f"Going on at step {started} of {config.optim.steps}. {differences(config, out)}")
         write_card(config, source, out)
-        announce(source, params, mask, mesh, started, config)
+        announce(source, params, mask, mesh, config)
         del params, trained
 
         tokenizer = source.tokenizer
@@ -96,7 +103,6 @@ def train(config: RunConfig) -> Run:
         def diagnose(loss: float, state: steps.TrainState) -> None:
             check_first_loss(loss, source.config.llama.vocab, {"trained": state.params, "frozen": frozen})
 
-        records = formats.cc_sbu_align(config.data.path)
         batches = pipeline.batches(records, config.data, collate, started)
         before = int(steps.fingerprint(frozen))
         state, loss = loop(config, started, advance, diagnose, state, batches, checkpoints)
@@ -121,11 +127,19 @@ def check(config: RunConfig) -> None:
             (d.batch_size > 0, f"data.batch_size = {d.batch_size}: at least 1"),
             (o.steps > 0, f"optim.epochs · optim.steps_per_epoch = {o.steps}: at least 1"),
             (o.accumulate > 0, f"optim.accumulate = {o.accumulate}: at least 1"),
-            (config.log_every > 0 and config.save_every > 0, "log_every and save_every: at least 1"),
+            (d.length_multiple > 0, f"data.length_multiple = {d.length_multiple}: at least 1"),
+            (config.log_every > 0 and config.save_every > 0 and config.keep > 0,
+             "log_every, save_every and keep: at least 1"),
+            (0 <= config.drop_path < 1, f"drop_path = {config.drop_path}: at least 0, below 1"),
             (config.weights.dtype in ("float32", "bfloat16"), f"weights.dtype = {config.weights.dtype!r}: "
                                                               "float32 or bfloat16"),
         ) if not holds
     ]
+    for rule in config.trained or ():
+        try:
+            re.compile(rule)
+        except re.error as error:
+            wrong.append(f"trained: {rule!r} is not a regular expression: {error}")
     if wrong:
         raise ValueError("This configuration cannot run:\n  " + "\n  ".join(wrong))
 
@@ -153,7 +167,12 @@ def architecture(source: loaded.Checkpoint, config: RunConfig) -> Any:
         return source.config
     if not hasattr(source.config, "vit"):
         raise ValueError(f"The family {source.family} has no picture tower: {', '.join(changes)} cannot be set.")
-    return dataclasses.replace(source.config, vit=dataclasses.replace(source.config.vit, **changes))
+    changed = dataclasses.replace(source.config, vit=dataclasses.replace(source.config.vit, **changes))
+    side = changed.vit.patch if changed.qformer else 2 * changed.vit.patch  # four patches join without a Q-Former
+    if changed.image_size <= 0 or changed.image_size % side:
+        raise ValueError(f"image_size = {changed.image_size}: must be a multiple of {side}, the side of "
+                         f"{'a patch' if changed.qformer else 'two patches'} of {source.folder}.")
+    return changed
 
 
 def resume(state: steps.TrainState, checkpoints: checkpoint.Checkpoints, mesh: Any) -> tuple[steps.TrainState, int]:
@@ -289,8 +308,17 @@ def write_card(config: RunConfig, source: loaded.Checkpoint, out: Path) -> None:
     partial.rename(out / loaded.RUN_CARD)
 
 
-def announce(source, params, mask, mesh, started: int, config: RunConfig) -> None:
-    """What is about to happen, in three lines."""
+def differences(config: RunConfig, out: Path) -> str:
+    """In what the configuration differs from that of the run so far, in words."""
+    before = trees.flatten(loaded.read_card(out / loaded.RUN_CARD)["config"])
+    now = trees.flatten(json.loads(json.dumps(dataclasses.asdict(config))))
+    changed = [f"{path.replace('/', '.')} {before.get(path)!r} -> {now.get(path)!r}"
+               for path in sorted(before.keys() | now.keys()) if before.get(path) != now.get(path)]
+    return f"Changed since it began: {', '.join(changed)}." if changed else ""
+
+
+def announce(source, params, mask, mesh, config: RunConfig) -> None:
+    """What is about to happen, in two lines."""
     sizes = {True: 0, False: 0}
     for leaf, is_trained in zip(jax.tree.leaves(params), jax.tree.leaves(mask), strict=True):
         sizes[is_trained] += leaf.size
@@ -298,8 +326,6 @@ def announce(source, params, mask, mesh, started: int, config: RunConfig) -> Non
                   f"{sizes[False]:,} frozen ({config.weights.dtype})")
     console.print(f"mesh {dict(mesh.shape)} of {mesh.size} {mesh.devices.flat[0].platform} device(s); "
                   f"run folder {config.out}")
-    if started:
-        console.print(f"Going on at step {started} of {config.optim.steps}.")
 
 
 def finish_scenes(config: RunConfig, source: loaded.Checkpoint, mesh: Any, trained: Any, first: Any, frozen: Any):

@@ -109,7 +109,7 @@ def restore(folder, shapes: Mapping[str, Any], only: Callable[[str], bool] = lam
             sharding, of which each device reads its own slice (default: everything on the first device)
     only:   which of these paths to read
 
-    Raises ValueError naming every parameter that is missing or has another shape.
+    Raises ValueError naming every parameter that is missing or has another shape, or the folder if it is damaged.
     """
     wanted = {path: shape for path, shape in trees.flatten(shapes).items() if only(path)}
     stored = metadata(folder)
@@ -129,7 +129,13 @@ def restore(folder, shapes: Mapping[str, Any], only: Callable[[str], bool] = lam
     wanted = trees.unflatten(wanted)
     restore_args = ocp.args.PyTreeRestore(wanted, restore_args=jax.tree.map(how, wanted), partial_restore=True)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(epath.Path(folder).absolute(), args=restore_args)
+        try:
+            return checkpointer.restore(epath.Path(folder).absolute(), args=restore_args)
+        except Exception as error:  # Orbax wraps TensorStore's ValueError in a bare Exception
+            cause = error.__cause__ or error
+            if not isinstance(cause, ValueError):
+                raise
+            raise ValueError(f"{folder} is damaged; convert or copy it again. {cause}") from error
 
 
 def arrays(folder) -> dict[str, ts.TensorStore]:

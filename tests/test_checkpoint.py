@@ -106,6 +106,19 @@ def test_other_trained_parameters_are_named(saved):
     checkpoints.close()
 
 
+def test_damaged_checkpoint_is_named(saved, monkeypatch):
+    checkpoints = Checkpoints(saved)
+
+    def restore(*_, **__):
+        raise Exception("reading") from ValueError("OUT_OF_RANGE: a file is too short")  # as Orbax does
+
+    monkeypatch.setattr(checkpoints._manager, "restore", restore)
+    for read in (checkpoints.read, lambda: checkpoints.restore(state())):
+        with pytest.raises(ValueError, match="20 is damaged; delete it to go on .*OUT_OF_RANGE"):
+            read()
+    checkpoints.close()
+
+
 def test_old_checkpoints_go_and_a_step_is_saved_once(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, state(seed=1))

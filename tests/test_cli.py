@@ -26,6 +26,7 @@ def test_convert_and_export(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("args", "message"), [
     (("generate", "--checkpoint", "nowhere", "--prompt", "Hi"), "nowhere"),
+    (("generate", "--checkpoint", "nowhere", "--prompt", "Hi", "--dtype", "float99"), "dtype = 'float99'"),
     (("train", "--config", "nowhere.py"), "nowhere.py"),
     (("train",), "Name a config file"),
     (("convert", "llama", "--llama", "nowhere", "--out", "out"), "nowhere"),
@@ -60,3 +61,8 @@ def test_commands_are_listed(monkeypatch, capsys):
     assert stopped.value.code == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in cli.COMMANDS)
+
+
+def test_help_of_train_needs_no_config(monkeypatch, capsys):
+    call(monkeypatch, "train", "--help")
+    assert "usage: train --config FILE" in capsys.readouterr().out

@@ -37,5 +37,18 @@ def test_files_that_define_no_run(tmp_path, text):
         config.load(str(file))
 
 
+@pytest.mark.parametrize(("text", "message"), [
+    ("def config(:\n", r"mine\.py: SyntaxError: .*line 1"),
+    ("import no_such_package\n", r"mine\.py, line 1: ModuleNotFoundError: .*no_such_package"),
+    ("from mmjax.config import RunConfig\n\ndef config():\n    return RunConfig(outt='x')\n",
+     r"mine\.py, line 4: TypeError: .*outt"),
+])
+def test_files_that_cannot_be_run(tmp_path, text, message):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        config.load(str(file))
+
+
 def test_steps_of_a_run():
     assert OptimConfig(epochs=3, steps_per_epoch=7).steps == 21

@@ -1,6 +1,7 @@
 """A loaded checkpoint: batches, loss, words."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -47,6 +48,10 @@ def test_words_end_before_the_stop_string(model, samples):
     assert cut[0] == whole[0][: whole[0].index(stop)].strip()
 
 
+def test_no_samples_make_no_words(model):
+    assert model.generate([]) == []
+
+
 def test_sampling_follows_the_seed(model, samples):
     first, again, other = (model.generate(samples, 8, temperature=1.0, seed=seed) for seed in (1, 1, 2))
     assert first == again != other
@@ -70,6 +75,36 @@ def test_folder_that_is_no_checkpoint(tmp_path):
         mmjax.load(tmp_path)
     with pytest.raises(ValueError, match="Is it a Hugging Face folder"):
         mmjax.load(small.GOLDEN / "ckpt" / "llama_hf")
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ('{"format": 1, "fam', "config.json is damaged, it is not JSON"),
+    ("[]", "config.json must hold a JSON object, not a list"),
+    ('{"format": 1, "family": "llama"}', "config.json has no architecture, text, generation, fresh"),
+])
+def test_damaged_description_is_named(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        mmjax.load(tmp_path)
+
+
+def test_run_whose_checkpoint_was_moved(tmp_path):
+    card = {"checkpoint": "../gone", "architecture": {}, "config": {}}
+    (tmp_path / "run.json").write_text(json.dumps(card))
+    with pytest.raises(FileNotFoundError, match=r"trained on the checkpoint .*gone, which is not there"):
+        mmjax.load(tmp_path)
+
+
+def test_damaged_weights_are_named(tmp_path):
+    shutil.copytree(small.checkpoint(), tmp_path / "c")
+    files = [path for path in (tmp_path / "c" / "weights").rglob("*") if path.is_file()]
+    os.truncate(max(files, key=lambda path: path.stat().st_size), 1000)
+    with pytest.raises(ValueError, match="weights is damaged; convert or copy it again"):
+        mmjax.load(tmp_path / "c")
+
+
+def test_empty_stop_string_stops_nothing(model, samples):
+    assert model.generate(samples, max_new_tokens=4, stop=[""]) == model.generate(samples, max_new_tokens=4)
 
 
 def test_parameters_that_were_never_trained_are_named(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 import mmjax
 from mmjax import checkpoint, run, trees
-from mmjax.config import MeshConfig, TextConfig
+from mmjax.config import DataConfig, MeshConfig, TextConfig
 from mmjax.convert import torch_file
 from tests import small
 
@@ -49,10 +49,19 @@ def test_stopped_and_resumed_is_the_same_run(finished, tmp_path, monkeypatch):
     assert [line["step"] for line in metrics(resumed.folder)] == [0, 1, 2, 3]
 
 
-def test_finished_run_has_nothing_left_to_do(finished):
-    again = run.train(small.run_config(finished.folder))
+def test_finished_run_has_nothing_left_to_do(finished, capsys):
+    again = run.train(small.run_config(finished.folder, log_every=3))
     assert again.step == finished.step
+    said = " ".join(capsys.readouterr().err.split())
+    assert "Going on at step 4 of 4. Changed since it began: log_every 1 -> 3." in said
     assert len(metrics(finished.folder)) == 4
+
+
+def test_finished_run_cannot_be_made_shorter(finished):
+    before = (finished.folder / "run.json").read_text()
+    with pytest.raises(ValueError, match="is at step 4, beyond .* = 3"):
+        run.train(small.run_config(finished.folder, steps=3))
+    assert (finished.folder / "run.json").read_text() == before
 
 
 def test_run_is_loaded_and_exported(finished, tmp_path):
@@ -115,7 +124,13 @@ def test_first_loss_of_a_dead_language_model():
     ({"log_every": 0}, "log_every"),
     ({"mesh": MeshConfig(data=3)}, "does not fill"),
     ({"trained": ("projektor/.*",)}, "projektor"),
+    ({"trained": ("(projector/.*",)}, r"trained: '\(projector/\.\*' is not a regular expression"),
+    ({"image_size": 55}, "image_size = 55: must be a multiple of 14"),
+    ({"keep": 0}, "keep: at least 1"),
+    ({"drop_path": 2.0}, "drop_path = 2.0"),
+    ({"data": DataConfig(path="nowhere", length_multiple=0)}, r"data\.length_multiple = 0"),
+    ({"data": DataConfig(path="nowhere", batch_size=2)}, "nowhere is not in the CC-SBU-align layout"),
 ])
 def test_configuration_that_cannot_run(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         run.train(dataclasses.replace(small.run_config(tmp_path / "run"), **changes))

@@ -56,7 +56,8 @@ def test_shipped_language_model_reads_words(tmp_path):
 def test_scores(tmp_path):
     """The README's command, in a process of its own that optimises its programs."""
     env = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
-    subprocess.run([sys.executable, CONFIG.parents[1] / "train.py", "--config", CONFIG], cwd=tmp_path, env=env, check=True)
+    command = [sys.executable, CONFIG.parents[1] / "train.py", "--config", CONFIG]
+    subprocess.run(command, cwd=tmp_path, env=env, check=True)
     table = json.loads((tmp_path / "runs" / "tiny_minigpt4" / "scores.json").read_text())
     held_out, blind, new_pairs, *_ = next(row[1:] for row in table if row[0] == evaluate.ROWS["mean"])
     assert held_out >= 0.98

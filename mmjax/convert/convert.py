@@ -105,6 +105,8 @@ def minigpt4(
         lora: trained checkpoint that holds LoRA; may be the same file as `projector`
         lora_rank: rank of a fresh LoRA to train, when there is no `lora`
         arch: JSON file with what tensors do not show (head counts, picture size, ...); released sizes need none
+        prompt_template: put around every prompt at its {} from now on, such as "###Human: {} ###Assistant: " (Vicuna),
+            "[INST] {} [/INST] " (Llama-2) or "[INST] {} [/INST]" (MiniGPT-v2); without it prompts are taken as they are
         overwrite: replace `out` if it exists
 
     Raises ConversionError listing everything that is wrong; then nothing is written.
