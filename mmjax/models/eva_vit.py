@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mmjax.models.layers import LayerNorm, Project, attend, einsum, resize_positions, uniform_fan_in
+from mmjax.models.layers import FeedForward, LayerNorm, Project, attend, einsum, resize_positions, uniform_fan_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +76,6 @@ class Attention(nn.Module):
         return Project((N, D // N, D), contracted=2, use_bias=True, name="o")("BTNH,NHD->BTD", out)
 
 
-class FeedForward(nn.Module):
-    cfg: VitConfig
-
-    @nn.compact
-    def __call__(self, x):
-        D, F = self.cfg.dim, self.cfg.hidden
-        h = Project((D, F), use_bias=True, name="fc1")("BTD,DF->BTF", x)
-        return Project((F, D), use_bias=True, name="fc2")("BTF,FD->BTD", jax.nn.gelu(h, approximate=False))
-
-
 class Block(nn.Module):
     """A pre-norm block; each branch of a sample is dropped with probability `drop_rate` (stochastic depth)."""
 
@@ -94,8 +84,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, drop_rate):
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
-        x = x + self.drop_path(Attention(self.cfg, name="attn")(LayerNorm(self.cfg.eps, name="norm1")(x)), drop_rate)
-        x = x + self.drop_path(FeedForward(self.cfg, name="mlp")(LayerNorm(self.cfg.eps, name="norm2")(x)), drop_rate)
+        c = self.cfg
+        x = x + self.drop_path(Attention(c, name="attn")(LayerNorm(c.eps, name="norm1")(x)), drop_rate)
+        x = x + self.drop_path(FeedForward(c.hidden, name="mlp")(LayerNorm(c.eps, name="norm2")(x)), drop_rate)
         return x, None
 
     def drop_path(self, branch, rate):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from mmjax.models.layers import LayerNorm, Project, attend, resize_positions, unit
+from mmjax.models.layers import FeedForward, LayerNorm, Project, attend, resize_positions, unit
 
 EPS = 1e-6  # of every norm but the stems'
 STEM_EPS = 1e-5  # torch's default, which the original leaves in place there
@@ -284,16 +284,6 @@ class Attention(nn.Module):
         return jnp.concatenate([x, jnp.broadcast_to(extra, (len(x), 1, *extra.shape))], axis=1)
 
 
-class FeedForward(nn.Module):
-    cfg: TowerConfig
-
-    @nn.compact
-    def __call__(self, x):
-        D, F = self.cfg.dim, self.cfg.hidden
-        h = Project((D, F), use_bias=True, name="fc1")("BTD,DF->BTF", x)
-        return Project((F, D), use_bias=True, name="fc2")("BTF,FD->BTD", jax.nn.gelu(h, approximate=False))
-
-
 class Block(nn.Module):
     """A pre-norm block; each branch of a sample is dropped with probability `drop_rate` (stochastic depth)."""
 
@@ -303,7 +293,7 @@ class Block(nn.Module):
     def __call__(self, x, drop_rate):
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
         x = x + self.drop_path(Attention(self.cfg, name="attn")(LayerNorm(EPS, name="norm1")(x)), drop_rate)
-        x = x + self.drop_path(FeedForward(self.cfg, name="mlp")(LayerNorm(EPS, name="norm2")(x)), drop_rate)
+        x = x + self.drop_path(FeedForward(self.cfg.hidden, name="mlp")(LayerNorm(EPS, name="norm2")(x)), drop_rate)
         return x, None
 
     def drop_path(self, branch, rate):

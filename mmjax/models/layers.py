@@ -1,6 +1,7 @@
 """Parts that the towers share.
 
-B batch   T query tokens   S key tokens   D model   N query heads   K key and value heads   G = N/K   H head
+B batch   T query tokens   S key tokens   D model   F feed-forward
+N query heads   K key and value heads   G = N/K   H head
 
 Weights take the dtype of the activations they meet; norms and softmax are computed in float32; a float32 product is
 never rounded to the tensor cores' TF32 or bfloat16. Dropout acts where the caller gives its random stream, so that a
@@ -75,6 +76,18 @@ class RMSNorm(nn.Module):
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
         return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class FeedForward(nn.Module):
+    """fc2(gelu(fc1(x))) with biases and the exact GELU; F = `hidden`."""
+
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        D, F = x.shape[-1], self.hidden
+        h = Project((D, F), use_bias=True, name="fc1")("BTD,DF->BTF", x)
+        return Project((F, D), use_bias=True, name="fc2")("BTF,FD->BTD", jax.nn.gelu(h, approximate=False))
 
 
 def attend(

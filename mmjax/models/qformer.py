@@ -9,11 +9,10 @@ The layers differ in what they hold, so they are not scanned; there are few and 
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mmjax.models.layers import LayerNorm, Project, attend
+from mmjax.models.layers import FeedForward, LayerNorm, Project, attend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,16 +70,6 @@ class Attention(nn.Module):
         return Project((N, H, D), contracted=2, use_bias=True, name="o")("BQNH,NHD->BQD", out)
 
 
-class FeedForward(nn.Module):
-    cfg: QFormerConfig
-
-    @nn.compact
-    def __call__(self, x):
-        D, F = self.cfg.dim, self.cfg.hidden
-        h = Project((D, F), use_bias=True, name="fc1")("BQD,DF->BQF", x)
-        return Project((F, D), use_bias=True, name="fc2")("BQF,FD->BQD", jax.nn.gelu(h, approximate=False))
-
-
 class Layer(nn.Module):
     cfg: QFormerConfig
     crosses: bool
@@ -93,7 +82,7 @@ class Layer(nn.Module):
         x = add(Attention(self.cfg, name="attn")(x, x), "attn_norm")
         if self.crosses:
             x = add(Attention(self.cfg, name="cross")(x, picture), "cross_norm")
-        return add(FeedForward(self.cfg, name="mlp")(x), "mlp_norm")
+        return add(FeedForward(self.cfg.hidden, name="mlp")(x), "mlp_norm")
 
 
 class QFormer(nn.Module):
