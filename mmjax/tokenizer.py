@@ -9,6 +9,7 @@ Left out: the clean-up of spaces while decoding (LLaMA folders switch it off), a
 a folder declares without numbering it, such as `[PAD]` (the original replaces the pad token by "$$" anyway).
 """
 
+import abc
 import dataclasses
 import json
 import re
@@ -19,7 +20,7 @@ from typing import Any
 PAD_PIECE = "$$"  # minigpt4/models/base_model.py: init_llm
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
     """Encodes and decodes. `Tokenizer.from_folder` makes the one that fits a folder.
 
     bos, eos, unk: ids, from the folder's JSON files
@@ -51,9 +52,9 @@ class Tokenizer:
             f"{folder} has no tokenizer: expected tokenizer.model or tokenizer.json in it. "
             "Give the LLaMA or Vicuna folder with all its files.")
 
+    @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
         """Ids of a text. No BOS is put in front."""
-        raise NotImplementedError
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of the ids; special tokens, the pad piece among them, are left out or written as they are.
@@ -67,8 +68,9 @@ class Tokenizer:
                 "Take the tokenizer that belongs to the model.")
         return self._decode(ids, skip_special)
 
+    @abc.abstractmethod
     def _decode(self, ids: list[int], skip_special: bool) -> str:
-        raise NotImplementedError
+        """`decode` for ids that the vocabulary has."""
 
 
 class SentencePieceTokenizer(Tokenizer):
