@@ -15,6 +15,7 @@ from mmjax import steps
 from mmjax.batch import Batch, Sample
 from mmjax.config import ScenesConfig
 from mmjax.data import scenes
+from mmjax.data.conversation import PICTURE
 from mmjax.loaded import Loaded
 from mmjax.report import Example
 
@@ -51,9 +52,6 @@ class ScenesScore:
     examples: list[Example]
 
 
-PICTURE = "<Img><ImageHere></Img> "
-
-
 def score_scenes(
     model: Loaded, shown: Sequence[scenes.Scene], truth: Sequence[scenes.Scene] | None = None
 ) -> ScenesScore:
@@ -67,7 +65,7 @@ def score_scenes(
     asked = [scenes.questions(scene)[index % len(scenes.questions(scene))] for index, scene in enumerate(truth)]
 
     def answers(prompts: Sequence[str]) -> list[str]:
-        samples = [Sample(images=[p], prompt=PICTURE + words) for p, words in zip(pictures, prompts, strict=True)]
+        samples = [Sample(images=[p], prompt=f"{PICTURE} {words}") for p, words in zip(pictures, prompts, strict=True)]
         return model.generate(samples, max_new_tokens=48, stop=[model.text.end_sym], batch_size=100)
 
     captions = answers([scenes.PROMPTS[0]] * len(shown))

@@ -16,13 +16,13 @@ from mmjax import sharding, trees, weights
 from mmjax.batch import Batch, Sample
 from mmjax.checkpoint import trained as read_trained
 from mmjax.config import MeshConfig, TextConfig
+from mmjax.convert.convert import FORMAT
 from mmjax.convert.export import export as write_part
 from mmjax.data import images, text
 from mmjax.families import FAMILIES, config_from_dict
 from mmjax.families import shapes as family_shapes
 from mmjax.tokenizer import Tokenizer
 
-FORMAT = 1  # of config.json in a converted checkpoint
 RUN_CARD = "run.json"
 
 
@@ -100,10 +100,8 @@ def read_params(
     places = sharding.shardings(shapes, family.AXES, mesh)
     wanted = {path: jax.ShapeDtypeStruct(shape.shape, dtype(path), sharding=places[path])
               for path, shape in shapes.items()}
-    if wrong := trees.compare({path: shapes.get(path, leaf) for path, leaf in trained.items()}, trained):
+    if wrong := trees.compare({path: shapes[path] for path in trained.keys() & shapes.keys()}, trained):
         raise ValueError("The trained parameters are of another model:\n  " + "\n  ".join(wrong))
-    if unknown := sorted(trained.keys() - shapes.keys()):
-        raise ValueError(f"The model has no {', '.join(unknown)}; these trained parameters are of another model.")
     flat = trees.flatten(weights.restore(
         source.folder / "weights", wanted, only=lambda path: path not in trained and path not in fresh))
     flat |= {path: jax.device_put(leaf.astype(dtype(path)), places[path]) for path, leaf in trained.items()}
