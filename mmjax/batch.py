@@ -13,15 +13,19 @@ class Sample:
 
     images:  pictures for the `<ImageHere>` places of the prompt, in order: a path, a PIL image, `uint8[H,W,3]`, or
              an already normalised `float32[3,H,W]`
-    media:   other senses by name (ImageBind families)
+    media:   other senses by name (ImageBind families): "video", "audio", "depth", "thermal", "imu", "text"
+    weights: of "image" and of the media in the mix of senses; 1 where nothing is said
     prompt:  the text before the answer; empty for none
+    input:   what the prompt is about, where a model has a template for prompts with an input (Alpaca's)
     answer:  the text to learn or to score; None when there is nothing to learn (generation)
     turns:   a conversation, `(question, answer)` pairs; takes the place of `prompt` and `answer`
     """
 
     images: list[Any] = dataclasses.field(default_factory=list)
     media: dict[str, Any] = dataclasses.field(default_factory=dict)
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
     prompt: str = ""
+    input: str = ""
     answer: str | None = None
     turns: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
@@ -38,6 +42,10 @@ class Batch:
     positions:     int32[B,T]  rotary positions: 0, 1, 2, ... in every row
     padded_length: int32[B]    length of the rows as the original pads them; its per-row loss divides by that minus 1
     images:        uint8[B,F,H,W,3] (normalised by the model) or normalised float32[B,F,3,H,W]; None for text alone
+    media:         what ImageBind's towers take, by name: "image" float32[B,3,S,S], "video" [B,clips,3,2,S,S], "audio"
+                   [B,clips,1,M,T], "depth" and "thermal" [B,1,H,W], "imu" [B,6,steps], "text" int32[B,77]; or
+                   "feature" [B,E] alone: the mix of all senses, ready made. None where a family has no such towers
+    weights:       float32[B] for each of the media: its weight in the mix of senses, 0 where a row has no such sense
     """
 
     tokens: jax.Array | np.ndarray
@@ -47,3 +55,5 @@ class Batch:
     positions: jax.Array | np.ndarray
     padded_length: jax.Array | np.ndarray
     images: jax.Array | np.ndarray | None = None
+    media: dict[str, jax.Array | np.ndarray] | None = None
+    weights: dict[str, jax.Array | np.ndarray] | None = None

@@ -17,13 +17,18 @@ class TextConfig:
     prompt_template: wraps every prompt and every question of a conversation at its `{}`; "" leaves them as they are.
                      MiniGPT-4 on Vicuna: "###Human: {} ###Assistant: ", on LLaMA-2: "[INST] {} [/INST] ",
                      MiniGPT-v2: "[INST] {} [/INST]" (the final space matters to the tokens)
+    input_template:  the same for samples with an `input`: its first `{}` is the prompt, its second the input
     end_sym:         ends every answer
+    joint:           prompt and answer are tokenised as one string, without special tokens in it, and `max_txt_len` is
+                     what is kept of the whole row (ImageBind-LLM, LLaMA-Adapter)
     max_txt_len:     tokens kept of an answer, or of everything behind the first question of a conversation
     max_context_len: tokens kept of a prompt with pictures (soft tokens counted); the right end is cut
     """
 
     prompt_template: str = ""
+    input_template: str = ""
     end_sym: str = "###"
+    joint: bool = False
     max_txt_len: int = 160
     max_context_len: int = 3800
 
@@ -33,6 +38,7 @@ class WeightsConfig:
     """The converted checkpoint a run starts from.
 
     checkpoint: folder written by `convert_weights.py`
+    family:     what the sources are of: a command of `convert_weights.py`
     sources:    released files by option name (`vit`, `qformer`, `llama`, `projector`, `lora`, `arch`); converted into
                 `checkpoint` first if that folder does not exist yet
     start_from: a finished run whose trained parameters this one starts from (stage 2 after stage 1)
@@ -40,6 +46,7 @@ class WeightsConfig:
     """
 
     checkpoint: str = ""
+    family: str = "minigpt4"
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
     start_from: str | None = None
     dtype: str = "bfloat16"
@@ -51,28 +58,34 @@ class ScenesConfig:
 
     count:    training pictures
     held_out: pictures of each evaluation split
+    most:     things in a picture, at most
     """
 
     count: int = 3000
     held_out: int = 200
     seed: int = 0
+    most: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What is trained on.
 
-    path:            folder in the CC-SBU-align layout: `filter_cap.json` and `image/IMAGE_ID.jpg`
+    format:          how the data lie on disk, one of `mmjax.data.formats.FORMATS`
+    path:            the folder or file of that format, such as one with `filter_cap.json` and `image/IMAGE_ID.jpg`
     prompts:         one is drawn for each batch, as in the original; empty for image tokens and caption alone (stage 1)
     clean_captions:  the original's stage-1 cleaning: lower case, no punctuation, 50 words
+    random_crop:     pictures are cut at random to 90 to 100 % of their area (ImageBind-LLM), anew in every pass
     length_multiple: rows are padded to the batch's longest, rounded up to this, so that few lengths are compiled
     threads:         that read and decode pictures
     scenes:          draw this world into `path` first
     """
 
+    format: str = "cc_sbu_align"
     path: str = ""
     prompts: tuple[str, ...] = ()
     clean_captions: bool = False
+    random_crop: bool = False
     batch_size: int = 12
     length_multiple: int = 32
     seed: int = 42
@@ -82,14 +95,17 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and the original's schedule; see `mmjax.optim`.
+    """AdamW and the originals' schedules; see `mmjax.optim`.
 
+    schedule:                "whole_cosine" (MiniGPT-4) or "half_cycle" (ImageBind-LLM, LLaMA-Adapter)
     epochs, steps_per_epoch: an epoch is a number of steps, not a pass over the data
-    warmup_lr:               a negative value means `init_lr`
-    clip:                    largest global gradient norm; None as in the original: no clipping
-    accumulate:              steps whose gradients are summed (not averaged, as in the original) before an update
+    warmup_lr:               a negative value means `init_lr`; "half_cycle" starts from 0
+    clip:                    largest global gradient norm; None as in the originals: no clipping
+    accumulate:              steps whose gradients are summed (not averaged, as in MiniGPT-4) before an update
+    average:                 they are averaged, and what is left over at the end of an epoch is dropped (ImageBind-LLM)
     """
 
+    schedule: str = "whole_cosine"
     init_lr: float = 3e-5
     min_lr: float = 1e-5
     warmup_lr: float = 1e-6
@@ -102,6 +118,7 @@ class OptimConfig:
     eps: float = 1e-8
     clip: float | None = None
     accumulate: int = 1
+    average: bool = False
 
     @property
     def steps(self) -> int:
@@ -122,8 +139,9 @@ class RunConfig:
     """One training run.
 
     out:         folder of the run: metrics, checkpoints, report
-    trained:     path rules of the trained parameters; None for the family's own. `("projector/.*", "qformer/.*")`
-                 unfreezes the Q-Former as well, with its dropout
+    phase:       which of the family's phases this is ("pretrain" or "finetune" of ImageBind-LLM); it says what trains
+    trained:     path rules of the trained parameters; None for the phase's or the family's own.
+                 `("projector/.*", "qformer/.*")` unfreezes the Q-Former as well, with its dropout
     image_size:  pictures of another size than the checkpoint's; the position table is resized
     drop_path:   stochastic depth of the picture tower while it is trained
     remat:       recompute layers in the backward pass: less memory, about a third more work
@@ -138,6 +156,7 @@ class RunConfig:
     text: TextConfig = TextConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
+    phase: str | None = None
     trained: tuple[str, ...] | None = None
     image_size: int | None = None
     drop_path: float = 0.0

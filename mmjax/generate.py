@@ -129,11 +129,13 @@ def _generate(module, config, return_scores, params, batch, keys):
     positions = jnp.maximum(jnp.cumsum(batch.valid, axis=1) - 1, 0)
     prompt = jnp.pad(batch.valid, ((0, 0), (0, S - T)))
     mask = prompt[:, None, :] & (slots <= jnp.arange(T)[:, None])
-    hidden, cache = call(call(batch, method="encode"), positions, mask, module.empty_cache(B, S), 0, method="decode")
+    x, injection = call(batch, method="encode")
+    hidden, cache = call(x, positions, mask, module.empty_cache(B, S), 0, injection, method="decode")
     last = T - 1 - jnp.argmax(batch.valid[:, ::-1], axis=1)
     logits = call(jnp.take_along_axis(hidden, last[:, None, None], axis=1), method="logits")[:, 0]
 
     prompt = jnp.repeat(prompt, J, axis=0)
+    injection = None if injection is None else jnp.repeat(injection, J, axis=1)
     prompt_length = prompt.sum(axis=1)
 
     def forward(tokens, step, cache):
@@ -141,7 +143,8 @@ def _generate(module, config, return_scores, params, batch, keys):
         # Every row writes slot T + step, so a ragged row keeps a gap that its mask never opens.
         mask = prompt | ((slots >= T) & (slots <= T + step))
         words = call(tokens[:, None], method="embed")
-        hidden, cache = call(words, (prompt_length + step)[:, None], mask[:, None, :], cache, T + step, method="decode")
+        positions = (prompt_length + step)[:, None]
+        hidden, cache = call(words, positions, mask[:, None, :], cache, T + step, injection, method="decode")
         return call(hidden, method="logits")[:, 0], cache
 
     record = jnp.zeros((config.max_new_tokens, B * J, logits.shape[-1])) if return_scores else None

@@ -34,12 +34,12 @@ def loss(
     "mean" is one number, the mean over the targets of the whole batch (of all devices). "none" is float32[B], each
     row's sum divided by its padded length - 1, ignored places counted (minigpt4/models/minigpt_base.py: forward).
     aux: "logits" float32[B,T,V], "tokens" the number of targets, "token_losses" float32[B,T-1].
-    A batch without any target has no mean: NaN.
+    A batch without any target has the loss 0, and gradients of 0.
     """
     logits = module.apply({"params": params}, batch, rngs=rngs)
     losses = token_losses(logits, batch)
     tokens = batch.loss_mask[:, 1:].sum()
-    total = losses.sum() / tokens if reduction == "mean" else losses.sum(-1) / (batch.padded_length - 1)
+    total = losses.sum() / jnp.maximum(tokens, 1) if reduction == "mean" else losses.sum(-1) / (batch.padded_length - 1)
     return total, {"logits": logits, "tokens": tokens, "token_losses": losses}
 
 

@@ -1,4 +1,5 @@
-"""Families by name. Each is one file with `Config`, `Model`, `AXES`, `TRAINED`, `PRESETS` and `example(cfg)`."""
+"""Families by name. Each is one file with `Config`, `Model`, `AXES`, `TRAINED`, `PHASES`, `PRESETS` and `example(cfg)`;
+one that has phases also says what architecture a phase trains, in `with_phase(cfg, phase)`."""
 
 import dataclasses
 import types
@@ -8,9 +9,9 @@ from typing import Any
 import jax
 
 from mmjax import trees
-from mmjax.families import llama, minigpt4
+from mmjax.families import imagebind_llm, llama, minigpt4
 
-FAMILIES = {"minigpt4": minigpt4, "llama": llama}
+FAMILIES = {"minigpt4": minigpt4, "imagebind_llm": imagebind_llm, "llama": llama}
 
 
 def shapes(family: str, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -31,6 +32,7 @@ def config_from_dict(cls: type, values: dict[str, Any], where: str = "architectu
     for name, value in values.items():
         choices = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
         nested = next((choice for choice in choices if dataclasses.is_dataclass(choice)), None)
-        is_nested = nested is not None and value is not None
-        built[name] = config_from_dict(nested, value, f"{where}.{name}") if is_nested else value
+        if nested is not None and value is not None:
+            value = config_from_dict(nested, value, f"{where}.{name}")
+        built[name] = tuple(value) if isinstance(value, list) else value
     return cls(**built)

@@ -1,6 +1,6 @@
 """What every family shares: LLaMA behind `encode`, and a way to look at shapes without allocating anything.
 
-B rows   T query tokens   S key tokens   D model   V vocabulary
+B rows   T query tokens   S key tokens   P prompts   L layers   D model   V vocabulary
 """
 
 from typing import Any
@@ -33,17 +33,17 @@ class LanguageModel(nn.Module):
     def setup(self):
         self.llama = Llama(self.cfg.llama, self.dtype, self.remat)
 
-    def encode(self, batch: Batch) -> jax.Array:
-        """-> [B,T,D]: words embedded, soft tokens placed."""
+    def encode(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+        """-> [B,T,D]: words embedded, soft tokens placed; and what is injected into each layer, [L,B,P,D] or None."""
         raise TypeError(f"{type(self).__name__} is a family without `encode`.")
 
     def embed(self, tokens):
         """int[B,T] -> [B,T,D]."""
         return self.llama.embed(tokens)
 
-    def decode(self, x, positions, mask, cache=None, start=0):
+    def decode(self, x, positions, mask, cache=None, start=0, injection=None):
         """See `Llama.__call__`."""
-        return self.llama(x, positions, mask, cache, start)
+        return self.llama(x, positions, mask, cache, start, injection)
 
     def logits(self, hidden):
         """[B,T,D] -> float32[B,T,V]."""
@@ -51,7 +51,8 @@ class LanguageModel(nn.Module):
 
     def __call__(self, batch: Batch) -> jax.Array:
         """-> float32 logits [B,T,V]."""
-        hidden, _ = self.decode(self.encode(batch), batch.positions, causal_mask(batch.valid))
+        x, injection = self.encode(batch)
+        hidden, _ = self.decode(x, batch.positions, causal_mask(batch.valid), injection=injection)
         return self.logits(hidden)
 
     def empty_cache(self, rows: int, length: int):
@@ -59,7 +60,8 @@ class LanguageModel(nn.Module):
         return Llama(self.cfg.llama, self.dtype, parent=None).empty_cache(rows, length)
 
 
-def example_batch(image_size: int | None = None, rows: int = 1, length: int = 8) -> Batch:
+def example_batch(image_size: int | None = None, media: dict[str, jax.Array] | None = None, rows: int = 1,
+                  length: int = 8) -> Batch:
     """A batch of zeros that reaches every parameter."""
     zeros = jnp.zeros((rows, length), jnp.int32)
     return Batch(
@@ -70,4 +72,6 @@ def example_batch(image_size: int | None = None, rows: int = 1, length: int = 8)
         positions=zeros,
         padded_length=jnp.full(rows, length, jnp.int32),
         images=None if image_size is None else jnp.zeros((rows, 1, 3, image_size, image_size)),
+        media=media,
+        weights=None if media is None else {name: jnp.ones(rows) for name in media},
     )

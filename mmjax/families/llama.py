@@ -17,6 +17,7 @@ class Config:
 
     image_tokens = 0
     image_size = None
+    senses = ()
 
 
 PRESETS = {
@@ -27,13 +28,14 @@ PRESETS = {
 }
 AXES = prefixed("llama", llama.AXES)
 TRAINED: tuple[str, ...] = ()
+PHASES: dict[str, tuple[str, ...]] = {}
 
 
 class Model(LanguageModel):
     cfg: Config
 
-    def encode(self, batch: Batch) -> jax.Array:
-        return self.embed(batch.tokens)
+    def encode(self, batch: Batch) -> tuple[jax.Array, None]:
+        return self.embed(batch.tokens), None
 
 
 def example(cfg: Config) -> Batch:

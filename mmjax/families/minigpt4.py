@@ -35,6 +35,8 @@ class Config:
     qformer: QFormerConfig | None = QFORMER_BASE
     llama: LlamaConfig = VICUNA_7B
 
+    senses = ()
+
     @property
     def image_size(self) -> int:
         return self.vit.image_size
@@ -67,6 +69,7 @@ AXES = (
     *prefixed("llama", llama.AXES),
 )
 TRAINED = (r"projector/.*",)
+PHASES: dict[str, tuple[str, ...]] = {}  # its stages differ in their data alone
 
 
 def normalise(images: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
@@ -109,9 +112,11 @@ class Model(LanguageModel):
             tokens = tokens[:, 1:].reshape(tokens.shape[0], -1, self.cfg.soft_width)
         return self.projector("BSE,ED->BSD", tokens).reshape(B, -1, self.cfg.llama.dim)
 
-    def encode(self, batch: Batch) -> jax.Array:
+    def encode(self, batch: Batch) -> tuple[jax.Array, None]:
         words = self.embed(batch.tokens)
-        return words if batch.images is None else place(words, self.soft_tokens(batch.images), batch.soft_index)
+        if batch.images is not None:
+            words = place(words, self.soft_tokens(batch.images), batch.soft_index)
+        return words, None
 
 
 def example(cfg: Config) -> Batch:

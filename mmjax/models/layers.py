@@ -30,12 +30,14 @@ def uniform_fan_in(fan_in: int) -> Callable[..., jax.Array]:
 class Project(nn.Module):
     """A linear map whose axes are named by the caller: `Project((D, N, H))("BTD,DNH->BTNH", x)`.
 
-    shape:  the weight's axes, inputs first, `contracted` of them
+    shape:     the weight's axes, inputs first, `contracted` of them
+    zero_bias: the bias starts from zero instead of as torch.nn.Linear's
     """
 
     shape: tuple[int, ...]
     contracted: int = 1
     use_bias: bool = False
+    zero_bias: bool = False
 
     def setup(self):
         fan_in = 1
@@ -43,7 +45,8 @@ class Project(nn.Module):
             fan_in *= size
         self.w = self.param("w", uniform_fan_in(fan_in), self.shape)
         if self.use_bias:
-            self.b = self.param("b", uniform_fan_in(fan_in), self.shape[self.contracted :])
+            start = nn.initializers.zeros_init() if self.zero_bias else uniform_fan_in(fan_in)
+            self.b = self.param("b", start, self.shape[self.contracted :])
 
     def __call__(self, letters: str, x: jax.Array) -> jax.Array:
         y = einsum(letters, x, self.w)

@@ -31,7 +31,7 @@ def stages(name: str) -> dict[str, np.ndarray]:
     m = model(case)
     batch = batch_of(case, m)
     found = {}
-    found["inputs_embeds"], _ = capture(m, batch, method="encode")
+    (found["inputs_embeds"], _), _ = capture(m, batch, method="encode")
     found["logits"], inner = capture(m, batch)
     found |= {"llama_layers": inner["llama/layers"][0], "llama_final_norm": inner["llama/norm"]}
     pictures = golden.pictures(case)
@@ -83,7 +83,7 @@ def test_wrapped_prompt(case):
     m = model(case)
     samples = [dataclasses.replace(sample, answer="") for sample in golden.samples(case)]
     settings = dataclasses.asdict(golden.text_config(case)) | {"end_sym": ""}
-    vectors, _ = capture(m, m.batch(samples, **settings), method="encode")
+    (vectors, _), _ = capture(m, m.batch(samples, **settings), method="encode")
     assert_close("cond_embeds", vectors[:, 1:], case.arrays["cond_embeds"], absolute=EMBEDDING)
 
 

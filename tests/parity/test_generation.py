@@ -35,7 +35,7 @@ def generated(name: str):
 def test_prompt_vectors(case):
     """The original pads on the left with zero vectors; the prompts themselves are compared."""
     m, batch, _ = generated(case.name)
-    vectors, _ = capture(m, batch, method="encode")
+    (vectors, _), _ = capture(m, batch, method="encode")
     for name in case.holds("inputs_embeds"):
         for row, length in enumerate(batch.valid.sum(axis=1)):
             assert_close(name, vectors[row, :length], case.arrays[name][row, -length:], absolute=EMBEDDING)
@@ -85,7 +85,7 @@ def test_chat(case):
         batch = m.batch([sample], prompt_template="")
         batch = crop_left(batch, turn["max_length"] - kwargs["max_new_tokens"])
         for name in case.holds(f"inputs_embeds_{number}"):
-            assert_close("chat", capture(m, batch, method="encode")[0], case.arrays[name], absolute=EMBEDDING)
+            assert_close("chat", capture(m, batch, method="encode")[0][0], case.arrays[name], absolute=EMBEDDING)
         made = generation.generate(m.module, m.params, batch, config, key=jax.random.key(number))
         ids = np.asarray(made.sequences)[0, : int(made.lengths[0])]
         for name in case.holds(f"sequences_{number}"):
