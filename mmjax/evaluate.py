@@ -4,14 +4,18 @@ B rows   A candidate answers
 """
 
 import dataclasses
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
+from rich.console import Console
+from rich.table import Table
 
-from mmjax import steps
+from mmjax import report, steps
 from mmjax.batch import Batch, Sample
 from mmjax.config import ScenesConfig
 from mmjax.data import scenes
@@ -52,20 +56,28 @@ class ScenesScore:
     examples: list[Example]
 
 
+def look(model: Loaded, scene: scenes.Scene, sense: str, words: str) -> Sample:
+    """A scene as one of the senses gives it, and words about it."""
+    if sense != "image":
+        return Sample(media={sense: scenes.MEDIA[sense](scene)}, prompt=words)
+    prompt = f"{PICTURE} {words}" if model.config.image_tokens else words
+    return Sample(images=[scenes.draw(scene)], prompt=prompt)
+
+
 def score_scenes(
-    model: Loaded, shown: Sequence[scenes.Scene], truth: Sequence[scenes.Scene] | None = None
+    model: Loaded, shown: Sequence[scenes.Scene], truth: Sequence[scenes.Scene] | None = None, sense: str = "image"
 ) -> ScenesScore:
-    """Captions `shown` pictures and asks one question about each; holds the words against `truth`.
+    """Describes `shown` scenes and answers one question about each; holds the words against `truth`.
 
     truth: the scenes to score by; None for the ones shown. Other ones give the blind baseline: what a model gets right
            that does not look.
+    sense: what it is shown of them: "image", or one of `scenes.MEDIA`
     """
     truth = shown if truth is None else truth
-    pictures = [scenes.draw(scene) for scene in shown]
     asked = [scenes.questions(scene)[index % len(scenes.questions(scene))] for index, scene in enumerate(truth)]
 
     def answers(prompts: Sequence[str]) -> list[str]:
-        samples = [Sample(images=[p], prompt=f"{PICTURE} {words}") for p, words in zip(pictures, prompts, strict=True)]
+        samples = [look(model, scene, sense, words) for scene, words in zip(shown, prompts, strict=True)]
         return model.generate(samples, max_new_tokens=48, stop=[model.text.end_sym], batch_size=100)
 
     captions = answers([scenes.PROMPTS[0]] * len(shown))
@@ -73,17 +85,19 @@ def score_scenes(
     right = [reply.strip(" .").lower() == question.answer for reply, question in zip(replies, asked, strict=True)]
     shares = scenes.total(scenes.score(*pair) for pair in zip(captions, truth, strict=True))
     examples = []
-    for picture, caption, scene, reply, question, is_right in zip(
-            pictures, captions, truth, replies, asked, right, strict=True):
+    for pictured, caption, scene, reply, question, is_right in zip(
+            shown, captions, truth, replies, asked, right, strict=True):
+        picture = scenes.draw(pictured) if sense == "image" else scenes.as_picture(scenes.MEDIA[sense](pictured))
         whole = scenes.score(caption, scene)["whole"][0] == 1
         examples.append(Example(picture, scenes.PROMPTS[0], caption, scenes.caption(scene), whole))
         examples.append(Example(picture, question.text, reply, question.answer, is_right))
     alone = np.array([len(scene.things) == 1 for scene in truth])
-    shares |= {"one shape": float(np.mean(np.array(right)[alone])), "several": float(np.mean(np.array(right)[~alone]))}
+    for name, chosen in (("one shape", alone), ("several", ~alone)):
+        if chosen.any():
+            shares[name] = float(np.mean(np.array(right)[chosen]))
     return ScenesScore(shares, examples)
 
 
-COLUMNS = ("", "held-out", "blind", "new pairs", "blind", "untrained")
 ROWS = {**{name: name for name in scenes.ATTRIBUTES}, "mean": "mean of the four", "whole": "whole caption",
         "one shape": "questions, one shape", "several": "questions, several"}
 
@@ -93,12 +107,44 @@ def scenes_table(model: Loaded, cfg: ScenesConfig, untrained: Loaded) -> tuple[l
 
     Rows: the four attributes in captions and their mean, captions that are wholly right, answers to one question a
     scene. Columns: held-out scenes; scenes with colour-shape pairs that no picture ever showed, to the job or to the
-    towers; both also "blind", with the picture of another scene; and the model before training.
+    towers; held-out scenes through each further sense that the model has, which no training showed it; all of them
+    also "blind", with what belongs to another scene; and the model before training.
     """
-    held_out, new_pairs = (scenes.scenes(split, cfg.held_out, cfg.seed) for split in ("held_out", "new_pairs"))
-    seen = score_scenes(model, held_out)
-    scores = [seen, score_scenes(model, held_out[1:] + held_out[:1], held_out),
-              score_scenes(model, new_pairs), score_scenes(model, new_pairs[1:] + new_pairs[:1], new_pairs),
-              score_scenes(untrained, held_out[:100])]
-    rows = [[label, *(score.shares[name] for score in scores)] for name, label in ROWS.items()]
-    return [list(COLUMNS), *rows], seen.examples
+    held_out, new_pairs = (
+        scenes.scenes(split, cfg.held_out, cfg.seed, most=cfg.most) for split in ("held_out", "new_pairs"))
+    tests = [("held-out", held_out, "image"), ("new pairs", new_pairs, "image"),
+             *((sense, held_out, sense) for sense in scenes.MEDIA if sense in model.config.senses)]
+    columns, examples = {}, []
+    for name, truth, sense in tests:
+        seen = score_scenes(model, truth, sense=sense)
+        columns[name], columns[f"{name}, blind"] = seen, score_scenes(model, truth[1:] + truth[:1], truth, sense)
+        examples += seen.examples[:24] if name != "new pairs" else []
+    columns["untrained"] = score_scenes(untrained, held_out[:100])
+    rows = [[label, *(score.shares[name] for score in columns.values())] for name, label in ROWS.items()
+            if name in columns["held-out"].shares]
+    return [["", *columns], *rows], examples
+
+
+def report_scenes(model: Loaded, untrained: Loaded, cfg: ScenesConfig, folder: Path, runs: Sequence[Path],
+                  facts: dict[str, str]) -> list[list[Any]]:
+    """Prints `scenes_table` and writes it into `folder`: scores.json, and a page with curves, pictures and words.
+
+    runs:  the run folders whose metrics make the curves, in order
+    facts: short figures for the top of the page
+    """
+    console = Console()
+    console.print("Scoring held-out scenes, with the right and with the wrong picture")
+    rows, examples = scenes_table(model, cfg, untrained)
+    mean = next(row for row in rows if row[0] == ROWS["mean"])
+    facts |= {"attributes right on held-out scenes": f"{mean[1]:.3f}", "with the wrong picture": f"{mean[2]:.3f}"}
+    page = report.write(folder / "report", f"mmjax: {model.family} on scenes", [run / "metrics.jsonl" for run in runs],
+                        examples, rows, facts)
+    (folder / "scores.json").write_text(json.dumps(rows, indent=2) + "\n")
+    table = Table(title="share that is right")
+    for name in rows[0]:
+        table.add_column(name, no_wrap=len(rows[0]) < 8)
+    for row in rows[1:]:
+        table.add_row(row[0], *(f"{value:.3f}" for value in row[1:]))
+    console.print(table)
+    console.print(f"Report with pictures: {page}")
+    return rows

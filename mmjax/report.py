@@ -33,37 +33,67 @@ MARKS = {True: "✓", False: "✗", None: ""}
 NOTHING = "(nothing)"
 
 
-def write(folder: str | Path, title: str, metrics: str | Path, examples: Sequence[Example],
-          table: Sequence[Sequence[str | float | None]], facts: Mapping[str, str] | None = None) -> Path:
-    """Writes `report.html` (self-contained), `loss.png` and `pictures.png`; returns the path of the page.
+class Curves(NamedTuple):
+    """What a run and those before it have measured; their steps are counted on.
 
-    metrics: JSON lines of the run; those with "step" and "loss" make the curve
+    starts: the steps at which the second and later runs begin
+    gates:  (step, how far each layer's gate is open), where it was measured
+    """
+
+    steps: list[float]
+    losses: list[float]
+    starts: list[float]
+    gates: list[tuple[float, list[float]]]
+
+
+def write(folder: str | Path, title: str, metrics: Sequence[str | Path], examples: Sequence[Example],
+          table: Sequence[Sequence[str | float | None]], facts: Mapping[str, str] | None = None) -> Path:
+    """Writes `report.html` (self-contained), `loss.png`, `pictures.png` and, if gates were measured, `gates.png`;
+    returns the path of the page.
+
+    metrics: JSON lines of the run, those of the runs it started from before them; those with "step" and "loss" make
+             the curve, those with "gates" (a number a layer) a plot of their own
     table:   rows of texts and numbers, the first row is the heading; a float is shown with three digits, None as a dash
     facts:   short figures for the top of the page, such as {"trained parameters": "9,312"}
 
     Raises ValueError if the metrics hold no loss or a row of the table has another length than the heading.
     """
     folder = Path(folder)
-    steps, losses = _curve(Path(metrics))
+    curves = _curves(list(map(Path, metrics)))
     uneven = [number for number, row in enumerate(table) if len(row) != len(table[0])]
     if uneven:
         raise ValueError(f"The table's heading has {len(table[0])} columns; these rows have another number: {uneven}.")
     folder.mkdir(parents=True, exist_ok=True)
-    light, dark = (_draw_curve(steps, losses, colors) for colors in (LIGHT, DARK))
-    (folder / "loss.png").write_bytes(light)
+    plots = {"Loss": ("loss", "training loss by step", _draw_loss)}
+    if curves.gates:
+        plots["Gates"] = ("gates", "how far each layer's gate is open, by step and by depth", _draw_gates)
+    pictures = []
+    for heading, (name, words, draw) in plots.items():
+        light, dark = (draw(curves, colors) for colors in (LIGHT, DARK))
+        (folder / f"{name}.png").write_bytes(light)
+        pictures.append((heading, words, light, dark))
     (folder / "pictures.png").write_bytes(_draw_sheet(title, examples))
     page = folder / "report.html"
-    page.write_text(_page(title, light, dark, examples, table, facts or {}), encoding="utf-8")
+    page.write_text(_page(title, pictures, examples, table, facts or {}), encoding="utf-8")
     return page
 
 
-def _curve(path: Path) -> tuple[list[float], list[float]]:
-    records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    points = [(record["step"], record["loss"]) for record in records if "step" in record and "loss" in record]
-    if not points:
-        raise ValueError(f"{path} has no line with \"step\" and \"loss\", so there is no curve to draw.")
-    steps, losses = zip(*points, strict=True)
-    return list(steps), list(losses)
+def _curves(paths: Sequence[Path]) -> Curves:
+    curves, before = Curves([], [], [], []), 0
+    for path in paths:
+        records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        records = [record for record in records if "step" in record and "loss" in record]
+        if not records:
+            raise ValueError(f"{path} has no line with \"step\" and \"loss\", so there is no curve to draw.")
+        if before:
+            curves.starts.append(before)
+        for record in records:
+            curves.steps.append(before + record["step"])
+            curves.losses.append(record["loss"])
+            if "gates" in record:
+                curves.gates.append((before + record["step"], record["gates"]))
+        before = curves.steps[-1] + 1
+    return curves
 
 
 def _smooth(values: Sequence[float]) -> np.ndarray:
@@ -72,30 +102,66 @@ def _smooth(values: Sequence[float]) -> np.ndarray:
     return np.array([np.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
 
-def _draw_curve(steps: Sequence[float], losses: Sequence[float], colors: Mapping[str, str]) -> bytes:
+def _figure_of(count: int, colors: Mapping[str, str], widths: Sequence[float]):
+    """A bare figure and its plots side by side."""
     from matplotlib.figure import Figure  # a Figure of its own needs neither pyplot nor a display
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(7.6, 3.0), dpi=160, facecolor="none", layout="constrained")
-    axes = figure.add_subplot(facecolor="none")
-    smooth = _smooth(losses)
-    axes.plot(steps, losses, color=colors["line"], linewidth=0.8, alpha=0.35)
-    axes.plot(steps, smooth, color=colors["line"], linewidth=2)
-    if min(losses) > 0 and max(losses) > 20 * min(losses):
+    plots = figure.subplots(1, count, squeeze=False, width_ratios=widths)[0]
+    for axes in plots:
+        axes.set_facecolor("none")
+        axes.grid(axis="y", color=colors["grid"], linewidth=0.8)
+        axes.tick_params(which="both", colors=colors["muted"], labelsize=8.5, length=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(colors["grid"])
+        axes.set_axisbelow(True)
+        axes.margins(x=0.01)
+    return figure, plots
+
+
+def _name(axes, title: str, below: str, colors: Mapping[str, str]) -> None:
+    axes.set_xlabel(below, color=colors["muted"], fontsize=9)
+    axes.set_title(title, color=colors["muted"], fontsize=9, loc="left")
+
+
+def _draw_loss(curves: Curves, colors: Mapping[str, str]) -> bytes:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    figure, (axes,) = _figure_of(1, colors, [1])
+    bounds = [0, *np.searchsorted(curves.steps, curves.starts), len(curves.steps)]
+    for first, last in zip(bounds, bounds[1:], strict=False):  # one run's curve is not smoothed into the next one's
+        steps, losses = curves.steps[first:last], curves.losses[first:last]
+        smooth = _smooth(losses)
+        axes.plot(steps, losses, color=colors["line"], linewidth=0.8, alpha=0.35)
+        axes.plot(steps, smooth, color=colors["line"], linewidth=2)
+    for start in curves.starts:
+        axes.axvline(start, color=colors["muted"], linewidth=0.8, linestyle=(0, (4, 3)))
+    if min(curves.losses) > 0 and max(curves.losses) > 20 * min(curves.losses):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.annotate(f"{smooth[-1]:.3g}", (steps[-1], smooth[-1]), xytext=(6, 0), textcoords="offset points",
                   va="center", color=colors["ink"], fontsize=9, fontweight="bold", annotation_clip=False)
-    axes.set_xlabel("step", color=colors["muted"], fontsize=9)
-    axes.set_title("training loss", color=colors["muted"], fontsize=9, loc="left")
-    axes.grid(axis="y", color=colors["grid"], linewidth=0.8)
-    axes.tick_params(which="both", colors=colors["muted"], labelsize=8.5, length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(colors["grid"])
-    axes.set_axisbelow(True)
-    axes.margins(x=0.01)
+    _name(axes, "training loss", "step", colors)
+    return _png(figure, None if colors is DARK else colors["page"])
+
+
+def _draw_gates(curves: Curves, colors: Mapping[str, str]) -> bytes:
+    """Each layer's gate over the steps, deeper layers darker; and at the end, over the depth."""
+    figure, (over_steps, over_depth) = _figure_of(2, colors, [2, 1])
+    steps, values = (np.array(column) for column in zip(*curves.gates, strict=True))
+    layers = values.shape[1]
+    for layer in range(layers):
+        depth = (layer + 1) / layers
+        over_steps.plot(steps, values[:, layer], color=colors["line"], alpha=0.25 + 0.75 * depth, linewidth=1.6)
+        if layers <= 8:
+            over_steps.annotate(f"layer {layer}", (steps[-1], values[-1, layer]), xytext=(6, 0), va="center",
+                                textcoords="offset points", color=colors["muted"], fontsize=8, annotation_clip=False)
+        over_depth.bar(layer, values[-1, layer], color=colors["line"], alpha=0.25 + 0.75 * depth)
+    over_depth.set_xticks(range(0, layers, max(1, layers // 8)))
+    _name(over_steps, "mean |tanh(gate)| of a layer", "step", colors)
+    _name(over_depth, "at the end", "layer", colors)
     return _png(figure, None if colors is DARK else colors["page"])
 
 
@@ -181,12 +247,15 @@ figcaption { padding: 11px 14px 14px; overflow-wrap: anywhere; }
 """
 
 
-def _page(title: str, light: bytes, dark: bytes, examples: Sequence[Example],
+def _page(title: str, plots: Sequence[tuple[str, str, bytes, bytes]], examples: Sequence[Example],
           table: Sequence[Sequence[str | float | None]], facts: Mapping[str, str]) -> str:
     text = html.escape
     heading, *rows = table or [[]]
     head = "".join(f'<th scope="col">{text(_cell(cell))}</th>' for cell in heading)
     body = "\n".join("<tr>" + "".join(f"<td>{text(_cell(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    drawn = "\n".join(f'''<h2>{heading}</h2>
+<div class="card curve"><picture><source media="(prefers-color-scheme: dark)" srcset="{_inline(dark)}">
+<img src="{_inline(light)}" alt="{words}"></picture></div>''' for heading, words, light, dark in plots)
     tiles = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in facts.items())
     return f"""<!doctype html>
 <html lang="en">
@@ -204,9 +273,7 @@ def _page(title: str, light: bytes, dark: bytes, examples: Sequence[Example],
 <div class="card wide"><table><thead><tr>{head}</tr></thead><tbody>
 {body}
 </tbody></table></div>
-<h2>Loss</h2>
-<div class="card curve"><picture><source media="(prefers-color-scheme: dark)" srcset="{_inline(dark)}">
-<img src="{_inline(light)}" alt="training loss by step"></picture></div>
+{drawn}
 <h2>Pictures and words</h2>
 <div class="pictures">
 {"".join(map(_figure, examples))}</div>

@@ -1,8 +1,9 @@
 """Scenes: a small made-up world of pictures with captions and questions, for the embedded default.
 
 A picture holds one to three shapes on a 3x3 grid; each has a size, a colour, a shape and a place. Everything follows
-from a seed, so nothing is downloaded and every run draws the same pictures. `write` puts scenes on disk in the layout
-of MiniGPT-4's second stage (CC-SBU-align): `image/ID.jpg` and `filter_cap.json`.
+from a seed, so nothing is downloaded and every run draws the same pictures. `depth` gives the same scene to another
+sense. Scenes go on disk in the layouts of MiniGPT-4's second stage (`write`: CC-SBU-align) and of ImageBind-LLM's two
+phases (`write_pretrain`, `write_finetune`).
 
 Splits keep evaluation honest:
   train      what a job may learn from
@@ -10,18 +11,19 @@ Splits keep evaluation honest:
   new_pairs  at least one shape in a colour that `train` never shows on it
 """
 
+import csv
 import dataclasses
 import json
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-# Towers that scripts/pretrain_scenes.py trained on this world, in the released PyTorch formats.
+# Towers that scripts/pretrain_{scenes,senses}.py trained on this world, in the released PyTorch formats.
 ASSETS = Path(__file__).parents[1] / "assets" / "scenes"
 
 SIDE = 48  # pixels of a picture
@@ -76,11 +78,14 @@ class Question(NamedTuple):
     kind: str
 
 
-def scenes(split: str, count: int, seed: int = 0, new_pairs: Sequence[tuple[str, str]] = NEW_PAIRS) -> list[Scene]:
+def scenes(split: str, count: int, seed: int = 0, new_pairs: Sequence[tuple[str, str]] = NEW_PAIRS,
+           most: int = 3) -> list[Scene]:
     """The first `count` scenes of a split; scene i does not depend on `count`.
 
-    new_pairs: (colour, shape) pairs that are kept for the split of that name. Raises ValueError for a split or a pair
-    that does not exist.
+    new_pairs: (colour, shape) pairs that are kept for the split of that name
+    most:      things in a scene at most, 1 to 3
+
+    Raises ValueError for a split or a pair that does not exist, or another `most`.
     """
     if split not in SPLITS:
         raise ValueError(f"There is no split {split!r} of scenes; choose one of {', '.join(SPLITS)}.")
@@ -88,14 +93,16 @@ def scenes(split: str, count: int, seed: int = 0, new_pairs: Sequence[tuple[str,
     if unknown:
         raise ValueError(f"No such (colour, shape) pairs: {unknown}. Colours: {', '.join(COLORS)}. "
                          f"Shapes: {', '.join(SHAPES)}.")
-    return [_scene(split, seed, index, set(new_pairs)) for index in range(count)]
+    if not 1 <= most < len(COUNTS):
+        raise ValueError(f"A scene has 1 to {len(COUNTS) - 1} things, got most={most!r}.")
+    return [_scene(split, seed, index, set(new_pairs), most) for index in range(count)]
 
 
-def _scene(split: str, seed: int, index: int, new_pairs: set[tuple[str, str]]) -> Scene:
+def _scene(split: str, seed: int, index: int, new_pairs: set[tuple[str, str]], most: int) -> Scene:
     key = (seed, SPLITS.index(split), index)
     rng = np.random.default_rng(key)
     while True:
-        places = sorted(rng.choice(len(PLACES), rng.integers(1, 4), replace=False))
+        places = sorted(rng.choice(len(PLACES), rng.integers(1, most + 1), replace=False))
         things = [Thing(*(str(rng.choice(ATTRIBUTES[name])) for name in ("size", "color", "shape")), PLACES[place])
                   for place in places]
         if split == "new_pairs" and new_pairs:
@@ -169,15 +176,56 @@ def total(scores: Iterable[dict[str, tuple[int, int]]]) -> dict[str, float]:
 
 def write(folder: str | Path, scenes: Sequence[Scene]) -> None:
     """Draw scenes into `folder/image/ID.jpg` and write `folder/filter_cap.json`; the id is the place in the list."""
+    _write_pictures(folder, scenes)
+    annotations = [{"image_id": str(number), "caption": caption(scene)} for number, scene in enumerate(scenes)]
+    (Path(folder) / "filter_cap.json").write_text(json.dumps({"annotations": annotations}, indent=1))
+
+
+def write_pretrain(folder: str | Path, scenes: Sequence[Scene]) -> None:
+    """The layout of ImageBind-LLM's pretraining: `folder/pretrain.yaml` names `pretrain.csv`, tab-separated lines of
+    a picture's path and its caption. All paths are absolute, as the original takes others from where it is started."""
+    pictures = _write_pictures(folder, scenes)
+    with open(Path(folder) / "pretrain.csv", "w", newline="", encoding="utf-8") as file:
+        lines = csv.writer(file, delimiter="\t", lineterminator="\n")
+        lines.writerow(["url", "caption"])
+        lines.writerows([picture, caption(scene)] for picture, scene in zip(pictures, scenes, strict=True))
+    _write_meta(folder, "pretrain", "pretrain.csv")
+
+
+def write_finetune(folder: str | Path, scenes: Sequence[Scene]) -> None:
+    """The layout of ImageBind-LLM's fine-tuning: `folder/finetune.yaml` names `finetune.json`, in LLaVA's manner one
+    row for each of `questions` with its answer. All paths are absolute."""
+    asked = [(picture, question) for picture, scene in zip(_write_pictures(folder, scenes), scenes, strict=True)
+             for question in questions(scene)]
+    rows = [{"id": str(number), "image": picture, "conversations": [{"from": "human", "value": question.text},
+                                                                    {"from": "gpt", "value": question.answer}]}
+            for number, (picture, question) in enumerate(asked)]
+    (Path(folder) / "finetune.json").write_text(json.dumps(rows, indent=1))
+    _write_meta(folder, "finetune", "finetune.json")
+
+
+# By `DataConfig.format`: the file that is written last, and what writes the layout.
+LAYOUTS = {"cc_sbu_align": ("filter_cap.json", write), "imagebind_llm_pretrain": ("pretrain.yaml", write_pretrain),
+           "imagebind_llm_finetune": ("finetune.yaml", write_finetune)}
+
+
+def _write_pictures(folder: str | Path, scenes: Sequence[Scene]) -> list[str]:
+    """Their absolute paths."""
     from PIL import Image
 
-    folder = Path(folder)
-    (folder / "image").mkdir(parents=True, exist_ok=True)
-    for number, scene in enumerate(scenes):
+    images = (Path(folder) / "image").resolve()
+    images.mkdir(parents=True, exist_ok=True)
+    paths = [str(images / f"{number}.jpg") for number in range(len(scenes))]
+    for path, scene in zip(paths, scenes, strict=True):
         # Full colour resolution: the usual halved one would smear the colour of a 9-pixel shape.
-        Image.fromarray(draw(scene)).save(folder / "image" / f"{number}.jpg", quality=95, subsampling=0)
-    annotations = [{"image_id": str(number), "caption": caption(scene)} for number, scene in enumerate(scenes)]
-    (folder / "filter_cap.json").write_text(json.dumps({"annotations": annotations}, indent=1))
+        Image.fromarray(draw(scene)).save(path, quality=95, subsampling=0)
+    return paths
+
+
+def _write_meta(folder: str | Path, phase: str, file: str) -> None:
+    # A JSON string is a YAML string too.
+    path = json.dumps(str((Path(folder) / file).resolve()), ensure_ascii=False)
+    (Path(folder) / f"{phase}.yaml").write_text(f"META:\n  - {path}\n", encoding="utf-8")
 
 
 # Drawing. Pixels are points of a plane; a shape is its signed distance in pixels, negative inside, and the share of a
@@ -190,17 +238,48 @@ def draw(scene: Scene) -> np.ndarray:
     """The picture, uint8[48,48,3]."""
     rng = np.random.default_rng((*scene.key, 1))
     picture = _background(rng)
+    for thing, (cover, shade) in zip(scene.things, _layers(scene, rng), strict=True):
+        picture += cover[..., None] * (np.array(COLORS[thing.color], np.float32) * shade[..., None] - picture)
+    picture += 0.03 * rng.standard_normal(picture.shape, np.float32)
+    return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def depth(scene: Scene) -> np.ndarray:
+    """The depth map of the picture that `draw` gives, float32[1,48,48] of about 0 to 1; larger is nearer.
+
+    A slanted, slightly uneven wall, and every thing as a flat plate in front of it at a distance of its own, where and
+    as the picture has it. Neither colours nor the background's pattern leave a trace.
+    """
+    rng = np.random.default_rng((*scene.key, 1))
+    _background(rng)  # whatever it draws comes before the things
+    layers = list(_layers(scene, rng))
+    rng = np.random.default_rng((*scene.key, 2))
+    slope = rng.uniform(-0.1, 0.1, 2)
+    wall = rng.uniform(0.2, 0.3) + (slope[0] * (_X - SIDE / 2) + slope[1] * (_Y - SIDE / 2)) / SIDE
+    for cover, _ in layers:
+        wall = wall + cover * rng.uniform(0.25, 0.5)
+    wall = wall + 0.02 * rng.standard_normal(wall.shape)
+    return wall.astype(np.float32)[None]
+
+
+MEDIA = {"depth": depth}  # what gives a scene to the senses beside pictures, by the name of the sense
+
+
+def as_picture(channel: np.ndarray) -> np.ndarray:
+    """float32[1,48,48] of about 0 to 1 for the eye: uint8[48,48,3], grey."""
+    return np.repeat((np.clip(channel[0], 0, 1) * 255).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def _layers(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Of each thing the share of each pixel that it covers, and the factor of its colour there: float32[48,48] both."""
     for thing in scene.things:
         row, column = divmod(PLACES.index(thing.place), 3)
         x, y = (_X - CELL * (column + 0.5) - rng.uniform(-1, 1), _Y - CELL * (row + 0.5) - rng.uniform(-1, 1))
         turn = rng.uniform(-0.3, 0.3)
         x, y = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
         radius = SIZES[thing.size] * rng.uniform(0.94, 1.06)
-        cover = np.clip(0.5 - _DISTANCE[thing.shape](x, y, radius), 0, 1)[..., None]
-        shade = 1 + rng.uniform(-0.06, 0.06) - 0.05 * y[..., None] / radius  # lit from above
-        picture += cover * (np.array(COLORS[thing.color], np.float32) * shade - picture)
-    picture += 0.03 * rng.standard_normal(picture.shape, np.float32)
-    return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
+        cover = np.clip(0.5 - _DISTANCE[thing.shape](x, y, radius), 0, 1)
+        yield cover, 1 + rng.uniform(-0.06, 0.06) - 0.05 * y / radius  # lit from above
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:

@@ -1,13 +1,24 @@
+import dataclasses
 import json
 import re
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mmjax import trees
+from mmjax.convert import imagebind as imagebind_files
+from mmjax.convert import torch_file
+from mmjax.convert.tables import Problems, forward
 from mmjax.data import scenes as world
+from mmjax.data import senses
 from mmjax.data.scenes import Scene, Thing
+from mmjax.models.imagebind import ImageBind
+from mmjax.models.layers import unit
 from mmjax.tokenizer import Tokenizer
+from tests import tiny
 
 TWO = Scene((Thing("large", "red", "circle", "top-left"), Thing("small", "blue", "star", "center")), (0,))
 RED_CROSS = Thing("large", "red", "cross", "bottom-right")
@@ -42,11 +53,30 @@ def test_splits_keep_captions_and_pairs_apart():
     assert set().union(*map(pairs, train)) == everything - new
 
 
+@pytest.mark.parametrize("split", world.SPLITS)
+def test_at_most_this_many_things(split):
+    lone = world.scenes(split, 40, most=1)
+    assert {len(scene.things) for scene in lone} == {1}
+    assert {len(scene.things) for scene in world.scenes(split, 40, most=2)} == {1, 2}
+    assert all((scene.things[0].color, scene.things[0].shape) in world.NEW_PAIRS for scene in lone) == (
+        split == "new_pairs")
+
+
+def test_scenes_stay_what_the_shipped_towers_were_trained_and_measured_on():
+    shown = [scene for split in world.SPLITS for scene in world.scenes(split, 20, seed=1)]
+    assert zlib.crc32("".join(map(world.caption, shown)).encode()) == 2202804392
+    means = [world.draw(scene).mean() for scene in shown[:5]]
+    np.testing.assert_allclose(means, [112.161, 153.026, 97.156, 136.064, 157.777], atol=0.01)
+
+
 def test_unknown_split_or_pair_is_refused():
     with pytest.raises(ValueError, match="'test'.*train, held_out, new_pairs"):
         world.scenes("test", 1)
     with pytest.raises(ValueError, match="'grey', 'circle'"):
         world.scenes("train", 1, new_pairs=[("grey", "circle")])
+    for most in (0, 4):
+        with pytest.raises(ValueError, match=f"1 to 3 things.*most={most}"):
+            world.scenes("train", 1, most=most)
 
 
 def test_caption():
@@ -142,6 +172,55 @@ def test_backgrounds_vary_and_stay_grey():
     assert min(picture.std() for picture in drawn) > 5  # noise at least
 
 
+def test_a_depth_map_shows_size_shape_and_place_but_no_colour():
+    """What stands out covers the pixels that have the colour in the picture, and stays the same in another colour."""
+    for number, thing in enumerate((RED_CROSS, *TWO.things)):
+        scene = Scene((thing,), (6, number))
+        depth, wall = (world.depth(Scene(things, scene.key)) for things in ((thing,), ()))
+        assert depth.shape == (1, 48, 48)
+        assert depth.dtype == np.float32
+        nearer = depth[0] - np.median(depth) > 0.15
+        colored = np.abs(world.draw(scene) / 255 - world.COLORS[thing.color]).max(-1) < 0.2
+        assert (nearer & colored).sum() > 0.65 * (nearer | colored).sum()  # the rim is blurred
+        assert np.ptp(wall) < 0.4
+        repainted = dataclasses.replace(thing, color="purple")
+        np.testing.assert_array_equal(depth, world.depth(Scene((repainted,), scene.key)))
+
+
+def test_a_depth_map_follows_from_its_scene():
+    scenes = world.scenes("train", 3, most=1)
+    depths = [world.depth(scene) for scene in scenes]
+    np.testing.assert_array_equal(depths[0], world.depth(scenes[0]))
+    assert len({depth.tobytes() for depth in depths}) == 3
+
+
+def test_write_pretrain_makes_the_layout_of_imagebind_llm(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = world.scenes("train", 3, most=1)
+    world.write_pretrain("made", shown)
+    meta = (tmp_path / "made" / "pretrain.yaml").read_text()
+    assert meta == f'META:\n  - "{tmp_path / "made" / "pretrain.csv"}"\n'
+    header, *lines = (tmp_path / "made" / "pretrain.csv").read_text().splitlines()
+    assert header == "url\tcaption"
+    for i, (line, scene) in enumerate(zip(lines, shown, strict=True)):
+        assert line == f"{tmp_path / 'made' / 'image' / f'{i}.jpg'}\t{world.caption(scene)}"
+        assert Path(line.split("\t")[0]).is_file()
+
+
+def test_write_finetune_makes_the_layout_of_imagebind_llm(tmp_path):
+    shown = world.scenes("train", 2, most=1)
+    world.write_finetune(tmp_path, shown)
+    assert (tmp_path / "finetune.yaml").read_text() == f'META:\n  - "{tmp_path / "finetune.json"}"\n'
+    rows = json.loads((tmp_path / "finetune.json").read_text())
+    assert [row["id"] for row in rows] == [str(number) for number in range(len(rows))]
+    said = [(row["image"], row["conversations"]) for row in rows]
+    assert said == [
+        (str(tmp_path / "image" / f"{i}.jpg"),
+         [{"from": "human", "value": question.text}, {"from": "gpt", "value": question.answer}])
+        for i, scene in enumerate(shown) for question in world.questions(scene)]
+    assert all(Path(image).is_file() for image, _ in said)
+
+
 def test_write_makes_the_layout_of_cc_sbu_align(tmp_path):
     shown = world.scenes("train", 3)
     world.write(tmp_path / "made", shown)
@@ -153,6 +232,27 @@ def test_write_makes_the_layout_of_cc_sbu_align(tmp_path):
         assert picture.shape == (48, 48, 3)
         # Noise of 8 levels is JPEG's hardest case; what is lost stays below it.
         assert np.abs(picture.astype(float) - world.draw(scene)).mean() < 4
+
+
+def test_the_shipped_senses_agree_on_a_scene():
+    """On scenes that no tower was trained on, a depth map's vector is nearer to the own picture's than to the others',
+    and there are others of the same colour, shape or place among them."""
+    tensors, problems = torch_file.load(world.ASSETS / "imagebind.pth"), Problems()
+    arch = json.loads((world.ASSETS / "imagebind_arch.json").read_text())["imagebind"]
+    cfg = imagebind_files.config(tensors, arch, problems)
+    parameters = forward(imagebind_files.entries(cfg), tensors, imagebind_files.IGNORED, "imagebind.pth", problems)
+    assert not problems
+    params = trees.unflatten({path.removeprefix("imagebind/"): np.float32(np.concatenate(list(parameter.slices())))
+                              for path, parameter in parameters.items()})
+    alike = {(scene.things[0].size, scene.things[0].shape, scene.things[0].place): scene
+             for scene in world.scenes("held_out", 24, seed=5, most=1)}  # depth cannot tell colours apart
+    inputs = {"vision": np.stack([senses.picture(world.draw(scene), world.SIDE) for scene in alike.values()]),
+              "depth": np.stack([world.depth(scene) for scene in alike.values()])}
+    vectors = tiny.jit(ImageBind(cfg).apply)({"params": params}, inputs)
+    likeness = np.asarray(unit(vectors["depth"]) @ vectors["vision"].T)
+    assert len(likeness) > 15
+    assert (likeness.argmax(1) == np.arange(len(likeness))).mean() > 0.9
+    assert likeness.trace() / len(likeness) > likeness.mean() + 0.3
 
 
 def test_every_word_is_one_token_of_the_shipped_tokenizer():
