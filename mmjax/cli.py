@@ -3,6 +3,7 @@
 A mistake in what the user gave ends with one message and exit status 2, without a traceback.
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,10 @@ from mmjax.config import load as load_config
 
 
 def train(args: Sequence[str]) -> None:
-    """Train as a config file says; every field of it can be overridden: --config FILE [--optim.init-lr 1e-5 ...]."""
+    """Train as a config file says; every field of it can be overridden: --config FILE [--optim.init-lr 1e-5 ...].
+
+    Where a file has several phases, a field is behind its phase's name: --finetune.optim.init-lr 1e-5.
+    """
     from mmjax import run
 
     if args[:1] in (["--help"], ["-h"]):
@@ -23,16 +27,21 @@ def train(args: Sequence[str]) -> None:
         return
     if "--config" not in args[:1] or len(args) < 2:
         raise ValueError("Name a config file first: train --config configs/tiny_minigpt4.py [--FIELD VALUE ...]")
-    config = tyro.cli(RunConfig, args=args[2:], default=load_config(args[1]), prog=f"train --config {args[1]}",
-                      config=(tyro.conf.AvoidSubcommands,))
-    run.train(config)
+    built, options = load_config(args[1]), {"args": args[2:], "prog": f"train --config {args[1]}",
+                                            "config": (tyro.conf.AvoidSubcommands,)}
+    if isinstance(built, RunConfig):
+        run.train(tyro.cli(RunConfig, default=built, **options))
+    else:  # each phase's fields are behind its name: --pretrain.optim.init-lr
+        phases = dataclasses.make_dataclass("Phases", [(name, RunConfig) for name in built])
+        run.train_phases(vars(tyro.cli(phases, default=phases(**built), **options)))
 
 
 def convert(args: Sequence[str]) -> None:
-    """Convert released PyTorch files into a checkpoint: minigpt4 or llama."""
+    """Convert released PyTorch files into a checkpoint: minigpt4, imagebind-llm, llama-adapter or llama."""
     from mmjax.convert import convert as conversions
 
-    commands = {"minigpt4": conversions.minigpt4, "llama": conversions.llama}
+    commands = {"minigpt4": conversions.minigpt4, "imagebind-llm": conversions.imagebind_llm,
+                "llama-adapter": conversions.llama_adapter, "llama": conversions.llama}
     tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="convert")
 
 
@@ -47,6 +56,8 @@ def generate(
     checkpoint: Path,
     prompt: str,
     image: tuple[Path, ...] = (),
+    media: dict[str, str] | None = None,
+    weights: dict[str, float] | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     num_beams: int = 1,
@@ -55,12 +66,15 @@ def generate(
     dtype: str | None = None,
     seed: int = 0,
 ) -> None:
-    """Print the model's answer to a prompt, with or without pictures.
+    """Print the model's answer to a prompt, with or without pictures and other senses.
 
     Args:
         checkpoint: converted checkpoint or run folder
-        prompt: the question; pictures are put in front of it unless it says where with <ImageHere>
+        prompt: the question; MiniGPT-4's pictures are put in front of it unless it says where with <ImageHere>
         image: picture files
+        media: other senses of ImageBind-LLM by name: audio FILE.wav, text WORDS, or an array in a FILE.npy (video, depth,
+            thermal, imu)
+        weights: of the senses in their mix, by name: image 1.0 audio 0.5
         max_new_tokens: longest answer
         temperature: 0 takes the best word, above 0 draws
         num_beams: above 1 searches with beams
@@ -69,17 +83,22 @@ def generate(
         dtype: float32 or bfloat16 (default: what suits the device)
         seed: of the draws
     """
+    import numpy as np
+
     from mmjax.batch import Sample
     from mmjax.data.conversation import PICTURE
     from mmjax.loaded import load
 
     model = load(checkpoint, dtype=dtype)
-    if image and "<ImageHere>" not in prompt:
+    if image and model.config.image_tokens and "<ImageHere>" not in prompt:
         prompt = PICTURE * len(image) + " " + prompt
+    sample = Sample(images=list(image), prompt=prompt, weights=weights or {}, media={
+        name: np.load(value, allow_pickle=False) if value.endswith(".npy") else value
+        for name, value in (media or {}).items()})
     settings = {} if prompt_template is None else {"prompt_template": prompt_template}
     words = model.generate(
-        [Sample(images=list(image), prompt=prompt)], max_new_tokens, temperature, num_beams,
-        [model.text.end_sym] if stop is None else stop, seed=seed, **settings)
+        [sample], max_new_tokens, temperature, num_beams, [model.text.end_sym] if stop is None else stop, seed=seed,
+        **settings)
     print(words[0])
 
 

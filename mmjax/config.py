@@ -147,6 +147,7 @@ class RunConfig:
     remat:       recompute layers in the backward pass: less memory, about a third more work
     log_every, save_every: steps
     keep:        checkpoints kept
+    score:       write scores and a report at the end, if the data are scenes
     check_first_loss: stop if the first loss says that the language model predicts nothing (off for random weights)
     """
 
@@ -165,11 +166,15 @@ class RunConfig:
     log_every: int = 10
     save_every: int = 200
     keep: int = 2
+    score: bool = True
     check_first_loss: bool = True
 
 
-def load(path: str) -> RunConfig:
-    """The `RunConfig` that a config file's `config()` returns; FileNotFoundError or ValueError says what is wrong."""
+def load(path: str) -> RunConfig | dict[str, RunConfig]:
+    """What a config file's `config()` returns: a run, or several by name, one after the other.
+
+    Raises FileNotFoundError or ValueError saying what is wrong.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"No config file at {path}. The shipped ones are in configs/.")
     try:
@@ -179,6 +184,16 @@ def load(path: str) -> RunConfig:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         where = f"{path}, line {lines[-1]}" if lines else path
         raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
-    if not isinstance(built, RunConfig):
-        raise ValueError(f"{path} must define a function `config()` that returns a mmjax.config.RunConfig.")
+    phases = built if isinstance(built, dict) else {"": built}
+    if not phases or not all(isinstance(phase, RunConfig) for phase in phases.values()):
+        raise ValueError(f"{path} must define a function `config()` that returns a mmjax.config.RunConfig, or several "
+                         "by name.")
     return built
+
+
+# The prompts of Alpaca, ImageBind-LLM and LLaMA-Adapter, without and with an input (imagebind_LLM/llama/utils.py).
+ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
+          "\n\n### Instruction:\n{}\n\n### Response:")
+ALPACA_INPUT = ("Below is an instruction that describes a task, paired with an input that provides further context. "
+                "Write a response that appropriately completes the request."
+                "\n\n### Instruction:\n{}\n\n### Input:\n{}\n\n### Response:")

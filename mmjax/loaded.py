@@ -1,6 +1,7 @@
 """A model ready to use: module, parameters, tokenizer and settings, from a converted checkpoint or a finished run."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +19,11 @@ from mmjax.checkpoint import trained as read_trained
 from mmjax.config import MeshConfig, TextConfig
 from mmjax.convert.convert import FORMAT
 from mmjax.convert.export import export as write_part
-from mmjax.data import images, text
+from mmjax.data import images, senses, text
+from mmjax.data.neighbours import Recall
 from mmjax.families import FAMILIES, config_from_dict
 from mmjax.families import shapes as family_shapes
+from mmjax.models import bind
 from mmjax.tokenizer import Tokenizer
 
 RUN_CARD = "run.json"
@@ -57,6 +60,15 @@ class Checkpoint:
     @property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_folder(self.folder / "tokenizer")
+
+    def of(self, config: Any) -> "Checkpoint":
+        """The same with another architecture; the parameters that only that one has are fresh."""
+        held, wanted = (family_shapes(self.family, c) for c in (self.config, config))
+        fresh = tuple(path for path in wanted if path in self.fresh or path not in held)
+        return dataclasses.replace(self, config=config, fresh=fresh)
+
+    def loaded(self, module: nn.Module, params: Any, mesh: jax.sharding.Mesh) -> "Loaded":
+        return Loaded(self.family, module, params, self.config, self.tokenizer, self.text, self.generation, mesh)
 
 
 def read_card(path: Path) -> dict[str, Any]:
@@ -127,8 +139,25 @@ def read_run(folder: Path) -> Checkpoint:
         raise FileNotFoundError(f"{folder} was trained on the checkpoint {base}, which is not there. Put it back, or "
                                 f"change `checkpoint` in {folder / RUN_CARD}.")
     source = Checkpoint.open(base)
-    config = config_from_dict(FAMILIES[source.family].Config, card["architecture"])
-    return dataclasses.replace(source, text=TextConfig(**card["config"]["text"]), config=config)
+    source = source.of(config_from_dict(FAMILIES[source.family].Config, card["architecture"]))
+    return dataclasses.replace(source, text=TextConfig(**card["config"]["text"]))
+
+
+def lineage(folder: Path) -> list[Path]:
+    """A run and those it started from, the oldest first. Raises FileNotFoundError naming one that is gone."""
+    card = read_card(folder / RUN_CARD)
+    if not card.get("start_from"):
+        return [folder]
+    before = folder / card["start_from"]
+    if not (before / RUN_CARD).is_file():
+        raise FileNotFoundError(f"{folder} started from the run {before}, which is not there. Put it back, or change "
+                                f"`start_from` in {folder / RUN_CARD}.")
+    return [*lineage(before), folder]
+
+
+def trained_params(folder: Path) -> dict[str, Any]:
+    """`{path: array}`: what a run, and the runs it started from, have trained; of each parameter the latest."""
+    return {path: leaf for run in lineage(folder) for path, leaf in read_trained(run / "checkpoints").items()}
 
 
 def default_dtype() -> str:
@@ -155,12 +184,12 @@ def load(
     folder, kind = Path(path), jnp.dtype(dtype or default_dtype())
     mesh = mesh or sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     if (folder / RUN_CARD).is_file():
-        source, trained = read_run(folder), read_trained(folder / "checkpoints")
+        source, trained = read_run(folder), trained_params(folder)
     else:
         source, trained = Checkpoint.open(folder), {}
     module = FAMILIES[source.family].Model(source.config, kind)
     params = read_params(source, module, mesh, lambda _: kind, init_fresh, trained)
-    return Loaded(source.family, module, params, source.config, source.tokenizer, source.text, source.generation, mesh)
+    return source.loaded(module, params, mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +236,7 @@ class Loaded:
         min_length: int = 1,
         seed: int = 0,
         batch_size: int | None = None,
+        recall: Recall | None = None,
         **settings: Any,
     ) -> list[str]:
         """The model's words for each sample's prompt, without special tokens and without the stop string.
@@ -214,6 +244,7 @@ class Loaded:
         temperature: 0 is greedy (or beam search if `num_beams` > 1), above 0 samples
         stop:        strings that end a row; the text before the first of them is returned
         batch_size:  rows generated at once; None for all. The others mean what they mean in `GenerateConfig`.
+        recall:      draws what each sample gives to the senses towards known pictures (ImageBind-LLM); None: as it is
 
         Raises ValueError naming the samples or settings that cannot be used.
         """
@@ -236,11 +267,25 @@ class Loaded:
             rows = np.minimum(np.arange(first, first + size), len(samples) - 1)
             batch = self.batch(filled, multiple=32, **settings)
             with sharding.use(self.mesh):
+                batch = batch if recall is None else self._recalled(batch, recall)
                 made = generation.generate(self.module, self.params, batch, config, keys[rows])
             sequences, lengths = np.asarray(made.sequences), np.asarray(made.lengths)
             words += [self._words(row[1:length], stop)
                       for row, length in zip(sequences[: len(chunk)], lengths, strict=False)]
         return words
+
+    def _recalled(self, batch: Batch, recall: Recall) -> Batch:
+        """The same batch with the mix of each row's senses in place of the senses, after a look at known pictures."""
+        if not self.config.senses:
+            raise ValueError(f"recall is for models that mix senses; the family {self.family} does not.")
+        width = self.config.imagebind.out
+        if recall.vectors.shape[1] != width:
+            raise ValueError(f"The vectors to recall are {recall.vectors.shape[1]} wide, this model's features {width}."
+                             " Take the vectors that belong to its ImageBind.")
+        mixed = mix_and_recall(self.module, recall.count, self.params, batch, recall.vectors, recall.sharpness,
+                               recall.weight)
+        ones = np.ones(len(mixed), np.float32)
+        return dataclasses.replace(batch, media={"feature": mixed}, weights={"feature": ones})
 
     def _words(self, ids: np.ndarray, stop: Sequence[str]) -> str:
         words = self.tokenizer.decode([int(i) for i in ids])
@@ -248,14 +293,39 @@ class Loaded:
         return words[: min(cuts, default=None)].strip()
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def mix_and_recall(module: nn.Module, count: int, params: Any, batch: Batch, vectors: Any, sharpness: float,
+                   weight: float) -> jax.Array:
+    """The mix of a batch's senses, drawn towards its nearest vectors: float32[B,E]."""
+    feature = module.apply({"params": params}, batch, method="feature")
+    return bind.recall(feature, vectors, count, sharpness, weight)
+
+
 def collate(samples: Sequence[Sample], tokenizer: Tokenizer, settings: TextConfig, config: Any,
-            length: int | None = None, multiple: int = 1) -> Batch:
-    """Samples to a batch: text and pictures. `config` is the family's."""
-    if config.image_size is None and (seeing := [row for row, sample in enumerate(samples) if sample.images]):
-        raise ValueError(f"Rows {seeing} have pictures, but this is a language model without a picture tower.")
+            length: int | None = None, multiple: int = 1, random: np.random.Generator | None = None) -> Batch:
+    """Samples to a batch: text, and pictures or whatever else the model's senses take.
+
+    config: the family's
+    random: draws the crops of pictures (training of models that mix senses); None: they are not cropped at random
+    """
+    if not config.senses:
+        _check_without_senses(samples, config, random)
     rows = text.rows(samples, tokenizer, settings, config.image_tokens, length, multiple)
+    if config.senses:
+        media, weights = senses.stack(samples, config.imagebind, tokenizer.folder / senses.WORDS, random)
+        return dataclasses.replace(rows, media=media, weights=weights)
     pictures = None if config.image_size is None else images.stack(samples, config.image_size)
     return dataclasses.replace(rows, images=pictures)
+
+
+def _check_without_senses(samples: Sequence[Sample], config: Any, random: np.random.Generator | None) -> None:
+    if random is not None:
+        raise ValueError("Only models that mix senses are trained with pictures cropped at random: set "
+                         "data.random_crop = False.")
+    if more := [row for row, sample in enumerate(samples) if sample.media or sample.weights]:
+        raise ValueError(f"Rows {more} have media or weights, but this model does not mix senses.")
+    if config.image_size is None and (seeing := [row for row, sample in enumerate(samples) if sample.images]):
+        raise ValueError(f"Rows {seeing} have pictures, but this is a language model without a picture tower.")
 
 
 def stop_ids(tokenizer: Tokenizer, words: str) -> list[tuple[int, ...]]:
@@ -273,11 +343,14 @@ def export(checkpoint: Path, part: str, out: Path) -> None:
 
     Args:
         checkpoint: converted checkpoint, or run folder (its newest trained parameters are written)
-        part: projector (with LoRA if there is one), vit, qformer or llama
-        out: file to write; a folder for llama
+        part: llama or llama-meta (a folder as transformers saves it, or as Meta ships it);
+            of MiniGPT-4 projector (with LoRA if there is one), vit, qformer;
+            of ImageBind-LLM adapter, bind, imagebind; of LLaMA-Adapter adapter, clip
+        out: file to write; a folder for llama and llama-meta
     """
     folder = Path(checkpoint)
     if (folder / RUN_CARD).is_file():
-        write_part(read_run(folder).folder, part, Path(out), trained=read_trained(folder / "checkpoints"))
+        run = read_run(folder)
+        write_part(run.folder, part, Path(out), trained=trained_params(folder), config=run.config)
     else:
         write_part(folder, part, Path(out))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.metadata
+import inspect
 import itertools
 import json
 import math
@@ -10,7 +11,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from mmjax import checkpoint, evaluate, loaded, optim, report, sharding, steps, trees
+from mmjax import checkpoint, evaluate, loaded, optim, sharding, steps, trees
 from mmjax.batch import Batch, Sample
 from mmjax.config import RunConfig
 from mmjax.convert import convert
 from mmjax.data import formats, pipeline, scenes
 from mmjax.families import FAMILIES
 
+CONVERSIONS = {"minigpt4": convert.minigpt4, "imagebind_llm": convert.imagebind_llm,
+               "llama_adapter": convert.llama_adapter, "llama": convert.llama}
 console = Console(stderr=True)
 FORMAT = 1  # of the run's card
 
@@ -56,20 +58,20 @@ def train(config: RunConfig) -> Run:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     prepare(config)
-    records = formats.cc_sbu_align(config.data.path)
+    records = formats.FORMATS[config.data.format](config.data.path)
 
     source = loaded.Checkpoint.open(config.weights.checkpoint)
-    source = dataclasses.replace(source, config=architecture(source, config), text=config.text)
+    source = dataclasses.replace(source.of(architecture(source, config)), text=config.text)
     family = FAMILIES[source.family]
     mesh = sharding.make_mesh(config.mesh)
     if config.data.batch_size % sharding.ways(mesh, "batch"):
         raise ValueError(f"data.batch_size = {config.data.batch_size} cannot be cut into "
                          f"{sharding.ways(mesh, 'batch')} (mesh {dict(mesh.shape)}).")
-    rules = config.trained or family.TRAINED
+    rules = trained_rules(config, source.family)
     dtype = jnp.dtype(config.weights.dtype)
     module = family.Model(source.config, dtype, config.remat)
 
-    earlier = config.weights.start_from and checkpoint.trained(Path(config.weights.start_from) / "checkpoints")
+    earlier = config.weights.start_from and loaded.trained_params(Path(config.weights.start_from))
 
     def kind(path: str) -> Any:
         return jnp.float32 if trees.matches(path, rules) else dtype
@@ -79,7 +81,6 @@ def train(config: RunConfig) -> Run:
         params = loaded.read_params(source, module, mesh, kind, config.seed, earlier)
         mask = trees.mask(params, rules)
         trained, frozen = trees.split(params, mask)
-        first = jax.tree.map(jnp.copy, trained) if config.data.scenes else None  # training reuses `trained`'s memory
         optimizer = optim.optimizer(config.optim)
         state, started = resume(steps.start(trained, optimizer, config.seed), checkpoints, mesh)
         if started > config.optim.steps:
@@ -94,8 +95,9 @@ def train(config: RunConfig) -> Run:
         tokenizer = source.tokenizer
         step, place = steps.train_step(module, optimizer), sharding.batch_sharding(mesh)
 
-        def collate(samples: list[Sample]) -> Batch:
-            return loaded.collate(samples, tokenizer, config.text, source.config, multiple=config.data.length_multiple)
+        def collate(samples: list[Sample], crops: np.random.Generator | None) -> Batch:
+            return loaded.collate(samples, tokenizer, config.text, source.config,
+                                  multiple=config.data.length_multiple, random=crops)
 
         def advance(state: steps.TrainState, batch: Batch) -> tuple[steps.TrainState, dict[str, Any]]:
             return step(state, frozen, jax.device_put(batch, place))
@@ -111,9 +113,17 @@ def train(config: RunConfig) -> Run:
             raise TrainingStopped("Frozen parameters changed during training. That is a bug in mmjax; please report it "
                                   f"with {out / loaded.RUN_CARD}.")
         scores = None
-        if first is not None:
-            scores = finish_scenes(config, source, mesh, state.params, first, frozen)
+        if config.data.scenes and config.score:
+            scores = score(config, source, mesh, trees.merge(state.params, frozen))
     return Run(out, int(state.step), loss, scores)
+
+
+def train_phases(phases: Mapping[str, RunConfig]) -> Run:
+    """One run after the other, in order; the last one's result."""
+    for name, config in phases.items():
+        console.rule(name)
+        done = train(config)
+    return done
 
 
 def check(config: RunConfig) -> None:
@@ -131,6 +141,10 @@ def check(config: RunConfig) -> None:
             (config.log_every > 0 and config.save_every > 0 and config.keep > 0,
              "log_every, save_every and keep: at least 1"),
             (0 <= config.drop_path < 1, f"drop_path = {config.drop_path}: at least 0, below 1"),
+            (d.format in formats.FORMATS, f"data.format = {d.format!r}: one of {', '.join(formats.FORMATS)}"),
+            (o.schedule in optim.SCHEDULES, f"optim.schedule = {o.schedule!r}: one of {', '.join(optim.SCHEDULES)}"),
+            (config.weights.family in CONVERSIONS,
+             f"weights.family = {config.weights.family!r}: one of {', '.join(CONVERSIONS)}"),
             (config.weights.dtype in ("float32", "bfloat16"), f"weights.dtype = {config.weights.dtype!r}: "
                                                               "float32 or bfloat16"),
         ) if not holds
@@ -149,25 +163,43 @@ def prepare(config: RunConfig) -> None:
     weights, data = config.weights, config.data
     if weights.sources and not Path(weights.checkpoint).exists():
         console.print(f"Converting released files into {weights.checkpoint}")
-        command = convert.minigpt4 if "vit" in weights.sources else convert.llama
+        command = CONVERSIONS[weights.family]
+        known = inspect.signature(command).parameters
+        if unknown := sorted(weights.sources.keys() - known.keys()):
+            raise ValueError(f"weights.sources names {', '.join(unknown)}; a conversion of {weights.family} takes "
+                             f"{', '.join(known)}.")
         command(out=weights.checkpoint, **weights.sources)
-    if data.scenes is not None and not (Path(data.path) / "filter_cap.json").exists():
-        console.print(f"Drawing {data.scenes.count} scenes into {data.path}")
-        scenes.write(data.path, scenes.scenes("train", data.scenes.count, data.scenes.seed))
+    if data.scenes is not None:
+        last, write = scenes.LAYOUTS[data.format]
+        if not (Path(data.path) / last).exists():
+            console.print(f"Drawing {data.scenes.count} scenes into {data.path}")
+            world = scenes.scenes("train", data.scenes.count, data.scenes.seed, most=data.scenes.most)
+            write(data.path, world)
+
+
+def trained_rules(config: RunConfig, name: str) -> tuple[str, ...]:
+    """What a run of a family trains: its own rules, its phase's, or the family's."""
+    family = FAMILIES[name]
+    if config.phase is not None and config.phase not in family.PHASES:
+        raise ValueError(f"phase = {config.phase!r}: the family {name} has "
+                         + (f"{', '.join(family.PHASES)}." if family.PHASES else "no phases."))
+    return config.trained or (family.PHASES[config.phase] if config.phase else family.TRAINED)
 
 
 def architecture(source: loaded.Checkpoint, config: RunConfig) -> Any:
-    """The checkpoint's, with the run's picture size and drop path."""
+    """The checkpoint's, with what the run's phase adds and the run's picture size and drop path."""
+    trained_rules(config, source.family)  # the phase exists
+    base = FAMILIES[source.family].with_phase(source.config, config.phase) if config.phase else source.config
     changes = {}
     if config.image_size is not None:
         changes["image_size"] = config.image_size
     if config.drop_path:
         changes["drop_path"] = config.drop_path
     if not changes:
-        return source.config
-    if not hasattr(source.config, "vit"):
-        raise ValueError(f"The family {source.family} has no picture tower: {', '.join(changes)} cannot be set.")
-    changed = dataclasses.replace(source.config, vit=dataclasses.replace(source.config.vit, **changes))
+        return base
+    if not hasattr(base, "vit"):
+        raise ValueError(f"The family {source.family} has no picture tower whose {', '.join(changes)} can be set.")
+    changed = dataclasses.replace(base, vit=dataclasses.replace(base.vit, **changes))
     side = changed.vit.patch if changed.qformer else 2 * changed.vit.patch  # four patches join without a Q-Former
     if changed.image_size <= 0 or changed.image_size % side:
         raise ValueError(f"image_size = {changed.image_size}: must be a multiple of {side}, the side of "
@@ -204,8 +236,8 @@ def loop(
     diagnose: looks at the first loss of a run
     """
     loss = None
-    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
-               TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (TextColumn(config.phase or "training"), BarColumn(), MofNCompleteColumn(),
+               TextColumn("{task.fields[loss]}"), TimeElapsedColumn(), TimeRemainingColumn())
     with Log(Path(config.out) / "metrics.jsonl", started, config) as log, Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=config.optim.steps, completed=started, loss="")
         for item in itertools.islice(batches, config.optim.steps - started):
@@ -222,7 +254,7 @@ def loop(
                     f"norm {float(metrics['grad_norm'])}). The update was not made. {samples}")
             if item.number == 0 and config.check_first_loss:
                 diagnose(loss, state)
-            log.add(item, metrics, loss)
+            log.add(item, metrics, loss, state.params)
             bar.update(task, advance=1, loss=f"loss {loss:.3f}")
             if (item.number + 1) % config.save_every == 0:
                 checkpoints.save(item.number + 1, state)
@@ -270,7 +302,7 @@ class Log:
     def __exit__(self, *_: Any) -> None:
         self._file.close()
 
-    def add(self, item: pipeline.Step, metrics: dict[str, Any], loss: float) -> None:
+    def add(self, item: pipeline.Step, metrics: dict[str, Any], loss: float, trained: Any) -> None:
         self._images += len(item.names)
         self._tokens += item.batch.tokens.size
         last = item.number + 1 == self._config.optim.steps
@@ -286,18 +318,28 @@ class Log:
             "samples_per_second": round(self._images / seconds, 2),
             "tokens_per_second": round(self._tokens / seconds, 1),
         }
+        if gates := open_gates(trained):
+            line["gates"] = gates
         self._file.write(json.dumps(line) + "\n")
         self._since, self._images, self._tokens = time.monotonic(), 0, 0
 
 
+def open_gates(trained: Any) -> list[float]:
+    """How far each layer's gate is open, as the mean of |tanh|; nothing if no gate is trained."""
+    gates = [leaf for path, leaf in _named(trained) if re.fullmatch(r"llama/layers/(attn/)?gate", path)]
+    return [round(float(layer), 6) for gate in gates for layer in np.abs(np.tanh(np.asarray(gate))).mean(-1)]
+
+
 def write_card(config: RunConfig, source: loaded.Checkpoint, out: Path) -> None:
     """`run.json`: what anyone needs to load, repeat or understand the run."""
+    start = config.weights.start_from
     card = {
         "format": FORMAT,
         "family": source.family,
         "checkpoint": os.path.relpath(source.folder.absolute(), out.absolute()),
         "architecture": dataclasses.asdict(source.config),
-        "trained": list(config.trained or FAMILIES[source.family].TRAINED),
+        "trained": list(trained_rules(config, source.family)),
+        "start_from": start and os.path.relpath(os.path.abspath(start), out.absolute()),
         "config": dataclasses.asdict(config),
         "versions": {name: importlib.metadata.version(name) for name in ("mmjax", "jax", "flax", "optax")}
         | {"python": platform.python_version()},
@@ -328,30 +370,14 @@ def announce(source, params, mask, mesh, config: RunConfig) -> None:
                   f"run folder {config.out}")
 
 
-def finish_scenes(config: RunConfig, source: loaded.Checkpoint, mesh: Any, trained: Any, first: Any, frozen: Any):
-    """Scores the trained model on scenes it never saw, beside the `first` trained parameters; prints the table and
-    writes the report."""
-    console.print("Scoring held-out scenes, with the right and with the wrong picture")
+def score(config: RunConfig, source: loaded.Checkpoint, mesh: Any, params: Any) -> list[list[Any]]:
+    """Scores a run on scenes it never saw, beside the same model before any training; see `evaluate.report_scenes`."""
     dtype = jnp.dtype(config.weights.dtype)
     module = FAMILIES[source.family].Model(source.config, dtype)
-    params = trees.merge(trained, frozen)
-    model = loaded.Loaded(source.family, module, params, source.config, source.tokenizer, config.text,
-                          source.generation, mesh)
-    untrained = dataclasses.replace(model, params=trees.merge(first, frozen))
-    rows, examples = evaluate.scenes_table(model, config.data.scenes, untrained)
-    sizes = [sum(leaf.size for leaf in jax.tree.leaves(part)) for part in (trained, params)]
-    mean = next(row for row in rows if row[0] == evaluate.ROWS["mean"])
-    facts = {"trained parameters": f"{sizes[0]:,} of {sizes[1]:,}", "steps": f"{config.optim.steps:,}",
-             "attributes right on held-out scenes": f"{mean[1]:.3f}",
-             "with the wrong picture": f"{mean[2]:.3f}"}
-    page = report.write(Path(config.out) / "report", "mmjax: MiniGPT-4 on scenes", Path(config.out) / "metrics.jsonl",
-                        examples[:24], rows, facts)
-    (Path(config.out) / "scores.json").write_text(json.dumps(rows, indent=2) + "\n")
-    table = Table(title="share that is right")
-    for name in map(str, rows[0]):
-        table.add_column(name, no_wrap=True)
-    for row in rows[1:]:
-        table.add_row(row[0], *(f"{value:.3f}" for value in row[1:]))
-    Console().print(table)
-    Console().print(f"Report with pictures: {page}")
-    return rows
+    untrained = loaded.read_params(source, module, mesh, lambda _: dtype, config.seed)
+    model = source.loaded(module, params, mesh)
+    sizes = {path: leaf.size for path, leaf in trees.flatten(params).items()}
+    trained = sum(size for path, size in sizes.items() if trees.matches(path, trained_rules(config, source.family)))
+    facts = {"trained parameters": f"{trained:,} of {sum(sizes.values()):,}", "steps": f"{config.optim.steps:,}"}
+    return evaluate.report_scenes(model, dataclasses.replace(model, params=untrained), config.data.scenes,
+                                  Path(config.out), loaded.lineage(Path(config.out)), facts)

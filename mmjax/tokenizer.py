@@ -10,7 +10,9 @@ a folder declares without numbering it, such as `[PAD]` (the original replaces t
 """
 
 import abc
+import copy
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -25,9 +27,11 @@ class Tokenizer(abc.ABC):
 
     bos, eos, unk: ids, from the folder's JSON files
     bos_text:      how the beginning of a sequence is written inside a text
+    eos_text:      how its end is
     pad:           id of the piece "$$" if the vocabulary has one, else of its unknown piece: an ordinary row, which
                    may also come up in text
     vocab_size:    rows an embedding table needs, added tokens counted
+    folder:        where it was read from
     """
 
     bos: int
@@ -35,6 +39,8 @@ class Tokenizer(abc.ABC):
     unk: int
     pad: int
     bos_text: str
+    eos_text: str
+    folder: Path
     vocab_size: int
 
     @staticmethod
@@ -53,8 +59,11 @@ class Tokenizer(abc.ABC):
             "Give the LLaMA or Vicuna folder with all its files.")
 
     @abc.abstractmethod
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text. No BOS is put in front."""
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Ids of a text. No BOS is put in front.
+
+        special: a special token written in the text is that token; without, it is spelt out like any other words
+        """
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of the ids; special tokens, the pad piece among them, are left out or written as they are.
@@ -89,8 +98,9 @@ class SentencePieceTokenizer(Tokenizer):
             raise ValueError(
                 f"{folder}: {', '.join(missing)} is neither in tokenizer.model nor among the added tokens. "
                 "Correct special_tokens_map.json or tokenizer_config.json.")
+        self.folder = folder
         self.bos, self.eos, self.unk = (ids[name] for name in ("bos_token", "eos_token", "unk_token"))
-        self.bos_text = declared.named["bos_token"]
+        self.bos_text, self.eos_text = declared.named["bos_token"], declared.named["eos_token"]
         pad = find(PAD_PIECE)
         self.pad = model.unk_id() if pad is None else pad
         self.vocab_size = max(len(model), 1 + max(declared.added.values(), default=0))
@@ -102,7 +112,9 @@ class SentencePieceTokenizer(Tokenizer):
         longest_first = sorted(self._cuts, key=len, reverse=True)
         self._pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        if not special:
+            return self._model.encode(text)
         parts = self._pattern.split(text)  # words, cut, words, cut, ..., words
         for place in range(1, len(parts), 2):
             _, left, right = self._cuts[parts[place]]
@@ -148,15 +160,25 @@ class JsonTokenizer(Tokenizer):
             raise ValueError(f"{folder / 'tokenizer.json'} cannot be read as a tokenizer: {error}") from error
         if missing := [name for name in ("bos_token", "eos_token") if getattr(fast, name) is None]:
             raise ValueError(f"{folder} declares no {' and no '.join(missing)}. Name them in tokenizer_config.json.")
+        self.folder = folder
         vocabulary = fast.get_vocab()
         self.bos, self.eos = fast.bos_token_id, fast.eos_token_id
         self.unk = self.eos if fast.unk_token_id is None else fast.unk_token_id  # byte-level vocabularies need none
         self.pad = vocabulary.get(PAD_PIECE, self.unk)
-        self.bos_text = fast.bos_token
+        self.bos_text, self.eos_text = fast.bos_token, fast.eos_token
         self.vocab_size = 1 + max(vocabulary.values())
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        if not special:
+            return self._spelling.encode(text, add_special_tokens=False).ids
         return self._fast.encode(text, add_special_tokens=False)
+
+    @functools.cached_property
+    def _spelling(self) -> Any:
+        """A copy that spells special tokens out: to switch one that other threads are using would change their ids."""
+        backend = copy.deepcopy(self._fast.backend_tokenizer)
+        backend.encode_special_tokens = True
+        return backend
 
     def _decode(self, ids: list[int], skip_special: bool) -> str:
         kept = [i for i in ids if not (skip_special and i == self.pad)]

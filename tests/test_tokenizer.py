@@ -162,6 +162,14 @@ def test_json_folder(json_folder):
     assert tokenizer.decode(ids, skip_special=False) == " a dog , é<|end|>x"
 
 
+def test_json_folder_spells_special_tokens_out(json_folder):
+    tokenizer = Tokenizer.from_folder(json_folder)
+    assert (tokenizer.eos_text, tokenizer.folder) == ("<|end|>", json_folder)
+    ids = tokenizer.encode(" a<|end|>b", special=False)
+    assert tokenizer.eos not in ids and tokenizer.decode(ids) == " a<|end|>b"
+    assert tokenizer.encode("<|end|>") == [tokenizer.eos]
+
+
 def test_json_folder_that_is_broken(json_folder):
     write(json_folder, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     with pytest.raises(ValueError, match="no bos_token and no eos_token"):
@@ -174,3 +182,12 @@ def test_json_folder_that_is_broken(json_folder):
 def test_worker_processes_can_have_a_copy():
     tokenizer = pickle.loads(pickle.dumps(Tokenizer.from_folder(LLAMA)))
     assert tokenizer.decode(tokenizer.encode("a dog</s>")) == "a dog"
+
+
+def test_spelling_knows_no_special_tokens(folder):
+    tokenizer = Tokenizer.from_folder(folder)
+    assert (tokenizer.eos_text, tokenizer.folder) == ("</s>", folder)
+    assert tokenizer.eos in tokenizer.encode("a</s>b")
+    spelt = tokenizer.encode("a</s>b", special=False)
+    assert tokenizer.eos not in spelt and tokenizer.decode(spelt) == "a</s>b"
+    assert tokenizer.encode("a dog", special=False) == tokenizer.encode("a dog")

@@ -1,18 +1,36 @@
-"""The released datasets' layouts on disk, each read into `Record`s."""
+"""The released datasets' layouts on disk, each read into `Record`s; `FORMATS` has the readers by name."""
 
+import csv
 import dataclasses
+import itertools
 import json
 import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+CAPTION_PROMPT = "Generate caption of this image"  # imagebind_LLM/data/dataset.py: PretrainDataset
+# What pandas reads as no value by default. The original makes text of it: "nan".
+NO_VALUE = frozenset((
+    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
+    "NULL", "NaN", "None", "n/a", "nan", "null"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One picture and its caption, still on disk."""
+    """One example, its picture still on disk.
+
+    image:  path of the picture; None without one
+    answer: what is learnt: a caption, or the answer to the prompt
+    prompt: the record's own; None where the data have none (`DataConfig.prompts` says what is asked)
+    input:  what the prompt is about, as in `Sample`
+    """
 
     name: str
-    image: str
-    caption: str
+    image: str | None
+    answer: str
+    prompt: str | None = None
+    input: str = ""
 
 
 def cc_sbu_align(folder: str) -> list[Record]:
@@ -32,13 +50,147 @@ def cc_sbu_align(folder: str) -> list[Record]:
     except (ValueError, KeyError, TypeError) as error:  # not JSON, or not UTF-8, is a ValueError
         expected = '{"annotations": [{"image_id": "2", "caption": "..."}, ...]}'
         raise ValueError(f"{path} must be JSON like {expected}: {error!r}") from error
-    if wordless := [record.name for record in records if not isinstance(record.caption, str)]:
+    if wordless := [record.name for record in records if not isinstance(record.answer, str)]:
         raise ValueError(f"{path}: {len(wordless)} captions are not text, such as that of image_id "
                          f"{', '.join(wordless[:5])}.")
-    absent = [record.image for record in records if not Path(record.image).is_file()]
+    return _with_pictures(path, records)
+
+
+def imagebind_llm_pretrain(path: str) -> list[Record]:
+    """A YAML file whose `META` lists tab-separated files with the header `url`, `caption`: pictures with captions.
+
+    path: the YAML file, or a folder with `pretrain.yaml`
+
+    Relative names, of files and of pictures, are looked up beside the YAML file (the original looks in the working
+    directory). Fields are read as the original's pandas does: quotes are interpreted, and a caption that pandas holds
+    for no value becomes the word "nan". A file whose captions are all numbers is read as text here, where pandas would
+    make "7" of "007". Raises FileNotFoundError or ValueError naming the files and lines that are not as expected.
+    """
+    meta, files = _meta(path, "pretrain.yaml")
+    problems: list[str] = []
+    records = [record for file in files for record in _captions(file, meta.parent, problems)]
+    _check(meta, problems)
+    return _with_pictures(meta, records)
+
+
+def imagebind_llm_finetune(path: str, tuple_prompts: bool = False) -> list[Record]:
+    """A YAML file whose `META` lists JSON files: pictures with conversations (LLaVA), instructions without (Alpaca).
+
+    path:          the YAML file, or a folder with `finetune.yaml`
+    tuple_prompts: write the instructions of rows without a picture as the released model was trained on them: a stray
+                   comma of the original makes each a Python tuple, so that its prompts show `('Name a dog.',)`. Off,
+                   as nobody asks like that.
+
+    Of a conversation the first question and answer are taken, `<image>` marks stay in the text. Relative names are
+    looked up beside the YAML file. Raises FileNotFoundError or ValueError naming the files and rows that are not as
+    expected.
+    """
+    meta, files = _meta(path, "finetune.yaml")
+    problems: list[str] = []
+    records = []
+    for file in files:
+        try:
+            rows = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:  # not JSON, or not UTF-8
+            problems.append(f"{file} is damaged, it is not JSON: {error}")
+            continue
+        if not isinstance(rows, list):
+            problems.append(f"{file} must hold a list of rows, not a {type(rows).__name__}")
+            continue
+        read = [_instruction(f"{file.name}:{number}", row, meta.parent, tuple_prompts)
+                for number, row in enumerate(rows)]
+        if wrong := [number for number, record in enumerate(read) if record is None]:
+            problems.append(
+                f"{file}: {len(wrong)} rows are neither {{'image', 'conversations': [{{'value'}}, {{'value'}}]}} nor "
+                f"{{'instruction', 'input', 'output'}} with text in them, such as number "
+                f"{', '.join(map(str, wrong[:5]))} (from 0)")
+        records += filter(None, read)
+    _check(meta, problems)
+    return _with_pictures(meta, records)
+
+
+FORMATS: dict[str, Callable[[str], list[Record]]] = {
+    "cc_sbu_align": cc_sbu_align,
+    "imagebind_llm_pretrain": imagebind_llm_pretrain,
+    "imagebind_llm_finetune": imagebind_llm_finetune,
+}
+
+
+def _meta(path: str, usual: str) -> tuple[Path, list[Path]]:
+    """The YAML file and the files that it lists."""
+    import yaml
+
+    meta = Path(path) / usual if Path(path).is_dir() else Path(path)
+    if not meta.is_file():
+        raise FileNotFoundError(f"There is no {meta}. Expected a YAML file with the list META, or a folder with "
+                                f"{usual}.")
+    try:
+        names = yaml.safe_load(meta.read_text(encoding="utf-8"))["META"]
+        files = [meta.parent / name for name in names]
+    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{meta} must be YAML with a list META of file names: {error!r}") from error
+    if not isinstance(names, list) or not files:
+        raise ValueError(f"{meta}: META is {names!r}, but must be a list of file names.")
+    _check(meta, [f"{file} is not there" for file in files if not file.is_file()])
+    return meta, files
+
+
+def _captions(file: Path, base: Path, problems: list[str]) -> Iterable[Record]:
+    """The lines of one tab-separated file; what is wrong with it goes into `problems`."""
+    end = "\0"  # one more line; where a quote was left open it does not come out alone
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as lines:
+            rows = list(csv.reader(itertools.chain(lines, [end]), delimiter="\t"))
+    except (csv.Error, ValueError) as error:  # not UTF-8 is a ValueError
+        problems.append(f"{file} cannot be read as tab-separated text: {error}")
+        return
+    if rows.pop() != [end]:
+        problems.append(f"{file}: a quote is opened and never closed")
+        return
+    head, *rows = rows or [[]]
+    if not {"url", "caption"} <= set(head):
+        problems.append(f"{file}: the first line is {head}, but must name url and caption, with a tab between")
+        return
+    if long := [number for number, row in enumerate(rows) if len(row) > len(head)]:
+        problems.append(f"{file}: {len(long)} rows have more than the {len(head)} fields of the first line, such as "
+                        f"number {', '.join(map(str, long[:5]))} (from 0)")
+        return
+    for number, row in enumerate(rows):
+        if row:  # not a blank line
+            fields = dict(zip(head, row, strict=False))
+            caption = fields.get("caption", "")
+            yield Record(f"{file.name}:{number}", str(base / fields.get("url", "")),
+                         "nan" if caption in NO_VALUE else caption, CAPTION_PROMPT)
+
+
+def _instruction(name: str, row: Any, base: Path, tuple_prompts: bool) -> Record | None:
+    """A row of a JSON file; None if it is not as expected."""
+    try:
+        if "image" in row:
+            question, answer = (turn["value"] for turn in row["conversations"][:2])
+            texts, image = (question, answer, ""), str(base / row["image"])
+        else:
+            texts, image = (row["instruction"], row["output"], row["input"]), None
+    except (KeyError, TypeError, ValueError):
+        return None
+    if not all(isinstance(text, str) for text in texts):
+        return None
+    prompt, answer, given = texts
+    return Record(name, image, answer, str((prompt,)) if tuple_prompts and image is None else prompt, given)
+
+
+def _check(path: Path, problems: Sequence[str]) -> None:
+    if problems:
+        raise ValueError(f"The data of {path} cannot be used:\n  " + "\n  ".join(problems))
+
+
+def _with_pictures(path: Path, records: list[Record]) -> list[Record]:
+    """The records, once all their pictures are known to be there."""
+    named = [record.image for record in records if record.image is not None]
+    absent = [image for image in named if not Path(image).is_file()]
     if absent or not records:
         raise ValueError(
-            f"{path} names {len(records)} pictures, of which {len(absent)} are not there"
+            f"{path} names {len(named)} pictures, of which {len(absent)} are not there"
             + (f", such as {', '.join(absent[:5])}." if absent else "."))
     return records
 

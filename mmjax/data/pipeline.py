@@ -24,19 +24,26 @@ class Step:
 
 
 def batches(
-    records: Sequence[Record], cfg: DataConfig, collate: Callable[[list[Sample]], Batch], start: int = 0
+    records: Sequence[Record],
+    cfg: DataConfig,
+    collate: Callable[[list[Sample], np.random.Generator | None], Batch],
+    start: int = 0,
 ) -> Iterator[Step]:
     """Endless batches from number `start` on.
 
-    collate: makes a `Batch` of `Sample`s, pictures read (it runs in the reading threads). Raises ValueError if there
-    are fewer records than rows in a batch, or a prompt has no `<ImageHere>`.
+    collate: makes a `Batch` of `Sample`s, pictures read (it runs in the reading threads). It also gets what draws the
+             crops of the batch's pictures, or None where they are not cropped
+
+    Raises ValueError if there are fewer records than rows in a batch, and whatever `collate` raises for one of the
+    configuration's prompts: each is tried before the first batch, not when its turn comes.
     """
     import grain
 
     if len(records) < cfg.batch_size:
         raise ValueError(f"{cfg.path} has {len(records)} records: too few for a batch of {cfg.batch_size}.")
-    if blind := [prompt for prompt in cfg.prompts if "<ImageHere>" not in prompt]:
-        raise ValueError(f"These training prompts have no <ImageHere>: {blind}.")
+    without = next((record for record in records if record.prompt is None), None)
+    if without is not None and cfg.prompts:
+        collate([sample(without, prompt, cfg) for prompt in cfg.prompts], None)
     order = grain.MapDataset.range(len(records)).seed(cfg.seed).shuffle().repeat()
 
     def step(number: int) -> Step:
@@ -44,9 +51,18 @@ def batches(
         # one prompt for the whole batch, as in the original (minigpt_base.py: preparing_embedding)
         choice = np.random.default_rng([cfg.seed, number]).integers(len(cfg.prompts)) if cfg.prompts else None
         prompt = "" if choice is None else cfg.prompts[choice]
-        clean = clean_caption if cfg.clean_captions else lambda caption: caption
-        samples = [Sample(images=[row.image], prompt=prompt, answer=clean(row.caption)) for row in rows]
-        return Step(number, tuple(row.name for row in rows), collate(samples))
+        crops = np.random.default_rng([cfg.seed, number, 1]) if cfg.random_crop else None
+        batch = collate([sample(row, prompt, cfg) for row in rows], crops)
+        return Step(number, tuple(row.name for row in rows), batch)
 
     numbers = grain.MapDataset.range(start, np.iinfo(np.int32).max).map(step)
     return iter(numbers.to_iter_dataset(grain.ReadOptions(num_threads=cfg.threads, prefetch_buffer_size=4)))
+
+
+def sample(record: Record, prompt: str, cfg: DataConfig) -> Sample:
+    """What a record becomes; `prompt` is for those without one of their own."""
+    return Sample(
+        images=[] if record.image is None else [record.image],
+        prompt=prompt if record.prompt is None else record.prompt,
+        input=record.input,
+        answer=clean_caption(record.answer) if cfg.clean_captions else record.answer)

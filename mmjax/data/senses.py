@@ -1,4 +1,5 @@
-"""Inputs of ImageBind's towers from files and arrays (imagebind/data.py, imagebind/models/multimodal_preprocessors.py).
+"""Inputs of ImageBind's towers from files and arrays (imagebind/data.py, imagebind/models/multimodal_preprocessors.py),
+and the rows of a batch made of them.
 
 C channels   S side of a picture   M mel bins   T frames of a spectrogram
 
@@ -10,6 +11,7 @@ import functools
 import gzip
 import html
 import math
+import os
 import re
 import unicodedata
 import wave
@@ -21,7 +23,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mmjax.batch import Sample
 from mmjax.families.minigpt4 import MEAN, STD
+from mmjax.models.imagebind import ImageBindConfig, TowerConfig, sense_of
 
 # ---- pictures ----
 
@@ -329,3 +333,147 @@ def _words(text: str) -> list[str]:
             words.append(text[place:found.end()])
         place = found.end() if found else place + 1
     return words
+
+
+# ---- rows ----
+
+WORDS = "bpe_simple_vocab_16e6.txt.gz"  # the text tower's merges, kept among the tokenizer's files of a checkpoint
+NAMES = ("video", "audio", "depth", "thermal", "imu", "text")  # of `Sample.media`
+
+
+def stack(
+    samples: Sequence[Sample],
+    cfg: ImageBindConfig,
+    words: Path | None = None,
+    random: np.random.Generator | None = None,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """`Batch.media` and `Batch.weights` of these rows: by name inputs [B,...] and float32[B].
+
+    cfg:    the towers; they say how large inputs are
+    words:  the text tower's merges, needed for text that is not yet ids
+    random: draws the crop of each picture, as in training; None: the middle is kept
+
+    What a sample may give, always with the weight it names or 1:
+        image    `images`, at most one: a path, a PIL image, uint8[H,W,3], or normalised float32[3,S,S]
+        video    (uint8[N,H,W,3], frames a second), or normalised float32[clips,3,frames,S,S]
+        audio    a .wav file, (float[C,samples], samples a second), or spectrograms float32[clips,1,M,T]
+        depth, thermal   float32[1,H,W]         imu   float32[6,steps]        text   a string, or ids int[77]
+    A row without one of the senses of another row has zeros there, and the weight 0. A sample that gives nothing gets
+    a picture of zeros with the weight 1, as the original's rows of text alone do.
+
+    Raises ValueError naming the rows and senses that cannot be used, and the senses of this model.
+    """
+    read, problems = [], []
+    for row, sample in enumerate(samples):
+        inputs, wrong = _inputs(sample, cfg, words, random)
+        read.append(inputs)
+        problems += [f"row {row}, {message}" for message in wrong]
+    first = {name: (row, array) for row, inputs in reversed([*enumerate(read)]) for name, array in inputs.items()}
+    problems += [f"row {row}, {name}: {list(array.shape)}, but row {first[name][0]} has {list(first[name][1].shape)}"
+                 for row, inputs in enumerate(read) for name, array in inputs.items()
+                 if array.shape != first[name][1].shape]
+    if problems:
+        senses = [name for name in ("image", *NAMES) if sense_of(name) in cfg.towers]
+        raise ValueError("What these rows give to the senses cannot be used:\n  " + "\n  ".join(problems)
+                         + f"\nThe senses of this model are {', '.join(senses)}.")
+    media = {name: np.stack([inputs.get(name, np.zeros_like(like)) for inputs in read])
+             for name, (_, like) in first.items()}
+    weights = {name: np.array([sample.weights.get(name, 1.0) if name in inputs else 0.0
+                               for sample, inputs in zip(samples, read, strict=True)], np.float32) for name in first}
+    return media, weights
+
+
+def _inputs(sample: Sample, cfg: ImageBindConfig, words: Path | None,
+            random: np.random.Generator | None) -> tuple[dict[str, np.ndarray], list[str]]:
+    """What a sample gives to the towers by name, and what is wrong with it."""
+    wrong = [f"{name}: there is no such sense (pictures go into `images`)" for name in sample.media
+             if name not in NAMES]
+    given = {name: source for name, source in sample.media.items() if name in NAMES}
+    if sample.images:
+        given["image"] = sample.images
+    inputs = {}
+    for name, source in given.items():
+        try:
+            inputs[name] = _input(name, source, cfg, words, random)
+        except ValueError as error:
+            wrong.append(f"{name}: {error}")
+    for name, weight in sample.weights.items():
+        if name not in given:
+            wrong.append(f"{name}: a weight of {weight!r}, but nothing to weigh")
+        elif not (math.isfinite(weight) and weight >= 0):
+            wrong.append(f"{name}: a weight of {weight!r}, but weights are finite and not negative")
+    if not given and not wrong:
+        if cfg.vision is None:
+            wrong.append("nothing: a picture of zeros would stand for it, but this model has no tower for pictures")
+        else:
+            inputs["image"] = np.zeros(cfg.vision.input_shape, np.float32)
+    return inputs, wrong
+
+
+def _input(name: str, source: Any, cfg: ImageBindConfig, words: Path | None,
+           random: np.random.Generator | None) -> np.ndarray:
+    """What one sense takes; raises ValueError saying what is expected instead."""
+    tower = cfg.towers.get(sense_of(name))
+    if tower is None:
+        raise ValueError("this model has no tower for it")
+    if name == "image":
+        if len(source) > 1:
+            raise ValueError(f"{len(source)} pictures, but a row takes one")
+        return _one_picture(source[0], tower, random)
+    if name == "video" and isinstance(source, tuple):
+        frames, fps = source
+        return video(np.asarray(frames), fps, tower.image_size, shown=tower.frames)
+    if name == "video":
+        return _floats(source, (None, 3, tower.frames, tower.image_size, tower.image_size))
+    if name == "audio" and isinstance(source, tuple):
+        waveform, rate = source
+        return sound((np.asarray(waveform), rate), tower.height, tower.width)
+    if name == "audio" and isinstance(source, (str, os.PathLike)):
+        return sound(source, tower.height, tower.width)
+    if name == "audio":
+        return _floats(source, (None, *tower.input_shape))
+    if name == "text":
+        return _words_row(source, tower, words)
+    return _floats(source, tower.input_shape)
+
+
+def _one_picture(source: Any, tower: TowerConfig, random: np.random.Generator | None) -> np.ndarray:
+    if not isinstance(source, (str, os.PathLike, Image.Image)):
+        source = np.asarray(source)
+        if np.issubdtype(source.dtype, np.floating):
+            return _floats(source, tower.input_shape)
+    if random is None:
+        return picture(source, tower.image_size)
+    image = _rgb(source)
+    return cropped_picture(image, random_box(random, image.height, image.width), tower.image_size)
+
+
+def _floats(source: Any, shape: tuple[int | None, ...]) -> np.ndarray:
+    """float32 of that shape, where None is any number but 0."""
+    array = np.asarray(source)
+    fits = len(array.shape) == len(shape) and all(
+        size == wanted if wanted else size for size, wanted in zip(array.shape, shape, strict=True))
+    if not fits or not np.issubdtype(array.dtype, np.floating):
+        wanted = ",".join("clips" if size is None else str(size) for size in shape)
+        raise ValueError(f"must be float32[{wanted}], got {array.dtype}{list(array.shape)}")
+    return array.astype(np.float32)
+
+
+def _words_row(source: Any, tower: TowerConfig, words: Path | None) -> np.ndarray:
+    if isinstance(source, str):
+        if words is None or not words.is_file():
+            raise ValueError(f"the text tower's merges, {WORDS}, are not among the checkpoint's tokenizer files; put "
+                             "the file there (or convert again with `words`), or give ids")
+        return word_tokenizer(words, tower.vocab).rows([source], tower.context)[0]
+    ids = np.asarray(source)
+    if ids.shape != tower.input_shape or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"must be a string or int[{tower.context}], got {ids.dtype}{list(ids.shape)}")
+    if not ((ids >= 0) & (ids < tower.vocab)).all():
+        raise ValueError(f"ids must be from 0 to {tower.vocab - 1}, got {ids.min()} to {ids.max()}")
+    return ids.astype(np.int32)
+
+
+@functools.lru_cache(maxsize=4)
+def word_tokenizer(path: Path, vocab: int) -> WordTokenizer:
+    """A `WordTokenizer`, read once."""
+    return WordTokenizer(path, vocab)

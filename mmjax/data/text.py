@@ -2,7 +2,8 @@
 
 A row is `[BOS][prompt][answer][padding]`; a picture's soft tokens take `image_tokens` places of the prompt. The ids,
 targets and masks are those of minigpt4/models/minigpt_base.py (preparing_embedding, prompt_wrap,
-tokenize_conversation, get_context_emb); where the original drops what does not fit together, this raises.
+tokenize_conversation, get_context_emb), and where `TextConfig.joint` says so those of imagebind_LLM/data/dataset.py;
+where the originals drop what does not fit together, this raises.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from mmjax.config import TextConfig
 from mmjax.tokenizer import Tokenizer
 
 PLACEHOLDER = "<ImageHere>"
+NO_TARGET = 0  # of joint rows: the original pads its labels with this id, and so never learns the unknown piece
 
 
 class Place(NamedTuple):
@@ -31,17 +33,20 @@ def rows(samples: Sequence[Sample], tokenizer: Tokenizer, text: TextConfig, imag
          length: int | None = None, multiple: int = 1) -> Batch:
     """Samples as one batch of numpy arrays, with `images` left None.
 
-    image_tokens: soft tokens of one picture; the k-th picture of a row has the indices from k·image_tokens on
+    image_tokens: soft tokens of one picture; the k-th picture of a row has the indices from k·image_tokens on. With 0
+                  pictures take no places, and prompts have no `<ImageHere>`
     length:       places of every row; None for the longest row's, rounded up to a multiple of `multiple`
 
-    A sample with neither answer nor turns becomes a prompt to be continued, which max_context_len does not cut.
-    Raises ValueError, naming every row concerned, if pictures and `<ImageHere>` do not agree or a row is longer than
-    `length`; also for no samples at all, and for a template without its one `{}`.
+    A sample with neither answer nor turns becomes a prompt to be continued, which no setting cuts. Raises ValueError,
+    naming every row concerned, if pictures and `<ImageHere>` do not agree, a row does not fit the text settings or is
+    longer than `length`; also for no samples at all, and for a template without its `{}`.
     """
-    _check(samples, text)
-    prompts = [prompt_places(sample, tokenizer, text, image_tokens) for sample in samples]
-    answers = [answer_places(sample, tokenizer, text) for sample in samples]
-    lengths = [1 + len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    _check(samples, text, image_tokens)
+    if text.joint:
+        made, padded_length = _joint_rows(samples, tokenizer, text)
+    else:
+        made, padded_length = _separate_rows(samples, tokenizer, text, image_tokens)
+    lengths = [len(places) for places in made]
     if length is None:
         length = -(-max(lengths) // multiple) * multiple
     if too_long := [f"row {row}: {n} tokens" for row, n in enumerate(lengths) if n > length]:
@@ -50,18 +55,57 @@ def rows(samples: Sequence[Sample], tokenizer: Tokenizer, text: TextConfig, imag
 
     grid = np.empty((len(samples), length, len(Place._fields)), np.int32)
     grid[:] = Place(tokenizer.pad, valid=False)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        # The original gives BOS the mask entry of the padded prompts' first place, so the BOS of an empty prompt is
-        # hidden as soon as another row has a prompt. If none has one, there is no such place (the original fails) and
-        # BOS is seen. A prompt to be continued keeps its BOS: get_context_emb masks nothing.
-        seen = bool(prompt) or not _learns(samples[row]) or not any(prompts)
-        grid[row, :lengths[row]] = [Place(tokenizer.bos, valid=seen), *prompt, *answer]
+    for row, places in enumerate(made):
+        grid[row, :lengths[row]] = places
     tokens, soft_index, valid, loss_mask = np.moveaxis(grid, -1, 0).copy()
-    padded_length = 1 + max(map(len, prompts)) + max(map(len, answers))
     return Batch(
         tokens=tokens, soft_index=soft_index, valid=valid.astype(bool), loss_mask=loss_mask.astype(bool),
         positions=np.tile(np.arange(length, dtype=np.int32), (len(samples), 1)),
         padded_length=np.full(len(samples), padded_length, np.int32))
+
+
+def _separate_rows(samples: Sequence[Sample], tokenizer: Tokenizer, text: TextConfig,
+                   image_tokens: int) -> tuple[list[list[Place]], int]:
+    """The rows' places, BOS first, and how long the original pads them; prompt and answer each tokenised alone."""
+    prompts = [prompt_places(sample, tokenizer, text, image_tokens) for sample in samples]
+    answers = [answer_places(sample, tokenizer, text) for sample in samples]
+    made = []
+    for sample, prompt, answer in zip(samples, prompts, answers, strict=True):
+        # The original gives BOS the mask entry of the padded prompts' first place, so the BOS of an empty prompt is
+        # hidden as soon as another row has a prompt. If none has one, there is no such place (the original fails) and
+        # BOS is seen. A prompt to be continued keeps its BOS: get_context_emb masks nothing.
+        seen = bool(prompt) or not _learns(sample) or not any(prompts)
+        made.append([Place(tokenizer.bos, valid=seen), *prompt, *answer])
+    return made, 1 + max(map(len, prompts)) + max(map(len, answers))
+
+
+def _joint_rows(samples: Sequence[Sample], tokenizer: Tokenizer, text: TextConfig) -> tuple[list[list[Place]], int]:
+    """The same with prompt and answer as one text; the original pads what is learnt from to max_txt_len."""
+    made = [joint_places(sample, tokenizer, text) for sample in samples]
+    learning = text.max_txt_len if any(map(_learns, samples)) else 0
+    return made, max(learning, *map(len, made))
+
+
+def joint_places(sample: Sample, tokenizer: Tokenizer, text: TextConfig) -> list[Place]:
+    """A whole row, BOS first: prompt and answer tokenised as one text without special tokens, the right end cut.
+
+    Targets begin where the prompt alone would end, so a piece that spans the border moves it. Where `end_sym` is EOS,
+    that is an id behind the text; anything else is part of the text.
+    """
+
+    def encode(words: str) -> list[int]:
+        return [tokenizer.bos, *tokenizer.encode(words, special=False)]
+
+    prompt = _wrap(sample.prompt, text, sample.input)
+    known = encode(prompt)
+    if not _learns(sample):
+        return [Place(i) for i in known]
+    if text.end_sym == tokenizer.eos_text:
+        ids = [*encode(prompt + sample.answer), tokenizer.eos]
+    else:
+        ids = encode(prompt + sample.answer + text.end_sym)
+    return [Place(i, loss_mask=place >= len(known) and i != NO_TARGET)
+            for place, i in enumerate(ids[:text.max_txt_len])]
 
 
 def prompt_places(sample: Sample, tokenizer: Tokenizer, text: TextConfig, image_tokens: int) -> list[Place]:
@@ -78,9 +122,9 @@ def prompt_places(sample: Sample, tokenizer: Tokenizer, text: TextConfig, image_
         return [Place(tokenizer.pad, k * image_tokens + j) for j in range(image_tokens)]
 
     prompt, *_ = _questions(sample)
-    if sample.images and not prompt:
+    if sample.images and image_tokens and not prompt + sample.input:
         return [place for k in range(len(sample.images)) for place in picture(k)]
-    first, *others = _wrap(prompt, text).split(PLACEHOLDER)
+    first, *others = _wrap(prompt, text, sample.input).split(PLACEHOLDER)
     places = words(first)
     for k, segment in enumerate(others):
         places += picture(k) + words(segment)
@@ -137,25 +181,50 @@ def _learns(sample: Sample) -> bool:
     return bool(sample.turns) or sample.answer is not None
 
 
-def _wrap(prompt: str, text: TextConfig) -> str:
+def _wrap(prompt: str, text: TextConfig, input: str = "") -> str:
+    """The prompt, and the input if there is one, in its template."""
+    if input:
+        before, between, after = text.input_template.split("{}")
+        return before + prompt + between + input + after
     return text.prompt_template.replace("{}", prompt) if text.prompt_template else prompt
 
 
-def _check(samples: Sequence[Sample], text: TextConfig) -> None:
+def _check(samples: Sequence[Sample], text: TextConfig, image_tokens: int) -> None:
     if not samples:
         raise ValueError("A batch needs at least one sample.")
     if text.prompt_template and text.prompt_template.count("{}") != 1:
         raise ValueError(f"prompt_template {text.prompt_template!r} must have one '{{}}', where the prompt goes.")
-    problems = []
+    if text.input_template and text.input_template.count("{}") != 2:
+        raise ValueError(f"input_template {text.input_template!r} must have two '{{}}', for the prompt and the input.")
+    if text.joint and image_tokens:
+        raise ValueError("joint = True is for models whose pictures take no places among the words; here a picture "
+                         f"takes {image_tokens}.")
+    unfit, apart = [], []
     for row, sample in enumerate(samples):
+        if text.joint and sample.turns:
+            unfit.append(f"row {row}: a conversation, but with joint = True a row is one prompt and one answer")
+        if sample.input and sample.turns:
+            unfit.append(f"row {row}: an input beside a conversation; write it into the first question")
+        elif sample.input and not text.input_template:
+            unfit.append(f"row {row}: an input, but the text settings have no input_template; write it into the prompt")
         prompt, *later = _questions(sample)
-        if (prompt or not sample.images) and prompt.count(PLACEHOLDER) != len(sample.images):
-            problems.append(f"row {row}: {prompt.count(PLACEHOLDER)} {PLACEHOLDER} for {len(sample.images)} pictures "
-                            f"in {prompt!r}")
-        problems += [f"row {row}: {PLACEHOLDER} in a later question, {question!r}"
-                     for question in later if PLACEHOLDER in question]
-    if problems:
-        raise ValueError(
-            "Pictures and placeholders do not agree:\n  " + "\n  ".join(problems)
-            + f"\nWrite one {PLACEHOLDER} for each picture, as in '<Img>{PLACEHOLDER}</Img> What is it?'; in a "
-            "conversation all of them into the first question.")
+        words = prompt + sample.input
+        if not image_tokens:
+            apart += [f"row {row}: {PLACEHOLDER} in {part!r}, but the pictures of this model take no places; leave it "
+                      "out" for part in (words, *later) if PLACEHOLDER in part]
+            continue
+        if (words or not sample.images) and words.count(PLACEHOLDER) != len(sample.images):
+            apart.append(f"row {row}: {words.count(PLACEHOLDER)} {PLACEHOLDER} for {len(sample.images)} pictures "
+                         f"in {words!r}")
+        apart += [f"row {row}: {PLACEHOLDER} in a later question, {question!r}"
+                  for question in later if PLACEHOLDER in question]
+    messages = []
+    if unfit:
+        messages.append("These rows do not fit the text settings:\n  " + "\n  ".join(unfit))
+    if apart:
+        messages.append("Pictures and placeholders do not agree:\n  " + "\n  ".join(apart))
+    if apart and image_tokens:
+        messages.append(f"Write one {PLACEHOLDER} for each picture, as in '<Img>{PLACEHOLDER}</Img> What is it?'; in a "
+                        "conversation all of them into the first question.")
+    if messages:
+        raise ValueError("\n".join(messages))

@@ -1,5 +1,6 @@
 """Inputs of ImageBind's towers. Their numbers: tests/parity."""
 
+import dataclasses
 import gzip
 import wave
 
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmjax.batch import Sample
 from mmjax.data import senses
 from mmjax.data.senses import WordTokenizer, clip_times, log_mel, mel_filters, random_box, read_wav, resample, sound
+from mmjax.models.imagebind import TINY
 
 RANDOM = np.random.default_rng(0)
 
@@ -190,3 +193,131 @@ def test_merges_that_do_not_fit_the_vocabulary(tmp_path):
     path.write_bytes(gzip.compress(b"header\nt h\n"))
     with pytest.raises(ValueError, match="holds 1 merges, but a vocabulary of 517 needs 3"):
         WordTokenizer(path, 517)
+
+
+# ---- rows ----
+
+CFG = TINY
+SIDE = CFG.vision.image_size
+
+
+def picture(height=40, width=30):
+    return RANDOM.integers(0, 256, (height, width, 3), np.uint8)
+
+
+def inputs(name, clips=2):
+    """What the tower of a sense takes, ready made."""
+    shapes = {"video": (clips, 3, CFG.vision.frames, SIDE, SIDE), "audio": (clips, *CFG.audio.input_shape),
+              "depth": CFG.depth.input_shape, "thermal": CFG.thermal.input_shape, "imu": CFG.imu.input_shape}
+    if name == "text":
+        return RANDOM.integers(0, CFG.text.vocab, CFG.text.input_shape)
+    return RANDOM.normal(size=shapes[name]).astype(np.float32)
+
+
+def test_every_sense_beside_a_picture():
+    pixels, given = picture(), {name: inputs(name) for name in senses.NAMES}
+    media, weights = senses.stack([Sample(images=[pixels], media=given)], CFG)
+    assert media.keys() == weights.keys() == {"image", *senses.NAMES}
+    np.testing.assert_array_equal(media["image"], senses.picture(pixels, SIDE)[None])
+    for name, array in given.items():
+        np.testing.assert_array_equal(media[name], array[None])
+        assert media[name].dtype == (np.int32 if name == "text" else np.float32)
+    assert all(weight.tolist() == [1] and weight.dtype == np.float32 for weight in weights.values())
+
+
+def test_rows_that_sense_different_things():
+    audio, depth = inputs("audio"), inputs("depth")
+    rows = [Sample(images=[picture()], media={"audio": audio}, weights={"audio": 0.5}), Sample(media={"depth": depth}),
+            Sample(prompt="Only words")]
+    media, weights = senses.stack(rows, CFG)
+    assert {name: weight.tolist() for name, weight in weights.items()} == {
+        "image": [1, 0, 1], "audio": [0.5, 0, 0], "depth": [0, 1, 0]}
+    np.testing.assert_array_equal(media["audio"], [audio, audio * 0, audio * 0])
+    np.testing.assert_array_equal(media["depth"], [depth * 0, depth, depth * 0])
+    assert np.abs(media["image"][0]).max() > 0 and not media["image"][1:].any()
+
+
+def test_raw_inputs_go_through_the_transforms(tmp_path):
+    frames, waveform = RANDOM.integers(0, 256, (12, 40, 30, 3), np.uint8), RANDOM.uniform(-1, 1, (1, 40_000))
+    wav = write_wav(tmp_path / "a.wav", (waveform * 32_000).astype("<i2").tobytes(), 2)
+    rows = [Sample(media={"video": (frames, 4.0), "audio": (waveform, 16_000)}), Sample(media={"audio": wav}),
+            Sample(media={"audio": str(wav)})]
+    media, _ = senses.stack(rows, CFG)
+    np.testing.assert_array_equal(media["video"][0], senses.video(frames, 4.0, SIDE, shown=CFG.vision.frames))
+    bins, length = CFG.audio.height, CFG.audio.width
+    np.testing.assert_array_equal(media["audio"][0], sound((waveform, 16_000), bins, length))
+    np.testing.assert_array_equal(media["audio"][1], sound(wav, bins, length))
+    np.testing.assert_array_equal(media["audio"][1], media["audio"][2])
+
+
+def test_ready_pictures_are_left_alone():
+    ready = RANDOM.normal(size=(3, SIDE, SIDE)).astype(np.float32)
+    random = np.random.default_rng(0)
+    for given in (None, random):
+        media, _ = senses.stack([Sample(images=[ready])], CFG, random=given)
+        np.testing.assert_array_equal(media["image"][0], ready)
+
+
+def test_crops_follow_their_generator(tmp_path):
+    pixels = picture()
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    rows = [Sample(images=[pixels]), Sample(images=[tmp_path / "a.png"])]
+    first, again, other = (
+        senses.stack(rows, CFG, random=np.random.default_rng(seed))[0]["image"] for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 0 and np.abs(first[0] - first[1]).max() > 0
+    box = random_box(np.random.default_rng(1), *pixels.shape[:2])
+    np.testing.assert_array_equal(first[0], senses.cropped_picture(pixels, box, SIDE))
+
+
+def test_text_in_words_and_in_ids(tmp_path):
+    path = tmp_path / senses.WORDS
+    path.write_bytes(gzip.compress(b"header\nt h\nth e</w>\nc a\nca t</w>\n"))
+    cfg = dataclasses.replace(CFG, text=dataclasses.replace(CFG.text, vocab=512 + 4 + 2))
+    ids = WordTokenizer(path, cfg.text.vocab).rows(["the cat"], cfg.text.context)[0]
+    media, _ = senses.stack([Sample(media={"text": "the cat"}), Sample(media={"text": ids})], cfg, path)
+    np.testing.assert_array_equal(media["text"], [ids, ids])
+
+
+def test_everything_that_cannot_be_used_is_named(tmp_path):
+    cfg = dataclasses.replace(CFG, thermal=None)
+    rows = [
+        Sample(images=[picture(), picture()], media={"smell": 1, "depth": inputs("depth").astype(int)}),
+        Sample(images=[tmp_path / "none.png"], media={"thermal": inputs("thermal"), "audio": inputs("audio")}),
+        Sample(media={"audio": inputs("audio", 3), "video": (np.zeros((2, 4, 4)), 4), "imu": inputs("imu")[:, 1:]}),
+        Sample(media={"text": "a cat", "video": inputs("video", 0)}, weights={"text": -1.0, "depth": 1.0}),
+        Sample(images=[np.zeros((3, 5, 5), np.float32)], media={"text": np.full(CFG.text.input_shape, CFG.text.vocab)}),
+        Sample(media={"text": np.zeros(3, int), "image": picture()}, weights={"image": float("nan")}),
+        Sample(media={"audio": tmp_path / "none.wav"}),
+    ]
+    with pytest.raises(ValueError) as error:
+        senses.stack(rows, cfg)
+    message = str(error.value)
+    for line in (
+        "row 0, image: 2 pictures, but a row takes one",
+        "row 0, smell: there is no such sense",
+        f"row 0, depth: must be float32[1,32,32], got int64{list(CFG.depth.input_shape)}",
+        f"row 1, image: No picture at {tmp_path / 'none.png'}",
+        "row 1, thermal: this model has no tower for it",
+        "row 2, audio: [3, 1, 26, 36], but row 1 has [2, 1, 26, 36]",
+        "row 2, video: A video must be uint8[N,H,W,3]",
+        "row 2, imu: must be float32[6,32], got float32[6, 31]",
+        f"row 3, text: the text tower's merges, {senses.WORDS}, are not among",
+        "row 3, video: must be float32[clips,3,2,28,28], got float32[0, 3, 2, 28, 28]",
+        "row 3, text: a weight of -1.0, but weights are finite and not negative",
+        "row 3, depth: a weight of 1.0, but nothing to weigh",
+        "row 4, image: must be float32[3,28,28], got float32[3, 5, 5]",
+        "row 4, text: ids must be from 0 to 39, got 40 to 40",
+        "row 5, text: must be a string or int[12], got int64[3]",
+        "row 5, image: there is no such sense (pictures go into `images`)",
+        "row 5, image: a weight of nan, but nothing to weigh",
+        f"row 6, audio: No sound at {tmp_path / 'none.wav'}",
+        "The senses of this model are image, video, audio, depth, imu, text.",
+    ):
+        assert line in message, line
+    assert message.count("\n") == 19
+
+
+def test_nothing_given_to_a_model_without_pictures():
+    with pytest.raises(ValueError, match="row 0, nothing: a picture of zeros would stand for it"):
+        senses.stack([Sample(prompt="Words")], dataclasses.replace(CFG, vision=None))

@@ -1,6 +1,7 @@
 """Rows of token ids: what the reference cases do not reach. Their ids, masks and targets: tests/parity."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -196,3 +197,97 @@ def test_crop_left_keeps_the_end_of_every_row():
         np.testing.assert_array_equal(getattr(whole, name), getattr(batch, name))
     with pytest.raises(ValueError, match="greater than max_new_tokens"):
         crop_left(batch, 0)
+
+
+# ---- prompt and answer as one text ----
+
+
+JOINT = TextConfig("Q: {} A:", "Q: {} ({}) A:", end_sym="</s>", joint=True, max_txt_len=40)
+
+
+def joint(*samples, text=JOINT, **options):
+    return rows(samples, TOKENIZER, text, 0, **options)
+
+
+def spelt(text):
+    return TOKENIZER.encode(text, special=False)
+
+
+def test_layout_of_a_joint_row():
+    batch = joint(Sample(images=["a"], prompt="What?", answer="A dog<s>."), length=40)
+    known, ids = [TOKENIZER.bos, *spelt("Q: What? A:")], [TOKENIZER.bos, *spelt("Q: What? A:A dog<s>."), TOKENIZER.eos]
+    np.testing.assert_array_equal(batch.tokens[0], ids + [TOKENIZER.pad] * (40 - len(ids)))
+    np.testing.assert_array_equal(batch.valid[0], np.arange(40) < len(ids))
+    np.testing.assert_array_equal(np.flatnonzero(batch.loss_mask[0]), np.arange(len(known), len(ids)))
+    assert (batch.soft_index == -1).all() and batch.padded_length == [40]
+
+
+def test_targets_begin_where_the_prompt_alone_would_end():
+    text = dataclasses.replace(JOINT, prompt_template="", end_sym="")
+    word = next(word for word in ("dog", "house", "picture", "the") if len(spelt(word)) <= len(spelt(word[:2])))
+    whole = word + " and a cat"
+    batch = joint(Sample(prompt=word[:2], answer=whole[2:]), text=text)
+    np.testing.assert_array_equal(batch.tokens[0], [TOKENIZER.bos, *spelt(whole)])
+    places = np.arange(1 + len(spelt(word[:2])), 1 + len(spelt(whole)))
+    np.testing.assert_array_equal(np.flatnonzero(batch.loss_mask[0]), places)
+
+
+def test_an_end_that_is_not_eos_is_part_of_the_text():
+    batch = joint(Sample(prompt="What?", answer="A dog."), text=dataclasses.replace(JOINT, end_sym="###"))
+    np.testing.assert_array_equal(batch.tokens[0], [TOKENIZER.bos, *spelt("Q: What? A:A dog.###")])
+
+
+@pytest.mark.parametrize("kept", [1, 5, 12])
+def test_a_joint_row_is_cut_as_a_whole(kept):
+    sample = Sample(prompt="What?", answer="A dog and a cat and a bird.")
+    whole, cut = joint(sample), joint(sample, text=dataclasses.replace(JOINT, max_txt_len=kept))
+    assert cut.tokens.shape == (1, kept) and cut.padded_length == [kept]
+    np.testing.assert_array_equal(cut.tokens, whole.tokens[:, :kept])
+    np.testing.assert_array_equal(cut.loss_mask, whole.loss_mask[:, :kept])
+
+
+def test_a_joint_prompt_to_be_continued_is_not_cut():
+    batch = joint(Sample(prompt="What?", input="a house"), text=dataclasses.replace(JOINT, max_txt_len=2))
+    np.testing.assert_array_equal(batch.tokens[0], [TOKENIZER.bos, *spelt("Q: What? (a house) A:")])
+    assert batch.padded_length == [batch.tokens.shape[1]]
+
+
+def test_the_unknown_piece_is_no_joint_target(monkeypatch):
+    monkeypatch.setattr(TOKENIZER._model, "encode", lambda text: [7] * len(text) if text == "x" else [7, 8, 0, 9])
+    batch = joint(Sample(prompt="x", answer="y"), text=TextConfig(joint=True, end_sym=""))
+    np.testing.assert_array_equal(batch.loss_mask, [[False, False, True, False, True]])
+
+
+def test_braces_in_a_prompt_stay():
+    batch = joint(Sample(prompt="{} or {}", input="{}"))
+    np.testing.assert_array_equal(batch.tokens[0], [TOKENIZER.bos, *spelt("Q: {} or {} ({}) A:")])
+
+
+def test_an_input_beside_pictures_that_take_places():
+    text = dataclasses.replace(TEXT, input_template="Q: {} ({}) A:")
+    batch = make(Sample(images=["a"], prompt="x <ImageHere>", input="y", answer="z"), text=text)
+    ids = [TOKENIZER.bos, *words("Q: x "), *[TOKENIZER.pad] * Q, *words(" (y) A:"), *words("z</s>")]
+    np.testing.assert_array_equal(batch.tokens[0], ids)
+
+
+def test_pictures_that_take_no_places_leave_no_trace_in_a_row():
+    text = dataclasses.replace(TEXT, prompt_template="Q: {} A:")
+    seeing, blind = (rows([Sample(images=images, prompt=prompt, answer="x") for prompt in ("", "<image> y")],
+                          TOKENIZER, text, 0) for images in (["a"], []))
+    for name in FIELDS:
+        np.testing.assert_array_equal(getattr(seeing, name), getattr(blind, name), name)
+
+
+@pytest.mark.parametrize(("sample", "text", "image_tokens", "message"), [
+    (Sample(turns=[("a", "b")]), JOINT, 0, "row 1: a conversation, but with joint = True"),
+    (Sample(turns=[("a", "b")], input="c"), TEXT, 0, "row 1: an input beside a conversation"),
+    (Sample(prompt="a", input="c"), TEXT, 0, "row 1: an input, but the text settings have no input_template"),
+    (Sample(images=["p"], prompt="<ImageHere> a"), JOINT, 0, "row 1: <ImageHere> in '<ImageHere> a', but the pictures"),
+    (Sample(prompt="a", input="<ImageHere>"), JOINT, 0, "row 1: <ImageHere> in 'a<ImageHere>', but the pictures"),
+    (Sample(turns=[("a", "b"), ("<ImageHere>", "d")]), TEXT, 0, "row 1: <ImageHere> in '<ImageHere>', but"),
+    (Sample(prompt="a"), JOINT, 3, "joint = True is for models whose pictures take no places"),
+    (Sample(prompt="a"), dataclasses.replace(JOINT, input_template="{}"), 0, "must have two '{}'"),
+])
+def test_rows_that_do_not_fit_the_settings(sample, text, image_tokens, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        rows([Sample(prompt="fine", answer="x"), sample], TOKENIZER, text, image_tokens)
