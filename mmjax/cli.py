@@ -72,8 +72,8 @@ def generate(
         checkpoint: converted checkpoint or run folder
         prompt: the question; MiniGPT-4's pictures are put in front of it unless it says where with <ImageHere>
         image: picture files
-        media: other senses of ImageBind-LLM by name: audio FILE.wav, text WORDS, or an array in a FILE.npy (video, depth,
-            thermal, imu)
+        media: other senses of ImageBind-LLM by name: audio FILE.wav, text WORDS, or an array in a FILE.npy (video,
+            depth, thermal, imu)
         weights: of the senses in their mix, by name: image 1.0 audio 0.5
         max_new_tokens: longest answer
         temperature: 0 takes the best word, above 0 draws

@@ -31,6 +31,8 @@ class GenerateConfig:
     do_sample:          draw the next id instead of taking the best one
     temperature:        divides the scores before drawing; 0 means greedy, whatever `do_sample` says
     top_k, top_p:       draw from the k best ids (0: all) and from the fewest ids that hold a share p of the probability
+    top_p_inclusive:    by LLaMA's own rule: an id stays if those before it hold a share p at most. It keeps more than
+                        Hugging Face's where they hold exactly p, and of ids that tie at the border only as many as fit
     repetition_penalty: divides positive and multiplies negative scores of ids already written; works on logits, in beam
                         search on log-probabilities
     length_penalty:     a finished beam scores its summed log-probability / length ** length_penalty
@@ -50,6 +52,7 @@ class GenerateConfig:
     temperature: float = 1.0
     top_k: int = 50
     top_p: float = 1.0
+    top_p_inclusive: bool = False
     repetition_penalty: float = 1.0
     length_penalty: float = 1.0
     min_length: int = 1
@@ -188,6 +191,15 @@ def top_p(scores: jax.Array, p: float) -> jax.Array:
     return jnp.where(scores < lowest, -jnp.inf, scores)
 
 
+def top_p_inclusive(scores: jax.Array, p: float) -> jax.Array:
+    """-inf for an id if the probabilities of those before it, best first, exceed p together (LLaMA's sample_top_p)."""
+    order = jnp.argsort(scores, axis=-1, descending=True)
+    best = jnp.take_along_axis(jax.nn.softmax(scores, axis=-1), order, axis=-1)
+    kept = jnp.cumsum(best, axis=-1) - best <= p
+    kept = jnp.put_along_axis(jnp.zeros(scores.shape, bool), order, kept, axis=-1, inplace=False)
+    return jnp.where(kept, scores, -jnp.inf)
+
+
 def penalised(config: GenerateConfig, scores: jax.Array, sequences: jax.Array, length: jax.Array) -> jax.Array:
     """What every strategy does to scores [...,V], given the first `length` ids of sequences [...,W]."""
     if config.repetition_penalty != 1:
@@ -203,7 +215,9 @@ def filtered(config: GenerateConfig, scores: jax.Array) -> jax.Array:
     scores = scores / config.temperature
     if config.top_k > 0:
         scores = top_k(scores, config.top_k)
-    return top_p(scores, config.top_p) if config.top_p < 1 else scores
+    if config.top_p < 1:
+        scores = (top_p_inclusive if config.top_p_inclusive else top_p)(scores, config.top_p)
+    return scores
 
 
 def ends_with(sequences: jax.Array, length: jax.Array | int, stop: tuple[tuple[int, ...], ...]) -> jax.Array:

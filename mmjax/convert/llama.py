@@ -14,7 +14,7 @@ import numpy as np
 
 from mmjax.convert import safetensors, torch_file
 from mmjax.convert.lazy import LazyTensor, WeightFileError
-from mmjax.convert.tables import Computed, Entry, Problems, expand, flat, read_json, reason
+from mmjax.convert.tables import Computed, Entry, Ignored, Problems, expand, flat, read_json, reason
 from mmjax.models.llama import LlamaConfig
 from mmjax.tokenizer import Tokenizer
 
@@ -84,6 +84,8 @@ class Release:
     files:      the weight files, for fingerprints
     tokenizer:  the folder whose tokenizer belongs to it
     generation: {"bos_token_id", "eos_token_id", "pad_token_id"}
+    entries:    what its tensors become
+    ignored:    which of them are left out, and why
     """
 
     files: tuple[Path, ...]
@@ -91,6 +93,8 @@ class Release:
     cfg: LlamaConfig
     generation: dict[str, Any]
     tokenizer: Path
+    entries: list[Entry]
+    ignored: Ignored
 
 
 def open_release(folder: Path, delta: Path | None, problems: Problems) -> Release | None:
@@ -120,19 +124,20 @@ def open_release(folder: Path, delta: Path | None, problems: Problems) -> Releas
             rows = tensors["model.embed_tokens.weight"].shape[0]
             if rows > cfg.vocab:  # only a delta may add words: config.json is the base's
                 cfg = dataclasses.replace(cfg, vocab=rows)
-    check_vocabulary(tokenizer, cfg, tensors, problems)
+    check_vocabulary(tokenizer, cfg.vocab, "model.embed_tokens.weight", tensors, "config.json", problems)
     if cfg.tied and "lm_head.weight" in tensors and "model.embed_tokens.weight" in tensors:
         if not np.array_equal(tensors["lm_head.weight"].read(), tensors["model.embed_tokens.weight"].read()):
             problems.append(f"{folder}: config.json says tie_word_embeddings, but lm_head.weight is not the same "
                             "matrix as model.embed_tokens.weight. Correct whichever is wrong.")
-    return Release(tuple(files), tensors, cfg, generation_ids(folder, problems), tokenizer)
+    return Release(tuple(files), tensors, cfg, generation_ids(folder, problems), tokenizer, entries(cfg), ignored(cfg))
 
 
 def read_config(folder: Path, problems: Problems) -> LlamaConfig | None:
     """config.json, in its old and new spelling. Every field that asks for something else than LLaMA is a problem."""
     path = folder / "config.json"
     if not path.is_file():
-        problems.append(f"{folder} has no config.json; --llama wants a folder as transformers saves it.")
+        problems.append(f"{folder} has neither config.json nor params.json; --llama wants a folder as transformers "
+                        "saves it, or as Meta ships it.")
         return None
     values = read_json(path, problems)
     missing = [name for name in FIELDS if not isinstance(values.get(name), int) or values[name] <= 0]
@@ -196,9 +201,7 @@ def read_tensors(folder: Path, problems: Problems) -> tuple[list[Path], dict[str
     if index is None:
         single = next((folder / name for name in SINGLE if (folder / name).is_file()), None)
         if single is None:
-            meta = " It is in Meta's own format; transformers' convert_llama_weights_to_hf.py makes the folder we read."
-            problems.append(f"{folder} holds no weights: none of {', '.join(INDEXES + SINGLE)} is there."
-                            + meta * (folder / "params.json").is_file())
+            problems.append(f"{folder} holds no weights: none of {', '.join(INDEXES + SINGLE)} is there.")
             return [], {}
         return [single], read_file(single, problems)
     where = read_json(index, problems).get("weight_map", {})
@@ -270,19 +273,20 @@ def _sum(base: LazyTensor, delta: LazyTensor) -> np.ndarray:
     return result
 
 
-def check_vocabulary(folder: Path, cfg: LlamaConfig, tensors: Mapping[str, Any], problems: Problems) -> None:
-    """Embedding rows, config.json and tokenizer must agree.
+def check_vocabulary(folder: Path, said: int, key: str, tensors: Mapping[str, Any], source: str,
+                     problems: Problems) -> None:
+    """The rows of the embedding `key`, the size that `source` says, and the tokenizer in `folder` must agree.
 
     More rows than words is legal only as padding to a multiple of 64; fewer rows never is, because a word without a
     row would silently read another one's.
     """
-    table = tensors.get("model.embed_tokens.weight")
+    table = tensors.get(key)
     if table is None:
         return  # reported as missing
     rows = table.shape[0]
     hint = "Released models differ here (32000 or 32001 words): take all files from the same release."
-    if rows != cfg.vocab:
-        problems.append(f"model.embed_tokens.weight has {rows} rows, config.json says vocab_size {cfg.vocab}. {hint}")
+    if rows != said:
+        problems.append(f"{key} has {rows} rows, {source} says vocab_size {said}. {hint}")
     if not _has_tokenizer(folder):
         problems.append(f"{folder} has neither tokenizer.model nor tokenizer.json. Copy the tokenizer files of the "
                         "release into it.")
@@ -293,10 +297,10 @@ def check_vocabulary(folder: Path, cfg: LlamaConfig, tensors: Mapping[str, Any],
         problems.append(str(error))
         return
     if rows < words:
-        problems.append(f"model.embed_tokens.weight has {rows} rows, the tokenizer in {folder} has {words} words, "
+        problems.append(f"{key} has {rows} rows, the tokenizer in {folder} has {words} words, "
                         f"added tokens included. {hint}")
     elif rows > words and rows != -(-words // PADDED_VOCABULARY) * PADDED_VOCABULARY:
-        problems.append(f"model.embed_tokens.weight has {rows} rows, the tokenizer in {folder} has only {words} words, "
+        problems.append(f"{key} has {rows} rows, the tokenizer in {folder} has only {words} words, "
                         f"added tokens included. {hint}")
 
 

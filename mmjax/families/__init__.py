@@ -9,9 +9,9 @@ from typing import Any
 import jax
 
 from mmjax import trees
-from mmjax.families import imagebind_llm, llama, minigpt4
+from mmjax.families import imagebind_llm, llama, llama_adapter, minigpt4
 
-FAMILIES = {"minigpt4": minigpt4, "imagebind_llm": imagebind_llm, "llama": llama}
+FAMILIES = {"minigpt4": minigpt4, "imagebind_llm": imagebind_llm, "llama_adapter": llama_adapter, "llama": llama}
 
 
 def shapes(family: str, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:

@@ -81,16 +81,22 @@ class RMSNorm(nn.Module):
         return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU, by the error function."""
+    return jax.nn.gelu(x, approximate=False)
+
+
 class FeedForward(nn.Module):
-    """fc2(gelu(fc1(x))) with biases and the exact GELU; F = `hidden`."""
+    """fc2(activation(fc1(x))) with biases; F = `hidden`."""
 
     hidden: int
+    activation: Callable[[jax.Array], jax.Array] = gelu
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         D, F = x.shape[-1], self.hidden
         h = Project((D, F), use_bias=True, name="fc1")("BTD,DF->BTF", x)
-        return Project((F, D), use_bias=True, name="fc2")("BTF,FD->BTD", jax.nn.gelu(h, approximate=False))
+        return Project((F, D), use_bias=True, name="fc2")("BTF,FD->BTD", self.activation(h))
 
 
 def attend(
@@ -113,6 +119,54 @@ def attend(
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = drop(jax.nn.softmax(scores, axis=-1).astype(v.dtype))
     return einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
+
+
+class SelfAttention(nn.Module):
+    """Every token sees every other. Queries, keys and values come from one matrix, with biases. [B,T,D] -> [B,T,D]."""
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        D, N = x.shape[-1], self.heads
+        H = D // N
+        q, k, v = jnp.moveaxis(Project((D, 3, N, H), use_bias=True, name="qkv")("BTD,DSNH->BTSNH", x), 2, 0)
+        return Project((N, H, D), contracted=2, use_bias=True, name="o")("BTNH,NHD->BTD", attend(q, k, v))
+
+
+class Block(nn.Module):
+    """The pre-norm block of a plain ViT (Dosovitskiy et al. 2020); it takes and gives what `nn.scan` asks for."""
+
+    heads: int
+    hidden: int
+    eps: float
+    activation: Callable[[jax.Array], jax.Array] = gelu
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
+        x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+        x = x + SelfAttention(self.heads, name="attn")(LayerNorm(self.eps, name="norm1")(x))
+        x = x + FeedForward(self.hidden, self.activation, name="mlp")(LayerNorm(self.eps, name="norm2")(x))
+        return x, None
+
+
+BLOCKS_AXES = (  # of `Block`s stacked as "blocks"
+    (r"blocks/norm[12]/(scale|bias)", ("layer", "embed")),
+    (r"blocks/attn/qkv/w", ("layer", "embed", "qkv", "heads", "head")),
+    (r"blocks/attn/qkv/b", ("layer", "qkv", "heads", "head")),
+    (r"blocks/attn/o/w", ("layer", "heads", "head", "embed")),
+    (r"blocks/mlp/fc1/w", ("layer", "embed", "ff")),
+    (r"blocks/mlp/fc1/b", ("layer", "ff")),
+    (r"blocks/mlp/fc2/w", ("layer", "ff", "embed")),
+    (r"blocks/(attn/o|mlp/fc2)/b", ("layer", "embed")),
+)
+
+
+def blocks(depth: int, heads: int, hidden: int, eps: float,
+           activation: Callable[[jax.Array], jax.Array] = gelu) -> nn.Module:
+    """`depth` of them as one module named "blocks", scanned over stacked weights: [B,T,D] -> ([B,T,D], None)."""
+    stacked = nn.scan(Block, variable_axes={"params": 0, "intermediates": 0}, split_rngs={"params": True}, length=depth)
+    return stacked(heads, hidden, eps, activation, name="blocks")
 
 
 def unit(x: jax.Array) -> jax.Array:

@@ -42,7 +42,7 @@ class LlamaConfig:
     lora_dropout: float = 0.05
     lora_on: tuple[str, ...] = ("q", "v")  # of q, k, v, o, gate, up, down
     bias_on: tuple[str, ...] = ()  # likewise; these biases start at zero
-    injection: str = ""  # "": none, "head": prompts through a gate a head, "layer" or "shared": a vector through scalars
+    injection: str = ""  # "": none, "head": prompts through a gate a head, "layer", "shared": a vector through scalars
     gate_tanh: bool = True  # False: head gates as they are, as LLaMA-Adapter v1's inference code reads them
     new_gate: bool = False  # one more factor a layer on the head gates (LLaMA-Adapter v2)
 
@@ -231,7 +231,7 @@ class Llama(nn.Module):
 
         With a cache ({"k", "v": [L,B,S,K,H]}) this call's keys and values go to the slots start .. start+T-1, and the
         queries read all S slots through the mask.
-        injection: [L,B,P,D], for every layer its prompts, or its vector (P = 1); zeros are nothing; None for none at all
+        injection: [L,B,P,D], for every layer its prompts, or its vector (P = 1); zeros are nothing; None is none at all
         """
         if injection is not None:
             injection = injection.astype(x.dtype)

@@ -1,13 +1,15 @@
-"""Released files to convert: the golden set's, copies of them with a change, and a made-up language model."""
+"""Released files to convert: the golden sets', copies of them with a change, and a made-up language model."""
 
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from mmjax import weights
-from mmjax.convert import torch_file
+from mmjax.convert import convert, torch_file
+from mmjax.convert.tables import ConversionError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "minigpt4"
 CKPT = GOLDEN / "ckpt"
@@ -19,6 +21,13 @@ NO_QFORMER = {"vit": CKPT / "eva_vit.pth", "llama": CKPT / "llama_hf", "projecto
               "arch": ARCH}
 V2 = {"vit": CKPT / "eva_vit.pth", "llama": CKPT / "llama_hf", "projector": CKPT / "minigpt_v2.pth",
       "lora": CKPT / "minigpt_v2.pth", "arch": ARCH}
+
+IMAGEBIND = Path(__file__).parents[1] / "golden" / "imagebind_llm"
+IMAGEBIND_LLM = {"imagebind": IMAGEBIND / "imagebind.pth", "llama": IMAGEBIND / "llama_meta",
+                 "arch": IMAGEBIND / "config.json"}
+_BASE, _V2 = {"llama": IMAGEBIND / "llama_meta", "arch": IMAGEBIND / "config.json"}, IMAGEBIND / "cases" / "adapter_v2"
+ADAPTER_V1 = _BASE | {"adapter": IMAGEBIND / "adapter_v1.pth"}
+ADAPTER_V2 = _BASE | {"adapter": _V2 / "adapter_v2.pth", "clip": _V2 / "clip_visual.pth"}
 
 
 def tensors(path: Path) -> dict[str, np.ndarray]:
@@ -70,3 +79,26 @@ def assert_same(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> 
     for key, value in expected.items():
         assert got[key].dtype == value.dtype, key
         np.testing.assert_array_equal(got[key], value, err_msg=key)
+
+
+def refused(tmp_path: Path, function=convert.minigpt4, **arguments) -> str:
+    """The message of the refusal; nothing may be left beside what was there."""
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(ConversionError) as error:
+        function(out=tmp_path / "out", **arguments)
+    assert set(tmp_path.rglob("*")) == before
+    return str(error.value)
+
+
+def described(out: Path) -> dict:
+    """The card of a converted checkpoint."""
+    return json.loads((out / "config.json").read_text())
+
+
+def meta_folder(folder: Path, source: Path = IMAGEBIND / "llama_meta", **params) -> Path:
+    """A copy of a folder of Meta's with its tokenizer in it, and fields of params.json changed, or removed by None."""
+    shutil.copytree(source, folder)
+    shutil.copyfile(IMAGEBIND / "tokenizer.model", folder / "tokenizer.model")
+    values = json.loads((folder / "params.json").read_text()) | params
+    (folder / "params.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+    return folder

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -7,9 +8,10 @@ import numpy as np
 import pytest
 
 from mmjax import weights
+from mmjax.config import TextConfig
 from mmjax.convert import convert, minigpt4, torch_file
 from mmjax.convert.lazy import WeightFileError
-from mmjax.convert.tables import Computed, ConversionError, Problems
+from mmjax.convert.tables import Computed, Problems
 from tests.convert.released import (
     ARCH,
     CKPT,
@@ -17,25 +19,14 @@ from tests.convert.released import (
     NO_QFORMER,
     V2,
     assert_same,
+    described,
     edited,
     llama_folder,
     llama_tensors,
     params,
+    refused,
     tensors,
 )
-
-
-def refused(tmp_path, function=convert.minigpt4, **arguments) -> str:
-    """The message of the refusal; nothing may be left beside what was there."""
-    before = set(tmp_path.rglob("*"))
-    with pytest.raises(ConversionError) as error:
-        function(out=tmp_path / "out", **arguments)
-    assert set(tmp_path.rglob("*")) == before
-    return str(error.value)
-
-
-def described(out):
-    return json.loads((out / "config.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +84,7 @@ def test_v2(converted):
     config, held = described(converted / "v2"), params(converted / "v2")
     assert config["architecture"]["vit"]["image_size"] == 84
     assert (config["architecture"]["llama"]["lora_rank"], config["architecture"]["llama"]["lora_alpha"]) == (4, 16.0)
-    assert config["text"] == {"prompt_template": "", "end_sym": "</s>", "max_txt_len": 1024,
-                              "max_context_len": 3800}
+    assert config["text"] == dataclasses.asdict(TextConfig(end_sym="</s>", max_txt_len=1024))
     key = "llama_model.base_model.model.model.layers.2.self_attn.v_proj.lora_B.weight"
     np.testing.assert_array_equal(held["llama/layers/attn/v/lora_b"][2].reshape(4, 64), tensors(V2["lora"])[key].T)
 

@@ -7,7 +7,21 @@ import pytest
 from mmjax.convert import convert, torch_file
 from mmjax.convert.export import export
 from mmjax.convert.tables import ConversionError
-from tests.convert.released import CKPT, MINIGPT4, V2, assert_same, llama_tensors, params, tensors
+from mmjax.families import config_from_dict, imagebind_llm
+from tests.convert.released import (
+    ADAPTER_V1,
+    ADAPTER_V2,
+    CKPT,
+    IMAGEBIND,
+    IMAGEBIND_LLM,
+    MINIGPT4,
+    V2,
+    assert_same,
+    described,
+    llama_tensors,
+    params,
+    tensors,
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +83,7 @@ def test_trained_parameters_take_the_checkpoints_place(checkpoints, tmp_path):
 def test_refusals(checkpoints, tmp_path):
     with pytest.raises(ConversionError, match="projector/w is missing"):
         export(checkpoints / "fresh", "projector", tmp_path / "new.pth")
-    with pytest.raises(ConversionError, match="has no part 'qformer'; it has llama, projector, vit"):
+    with pytest.raises(ConversionError, match="has no part 'qformer'; it has llama, llama-meta, projector, vit"):
         export(checkpoints / "v2", "qformer", tmp_path / "new.pth")
     with pytest.raises(ConversionError, match=r"projector/b has shape \[3\], expected \[64\]"):
         export(checkpoints / "minigpt4", "projector", tmp_path / "new.pth", trained={"projector/b": np.zeros(3)})
@@ -79,3 +93,85 @@ def test_refusals(checkpoints, tmp_path):
     (tmp_path / "mine.pth").write_text("precious")
     with pytest.raises(FileExistsError):
         export(checkpoints / "minigpt4", "projector", tmp_path / "mine.pth")
+
+
+# ------------------------------------------------------------------------------ ImageBind-LLM and LLaMA-Adapter
+
+
+BASE = IMAGEBIND / "llama_meta" / "consolidated.00.pth"
+STRAY = ("image_bind.", "prefix_projector_norm.", "llma.layers.0.attention.wk", "rope")
+
+
+@pytest.mark.parametrize("checkpoint, part, source, count", [
+    ("finetune", "adapter", IMAGEBIND / "adapter.pth", 104),
+    ("pretrain", "adapter", IMAGEBIND / "adapter_pretrain.pth", 19),
+    ("legacy", "adapter", IMAGEBIND / "adapter_legacy.pth", 32),
+    ("article", "bind", IMAGEBIND / "bind_network.pth", 14),
+    ("pretrain", "bind", IMAGEBIND / "bind_network.pth", 14),
+    ("finetune", "imagebind", IMAGEBIND / "imagebind.pth", 211),
+    ("v1", "adapter", ADAPTER_V1["adapter"], 5),
+    ("v2", "adapter", ADAPTER_V2["adapter"], 127),
+    ("v2", "clip", ADAPTER_V2["clip"], 32),
+    ("finetune", "llama-meta", BASE, 39),  # the norms are the base's own, not the adapter's
+    ("legacy", "llama-meta", BASE, 39),
+    ("token", "llama-meta", BASE, 39),
+    ("v2", "llama-meta", BASE, 39),
+])
+def test_adapted_models_come_back_bit_equal(adapted, tmp_path, checkpoint, part, source, count):
+    export(adapted / checkpoint, part, tmp_path / "new")
+    file = tmp_path / "new" / "consolidated.00.pth" if part == "llama-meta" else tmp_path / "new"
+    original = {key.replace("llma.", "llama."): value for key, value in tensors(source).items()
+                if not key.startswith(STRAY)}
+    assert len(original) == count
+    assert_same(tensors(file), original)
+    kinds = ({key: value for key, value in torch_file.load(path).items() if key in ("model", "config")}
+             for path in (file, source))
+    new, old = ({key: key == "model" or value for key, value in kind.items()} for kind in kinds)
+    assert new == old  # wrapped alike, and v2's settings beside the tensors
+
+
+def test_a_transformers_folder_holds_the_bases_norms_and_no_merges(adapted, tmp_path):
+    export(adapted / "finetune", "llama", tmp_path / "hf")
+    np.testing.assert_array_equal(llama_tensors(tmp_path / "hf")["model.norm.weight"], tensors(BASE)["norm.weight"])
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == {
+        "config.json", "generation_config.json", "pytorch_model.bin.index.json", "tokenizer.model",
+        "pytorch_model-00001-of-00001.bin"}
+
+
+def test_token_form_there_and_back(adapted, tmp_path):
+    gate = np.arange(4, dtype=np.float32)[:, None]
+    export(adapted / "token", "adapter", tmp_path / "token.pth", trained={"llama/layers/gate": gate})
+    written, original = tensors(tmp_path / "token.pth"), tensors(IMAGEBIND / "adapter.pth")
+    np.testing.assert_array_equal(written.pop("gate"), gate[:, 0])
+    assert_same(written, {key: value for key, value in original.items()
+                          if key != "prefix_query.weight" and not key.endswith(".gate")})
+    convert.imagebind_llm(out=tmp_path / "out", **IMAGEBIND_LLM, adapter=tmp_path / "token.pth", injection="token")
+    assert described(tmp_path / "out")["fresh"] == []
+    assert_same(params(tmp_path / "out"), params(adapted / "token") | {"llama/layers/gate": gate})
+
+
+def test_what_a_finetuning_run_adds(adapted, tmp_path):
+    """A checkpoint without LoRA, and a run that trained LoRA, biases and norms on top of it."""
+    cfg = config_from_dict(imagebind_llm.Config, described(adapted / "pretrain")["architecture"])
+    trained = {path: value for path, value in params(adapted / "finetune").items()
+               if path.endswith(("/lora_a", "/lora_b", "q/b", "o/b", "gate/b", "up/b", "down/b", "norm/scale"))
+               and path.startswith("llama/")}
+    config = imagebind_llm.with_phase(cfg, "finetune")
+    export(adapted / "pretrain", "adapter", tmp_path / "new.pth", trained=trained, config=config)
+    written, both = tensors(tmp_path / "new.pth"), [tensors(IMAGEBIND / f"adapter{name}.pth") for name in
+                                                    ("", "_pretrain")]
+    assert_same(written, both[0] | both[1])
+    export(adapted / "pretrain", "llama-meta", tmp_path / "meta", trained=trained, config=config)
+    np.testing.assert_array_equal(tensors(tmp_path / "meta" / "consolidated.00.pth")["norm.weight"],
+                                  tensors(BASE)["norm.weight"])
+
+
+def test_parts(adapted, tmp_path):
+    for checkpoint, parts in {"finetune": "llama, llama-meta, adapter, bind, imagebind",
+                              "legacy": "llama, llama-meta, adapter, imagebind",  # the article has no such network
+                              "v1": "llama, llama-meta, adapter", "v2": "llama, llama-meta, adapter, clip"}.items():
+        with pytest.raises(ConversionError, match=f"has no part 'vit'; it has {parts}\\."):
+            export(adapted / checkpoint, "vit", tmp_path / "new.pth")
+    with pytest.raises(ConversionError, match="query is missing"):
+        export(adapted / "article", "adapter", tmp_path / "new.pth")
+    assert not list(tmp_path.iterdir())

@@ -39,7 +39,7 @@ def two_pictures():
 
 
 def encode(batch):
-    return compiled(tiny.MINIGPT4, "encode")(params(), batch)
+    return compiled(tiny.MINIGPT4, "encode")(params(), batch)[0]
 
 
 @pytest.mark.parametrize("index", [

@@ -1,5 +1,6 @@
 """Every preset at its real size, through `jax.eval_shape`: nothing is allocated."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -11,12 +12,14 @@ from jax.sharding import AbstractMesh, AxisType
 
 from mmjax import sharding, trees
 from mmjax.families import FAMILIES, shapes
+from mmjax.models import llama
 
 PRESETS = [(family, preset) for family, module in FAMILIES.items() for preset in module.PRESETS]
 REAL = [pair for pair in PRESETS if pair[1] != "tiny"]
 each_preset = pytest.mark.parametrize(("family", "preset"), PRESETS, ids=map("/".join, PRESETS))
 
 LLAMA_7B, LLAMA_13B = 6_738_415_616, 13_015_864_320  # as published
+IMAGEBIND_HUGE = 1_200_781_057 + 4  # as published, and four factors that are buffers there
 
 
 @functools.cache
@@ -31,8 +34,9 @@ def count(paths):
 def llama_size(c):
     attention = 2 * c.dim * c.heads * c.head_dim + 2 * c.dim * c.kv_heads * c.head_dim
     lora = c.lora_rank * (2 * c.dim + c.heads * c.head_dim + c.kv_heads * c.head_dim)
+    gates = {"": 0, "head": c.heads * c.depth, "layer": c.depth, "shared": 1}[c.injection]
     ends = c.vocab * c.dim * (1 if c.tied else 2) + c.dim
-    return c.depth * (attention + 3 * c.dim * c.hidden + 2 * c.dim + lora) + ends
+    return c.depth * (attention + 3 * c.dim * c.hidden + 2 * c.dim + lora) + ends + gates
 
 
 def vit_size(c):
@@ -51,16 +55,55 @@ def qformer_size(c, width):
     return c.queries * c.dim + 2 * c.dim + c.depth * (attention + feed_forward) + crossing * cross
 
 
+def bind_size(c):
+    return c.inputs * c.dim + c.dim + c.depth * (3 * c.dim * c.hidden + c.dim)
+
+
+def vit_blocks_size(c):
+    attention = 4 * (c.dim**2 + c.dim)
+    feed_forward = 2 * c.dim * c.hidden + c.hidden + c.dim
+    return c.depth * (attention + feed_forward + 4 * c.dim)
+
+
+def clip_size(c):
+    ends = 3 * c.patch**2 * c.dim + c.dim + (1 + c.grid**2) * c.dim + 4 * c.dim + c.dim * c.out
+    return vit_blocks_size(c) + ends
+
+
+def visual_size(c, cfg):
+    into = cfg.clip.out * c.dim + 3 * c.dim + cfg.query_len * c.dim
+    return vit_blocks_size(c) + into + c.dim * cfg.llama.dim + 3 * cfg.llama.dim
+
+
+def minigpt4_sizes(cfg):
+    width = cfg.qformer.dim if cfg.qformer else 4 * cfg.vit.dim
+    sizes = {"vit": vit_size(cfg.vit), "ln_vision": 2 * cfg.vit.dim,
+             "projector": width * cfg.llama.dim + cfg.llama.dim}
+    return sizes | ({"qformer": qformer_size(cfg.qformer, cfg.vit.dim)} if cfg.qformer else {})
+
+
+def imagebind_llm_sizes(cfg):
+    # the towers' own test counts them; here they are held to the file as it was published
+    towers = shapes("imagebind_llm", cfg)
+    towers = count({path: shape for path, shape in towers.items() if path.startswith("imagebind/")})
+    assert cfg.imagebind.vision.depth < 32 or towers == IMAGEBIND_HUGE
+    query = {"query": cfg.query_layers * cfg.llama.dim} if cfg.llama.injection == "head" else {}
+    return {"imagebind": towers, "bind": bind_size(cfg.bind)} | query
+
+
+def llama_adapter_sizes(cfg):
+    sizes = {"query": cfg.query_layers * cfg.query_len * cfg.llama.dim}
+    return sizes | ({"clip": clip_size(cfg.clip), "visual": visual_size(cfg.visual, cfg)} if cfg.clip else {})
+
+
+SIZES = {"minigpt4": minigpt4_sizes, "imagebind_llm": imagebind_llm_sizes, "llama_adapter": llama_adapter_sizes,
+         "llama": lambda cfg: {}}
+
+
 @each_preset
 def test_parameter_count(family, preset):
     cfg = FAMILIES[family].PRESETS[preset]
-    expected = {"llama": llama_size(cfg.llama)}
-    if family == "minigpt4":
-        expected |= {"vit": vit_size(cfg.vit), "ln_vision": 2 * cfg.vit.dim}
-        if cfg.qformer:
-            expected["qformer"] = qformer_size(cfg.qformer, cfg.vit.dim)
-        width = cfg.qformer.dim if cfg.qformer else 4 * cfg.vit.dim
-        expected["projector"] = width * cfg.llama.dim + cfg.llama.dim
+    expected = {"llama": llama_size(cfg.llama)} | SIZES[family](cfg)
     found = {}
     for path, shape in parameters(family, preset).items():
         part = path.split("/")[0]
@@ -95,8 +138,15 @@ def test_each_parameter_is_described_by_one_line_of_axes(family, preset):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_line_of_axes_is_idle(family):
     paths = {path for preset in FAMILIES[family].PRESETS for path in parameters(family, preset)}
-    if family == "llama":  # LoRA stands in no preset of its own
-        paths |= {path for path in parameters("minigpt4", "minigpt-v2-7b") if path.startswith("llama/")}
+    # what can be added to a LLaMA stands in no preset of its own
+    added = [dataclasses.replace(llama.TINY, injection=form, new_gate=True, lora_rank=2, lora_on=matrices,
+                                 bias_on=matrices)
+             for form in ("head", "layer", "shared") for matrices in [("q", "k", "v", "o", "gate", "up", "down")]]
+    paths |= {path for cfg in added for path in shapes("llama", FAMILIES["llama"].Config(cfg))}
+    if family == "imagebind_llm":  # nor does the bind network's older form
+        tiny = FAMILIES[family].PRESETS["tiny"]
+        legacy = dataclasses.replace(tiny, bind=dataclasses.replace(tiny.bind, legacy=True))
+        paths |= shapes(family, legacy).keys()
     idle = [pattern for pattern, _ in FAMILIES[family].AXES if not any(re.fullmatch(pattern, path) for path in paths)]
     assert idle == []
 
@@ -107,11 +157,26 @@ def test_trained_rules_match(family, preset):
     rules = FAMILIES[family].TRAINED
     if preset == "minigpt-v2-7b":
         rules = (*rules, "llama/.*/lora_[ab]")
-    tree = trees.unflatten(parameters(family, preset))
-    trained = {path for path, is_trained in trees.flatten(trees.mask(tree, rules)).items() if is_trained}
+    paths = parameters(family, preset)
+    trained = trees.flatten(trees.mask(trees.unflatten(paths), rules))
     lora = {f"llama/layers/attn/{name}/lora_{factor}" for name in "qv" for factor in "ab"}
-    assert trained == (
-        set() if family == "llama" else {"projector/w", "projector/b"} | (lora if preset == "minigpt-v2-7b" else set()))
+    gates = {"llama/layers/attn/gate", "llama/layers/gate"}
+    expected = {
+        "llama": set(),
+        "minigpt4": {"projector/w", "projector/b"} | (lora if preset == "minigpt-v2-7b" else set()),
+        "imagebind_llm": {path for path in paths if path.startswith("bind/") or path in {"query", *gates}},
+        "llama_adapter": {path for path in paths if path.startswith("visual/") or path in {"query", *gates}},
+    }
+    assert {path for path, is_trained in trained.items() if is_trained} == expected[family]
+
+
+def test_phases_of_the_release():
+    """The numbers of trained parameters at 7B, as counted in the original."""
+    family = FAMILIES["imagebind_llm"]
+    for phase, published in (("pretrain", 608_190_464 + 131_072 + 1_024), ("finetune", 41_340_928)):
+        paths = shapes("imagebind_llm", family.with_phase(family.Config(), phase))
+        trained = {path: shape for path, shape in paths.items() if trees.matches(path, family.PHASES[phase])}
+        assert count(trained) == published
 
 
 def mesh(fsdp, tensor, data=1):

@@ -1,14 +1,17 @@
-"""ImageBind-LLM's reference set: where it is, its cases, and its towers and bind networks as mmjax loads them.
+"""ImageBind-LLM's reference set: where it is, its cases, and its towers, bind networks and models as mmjax loads them.
 
 The folder is `$MMJAX_GOLDEN` (it holds `imagebind_llm/`, or is itself such a set), or `tests/golden`. Every size comes
 from the set's `config.json`, a case's JSON or an array's shape. Where the folder holds MiniGPT-4's set alone, the tests
 that ask here are skipped.
 """
 
+import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable
+import re
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +20,22 @@ import numpy as np
 import pytest
 
 from mmjax import trees
+from mmjax.batch import Batch
+from mmjax.convert import adapter as adapter_tables
+from mmjax.convert import convert, torch_file
 from mmjax.convert import imagebind as tables
-from mmjax.convert import torch_file
 from mmjax.convert.lazy import LazyTensor
-from mmjax.convert.tables import Entry, Problems, forward
+from mmjax.convert.tables import Entry, Problems, backward, forward
+from mmjax.loaded import Loaded
+from mmjax.loaded import load as load_checkpoint
 from mmjax.models.bind import BindConfig
 from mmjax.models.imagebind import ImageBindConfig
 from tests.parity.golden import Case
 
 # Section "noise level" of the set's description: several times the distance of the original's float32 from float64.
-FEATURE, LOG_MEL = 2e-5, 5e-3
+# Absolute, but for gradients: relative to the largest magnitude of the array.
+FEATURE, LOG_MEL, LOGIT, LOSS, GRADIENT, WEIGHT = 2e-5, 5e-3, 5e-5, 1e-5, 2e-5, 2e-5
+PRETRAINED = "adapter_pretrain.pth"
 
 
 def folder() -> Path:
@@ -109,3 +118,69 @@ def bind(file: str) -> tuple[BindConfig, dict[str, Any]]:
     problems.check(f"Cannot convert {file}")
     entries = tables.bind_entries(cfg, article=tables.is_article(held))
     return cfg, filled(entries, held, tables.BIND_IGNORED, file)["bind"]
+
+
+# ---- whole models ----
+
+
+@functools.cache
+def model(adapter: str, injection: str = "released") -> Loaded:
+    """The towers, LLaMA and an adapter file of the set, converted by mmjax and loaded in float32.
+
+    injection: "token" and "token-shared" are the article's, whose gates start closed
+    """
+    with tempfile.TemporaryDirectory() as name:
+        out = Path(name) / "converted"
+        convert.imagebind_llm(folder() / "imagebind.pth", folder() / "llama_meta", out, adapter=folder() / adapter,
+                              arch=folder() / "config.json", injection=injection)
+        return load_checkpoint(out, dtype="float32", init_fresh=None if injection == "released" else 0)
+
+
+def adapter(case: Case) -> str:
+    """The file that a case names. Plain LLaMA is in all of them that leave its norms alone; generation was run with the
+    fine-tuned one where it names none."""
+    if case.spec.get("checkpoint") == "llama_meta":
+        return PRETRAINED
+    words = [case.spec.get(name) or "" for name in ("checkpoints", "checkpoint", "start", "description")]
+    found = re.search(r"(adapter\w*|bind_network)\.pth", " ".join(map(str, words)))
+    return found[0] if found else "adapter.pth"
+
+
+def changed(m: Loaded, rules: Mapping[str, Callable[[Any], Any]]) -> Loaded:
+    """A model with some parameters replaced: `{pattern of a path: function of the old parameter}`."""
+    flat = trees.flatten(m.params)
+    for pattern, function in rules.items():
+        flat |= {path: function(leaf) for path, leaf in flat.items() if re.fullmatch(pattern, path)}
+    return dataclasses.replace(m, params=trees.unflatten(flat))
+
+
+def entries(m: Loaded, arrays: Mapping[str, Any]) -> list[Entry]:
+    """The lines of an adapter file, or of the article's, for the parameters that are in `arrays`."""
+    cfg = m.config
+    own = adapter_tables.entries(cfg.llama, adapter_tables.IMAGEBIND_LLM, cfg.query_layers, 1, arrays)
+    wanted = [*tables.bind_entries(cfg.bind, article=cfg.llama.injection != "head"), *own]
+    return [entry for entry in wanted if entry.path in arrays]
+
+
+def released(m: Loaded, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """`{original name: array}` of parameters, or of what is shaped like them, given by path."""
+    return {key: tensor.read() for key, tensor in backward(entries(m, arrays), arrays).items()}
+
+
+def batch(tokens: np.ndarray, labels: np.ndarray | None = None, **media: np.ndarray) -> Batch:
+    """Rows as a case holds them: padding is not masked, and label 0 is no target. One picture serves all rows."""
+    rows, length = tokens.shape
+    tokens = tokens.astype(np.int32)
+    labels = np.zeros_like(tokens) if labels is None else labels
+    assert np.array_equal(labels, np.where(labels == 0, 0, tokens))
+    media = {name: np.broadcast_to(x, (rows, *x.shape[1:])) for name, x in media.items()}
+    return Batch(
+        tokens=tokens,
+        soft_index=np.full_like(tokens, -1),
+        valid=np.ones(tokens.shape, bool),
+        loss_mask=labels != 0,
+        positions=np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        padded_length=np.full(rows, length, np.int32),
+        media=media or None,
+        weights={name: np.ones(rows, np.float32) for name in media} or None,
+    )

@@ -1,0 +1,307 @@
+"""Adapter files: what ImageBind-LLM and LLaMA-Adapter train on the side of the language model.
+
+A injected layers   P prompts a layer   L layers   D model   F feed-forward   N query heads   K key and value heads
+H head   I, T a head's pairs (see `mmjax.convert.meta`)   R LoRA rank
+
+The names are those of imagebind_LLM and llama_adapter_v2_multimodal7b; LLaMA-Adapter v1's lack the first "llama.".
+The paper's token form was never released: its gates go by the name `gate`, beside a bind network.
+
+Facts: llama/{llama,llama_adapter}.py of those projects, and their util/extract_adapter_from_checkpoint.py.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmjax.convert import imagebind, meta, minigpt4
+from mmjax.convert import llama_adapter as visual
+from mmjax.convert.lazy import LazyTensor
+from mmjax.convert.tables import Entry, Ignored, Problems, Table, expand, read_json
+from mmjax.families.imagebind_llm import Config, adapted
+from mmjax.families.llama_adapter import PRESETS as LLAMA_ADAPTERS
+from mmjax.families.llama_adapter import Config as LlamaAdapter
+from mmjax.models.bind import BindConfig
+from mmjax.models.clip import ClipConfig
+from mmjax.models.imagebind import ImageBindConfig
+from mmjax.models.llama import LlamaConfig
+
+GATE = (("layers.{L}.attention.gate", "llama/layers/attn/gate", "1 N 1 1 -> N"),)
+NEW_GATE = (("layers.{L}.attention.new_gate", "llama/layers/attn/new_gate", "1 1 1 1 -> 1"),)
+LORA = (
+    ("layers.{L}.attention.lora_wq_l1.weight", "llama/layers/attn/q/lora_a", "R D -> D R"),
+    ("layers.{L}.attention.lora_wq_l2.weight", "llama/layers/attn/q/lora_b", "(N I T) R -> R N (T I)"),
+    ("layers.{L}.attention.lora_wk_l1.weight", "llama/layers/attn/k/lora_a", "R D -> D R"),
+    ("layers.{L}.attention.lora_wk_l2.weight", "llama/layers/attn/k/lora_b", "(K I T) R -> R K (T I)"),
+    ("layers.{L}.attention.lora_wv_l1.weight", "llama/layers/attn/v/lora_a", "R D -> D R"),
+    ("layers.{L}.attention.lora_wv_l2.weight", "llama/layers/attn/v/lora_b", "(K H) R -> R K H"),
+    ("layers.{L}.attention.lora_wo_l1.weight", "llama/layers/attn/o/lora_a", "R (N H) -> N H R"),
+    ("layers.{L}.attention.lora_wo_l2.weight", "llama/layers/attn/o/lora_b", "D R -> R D"),
+    ("layers.{L}.feed_forward.lora_w1_l1.weight", "llama/layers/mlp/gate/lora_a", "R D -> D R"),
+    ("layers.{L}.feed_forward.lora_w1_l2.weight", "llama/layers/mlp/gate/lora_b", "F R -> R F"),
+    ("layers.{L}.feed_forward.lora_w3_l1.weight", "llama/layers/mlp/up/lora_a", "R D -> D R"),
+    ("layers.{L}.feed_forward.lora_w3_l2.weight", "llama/layers/mlp/up/lora_b", "F R -> R F"),
+    ("layers.{L}.feed_forward.lora_w2_l1.weight", "llama/layers/mlp/down/lora_a", "R F -> F R"),
+    ("layers.{L}.feed_forward.lora_w2_l2.weight", "llama/layers/mlp/down/lora_b", "D R -> R D"),
+)
+BIAS = (
+    ("layers.{L}.attention.wq.bias", "llama/layers/attn/q/b", "(N I T) -> N (T I)"),
+    ("layers.{L}.attention.wo.bias", "llama/layers/attn/o/b", "D -> D"),
+    ("layers.{L}.feed_forward.w1.bias", "llama/layers/mlp/gate/b", "F -> F"),
+    ("layers.{L}.feed_forward.w3.bias", "llama/layers/mlp/up/b", "F -> F"),
+    ("layers.{L}.feed_forward.w2.bias", "llama/layers/mlp/down/b", "D -> D"),
+)
+NORMS = (  # they take the place of the base model's
+    ("layers.{L}.attention_norm.weight", "llama/layers/attn_norm/scale", "D -> D"),
+    ("layers.{L}.ffn_norm.weight", "llama/layers/mlp_norm/scale", "D -> D"),
+    ("norm.weight", "llama/norm/scale", "D -> D"),
+)
+TOKEN_GATES = {"layer": (("gate", "llama/layers/gate", "L -> L 1"),), "shared": (("gate", "llama/gate", "1 -> 1"),)}
+INJECTIONS = {"released": "head", "token": "layer", "token-shared": "shared"}  # --injection -> LlamaConfig.injection
+
+REPLACED = "replaced/"  # in a checkpoint, before the path of what an adapter has another one for
+MEMBERS = {"optimizer", "scaler", "epoch", "args", "config"}  # beside "model"; training state that no model needs
+IGNORED = (
+    *imagebind.BIND_IGNORED,
+    (r"llama\.(?!.*(bias|gate|lora|norm)).*", "the base model's, which --llama gives"),
+)
+RELEASED_FORM = ((r"prefix_query\.weight|llama\.layers\.\d+\.attention\.gate",
+                  "of the released form; the token form has gates of its own and no query"),)
+
+V1_IGNORED = (
+    (r"layers\.\d+\.(attention|feed_forward)\.w\w\.weight|layers\.\d+\.(attention|ffn)_norm\.weight|"
+     r"(tok_embeddings|output|norm)\.weight", "the base model's, which --llama gives"),
+    *meta.IGNORED,
+)
+
+ARCH_TABLES = ("imagebind", "adapter_v1", "adapter_v2")  # --arch: a set's description, of which each model has its part
+ARCH_NUMBERS = ("query_layer", "query_len", "image_dim", "bind_hidden")  # of ImageBind-LLM
+ARCH_OTHERS = ("llama", "lora_rank", "knn_vectors")  # what the files themselves tell
+V1_ARCH = ("adapter_layer", "adapter_len")
+BIND_RATIO = 4  # of a fresh bind network's feed-forward
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """How a project names what lies outside the layers, and what precedes the layers' own names."""
+
+    query: str
+    prefix: str = "llama."
+
+
+IMAGEBIND_LLM = Names("prefix_query.weight")
+LLAMA_ADAPTER = Names("adapter_query.weight")
+LLAMA_ADAPTER_V1 = Names("adapter_query.weight", prefix="")
+
+
+def entries(cfg: LlamaConfig, names: Names, layers: int, length: int, norms: Collection[str] = ()) -> list[Entry]:
+    """The language model's side of an adapter.
+
+    layers, length: injected layers and the prompts of each
+    norms:          paths of the norms that the adapter brings
+    """
+    sizes = meta.meta_axes(cfg) | {"A": layers, "P": length, "L": cfg.depth}
+    table = (*GATE * (cfg.injection == "head"), *NEW_GATE * cfg.new_gate, *LORA * (cfg.lora_rank > 0),
+             *BIAS * bool(cfg.bias_on), *(line for line in NORMS if line[1] in norms))
+    query = ((names.query, "query", "(A P) D -> A P D"),) if cfg.injection == "head" else TOKEN_GATES[cfg.injection]
+    return expand((*query, *_prefixed(names.prefix, table)), sizes, {"L": range(cfg.depth)})
+
+
+def _prefixed(prefix: str, table: Table) -> Table:
+    return tuple((prefix + key, path, layout) for key, path, layout in table)
+
+
+def with_adapter(cfg: LlamaConfig, tensors: Mapping[str, LazyTensor], problems: Problems) -> LlamaConfig:
+    """The language model with the LoRA and the biases that an adapter file holds."""
+    lora = [key for key in tensors if re.search(r"layers\.\d+\..*\.lora_", key)]
+    biases = any(re.search(r"layers\.\d+\..*\.w[qo123]\.bias$", key) for key in tensors)
+    rank = next((tensor.shape[0] for key, tensor in tensors.items() if key.endswith("lora_wq_l1.weight")
+                 and len(tensor.shape) == 2), 0)
+    if lora and not rank:
+        problems.append(f"The adapter holds LoRA ({lora[0]}, ...), but no matrix layers.N.attention.lora_wq_l1.weight; "
+                        "without it the rank is unknown.")
+    full = adapted(cfg, rank)
+    return dataclasses.replace(full if rank else cfg, bias_on=full.bias_on if biases else ())
+
+
+def norms(tensors: Mapping[str, LazyTensor], names: Names) -> list[str]:
+    """Paths of the norms that an adapter file holds, or holds some layers of."""
+    patterns = {path: re.escape(names.prefix + key).replace(re.escape("{L}"), r"\d+") for key, path, _ in NORMS}
+    return [path for path, pattern in patterns.items() if any(re.fullmatch(pattern, key) for key in tensors)]
+
+
+def read(path: Path, problems: Problems) -> dict[str, LazyTensor]:
+    """An adapter file or a training checkpoint: flat, or under "model". Older ones say `llma.` for `llama.`."""
+    return {re.sub(r"^llma\.", "llama.", key): tensor
+            for key, tensor in minigpt4.read(path, problems, MEMBERS).items()}
+
+
+def read_arch(path: Path | None, problems: Problems) -> dict[str, Any]:
+    """--arch: a JSON file with any of ARCH_TABLES and ARCH_NUMBERS, as {name: value}; tables it lacks are empty."""
+    told: dict[str, Any] = {name: {} for name in ARCH_TABLES}
+    known = (*ARCH_TABLES, *ARCH_NUMBERS, *ARCH_OTHERS)
+    for name, value in (read_json(path, problems) if path else {}).items():
+        if name not in known:
+            problems.append(f"--arch {path.name}: {_unknown(name, known)}")
+        elif name in ARCH_NUMBERS and (not isinstance(value, int) or value <= 0):
+            problems.append(f"--arch {path.name}: {name} is {value!r}, expected a whole number above 0.")
+        elif name in ARCH_TABLES and not isinstance(value, dict):
+            problems.append(f"--arch {path.name}: {name} is {value!r}, expected a table of fields.")
+        elif name not in ARCH_OTHERS:
+            told[name] = value
+    return told
+
+
+def _unknown(name: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"unknown {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What an adapter file is to a model: the model's sizes, the file's table, and which parameters start fresh."""
+
+    config: Any
+    entries: list[Entry]
+    ignored: Ignored
+    fresh: list[str]
+
+
+def imagebind_llm(
+    towers: ImageBindConfig, cfg: LlamaConfig, tensors: Mapping[str, LazyTensor] | None, told: Mapping[str, Any],
+    problems: Problems,
+) -> Adapter | None:
+    """An ImageBind-LLM adapter for a base with that `injection`, or without a file (None) a fresh one.
+
+    An article's bind network alone leaves query and gates fresh, a released file for the token form its gates.
+    """
+    held = tensors or {}
+    if LLAMA_ADAPTER.query in held:
+        problems.append(f"The adapter has {LLAMA_ADAPTER.query}: it is LLaMA-Adapter's. Convert it with llama-adapter.")
+        return None
+    cfg = with_adapter(cfg, held, problems)
+    if tensors is None:
+        bind = BindConfig(towers.out, cfg.dim, told.get("bind_hidden", BIND_RATIO * cfg.dim))
+    else:
+        bind = imagebind.bind_config(tensors, problems)
+    if told.get("query_len", 1) != 1:
+        problems.append(f"--arch: query_len is {told['query_len']}; ImageBind-LLM has one prompt a layer.")
+    layers = _query_layers(IMAGEBIND_LLM, held, cfg, 1, told.get("query_layer"), Config.query_layers, problems)
+    if bind is None:
+        return None
+    _check_bind(bind, towers.out, cfg.dim, told, problems)
+    article = imagebind.is_article(held)
+    own = entries(cfg, IMAGEBIND_LLM, layers, 1, norms(held, IMAGEBIND_LLM))
+    wanted = [*imagebind.bind_entries(bind, article), *own]
+    optional = {"llama/layers/gate", "llama/gate"} | ({"query", "llama/layers/attn/gate"} if article else set())
+    fresh = [entry for entry in wanted if tensors is None
+             or entry.path in optional and not held.keys() & set(entry.keys)]
+    return Adapter(Config(towers, bind, cfg, layers), [entry for entry in wanted if entry not in fresh],
+                   IGNORED if cfg.injection == "head" else IGNORED + RELEASED_FORM, [entry.path for entry in fresh])
+
+
+def _check_bind(bind: BindConfig, features: int, width: int, told: Mapping[str, Any], problems: Problems) -> None:
+    apart = "these files do not belong together."
+    if bind.inputs != features:
+        problems.append(f"The adapter's bind network reads features of {bind.inputs}, but --imagebind makes features "
+                        f"of {features}: {apart}")
+    if bind.dim != width:
+        problems.append(f"The adapter's bind network makes vectors of {bind.dim}, but --llama has a width of {width}: "
+                        f"{apart}")
+    problems.extend(f"--arch: {name} is {told[name]}, but the bind network's is {size}."
+                    for name, size in (("image_dim", bind.inputs), ("bind_hidden", bind.hidden))
+                    if told.get(name, size) != size)
+
+
+def _query_layers(names: Names, tensors: Mapping[str, LazyTensor], cfg: LlamaConfig, length: int, said: int | None,
+                  released: int, problems: Problems) -> int:
+    """Injected layers: as the query has rows, else as --arch says, else as many as in the release."""
+    if cfg.injection != "head":
+        return cfg.depth
+    query = tensors.get(names.query)
+    layers = said or min(released, cfg.depth)
+    if query is not None and query.shape:
+        rows, layers = query.shape[0], query.shape[0] // length
+        if rows != length * (said or layers):
+            problems.append(f"{names.query} has {rows} rows; expected {said or 'a whole number of'} layers of {length} "
+                            "prompts. Give the right numbers with --arch.")
+    if layers > cfg.depth:
+        problems.append(f"The adapter injects into {layers} layers, but --llama has only {cfg.depth}: these files do "
+                        "not belong together.")
+    return layers
+
+
+def imagebind_llm_entries(cfg: Config, norms: Collection[str]) -> list[Entry]:
+    """Everything that the adapter file of a model holds; `norms` as in `entries`."""
+    return [*imagebind.bind_entries(cfg.bind), *entries(cfg.llama, IMAGEBIND_LLM, cfg.query_layers, 1, norms)]
+
+
+def llama_adapter(
+    clip: ClipConfig | None, cfg: LlamaConfig, tensors: Mapping[str, LazyTensor] | None, told: Mapping[str, Any],
+    problems: Problems,
+) -> Adapter | None:
+    """A LLaMA-Adapter file of v1 or v2 for a base, or without a file (None) a fresh one: v2 if there is a CLIP."""
+    held = tensors or {}
+    is_v2 = any(key.startswith("visual_") for key in held) if tensors else clip is not None
+    if is_v2 != (clip is not None):
+        problems.append("The adapter is LLaMA-Adapter v2's, which sees pictures: give its CLIP as --clip." if is_v2 else
+                        "The adapter is LLaMA-Adapter v1's, which has no pictures: leave out --clip.")
+    if tensors and LLAMA_ADAPTER.query not in tensors:
+        problems.append(f"The adapter has no {LLAMA_ADAPTER.query}."
+                        + " It is ImageBind-LLM's: convert it with imagebind-llm." * (IMAGEBIND_LLM.query in tensors))
+        return None
+    if not is_v2:
+        return _v1(cfg, tensors, told["adapter_v1"], problems)
+    return _v2(clip, cfg, tensors, told["adapter_v2"], problems) if clip else None
+
+
+def _v1(cfg: LlamaConfig, tensors: Mapping[str, LazyTensor] | None, told: Mapping[str, Any],
+        problems: Problems) -> Adapter | None:
+    before, released = len(problems), LLAMA_ADAPTERS["llama-adapter-7b"]
+    problems.extend(f"--arch: adapter_v1: {_unknown(name, V1_ARCH)}" for name in told if name not in V1_ARCH)
+    problems.extend(f"--arch: adapter_v1.{name} is {value!r}, expected a whole number above 0."
+                    for name, value in told.items() if not isinstance(value, int) or value <= 0)
+    if len(problems) > before:
+        return None
+    length = told.get("adapter_len", released.query_len)
+    layers = _query_layers(LLAMA_ADAPTER_V1, tensors or {}, cfg, length, told.get("adapter_layer"),
+                           released.query_layers, problems)
+    wanted = entries(cfg, LLAMA_ADAPTER_V1, layers, length)
+    return _adapter(LlamaAdapter(cfg, layers, length), wanted, V1_IGNORED, tensors)
+
+
+def _v2(clip: ClipConfig, cfg: LlamaConfig, tensors: Mapping[str, LazyTensor] | None, told: Mapping[str, Any],
+        problems: Problems) -> Adapter | None:
+    held, released, wrong = tensors or {}, LLAMA_ADAPTERS["llama-adapter-v2-7b"], Problems()
+    sizes = visual.told(told, wrong)["visual"]
+    if wrong:  # reported with CLIP's
+        return None
+    visual_cfg = released.visual if tensors is None and not sizes else visual.visual_config(held, sizes, problems)
+    if visual_cfg is None:
+        return None
+    cfg = dataclasses.replace(with_adapter(cfg, held, problems), new_gate=any("new_gate" in key for key in held))
+    query = held.get("visual_query.weight")
+    length = query.shape[0] if query is not None and query.shape else told.get("query_len", released.query_len)
+    layers = _query_layers(LLAMA_ADAPTER, held, cfg, length, told.get("query_layer"), released.query_layers, problems)
+    problems.extend(f"--arch: adapter_v2.{name} is {told[name]}, but the adapter's tensors say {shown}."
+                    for name, shown in (("query_len", length), ("lora_rank", cfg.lora_rank or None))
+                    if shown and told.get(name, shown) != shown)
+    config = LlamaAdapter(cfg, layers, length, clip, visual_cfg)
+    return _adapter(config, llama_adapter_entries(config, norms(held, LLAMA_ADAPTER)), IGNORED + visual.VISUAL_IGNORED,
+                    tensors)
+
+
+def _adapter(config: Any, wanted: list[Entry], ignored: Ignored, tensors: Mapping[str, LazyTensor] | None) -> Adapter:
+    if tensors is None:
+        return Adapter(config, [], (), [entry.path for entry in wanted])
+    return Adapter(config, wanted, ignored, [])
+
+
+def llama_adapter_entries(cfg: LlamaAdapter, norms: Collection[str]) -> list[Entry]:
+    """Everything that the adapter file of a model holds; `norms` as in `entries`."""
+    if cfg.visual is None:
+        return entries(cfg.llama, LLAMA_ADAPTER_V1, cfg.query_layers, cfg.query_len, norms)
+    return [*visual.visual_entries(cfg.visual, cfg.query_len, cfg.clip.out, cfg.llama.dim),
+            *entries(cfg.llama, LLAMA_ADAPTER, cfg.query_layers, cfg.query_len, norms)]

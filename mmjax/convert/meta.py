@@ -1,0 +1,225 @@
+"""LLaMA as Meta ships it: params.json and consolidated.00.pth, .01.pth, ... (shards of a model-parallel run).
+
+V vocabulary   D model   F feed-forward   N query heads   K key and value heads   H head   I, T a head's pairs (I T) = H
+
+Meta rotates neighbouring elements of a head (2i, 2i+1), we rotate i against i + H/2, as Hugging Face does: the rows of
+the query and key matrices change places inside each head. A shard holds a part of each matrix, and a copy of each norm.
+
+Facts: llama/model.py and llama/generation.py of facebookresearch/llama, for LLaMA-1 and Llama-2.
+"""
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmjax.convert import torch_file
+from mmjax.convert.lazy import LazyTensor, WeightFileError
+from mmjax.convert.llama import Release, axes, check_vocabulary
+from mmjax.convert.tables import Computed, Entry, Problems, expand, flat, read_json, reason
+from mmjax.models.llama import LlamaConfig
+from mmjax.tokenizer import Tokenizer
+
+META = (
+    ("tok_embeddings.weight", "llama/embedding", "V D -> V D"),
+    ("layers.{L}.attention_norm.weight", "llama/layers/attn_norm/scale", "D -> D"),
+    ("layers.{L}.attention.wq.weight", "llama/layers/attn/q/w", "(N I T) D -> D N (T I)"),
+    ("layers.{L}.attention.wk.weight", "llama/layers/attn/k/w", "(K I T) D -> D K (T I)"),
+    ("layers.{L}.attention.wv.weight", "llama/layers/attn/v/w", "(K H) D -> D K H"),
+    ("layers.{L}.attention.wo.weight", "llama/layers/attn/o/w", "D (N H) -> N H D"),
+    ("layers.{L}.ffn_norm.weight", "llama/layers/mlp_norm/scale", "D -> D"),
+    ("layers.{L}.feed_forward.w1.weight", "llama/layers/mlp/gate/w", "F D -> D F"),
+    ("layers.{L}.feed_forward.w3.weight", "llama/layers/mlp/up/w", "F D -> D F"),
+    ("layers.{L}.feed_forward.w2.weight", "llama/layers/mlp/down/w", "D F -> F D"),
+    ("norm.weight", "llama/norm/scale", "D -> D"),
+    ("output.weight", "llama/head/w", "V D -> D V"),
+)
+IGNORED = ((r"(.*\.)?rope\..*", "a buffer; rotary frequencies are computed from params.json"),)
+SPLIT = (  # the axis along which the shards hold a tensor's parts; None: each holds all of it
+    (r"layers\.\d+\.attention\.w[qkv]\.weight|layers\.\d+\.feed_forward\.w[13]\.weight|output\.weight", 0),
+    (r"layers\.\d+\.attention\.wo\.weight|layers\.\d+\.feed_forward\.w2\.weight|tok_embeddings\.weight", 1),
+    (r"layers\.\d+\.(attention|ffn)_norm\.weight|norm\.weight", None),
+)
+
+SIZES = ("dim", "n_layers", "n_heads")
+OPTIONS = {  # params.json: what else it may say, and what that may be
+    "multiple_of": int, "n_kv_heads": int, "vocab_size": int, "norm_eps": float, "ffn_dim_multiplier": float,
+    "rope_theta": float, "max_seq_len": int, "max_batch_size": int,  # the last two belong to a run of Meta's own code
+}
+EPS = 1e-5  # where params.json says nothing, the class's default
+MULTIPLE_OF = 256
+GENERATION = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # of every tokenizer.model by Meta
+SHARD = re.compile(r"consolidated\.(\d+)\.pth")
+
+
+def entries(cfg: LlamaConfig) -> list[Entry]:
+    return expand(META, meta_axes(cfg), {"L": range(cfg.depth)})
+
+
+def meta_axes(cfg: LlamaConfig) -> dict[str, int]:
+    return axes(cfg) | {"I": cfg.head_dim // 2, "T": 2}
+
+
+def recognised(folder: Path) -> bool:
+    """Is this a folder of Meta's? One that has a config.json as well is read as transformers would."""
+    meta = (folder / "params.json").is_file() or any(folder.glob("consolidated*.pth"))
+    return meta and not (folder / "config.json").is_file()
+
+
+def open_release(folder: Path, problems: Problems) -> Release | None:
+    """Opens a folder; the tokenizer.model may lie in it or beside it.
+
+    What is wrong goes to `problems`; then the release may have no tensors, and without sizes there is none.
+    """
+    home = next((place for place in (folder, folder.parent) if (place / "tokenizer.model").is_file()), None)
+    if home is None:
+        problems.append(f"There is no tokenizer.model in {folder} or beside it; Meta ships it with the weights.")
+    cfg = read_params(folder, home, problems)
+    shards = read_shards(folder, problems)
+    if cfg is None or home is None:
+        return None
+    tensors = joined(list(shards.values()), cfg, folder, problems)
+    if tensors:
+        check_vocabulary(home, cfg.vocab, "tok_embeddings.weight", tensors, "params.json", problems)
+    return Release(tuple(folder / name for name in shards), tensors, cfg, dict(GENERATION), home, entries(cfg), IGNORED)
+
+
+def read_params(folder: Path, tokenizer: Path | None, problems: Problems) -> LlamaConfig | None:
+    """params.json. A vocabulary of -1 is the tokenizer's."""
+    path = folder / "params.json"
+    if not path.is_file():
+        problems.append(f"{folder} has consolidated*.pth, but no params.json beside them. Copy it from where the "
+                        "weights came from; it is small.")
+        return None
+    before = len(problems)
+    values = read_json(path, problems)
+    if len(problems) > before:
+        return None
+    problems.extend(f"{path}: {name} is {values.get(name)!r}, expected a whole number above 0." for name in SIZES
+                    if not _is(int, values.get(name)))
+    problems.extend(f"{path}: {name} is {values[name]!r}, expected a number above 0." for name, kind in OPTIONS.items()
+                    if values.get(name) is not None and not _is(kind, values[name])
+                    and (name, values[name]) != ("vocab_size", -1))
+    problems.extend(f"{path}: {name} = {values[name]!r} is not LLaMA-1's or Llama-2's; only these are supported."
+                    for name in values if name not in (*SIZES, *OPTIONS))
+    if len(problems) > before:
+        return None
+    given = {name: value for name, value in values.items() if value is not None}
+    dim, heads, kv_heads = given["dim"], given["n_heads"], given.get("n_kv_heads", given["n_heads"])
+    if dim % (2 * heads) or heads % kv_heads:
+        problems.append(f"{path}: {heads} heads ({kv_heads} of keys and values) do not divide a width of {dim}.")
+        return None
+    vocab = given.get("vocab_size", -1)
+    if vocab == -1:
+        vocab = _words(tokenizer, problems)
+    return vocab and LlamaConfig(
+        vocab=vocab, depth=given["n_layers"], dim=dim, heads=heads, kv_heads=kv_heads, head_dim=dim // heads,
+        hidden=hidden_size(dim, given.get("multiple_of", MULTIPLE_OF), given.get("ffn_dim_multiplier")),
+        eps=given.get("norm_eps", EPS), rope_theta=float(given.get("rope_theta", LlamaConfig.rope_theta)))
+
+
+def _is(kind: type, value: Any) -> bool:
+    return isinstance(value, (int, kind)) and not isinstance(value, bool) and value > 0
+
+
+def _words(folder: Path | None, problems: Problems) -> int | None:
+    if folder is None:
+        return None
+    try:
+        return Tokenizer.from_folder(folder).vocab_size
+    except ValueError as error:
+        problems.append(str(error))
+        return None
+
+
+def hidden_size(dim: int, multiple_of: int, multiplier: float | None = None) -> int:
+    """llama/model.py: FeedForward.__init__."""
+    hidden = int(2 * 4 * dim / 3)
+    if multiplier is not None:
+        hidden = int(multiplier * hidden)
+    return -(-hidden // multiple_of) * multiple_of
+
+
+def read_shards(folder: Path, problems: Problems) -> dict[str, dict[str, LazyTensor]]:
+    """{file name: its tensors} in the order of their numbers; nothing if a number is missing."""
+    numbers = {int(match[1]): match[0] for match in (SHARD.fullmatch(path.name) for path in folder.iterdir()) if match}
+    absent = [f"consolidated.{number:02}.pth" for number in range(max(numbers, default=0)) if number not in numbers]
+    if absent or not numbers:
+        problems.append(f"{folder} has {', '.join(sorted(numbers.values())) or 'no consolidated.NN.pth'}, but not "
+                        f"{', '.join(absent) or 'consolidated.00.pth'}. Download what is missing.")
+        return {}
+    before = len(problems)
+    shards = {}
+    for number in sorted(numbers):
+        path = folder / numbers[number]
+        try:
+            shards[path.name] = flat(path, torch_file.load(path), problems)
+        except WeightFileError as error:
+            problems.append(str(error))
+    return shards if len(problems) == before else {}
+
+
+def joined(shards: Sequence[Mapping[str, LazyTensor]], cfg: LlamaConfig, folder: Path,
+           problems: Problems) -> dict[str, LazyTensor]:
+    """One table of the whole tensors, each of which is read from all shards when it is wanted.
+
+    None come with a problem: shards that do not belong together would be reported again, tensor by tensor.
+    """
+    if not shards:
+        return {}
+    before = len(problems)
+    held = shards[0].get("tok_embeddings.weight")
+    columns = held.shape[1] if held is not None and len(held.shape) == 2 else cfg.dim
+    if columns * len(shards) != cfg.dim:
+        problems.append(
+            f"{folder}: params.json says dim {cfg.dim}, and a shard holds {columns} of the columns of "
+            f"tok_embeddings.weight, so there should be {cfg.dim / columns:g} shards; there are {len(shards)}. "
+            "Download what is missing, and mix no models.")
+    keys = dict.fromkeys(key for shard in shards for key in shard if reason(key, IGNORED) is None)
+    tensors = {key: _join(key, [shard.get(key) for shard in shards], folder, problems) for key in keys}
+    return tensors if len(problems) == before else {}
+
+
+def _join(key: str, parts: Sequence[LazyTensor | None], folder: Path, problems: Problems) -> LazyTensor | None:
+    if len(parts) == 1:
+        return parts[0]
+    if absent := [number for number, part in enumerate(parts) if part is None]:
+        problems.append(f"{folder}: {key} is missing in the shards {absent}, and the others have it.")
+        return None
+    kinds = {(str(part.dtype), tuple(part.shape)) for part in parts}
+    if len(kinds) > 1:
+        problems.append(f"{folder}: {key} is not alike in all shards: "
+                        + ", ".join(f"{kind} {list(shape)}" for kind, shape in sorted(kinds)) + ".")
+        return None
+    axis = next((axis for pattern, axis in SPLIT if re.fullmatch(pattern, key)), -1)
+    if axis is None and any(not np.array_equal(parts[0].read(), part.read()) for part in parts[1:]):
+        problems.append(f"{folder}: {key} differs between the shards, and it should be one and the same in all: they "
+                        "belong to different models.")
+    if axis is None or axis < 0:  # no line of the table wants a key that SPLIT does not know
+        return parts[0]
+    shape = tuple(size * len(parts) if place == axis else size for place, size in enumerate(parts[0].shape))
+    return Computed(key, shape, parts[0].dtype, functools.partial(_whole, parts, axis, shape))
+
+
+def _whole(parts: Sequence[LazyTensor], axis: int, shape: tuple[int, ...]) -> np.ndarray:
+    """One part after the other, so that a single one is in memory beside the whole."""
+    whole = np.empty(shape, parts[0].dtype)
+    for place, part in zip(np.split(whole, len(parts), axis), parts, strict=True):
+        place[...] = part.read()
+    return whole
+
+
+def params(cfg: LlamaConfig) -> dict[str, Any]:
+    """params.json of a model: what `read_params` makes these sizes of."""
+    plain = next((2**n for n in range(8, -1, -1) if hidden_size(cfg.dim, 2**n) == cfg.hidden), None)
+    hidden = ({"multiple_of": plain} if plain else
+              {"multiple_of": 1, "ffn_dim_multiplier": (cfg.hidden + 0.5) / hidden_size(cfg.dim, 1)})
+    return {
+        "dim": cfg.dim, "n_layers": cfg.depth, "n_heads": cfg.heads, **hidden, "norm_eps": cfg.eps,
+        "vocab_size": cfg.vocab,
+        **({"n_kv_heads": cfg.kv_heads} if cfg.kv_heads != cfg.heads else {}),
+        **({"rope_theta": cfg.rope_theta} if cfg.rope_theta != LlamaConfig.rope_theta else {}),
+    }
