@@ -1,5 +1,7 @@
 """A loaded checkpoint: batches, loss, words."""
 
+import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -10,8 +12,10 @@ import pytest
 import mmjax
 from mmjax.convert import convert
 from mmjax.data import scenes
-from mmjax.loaded import stop_ids
-from tests import small
+from mmjax.data.neighbours import Recall
+from mmjax.loaded import collate, stop_ids
+from mmjax.models.layers import unit
+from tests import small, tiny
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +138,72 @@ def test_language_model_alone(samples, tmp_path):
     assert len(words) == 2 and all(words)
     with pytest.raises(ValueError, match=r"Rows \[0, 1, 2\] have pictures"):
         model.batch(samples)
+
+
+# ---- a model that mixes senses ----
+
+
+@pytest.fixture(scope="module")
+def mixing(tmp_path_factory):
+    """The reference set's ImageBind-LLM."""
+    golden, out = small.GOLDEN.parent / "imagebind_llm", tmp_path_factory.mktemp("imagebind_llm") / "checkpoint"
+    convert.imagebind_llm(golden / "imagebind.pth", golden / "llama_meta", out, adapter=golden / "adapter.pth",
+                          arch=golden / "config.json", words=golden / "bpe_tiny.txt.gz")
+    return mmjax.load(out, dtype="float32")
+
+
+def sensing(model, names):
+    """A sample of these senses, as the towers take them."""
+    random, towers = np.random.default_rng(len(names)), model.config.imagebind.towers
+    return mmjax.Sample(prompt="What is it?", answer="A dog.", media={
+        name: random.normal(size=towers[name].input_shape).astype(np.float32) for name in names})
+
+
+def test_batch_of_a_model_that_mixes_senses(mixing):
+    picture = scenes.draw(scenes.scenes("train", 1)[0])
+    samples = [mmjax.Sample(images=[picture], prompt="What is it?", answer="A dog."),
+               mmjax.Sample(prompt="Which is it?", input="A cat", answer="A cat."),
+               mmjax.Sample(media={"text": "a dog"}, weights={"text": 0.5}, prompt="What is it?", answer="A dog.")]
+    batch = mixing.batch(samples)
+    assert batch.images is None and batch.media.keys() == {"image", "text"}
+    assert batch.weights["image"].tolist() == [1, 1, 0] and batch.weights["text"].tolist() == [0, 0, 0.5]
+    ids = [mixing.tokenizer.bos, *mixing.tokenizer.encode(
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nWhich is it?\n\n### Input:\nA cat\n\n"
+        "### Response:A cat.", special=False), mixing.tokenizer.eos]
+    np.testing.assert_array_equal(batch.tokens[1, batch.valid[1]], ids)
+    assert batch.loss_mask[1].sum() < 12 and batch.loss_mask[1, len(ids) - 1]
+
+
+def test_the_mix_of_a_row_does_not_depend_on_the_others(mixing):
+    rows = [sensing(mixing, names) for names in (("depth",), ("imu", "thermal"), ())]
+    mix = tiny.jit(functools.partial(mixing.module.apply, method="feature"))
+    together = mix({"params": mixing.params}, mixing.batch(rows))
+    for row, sample in enumerate(rows):
+        alone = mix({"params": mixing.params}, mixing.batch([sample]))
+        np.testing.assert_allclose(together[row], alone[0], atol=2e-6)
+
+
+def test_what_was_recalled_takes_the_place_of_the_senses(mixing):
+    vectors = unit(np.random.default_rng(0).normal(size=(20, mixing.config.imagebind.out)))
+    batch = mixing.batch([sensing(mixing, ("depth",))])
+    mixed = mixing._recalled(batch, Recall(np.asarray(vectors), count=1, weight=1.0))
+    assert mixed.media.keys() == mixed.weights.keys() == {"feature"}
+    similarity = mixed.media["feature"][0] @ vectors.T
+    np.testing.assert_allclose(similarity.max(), 1, atol=1e-6)  # with that weight it is one of them
+
+
+def test_recall_that_does_not_fit_the_model(mixing, model, samples):
+    with pytest.raises(ValueError, match="the family minigpt4 does not"):
+        model.generate(samples[:1], recall=Recall(np.ones((10, 4), np.float32)))
+    width = mixing.config.imagebind.out
+    with pytest.raises(ValueError, match=f"recall are 4 wide, this model's features {width}"):
+        mixing.generate([sensing(mixing, ("depth",))], recall=Recall(np.ones((10, 4), np.float32)))
+
+
+def test_what_only_a_model_that_mixes_senses_takes(model, samples):
+    for more in ({"media": {"depth": 1}}, {"weights": {"image": 1.0}}):
+        with pytest.raises(ValueError, match=r"Rows \[1\] have media or weights"):
+            model.batch([samples[0], dataclasses.replace(samples[1], **more)])
+    with pytest.raises(ValueError, match="data.random_crop = False"):
+        collate(samples, model.tokenizer, model.text, model.config, random=np.random.default_rng(0))

@@ -6,7 +6,8 @@ H head   I, T a head's pairs (see `mmjax.convert.meta`)   R LoRA rank
 The names are those of imagebind_LLM and llama_adapter_v2_multimodal7b; LLaMA-Adapter v1's lack the first "llama.".
 The paper's token form was never released: its gates go by the name `gate`, beside a bind network.
 
-Facts: llama/{llama,llama_adapter}.py of those projects, and their util/extract_adapter_from_checkpoint.py.
+Facts: llama/{llama,llama_adapter}.py of those projects, imagebind_LLM/convert_ckpt.py (what it drops of a training
+checkpoint is dropped here), alpaca_finetuning_v1/{llama/model,extract_adapter_from_checkpoint}.py.
 """
 
 import dataclasses

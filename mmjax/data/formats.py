@@ -63,8 +63,11 @@ def imagebind_llm_pretrain(path: str) -> list[Record]:
 
     Relative names, of files and of pictures, are looked up beside the YAML file (the original looks in the working
     directory). Fields are read as the original's pandas does: quotes are interpreted, and a caption that pandas holds
-    for no value becomes the word "nan". A file whose captions are all numbers is read as text here, where pandas would
-    make "7" of "007". Raises FileNotFoundError or ValueError naming the files and lines that are not as expected.
+    for no value becomes the word "nan". Unlike there, a carriage return at the end of a line is no part of the caption,
+    "007" stays as it is in a file of nothing but numbers, and a first row with more fields than the header is an error
+    (pandas shifts its columns).
+
+    Raises FileNotFoundError or ValueError naming the files and lines that are not as expected.
     """
     meta, files = _meta(path, "pretrain.yaml")
     problems: list[str] = []
@@ -138,12 +141,13 @@ def _meta(path: str, usual: str) -> tuple[Path, list[Path]]:
 def _captions(file: Path, base: Path, problems: list[str]) -> Iterable[Record]:
     """The lines of one tab-separated file; what is wrong with it goes into `problems`."""
     end = "\0"  # one more line; where a quote was left open it does not come out alone
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as lines:
-            rows = list(csv.reader(itertools.chain(lines, [end]), delimiter="\t"))
-    except (csv.Error, ValueError) as error:  # not UTF-8 is a ValueError
-        problems.append(f"{file} cannot be read as tab-separated text: {error}")
-        return
+    with open(file, newline="\n", encoding="utf-8-sig") as lines:
+        reader = csv.reader(itertools.chain(lines, [end]), delimiter="\t")
+        try:
+            rows = list(reader)
+        except (csv.Error, ValueError) as error:  # not UTF-8 is a ValueError
+            problems.append(f"{file} cannot be read as tab-separated text: {error} (behind line {reader.line_num})")
+            return
     if rows.pop() != [end]:
         problems.append(f"{file}: a quote is opened and never closed")
         return

@@ -144,6 +144,11 @@ def questions(scene: Scene) -> list[Question]:
     return asked
 
 
+def instructions(scene: Scene) -> list[tuple[str, str]]:
+    """(prompt, answer): every way to ask for the caption, and every question."""
+    return [*((prompt, caption(scene)) for prompt in PROMPTS), *(question[:2] for question in questions(scene))]
+
+
 def parse(text: str) -> list[Thing]:
     """The things that a caption names, in its order; a phrase without any attribute word is left out."""
     things = []
@@ -193,13 +198,13 @@ def write_pretrain(folder: str | Path, scenes: Sequence[Scene]) -> None:
 
 
 def write_finetune(folder: str | Path, scenes: Sequence[Scene]) -> None:
-    """The layout of ImageBind-LLM's fine-tuning: `folder/finetune.yaml` names `finetune.json`, in LLaVA's manner one
-    row for each of `questions` with its answer. All paths are absolute."""
-    asked = [(picture, question) for picture, scene in zip(_write_pictures(folder, scenes), scenes, strict=True)
-             for question in questions(scene)]
-    rows = [{"id": str(number), "image": picture, "conversations": [{"from": "human", "value": question.text},
-                                                                    {"from": "gpt", "value": question.answer}]}
-            for number, (picture, question) in enumerate(asked)]
+    """The layout of ImageBind-LLM's fine-tuning: `folder/finetune.yaml` names `finetune.json`, in LLaVA's manner a row
+    for each of `instructions` with its answer. All paths are absolute."""
+    asked = [(picture, *asked) for picture, scene in zip(_write_pictures(folder, scenes), scenes, strict=True)
+             for asked in instructions(scene)]
+    rows = [{"id": str(number), "image": picture,
+             "conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]}
+            for number, (picture, prompt, answer) in enumerate(asked)]
     (Path(folder) / "finetune.json").write_text(json.dumps(rows, indent=1))
     _write_meta(folder, "finetune", "finetune.json")
 

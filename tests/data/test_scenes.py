@@ -216,8 +216,9 @@ def test_write_finetune_makes_the_layout_of_imagebind_llm(tmp_path):
     said = [(row["image"], row["conversations"]) for row in rows]
     assert said == [
         (str(tmp_path / "image" / f"{i}.jpg"),
-         [{"from": "human", "value": question.text}, {"from": "gpt", "value": question.answer}])
-        for i, scene in enumerate(shown) for question in world.questions(scene)]
+         [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}])
+        for i, scene in enumerate(shown) for prompt, answer in world.instructions(scene)]
+    assert len(said) == sum(len(world.PROMPTS) + len(world.questions(scene)) for scene in shown)
     assert all(Path(image).is_file() for image, _ in said)
 
 

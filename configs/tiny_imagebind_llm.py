@@ -1,0 +1,47 @@
+"""The embedded default of ImageBind-LLM: in small on a laptop CPU, nothing to download.
+
+    python train.py --config configs/tiny_imagebind_llm.py
+
+Two towers that share a space, for pictures and for depth maps, and a language model that read text alone. First the bind
+network, the queries and the gates learn to caption pictures; then norms, biases and LoRA of the language model learn to
+answer questions. No depth map is ever trained on; afterwards the model is asked about depth maps as well.
+"""
+
+from importlib.resources import files
+
+from mmjax.config import DataConfig, OptimConfig, RunConfig, ScenesConfig, TextConfig, WeightsConfig
+from mmjax.data.scenes import PROMPTS
+
+SHIPPED = files("mmjax") / "assets" / "scenes"
+FOLDER = "runs/tiny_imagebind_llm"
+SOURCES = {"imagebind": str(SHIPPED / "imagebind.pth"), "llama": str(SHIPPED / "llama"),
+           "arch": str(SHIPPED / "imagebind_arch.json")}
+SCENES = ScenesConfig(count=3000, held_out=200, most=1)
+TEXT = TextConfig(prompt_template="###Human: {} ###Assistant: ", end_sym="###", joint=True, max_txt_len=64)
+WEIGHTS = WeightsConfig(checkpoint=f"{FOLDER}/base", family="imagebind_llm", sources=SOURCES, dtype="float32")
+
+
+def config() -> dict[str, RunConfig]:
+    return {
+        "pretrain": RunConfig(
+            out=f"{FOLDER}/pretrain",
+            weights=WEIGHTS,
+            phase="pretrain",
+            data=DataConfig(path=f"{FOLDER}/captions", prompts=PROMPTS, batch_size=64, length_multiple=16,
+                            scenes=SCENES),
+            text=TEXT,
+            optim=OptimConfig(schedule="half_cycle", init_lr=3e-3, min_lr=0.0, warmup_steps=30, epochs=1,
+                              steps_per_epoch=400, weight_decay=0.05, beta2=0.95, average=True),
+            score=False,
+        ),
+        "finetune": RunConfig(
+            out=f"{FOLDER}/finetune",
+            weights=WeightsConfig(checkpoint=f"{FOLDER}/base", dtype="float32", start_from=f"{FOLDER}/pretrain"),
+            phase="finetune",
+            data=DataConfig(format="imagebind_llm_finetune", path=f"{FOLDER}/instructions", batch_size=64,
+                            length_multiple=16, scenes=SCENES),
+            text=TEXT,
+            optim=OptimConfig(schedule="half_cycle", init_lr=5e-4, min_lr=0.0, warmup_steps=20, epochs=1,
+                              steps_per_epoch=150, weight_decay=0.02, beta2=0.95, average=True),
+        ),
+    }
