@@ -20,6 +20,7 @@ from mmjax.batch import Batch, Sample
 from mmjax.config import ScenesConfig
 from mmjax.data import scenes
 from mmjax.data.conversation import PICTURE
+from mmjax.data.neighbours import Recall
 from mmjax.loaded import Loaded
 from mmjax.report import Example
 
@@ -65,20 +66,22 @@ def look(model: Loaded, scene: scenes.Scene, sense: str, words: str) -> Sample:
 
 
 def score_scenes(
-    model: Loaded, shown: Sequence[scenes.Scene], truth: Sequence[scenes.Scene] | None = None, sense: str = "image"
+    model: Loaded, shown: Sequence[scenes.Scene], truth: Sequence[scenes.Scene] | None = None, sense: str = "image",
+    recall: Recall | None = None,
 ) -> ScenesScore:
     """Describes `shown` scenes and answers one question about each; holds the words against `truth`.
 
-    truth: the scenes to score by; None for the ones shown. Other ones give the blind baseline: what a model gets right
-           that does not look.
-    sense: what it is shown of them: "image", or one of `scenes.MEDIA`
+    truth:  the scenes to score by; None for the ones shown. Other ones give the blind baseline: what a model gets right
+            that does not look.
+    sense:  what it is shown of them: "image", or one of `scenes.MEDIA`
+    recall: draws that towards known pictures
     """
     truth = shown if truth is None else truth
     asked = [scenes.questions(scene)[index % len(scenes.questions(scene))] for index, scene in enumerate(truth)]
 
     def answers(prompts: Sequence[str]) -> list[str]:
         samples = [look(model, scene, sense, words) for scene, words in zip(shown, prompts, strict=True)]
-        return model.generate(samples, max_new_tokens=48, stop=[model.text.end_sym], batch_size=100)
+        return model.generate(samples, max_new_tokens=48, stop=[model.text.end_sym], batch_size=100, recall=recall)
 
     captions = answers([scenes.PROMPTS[0]] * len(shown))
     replies = answers([question.text for question in asked])
@@ -98,6 +101,15 @@ def score_scenes(
     return ScenesScore(shares, examples)
 
 
+def picture_cache(model: Loaded, shown: Sequence[scenes.Scene]) -> Recall:
+    """The features of these scenes' pictures, for other senses to be drawn towards (ImageBind-LLM's visual cache)."""
+    feature = jax.jit(lambda params, batch: model.module.apply({"params": params}, batch, method="feature"))
+    samples = [look(model, scene, "image", "") for scene in shown]
+    return Recall(np.concatenate([feature(model.params, model.batch(samples[first : first + 100]))
+                                  for first in range(0, len(samples), 100)]))
+
+
+CACHED = 1000  # pictures that other senses are drawn towards
 ROWS = {**{name: name for name in scenes.ATTRIBUTES}, "mean": "mean of the four", "whole": "whole caption",
         "one shape": "questions, one shape", "several": "questions, several"}
 
@@ -107,18 +119,24 @@ def scenes_table(model: Loaded, cfg: ScenesConfig, untrained: Loaded) -> tuple[l
 
     Rows: the four attributes in captions and their mean, captions that are wholly right, answers to one question a
     scene. Columns: held-out scenes; scenes with colour-shape pairs that no picture ever showed, to the job or to the
-    towers; held-out scenes through each further sense that the model has, which no training showed it; all of them
-    also "blind", with what belongs to another scene; and the model before training.
+    towers; held-out scenes through each further sense that the model has, which no training showed it, as it is and
+    drawn towards the pictures of the training; all also "blind", with what belongs to another scene; and the model
+    before training.
     """
-    held_out, new_pairs = (
-        scenes.scenes(split, cfg.held_out, cfg.seed, most=cfg.most) for split in ("held_out", "new_pairs"))
-    tests = [("held-out", held_out, "image"), ("new pairs", new_pairs, "image"),
-             *((sense, held_out, sense) for sense in scenes.MEDIA if sense in model.config.senses)]
+    train, held_out, new_pairs = (scenes.scenes(split, count, cfg.seed, most=cfg.most) for split, count in (
+        ("train", CACHED), ("held_out", cfg.held_out), ("new_pairs", cfg.held_out)))
+    tests = [("held-out", held_out, "image", None), ("new pairs", new_pairs, "image", None)]
+    if further := [sense for sense in scenes.MEDIA if sense in model.config.senses]:
+        cache = picture_cache(model, train)
+        tests += [test for sense in further for test in (
+            (sense, held_out, sense, None), (f"{sense}, cache", held_out, sense, cache))]
     columns, examples = {}, []
-    for name, truth, sense in tests:
-        seen = score_scenes(model, truth, sense=sense)
-        columns[name], columns[f"{name}, blind"] = seen, score_scenes(model, truth[1:] + truth[:1], truth, sense)
-        examples += seen.examples[:24] if name != "new pairs" else []
+    for name, truth, sense, recall in tests:
+        columns[name] = score_scenes(model, truth, truth, sense, recall)
+        if recall is None:
+            columns[f"{name}, blind"] = score_scenes(model, truth[1:] + truth[:1], truth, sense)
+        if name != "new pairs":
+            examples += columns[name].examples[:24]
     columns["untrained"] = score_scenes(untrained, held_out[:100])
     rows = [[label, *(score.shares[name] for score in columns.values())] for name, label in ROWS.items()
             if name in columns["held-out"].shares]
