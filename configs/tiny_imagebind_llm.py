@@ -2,9 +2,9 @@
 
     python train.py --config configs/tiny_imagebind_llm.py
 
-Two towers that share a space, for pictures and for depth maps, and a language model that read text alone. First the bind
-network, the queries and the gates learn to caption pictures; then norms, biases and LoRA of the language model learn to
-answer questions. No depth map is ever trained on; afterwards the model is asked about depth maps as well.
+Two towers that share a space, for pictures and for depth maps, and a language model that read text alone. First the
+bind network, the queries and the gates learn to caption pictures; then norms, biases and LoRA of the language model learn
+to answer questions. No depth map is ever trained on; afterwards the model is asked about depth maps as well.
 """
 
 from importlib.resources import files
@@ -16,7 +16,7 @@ SHIPPED = files("mmjax") / "assets" / "scenes"
 FOLDER = "runs/tiny_imagebind_llm"
 SOURCES = {"imagebind": str(SHIPPED / "imagebind.pth"), "llama": str(SHIPPED / "llama"),
            "arch": str(SHIPPED / "imagebind_arch.json")}
-SCENES = ScenesConfig(count=3000, held_out=200, most=1)
+SCENES = ScenesConfig(count=6000, held_out=200, most=1)
 TEXT = TextConfig(prompt_template="###Human: {} ###Assistant: ", end_sym="###", joint=True, max_txt_len=64)
 WEIGHTS = WeightsConfig(checkpoint=f"{FOLDER}/base", family="imagebind_llm", sources=SOURCES, dtype="float32")
 
@@ -30,8 +30,8 @@ def config() -> dict[str, RunConfig]:
             data=DataConfig(path=f"{FOLDER}/captions", prompts=PROMPTS, random_crop=True, batch_size=64,
                             length_multiple=16, scenes=SCENES),
             text=TEXT,
-            optim=OptimConfig(schedule="half_cycle", init_lr=3e-3, min_lr=0.0, warmup_steps=30, epochs=1,
-                              steps_per_epoch=400, weight_decay=0.05, beta2=0.95, average=True),
+            optim=OptimConfig(schedule="half_cycle", init_lr=1e-3, min_lr=0.0, warmup_steps=50, epochs=1,
+                              steps_per_epoch=600, weight_decay=0.05, beta2=0.95, average=True),
             score=False,
         ),
         "finetune": RunConfig(
@@ -41,7 +41,7 @@ def config() -> dict[str, RunConfig]:
             data=DataConfig(format="imagebind_llm_finetune", path=f"{FOLDER}/instructions", batch_size=64,
                             length_multiple=16, scenes=SCENES),
             text=TEXT,
-            optim=OptimConfig(schedule="half_cycle", init_lr=5e-4, min_lr=0.0, warmup_steps=20, epochs=1,
-                              steps_per_epoch=150, weight_decay=0.02, beta2=0.95, average=True),
+            optim=OptimConfig(schedule="half_cycle", init_lr=3e-4, min_lr=0.0, warmup_steps=20, epochs=1,
+                              steps_per_epoch=120, weight_decay=0.02, beta2=0.95, average=True),
         ),
     }

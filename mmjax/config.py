@@ -75,7 +75,8 @@ class DataConfig:
     path:            the folder or file of that format, such as one with `filter_cap.json` and `image/IMAGE_ID.jpg`
     prompts:         one is drawn for each batch, as in the original; empty for image tokens and caption alone (stage 1)
     clean_captions:  the original's stage-1 cleaning: lower case, no punctuation, 50 words
-    random_crop:     pictures are cut at random to 90 to 100 % of their area (ImageBind-LLM), anew in every pass
+    random_crop:     pictures are cut at random to 90 to 100 % of their area, anew in every pass (ImageBind-LLM,
+                     LLaMA-Adapter v2)
     length_multiple: rows are padded to the batch's longest, rounded up to this, so that few lengths are compiled
     threads:         that read and decode pictures
     scenes:          draw this world into `path` first

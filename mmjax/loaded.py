@@ -24,7 +24,7 @@ from mmjax.data.neighbours import Recall
 from mmjax.families import FAMILIES, config_from_dict
 from mmjax.families import shapes as family_shapes
 from mmjax.models import bind
-from mmjax.tokenizer import Tokenizer
+from mmjax.tokenizer import WORDS, Tokenizer
 
 RUN_CARD = "run.json"
 
@@ -105,8 +105,9 @@ def read_params(
     fresh = [path for path in source.fresh if path not in trained]
     if fresh and init_fresh is None:
         raise ValueError(
-            f"{source.folder} was converted without {', '.join(fresh)}. Convert it with the trained file "
-            "(--projector, --lora), load the run that trained them, or start them anew with init_fresh=SEED.")
+            f"{source.folder} was converted without {', '.join(fresh)}. Convert it with the trained "
+            "file (--projector, --lora, --adapter), load the run that trained them, or start them anew with "
+            "init_fresh=SEED.")
     family = FAMILIES[source.family]
     shapes = family_shapes(source.family, module.cfg)
     places = sharding.shardings(shapes, family.AXES, mesh)
@@ -306,22 +307,22 @@ def collate(samples: Sequence[Sample], tokenizer: Tokenizer, settings: TextConfi
     """Samples to a batch: text, and pictures or whatever else the model's senses take.
 
     config: the family's
-    random: draws the crops of pictures (training of models that mix senses); None: they are not cropped at random
+    random: draws the crops of pictures (training of models that keep their aspect ratio); None: no crop is drawn
     """
     if not config.senses:
         _check_without_senses(samples, config, random)
     rows = text.rows(samples, tokenizer, settings, config.image_tokens, length, multiple)
     if config.senses:
-        media, weights = senses.stack(samples, config.imagebind, tokenizer.folder / senses.WORDS, random)
+        media, weights = senses.stack(samples, config.imagebind, tokenizer.folder / WORDS, random)
         return dataclasses.replace(rows, media=media, weights=weights)
-    pictures = None if config.image_size is None else images.stack(samples, config.image_size)
+    pictures = None if config.image_size is None else images.stack(samples, config, random)
     return dataclasses.replace(rows, images=pictures)
 
 
 def _check_without_senses(samples: Sequence[Sample], config: Any, random: np.random.Generator | None) -> None:
-    if random is not None:
-        raise ValueError("Only models that mix senses are trained with pictures cropped at random: set "
-                         "data.random_crop = False.")
+    if random is not None and (config.image_size is None or not config.crops):
+        raise ValueError("Only models that keep the aspect ratio of pictures (ImageBind-LLM, LLaMA-Adapter v2) are "
+                         "trained with pictures cropped at random: set data.random_crop = False.")
     if more := [row for row, sample in enumerate(samples) if sample.media or sample.weights]:
         raise ValueError(f"Rows {more} have media or weights, but this model does not mix senses.")
     if config.image_size is None and (seeing := [row for row, sample in enumerate(samples) if sample.images]):

@@ -13,6 +13,8 @@ from mmjax.config import OptimConfig
 
 # What has one axis in the original, and every bias. A head gate has four there (1, N, 1, 1), a token gate has one.
 NO_DECAY = (r".*/(b|q_b|v_b|bias|scale)", r"llama/(layers/)?gate")
+# One parameter a layer in the original. Those of layers that read no prompts get no gradient, and torch skips them.
+SKIPPED_WITHOUT_GRADIENT = (r"llama/layers/attn/(new_)?gate",)
 
 
 def whole_cosine(cfg: OptimConfig, step: Any, xp: Any) -> Any:
@@ -54,6 +56,22 @@ def place_in_window(cfg: OptimConfig, step: Any) -> Any:
 def decay_mask(params: Any) -> Any:
     """True where weight decay acts: the matrices, tables and head gates, not biases, norm scales and token gates."""
     return trees.map_with_path(lambda path, _: not trees.matches(path, NO_DECAY), params)
+
+
+def weight_decay(share: float) -> optax.GradientTransformation:
+    """Adds `share` of each parameter to Adam's step for it, as AdamW does, where the parameter decays."""
+
+    def add(step: jax.Array, param: jax.Array, decays: bool, skipped: bool) -> jax.Array:
+        if not decays:
+            return step
+        both = step + share * param
+        return jnp.where(step == 0, 0, both) if skipped else both
+
+    def update(steps: Any, params: Any) -> Any:
+        skipped = trees.map_with_path(lambda path, _: trees.matches(path, SKIPPED_WITHOUT_GRADIENT), params)
+        return jax.tree.map(add, steps, params, decay_mask(params), skipped)
+
+    return optax.stateless(update)
 
 
 class Accumulated(NamedTuple):
@@ -104,7 +122,8 @@ def optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
         last = epoch * cfg.steps_per_epoch + (window + 1) * cfg.accumulate - 1  # step that completes the window
         return learning_rate(cfg, last, jnp)
 
-    adamw = optax.adamw(rate, cfg.beta1, cfg.beta2, cfg.eps, weight_decay=cfg.weight_decay, mask=decay_mask)
     clip = [] if cfg.clip is None else [optax.clip_by_global_norm(cfg.clip)]
-    chain = optax.chain(*clip, adamw)
+    chain = optax.chain(
+        *clip, optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps), weight_decay(cfg.weight_decay),
+        optax.scale_by_learning_rate(rate))
     return chain if cfg.accumulate == 1 else accumulated(chain, cfg)

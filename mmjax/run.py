@@ -137,6 +137,9 @@ def check(config: RunConfig) -> None:
             (d.batch_size > 0, f"data.batch_size = {d.batch_size}: at least 1"),
             (o.steps > 0, f"optim.epochs · optim.steps_per_epoch = {o.steps}: at least 1"),
             (o.accumulate > 0, f"optim.accumulate = {o.accumulate}: at least 1"),
+            (not o.average or 0 < o.accumulate <= o.steps_per_epoch,
+             f"optim.accumulate = {o.accumulate}: with optim.average at most optim.steps_per_epoch = "
+             f"{o.steps_per_epoch}, because a window ends with its epoch"),
             (d.length_multiple > 0, f"data.length_multiple = {d.length_multiple}: at least 1"),
             (config.log_every > 0 and config.save_every > 0 and config.keep > 0,
              "log_every, save_every and keep: at least 1"),

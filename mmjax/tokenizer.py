@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 PAD_PIECE = "$$"  # minigpt4/models/base_model.py: init_llm
+WORDS = "bpe_simple_vocab_16e6.txt.gz"  # the merges of ImageBind's text tower, in a checkpoint's tokenizer folder
 
 
 class Tokenizer(abc.ABC):

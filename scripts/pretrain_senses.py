@@ -131,9 +131,7 @@ def train_vision(steps: int, pictures: int, batch: int, rate: float) -> tuple[di
     order = orders(rng, pictures, steps, batch)
 
     def glance(picture):
-        if rng.random() < 0.5:
-            return senses.picture(picture, world.SIDE)
-        return senses.cropped_picture(picture, senses.random_box(rng, world.SIDE, world.SIDE), world.SIDE)
+        return senses.picture(picture, world.SIDE, rng if rng.random() >= 0.5 else None)
 
     def feed(step):
         chosen = order[step]

@@ -11,7 +11,7 @@ import pytest
 from mmjax import checkpoint, steps, trees
 from mmjax.checkpoint import Checkpoints
 
-OPTIMIZER = optax.MultiSteps(optax.adamw(1e-3), 2).gradient_transformation()
+OPTIMIZER = optim.optimizer(OptimConfig(accumulate=2))
 
 
 def state(seed=0, step=0, rows=3, optimizer=OPTIMIZER):

@@ -289,6 +289,13 @@ def test_minimum_length_and_filters_by_hand():
     np.testing.assert_array_equal(g.top_k(scores, 9), scores)
     np.testing.assert_array_equal(g.top_p(scores, 1e-9), [[-inf, 3, -inf, -inf]])
     np.testing.assert_array_equal(g.top_p(jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4])), 0.65) > -inf, [0, 0, 1, 1])
+    tied = jnp.log(jnp.array([0.25, 0.5, 0.25]))
+    np.testing.assert_array_equal(g.top_p(tied, 0.5) > -inf, [0, 1, 0])  # enough is enough
+    np.testing.assert_array_equal(g.top_p_inclusive(tied, 0.5) > -inf, [1, 1, 0])  # until it is exceeded; no ties
+    np.testing.assert_array_equal(g.top_p_inclusive(scores, 0.0), [[-inf, 3, -inf, -inf]])
+    for inclusive, kept in ((False, 1), (True, 2)):
+        config = GenerateConfig(do_sample=True, top_k=0, top_p=0.5, top_p_inclusive=inclusive)
+        assert (g.filtered(config, tied) > -inf).sum() == kept
     seen = g.seen_ids(jnp.array([[2, 0, 3], [1, 1, 0]]), 2, 4)
     np.testing.assert_array_equal(seen, [[1, 0, 1, 0], [0, 1, 0, 0]])
     np.testing.assert_array_equal(g.repetition_penalty(jnp.array([2.0, -2.0, 2.0]), jnp.array([True, True, False]), 2),

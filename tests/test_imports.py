@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = (
-    {"trees", "batch", "tokenizer"},
+    {"trees", "batch", "pixels", "tokenizer"},
     {"models.layers"},
     {"models"},
     {"families"},

@@ -16,6 +16,7 @@ from mmjax.data.neighbours import Recall
 from mmjax.loaded import collate, stop_ids
 from mmjax.models.layers import unit
 from tests import small, tiny
+from tests.convert.released import ADAPTER_V1, ADAPTER_V2
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_parameters_that_were_never_trained_are_named(tmp_path):
     shutil.copytree(small.checkpoint(), tmp_path / "c")
     card = json.loads((tmp_path / "c" / "config.json").read_text())
     (tmp_path / "c" / "config.json").write_text(json.dumps(card | {"fresh": ["projector/w", "projector/b"]}))
-    with pytest.raises(ValueError, match="converted without projector/w, projector/b"):
+    with pytest.raises(ValueError, match=r"converted without projector/w, projector/b.*--lora, --adapter\)"):
         mmjax.load(tmp_path / "c", dtype="float32")
     fresh = mmjax.load(tmp_path / "c", dtype="float32", init_fresh=1)
     bound = fresh.config.soft_width**-0.5
@@ -207,3 +208,40 @@ def test_what_only_a_model_that_mixes_senses_takes(model, samples):
             model.batch([samples[0], dataclasses.replace(samples[1], **more)])
     with pytest.raises(ValueError, match="data.random_crop = False"):
         collate(samples, model.tokenizer, model.text, model.config, random=np.random.default_rng(0))
+
+
+# ---- a model whose pictures take no places among the words ----
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    """The reference set's LLaMA-Adapter v2."""
+    out = tmp_path_factory.mktemp("llama_adapter") / "v2"
+    convert.llama_adapter(out=out, **ADAPTER_V2)
+    return mmjax.load(out, dtype="float32")
+
+
+def test_text_alone_is_the_same_among_pictures(seeing, samples):
+    words, seen = mmjax.Sample(prompt="What is it?", answer="A dog."), dataclasses.replace(samples[0], prompt="What?")
+    alone, mixed = seeing.batch([words]), seeing.batch([words, seen])
+    assert alone.images is None and mixed.images.dtype == np.float32
+    np.testing.assert_array_equal(mixed.images[0], 0)
+    query = tiny.jit(functools.partial(seeing.module.apply, method="visual_query"))
+    both = query({"params": seeing.params}, mixed)
+    np.testing.assert_allclose(both[0], query({"params": seeing.params}, alone)[0], atol=1e-5)
+    assert np.abs(both[0] - both[1]).max() > 1e-2
+
+
+def test_crops_in_training_of_llama_adapter(seeing, samples, tmp_path):
+    def images(model, given, seed=None):
+        random = None if seed is None else np.random.default_rng(seed)
+        return collate(given, model.tokenizer, model.text, model.config, random=random).images
+
+    seen = [dataclasses.replace(sample, prompt="What is it?") for sample in samples]
+    middle, first, again = (images(seeing, seen, seed) for seed in (None, 1, 1))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - middle).max() > 0
+    convert.llama_adapter(out=tmp_path / "v1", **ADAPTER_V1)
+    blind = mmjax.load(tmp_path / "v1", dtype="float32")
+    with pytest.raises(ValueError, match="data.random_crop = False"):
+        images(blind, [mmjax.Sample(prompt="What is it?", answer="A dog.")], 1)

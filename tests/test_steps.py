@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ import pytest
 
 from mmjax import optim, steps, trees
 from mmjax.config import OptimConfig
-from mmjax.families import llama, minigpt4, shapes
+from mmjax.families import imagebind_llm, llama, minigpt4, shapes
+from mmjax.models import imagebind
 from mmjax.models.llama import LlamaConfig
 from tests import tiny
 
@@ -116,23 +118,13 @@ def test_state_is_donated():
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
 
 
-def no_target(batch, frozen):
-    return dataclasses.replace(batch, loss_mask=np.zeros_like(batch.loss_mask)), frozen
-
-
-def broken_weights(batch, frozen):
-    flat = trees.flatten(frozen)
-    flat["llama/norm/scale"] = flat["llama/norm/scale"] * jnp.nan
-    return batch, trees.unflatten(flat)
-
-
-@pytest.mark.parametrize("spoil", [no_target, broken_weights])
-def test_a_loss_that_is_not_finite_changes_nothing_and_is_reported(spoil):
+def test_a_loss_that_is_not_finite_changes_nothing_and_is_reported():
     step, fresh, frozen = projector_step()
     state, _ = step(fresh(), frozen, tiny.batch())
     before = bits({"params": state.params, "adam": trees.unflatten(leaves(state.opt_state))})
-    batch, weights = spoil(tiny.batch(), frozen)
-    state, metrics = step(state, weights, batch)
+    broken = trees.flatten(frozen)
+    broken["llama/norm/scale"] = broken["llama/norm/scale"] * jnp.nan
+    state, metrics = step(state, trees.unflatten(broken), tiny.batch())
     assert not bool(metrics["finite"])
     assert not np.isfinite(metrics["loss"])
     assert bits({"params": state.params, "adam": trees.unflatten(leaves(state.opt_state))}) == before
@@ -143,6 +135,51 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_reported(spoil):
 
 def leaves(tree):
     return {str(number): leaf for number, leaf in enumerate(jax.tree.leaves(tree))}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_batch_without_targets_has_no_loss_and_no_gradients(reduction):
+    module, params = llama.Model(LLAMA), tiny.params("llama", LLAMA)
+
+    @tiny.jit
+    def run(params, batch):
+        def total(params):
+            value, aux = steps.loss(module, params, batch, reduction)
+            return value.sum(), (value, aux["tokens"])
+
+        (_, told), gradients = jax.value_and_grad(total, has_aux=True)(params)
+        return told, gradients
+
+    (value, tokens), gradients = run(params, dataclasses.replace(WORDS, loss_mask=np.zeros_like(WORDS.loss_mask)))
+    assert not value.any() and not tokens
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients))
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(run(params, WORDS)[1]))
+
+
+SIGHT = dataclasses.replace(  # one tower is enough
+    imagebind_llm.PRESETS["tiny"], imagebind=imagebind.ImageBindConfig(
+        imagebind.TINY.vision, None, None, None, None, None, imagebind.TINY.out))
+TOKEN = dataclasses.replace(SIGHT, llama=dataclasses.replace(SIGHT.llama, injection="layer"))
+
+
+@pytest.mark.parametrize(("cfg", "phase", "own"), [
+    (SIGHT, "pretrain", r"bind/.*|query|llama/layers/attn/gate"),
+    (TOKEN, "pretrain", r"bind/.*|llama/layers/gate"),
+    (SIGHT, "finetune", r"llama/.*(norm/scale|/b|/lora_[ab])"),
+], ids=["pretrain", "pretrain, token form", "finetune"])
+def test_a_phase_moves_its_own_parameters_and_no_bit_of_the_others(cfg, phase, own):
+    cfg = imagebind_llm.with_phase(cfg, phase)
+    trained, frozen = parts("imagebind_llm", cfg, imagebind_llm.PHASES[phase])
+    sgd = optax.sgd(1e-2)  # moves nothing without a gradient
+    pictures = np.random.default_rng(0).normal(size=(4, *cfg.imagebind.vision.input_shape)).astype(np.float32)
+    batch = dataclasses.replace(WORDS, media={"image": pictures}, weights={"image": np.ones(4, np.float32)})
+    first, before, mark = bits(trained), bits(frozen), int(steps.fingerprint(frozen))
+    state, metrics = run(imagebind_llm.Model(cfg), trained, frozen, [batch] * 2, sgd)
+    assert all(bool(each["finite"]) for each in metrics)
+    assert bits(frozen) == before and int(steps.fingerprint(frozen)) == mark
+    after = bits(state.params)
+    assert [path for path in first if after[path] == first[path]] == []
+    assert {path for path in before | first if re.fullmatch(own, path)} == first.keys()
 
 
 def test_frozen_towers_are_in_evaluation_mode():

@@ -40,7 +40,7 @@ from mmjax.families.minigpt4 import JOINED
 from mmjax.models.clip import ClipConfig
 from mmjax.models.imagebind import ImageBindConfig
 from mmjax.models.llama import LlamaConfig
-from mmjax.tokenizer import Tokenizer
+from mmjax.tokenizer import WORDS, Tokenizer
 
 FORMAT = 1  # of the checkpoint folder
 TEXT = {  # what the released models were trained with; which template belongs to a projector no weight file says
@@ -49,7 +49,6 @@ TEXT = {  # what the released models were trained with; which template belongs t
     "minigpt_v2": TextConfig(end_sym="</s>", max_txt_len=1024),
 }
 ALPACA_TEXT = TextConfig(ALPACA, ALPACA_INPUT, end_sym="</s>", joint=True, max_txt_len=512)
-WORDS = "bpe_simple_vocab_16e6.txt.gz"  # the merges of ImageBind's text sense, in OUT/tokenizer/
 
 
 @dataclasses.dataclass

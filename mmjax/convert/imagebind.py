@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.convert.lazy import LazyTensor
-from mmjax.convert.tables import Computed, Entry, Problems, Table, expand
+from mmjax.convert.tables import Computed, Entry, Problems, Table, expand, shown
 from mmjax.models.bind import BindConfig
 from mmjax.models.imagebind import (
     IMAGEBIND_HUGE,
@@ -300,21 +300,9 @@ def _tower(sense: str, tensors: Mapping[str, LazyTensor], told: Mapping[str, Any
 
 
 def _shown(sense: str, tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, int], dict[str, Any], int | None]:
-    """What a tower's tensors say for certain, what they let one assume, and the rows of its position table.
-
-    A tensor that is missing or has other axes says nothing; its line of the table reports it.
-    """
-    found: dict[str, int] = {}
-    for key, names in SIZES[sense].items():
-        key = f"modality_preprocessors.{sense}.{key}"
-        shape = tensors[key].shape if key in tensors else ()
-        if len(shape) == len(names):
-            found |= zip(names, shape, strict=True)
-    found.pop("", None)
-    block = re.compile(rf"modality_trunks\.{sense}\.blocks\.(\d+)\.")
-    layers = [int(match[1]) for match in map(block.match, tensors) if match]
-    if layers:
-        found["depth"] = max(layers) + 1
+    """What a tower's tensors say for certain, what they let one assume, and the rows of its position table."""
+    sizes = {f"modality_preprocessors.{sense}.{key}": names for key, names in SIZES[sense].items()}
+    found = shown(tensors, sizes, rf"modality_trunks\.{sense}\.blocks\.(\d+)\.")
     if "flat_window" in found:
         found |= {"channels": CHANNELS, "window": found.pop("flat_window") // CHANNELS}
     places = found.pop("places", None)

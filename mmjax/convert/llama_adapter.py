@@ -11,12 +11,11 @@ adapter files hold beside this (queries, gates, LoRA, biases, norms) belongs to 
 import difflib
 import json
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from mmjax.convert.lazy import LazyTensor
-from mmjax.convert.tables import Entry, Problems, Table, expand
+from mmjax.convert.tables import Entry, Problems, Table, expand, shown
 from mmjax.models.clip import ClipConfig
 from mmjax.models.visual import VisualConfig
 
@@ -122,7 +121,7 @@ def told(arch: Mapping[str, Any], problems: Problems) -> dict[str, dict[str, int
 
 def clip_config(tensors: Mapping[str, LazyTensor], told: Mapping[str, int], problems: Problems) -> ClipConfig | None:
     """Sizes of CLIP's picture tower: from its tensors, `told`, or its loader's rule for heads."""
-    found = _shown(tensors, CLIP_SIZES, r"visual\.transformer\.resblocks\.(\d+)\.")
+    found = shown(tensors, CLIP_SIZES, r"visual\.transformer\.resblocks\.(\d+)\.")
     places = found.pop("places", None)
     if places and "patch" in found:  # not a square: a wrong shape, which the line of the positions reports
         found["image_size"] = math.isqrt(max(places - 1, 0)) * found["patch"]
@@ -135,28 +134,13 @@ def clip_config(tensors: Mapping[str, LazyTensor], told: Mapping[str, int], prob
 def visual_config(tensors: Mapping[str, LazyTensor], told: Mapping[str, float],
                   problems: Problems) -> VisualConfig | None:
     """Sizes of the visual query network: from its tensors, `told`, or the released model's width."""
-    found = _shown(tensors, VISUAL_SIZES, r"visual_blocks\.(\d+)\.")
+    found = shown(tensors, VISUAL_SIZES, r"visual_blocks\.(\d+)\.")
     known = {"heads": REAL_VISUAL_HEADS[found["dim"]]} if found.get("dim") in REAL_VISUAL_HEADS else {}
     told = dict(told)
     if "hidden" in told:  # a ratio
         ratio, dim = told.pop("hidden"), found.get("dim", told.get("dim"))
         told |= {"hidden": int(ratio * dim)} if dim else {}
     return _config(VisualConfig, "visual", found, known, told, problems)
-
-
-def _shown(tensors: Mapping[str, LazyTensor], where: Mapping[str, tuple[str, ...]], block: str) -> dict[str, int]:
-    """What the shapes of some tensors and the numbers of the blocks say.
-
-    A tensor that is missing or has other axes says nothing; its line of the table reports it.
-    """
-    found: dict[str, int] = {}
-    for key, names in where.items():
-        shape = tensors[key].shape if key in tensors else ()
-        if len(shape) == len(names):
-            found |= zip(names, shape, strict=True)
-    found.pop("", None)
-    layers = [int(match[1]) for match in (re.match(block, key) for key in tensors) if match]
-    return found | ({"depth": max(layers) + 1} if layers else {})
 
 
 def _config(cls, part: str, found: Mapping[str, int], known: Mapping[str, int], told: Mapping[str, int],

@@ -18,7 +18,7 @@ from typing import Any
 
 from mmjax.convert import llama, torch_file
 from mmjax.convert.lazy import LazyTensor, WeightFileError
-from mmjax.convert.tables import Entry, Problems, expand, flat, read_json
+from mmjax.convert.tables import Entry, Problems, expand, flat, read_json, shown
 from mmjax.models.eva_vit import VitConfig
 from mmjax.models.llama import LlamaConfig
 from mmjax.models.qformer import QFormerConfig
@@ -204,7 +204,7 @@ def _unknown(name: str, known: Mapping[str, Any]) -> str:
 def vit_config(tensors: Mapping[str, LazyTensor], arch: Mapping[str, Mapping[str, Any]], v2: bool,
                problems: Problems) -> VitConfig | None:
     """Sizes of the vision tower: from its tensors, `--arch`, or the released model's width."""
-    found = _sizes(tensors, VIT_SIZES)
+    found = shown(tensors, VIT_SIZES)
     if "places" in found:  # not a square: a wrong shape, which the line of pos_embed reports
         found["table"] = math.isqrt(max(found.pop("places") - 1, 0))
     known = dict(REAL_VIT.get(found.get("dim"), {}))
@@ -223,10 +223,7 @@ def vit_config(tensors: Mapping[str, LazyTensor], arch: Mapping[str, Mapping[str
 def qformer_config(tensors: Mapping[str, LazyTensor], arch: Mapping[str, Mapping[str, Any]],
                    problems: Problems) -> QFormerConfig | None:
     """Sizes of the Q-Former: from its tensors, `--arch`, or the released model's width."""
-    found = _sizes(tensors, QFORMER_SIZES)
-    layers = [int(match[1]) for match in (re.match(re.escape(_LAYER) + r"(\d+)\.", key) for key in tensors) if match]
-    if layers:
-        found["depth"] = max(layers) + 1
+    found = shown(tensors, QFORMER_SIZES, re.escape(_LAYER) + r"(\d+)\.")
     told = {name: value for name, value in arch["qformer"].items() if name != "encoder_width"}
     return _config(QFormerConfig, "qformer", tensors, found, REAL_QFORMER.get(found.get("dim"), {}), told, problems)
 
@@ -246,17 +243,6 @@ def with_lora(cfg: LlamaConfig, tensors: Mapping[str, LazyTensor], rank: int, ar
     if rank and told.get("rank", rank) != rank:
         problems.append(f"--arch: minigpt_v2.lora_r is {told['rank']}, but LoRA has rank {rank}.")
     return dataclasses.replace(cfg, lora_rank=rank, lora_alpha=float(told.get("alpha", LORA_ALPHA)))
-
-
-def _sizes(tensors: Mapping[str, LazyTensor], where: Mapping[str, tuple[str, ...]]) -> dict[str, int]:
-    """What the shapes of some tensors say; one that is missing or has other axes says nothing (its line reports it)."""
-    found: dict[str, int] = {}
-    for key, names in where.items():
-        shape = tensors[key].shape if key in tensors else ()
-        if len(shape) == len(names):
-            found = dict(zip(names, shape, strict=True)) | found
-    found.pop("", None)
-    return found
 
 
 def _config(cls, part: str, tensors: Mapping[str, LazyTensor], found: Mapping[str, int], known: Mapping[str, Any],

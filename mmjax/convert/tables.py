@@ -191,6 +191,24 @@ def read_json(path: Path, problems: Problems) -> dict[str, Any]:
     return values
 
 
+def shown(tensors: Mapping[str, LazyTensor], where: Mapping[str, Sequence[str]], block: str = "") -> dict[str, int]:
+    """The sizes of an architecture that a file's tensors tell.
+
+    where: by key, the names of the sizes that its axes have; "" is an axis that says nothing new
+    block: a regular expression for the beginning of a block's keys, its group the number; gives "depth"
+
+    A tensor that is missing or has other axes says nothing; its line of the table reports it.
+    """
+    found: dict[str, int] = {}
+    for key, names in where.items():
+        shape = tensors[key].shape if key in tensors else ()
+        if len(shape) == len(names):
+            found = dict(zip(names, shape, strict=True)) | found
+    found.pop("", None)
+    numbers = [int(match[1]) for match in (re.match(block, key) for key in tensors) if match] if block else []
+    return found | ({"depth": max(numbers) + 1} if numbers else {})
+
+
 def reason(key: str, ignored: Ignored) -> str | None:
     """Why a key is left out on purpose; None if it is not."""
     return next((why for pattern, why in ignored if re.fullmatch(pattern, key)), None)

@@ -1,9 +1,17 @@
 """Pictures from wherever they are to what the towers take.
 
-MiniGPT-4 trains and evaluates with the same transform: bicubic resize to a square without keeping the aspect ratio,
-then normalisation (minigpt4/processors/blip_processors.py). Pixels stay uint8 until they are on the device.
+S side of the square that a tower sees
+
+MiniGPT-4 trains and evaluates with the same transform: bicubic resize to a square without keeping the aspect ratio
+(minigpt4/processors/blip_processors.py). ImageBind and LLaMA-Adapter v2 keep it: the short side is scaled to S and the
+middle cut out (CLIP's transform); in training a random part is scaled to the square (torchvision's RandomResizedCrop).
+
+Left out: LLaMA-Adapter v2's original reads files by OpenCV, which turns a photograph upright that says in its EXIF data
+how it was held; here, as in the other originals, no picture is turned.
 """
 
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,49 +20,108 @@ import numpy as np
 from PIL import Image
 
 from mmjax.batch import Sample
-from mmjax.families.minigpt4 import normalise
 
 
-def load(picture: Any, size: int) -> np.ndarray:
-    """uint8[size,size,3], or an already normalised float32[3,size,size] unchanged.
+def load(source: Any, size: int, crops: bool = False, random: np.random.Generator | None = None) -> np.ndarray:
+    """uint8[S,S,3]; or of a picture that comes normalised, float32[3,S,S] unchanged.
 
-    picture: a path, a PIL image, `uint8[H,W,3]` (or [H,W]: grey), or `float32[3,size,size]`. Raises ValueError naming
-    the file, or the shape and dtype, that cannot be used.
+    source: a path, a PIL image, uint8[H,W,3] (or [H,W]: grey), or float32[3,S,S]
+    crops:  keep the aspect ratio and cut out the middle; otherwise the whole picture is squashed
+    random: with `crops`, draws what is cut out instead, as in training
+
+    Raises ValueError naming the file, or the shape and dtype, that cannot be used.
     """
-    if isinstance(picture, np.ndarray) and np.issubdtype(picture.dtype, np.floating):
-        if picture.shape != (3, size, size):
-            raise ValueError(f"A normalised picture must be float32[3,{size},{size}], got {picture.dtype}"
-                             f"{list(picture.shape)}; give uint8[H,W,3] to have it resized.")
-        return picture.astype(np.float32)
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.shape[2:] not in ((), (3,)):
-            raise ValueError(f"A picture array must be uint8[H,W,3], got {picture.dtype}{list(picture.shape)}.")
-        picture = Image.fromarray(picture)
-    if not isinstance(picture, Image.Image):
-        return _open(picture, size)
-    return np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+    if not isinstance(source, (str, os.PathLike, Image.Image)):
+        source = np.asarray(source)
+        if np.issubdtype(source.dtype, np.floating):
+            if source.shape != (3, size, size):
+                raise ValueError(f"A normalised picture must be float32[3,{size},{size}], got {source.dtype}"
+                                 f"{list(source.shape)}; give uint8[H,W,3] to have it resized.")
+            return source.astype(np.float32)
+    image = rgb(source)
+    if not crops:
+        return _resized(image, size, size)
+    if random is None:
+        return middle(image, size)
+    return crop(image, random_box(random, image.height, image.width), size)
 
 
-def _open(path: Any, size: int) -> np.ndarray:
-    if not Path(path).is_file():
-        raise ValueError(f"No picture at {path}.")
+def rgb(source: Any) -> Image.Image:
+    """The picture in a file, a PIL image or an array; raises ValueError as `load` does."""
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    if isinstance(source, np.ndarray):
+        colours = source.shape[2:] in ((), (3,))
+        if source.dtype != np.uint8 or source.ndim not in (2, 3) or not colours or not source.size:
+            raise ValueError(f"A picture array must be uint8[H,W,3], got {source.dtype}{list(source.shape)}.")
+        return Image.fromarray(source).convert("RGB")
+    if not Path(source).is_file():
+        raise ValueError(f"No picture at {source}.")
     try:
-        with Image.open(path) as picture:
-            return load(picture, size)
+        with Image.open(source) as image:
+            return image.convert("RGB")
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:  # what Pillow raises
-        raise ValueError(f"{path} is not a picture that can be read: {error}") from error
+        raise ValueError(f"{source} is not a picture that can be read: {error}") from error
 
 
-def stack(samples: Sequence[Sample], size: int) -> np.ndarray | None:
-    """`Batch.images` of these rows: uint8[B,F,size,size,3], or float32[B,F,3,size,size] if any picture came
-    normalised. F is the longest row's number of pictures, the others are filled up with black ones that no soft token
-    refers to. None if no row has a picture."""
+def middle(image: Image.Image, size: int) -> np.ndarray:
+    """uint8[S,S,3]: the short side scaled to S, then what is in the middle of the long one."""
+    short, long = sorted(image.size)
+    long = int(size * long / short)
+    pixels = _resized(image, *((size, long) if image.width <= image.height else (long, size)))
+    top, left = (round((side - size) / 2) for side in pixels.shape[:2])
+    return pixels[top:top + size, left:left + size]
+
+
+def crop(image: Image.Image, box: tuple[int, int, int, int], size: int) -> np.ndarray:
+    """uint8[S,S,3]: a box (top, left, height, width) scaled to the square."""
+    top, left, height, width = map(int, box)
+    return _resized(image.crop((left, top, left + width, top + height)), size, size)
+
+
+def random_box(random: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of 90 to 100 % of a picture's area and a ratio of sides between 3:4 and 4:3.
+
+    Ten draws that may not fit, then the largest such box in the middle (torchvision's RandomResizedCrop).
+    """
+    narrow, flat = 0.75, 1.3333
+    for _ in range(10):
+        area = height * width * random.uniform(0.9, 1.0)
+        ratio = math.exp(random.uniform(math.log(narrow), math.log(flat)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(random.integers(height - h + 1)), int(random.integers(width - w + 1)), h, w
+    ratio = min(max(width / height, narrow), flat)
+    h, w = min(height, round(width / ratio)), min(width, round(height * ratio))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _resized(image: Image.Image, width: int, height: int) -> np.ndarray:
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def stack(samples: Sequence[Sample], config: Any, random: np.random.Generator | None = None) -> np.ndarray | None:
+    """`Batch.images` of these rows: uint8[B,F,S,S,3] or normalised float32[B,F,3,S,S]. None if no row has a picture.
+
+    config: the family's: `image_size`, `crops` and `normalise` say how it takes pictures
+    random: draws what is cut out, as in training; for families with `crops`
+
+    Where pictures take places among the words, F is the longest row's number of pictures, and the others are filled up
+    with black ones that no soft token refers to; pixels stay uint8 until they are on the device, unless a picture came
+    normalised. Where pictures take no places, every row has one: of text alone zeros, as in the originals. Those are
+    zeros after normalisation, so all of the batch is normalised here.
+
+    Raises ValueError naming the rows that have too many pictures, or the picture that cannot be used.
+    """
+    size, placed = config.image_size, config.image_tokens > 0
     most = max((len(sample.images) for sample in samples), default=0)
     if most == 0:
         return None
-    rows = [[load(picture, size) for picture in sample.images] for sample in samples]
-    if any(picture.dtype == np.float32 for row in rows for picture in row):
-        rows = [[p if p.dtype == np.float32 else normalise(p[None, None])[0, 0] for p in row] for row in rows]
+    if not placed and (many := [row for row, sample in enumerate(samples) if len(sample.images) > 1]):
+        raise ValueError(f"Rows {many} have more than one picture, but this model reads one a row.")
+    rows = [[load(picture, size, config.crops, random) for picture in sample.images] for sample in samples]
+    if not placed or any(picture.dtype == np.float32 for row in rows for picture in row):
+        rows = [[config.normalise(picture) for picture in row] for row in rows]
         blank = np.zeros((3, size, size), np.float32)
     else:
         blank = np.zeros((size, size, 3), np.uint8)

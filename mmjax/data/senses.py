@@ -21,71 +21,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from mmjax.batch import Sample
-from mmjax.families.minigpt4 import MEAN, STD
+from mmjax.data.images import load
 from mmjax.models.imagebind import ImageBindConfig, TowerConfig, sense_of
+from mmjax.pixels import MEAN, STD, normalise
+from mmjax.tokenizer import WORDS
 
 # ---- pictures ----
 
 
-def picture(source: Any, size: int = 224) -> np.ndarray:
-    """float32[3,S,S]: the short side scaled to S, the middle cut out, normalised.
+def picture(source: Any, size: int = 224, random: np.random.Generator | None = None) -> np.ndarray:
+    """float32[3,S,S]: the middle of a picture whose short side was scaled to S, or a random part of it; normalised.
 
-    source: a path, a PIL image, or uint8[H,W,3] (or [H,W]: grey). Raises ValueError naming what cannot be used.
+    source: as `mmjax.data.images.load` takes it; one that comes normalised is unchanged
+    random: draws the part, as in training
+
+    Raises ValueError naming what cannot be used.
     """
-    image = _rgb(source)
-    short, long = sorted(image.size)
-    long = int(size * long / short)
-    image = image.resize((size, long) if image.width <= image.height else (long, size), Image.Resampling.BICUBIC)
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-    return _normalised(image.crop((left, top, left + size, top + size)))
-
-
-def cropped_picture(source: Any, box: tuple[int, int, int, int], size: int = 224) -> np.ndarray:
-    """float32[3,S,S]: the training transform, for a box (top, left, height, width) such as `random_box` draws."""
-    top, left, height, width = map(int, box)
-    image = _rgb(source).crop((left, top, left + width, top + height))
-    return _normalised(image.resize((size, size), Image.Resampling.BICUBIC))
-
-
-def random_box(random: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of 90 to 100 % of a picture's area and a ratio of sides between 3:4 and 4:3.
-
-    Ten draws that may not fit, then the largest such box in the middle (torchvision's RandomResizedCrop).
-    """
-    narrow, flat = 0.75, 1.3333
-    for _ in range(10):
-        area = height * width * random.uniform(0.9, 1.0)
-        ratio = math.exp(random.uniform(math.log(narrow), math.log(flat)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return int(random.integers(height - h + 1)), int(random.integers(width - w + 1)), h, w
-    ratio = min(max(width / height, narrow), flat)
-    h, w = min(height, round(width / ratio)), min(width, round(height * ratio))
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def _rgb(source: Any) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return source.convert("RGB")
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in ((), (3,)):
-            raise ValueError(f"A picture array must be uint8[H,W,3], got {source.dtype}{list(source.shape)}.")
-        return Image.fromarray(source).convert("RGB")
-    if not Path(source).is_file():
-        raise ValueError(f"No picture at {source}.")
-    try:
-        with Image.open(source) as image:
-            return image.convert("RGB")
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:  # what Pillow raises
-        raise ValueError(f"{source} is not a picture that can be read: {error}") from error
-
-
-def _normalised(image: Image.Image) -> np.ndarray:
-    pixels = np.asarray(image, np.float32) / np.float32(255)
-    return np.ascontiguousarray(((pixels - MEAN) / STD).transpose(2, 0, 1))
+    return normalise(load(source, size, crops=True, random=random))
 
 
 # ---- video and its clips ----
@@ -337,7 +291,6 @@ def _words(text: str) -> list[str]:
 
 # ---- rows ----
 
-WORDS = "bpe_simple_vocab_16e6.txt.gz"  # the text tower's merges, kept among the tokenizer's files of a checkpoint
 NAMES = ("video", "audio", "depth", "thermal", "imu", "text")  # of `Sample.media`
 
 
@@ -419,7 +372,7 @@ def _input(name: str, source: Any, cfg: ImageBindConfig, words: Path | None,
     if name == "image":
         if len(source) > 1:
             raise ValueError(f"{len(source)} pictures, but a row takes one")
-        return _one_picture(source[0], tower, random)
+        return picture(source[0], tower.image_size, random)
     if name == "video" and isinstance(source, tuple):
         frames, fps = source
         return video(np.asarray(frames), fps, tower.image_size, shown=tower.frames)
@@ -435,17 +388,6 @@ def _input(name: str, source: Any, cfg: ImageBindConfig, words: Path | None,
     if name == "text":
         return _words_row(source, tower, words)
     return _floats(source, tower.input_shape)
-
-
-def _one_picture(source: Any, tower: TowerConfig, random: np.random.Generator | None) -> np.ndarray:
-    if not isinstance(source, (str, os.PathLike, Image.Image)):
-        source = np.asarray(source)
-        if np.issubdtype(source.dtype, np.floating):
-            return _floats(source, tower.input_shape)
-    if random is None:
-        return picture(source, tower.image_size)
-    image = _rgb(source)
-    return cropped_picture(image, random_box(random, image.height, image.width), tower.image_size)
 
 
 def _floats(source: Any, shape: tuple[int | None, ...]) -> np.ndarray:

@@ -17,14 +17,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from mmjax import pixels
 from mmjax.batch import Batch
-from mmjax.families import minigpt4
 from mmjax.families.base import LanguageModel, example_batch
 from mmjax.models import clip, llama, visual
 from mmjax.models.clip import CLIP_VIT_L14, Clip, ClipConfig
 from mmjax.models.llama import LLAMA_7B, LlamaConfig
 from mmjax.models.visual import VISUAL_7B, VisualConfig, VisualQuery
 from mmjax.trees import prefixed
+
+
+def normalise(images: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """uint8[...,H,W,3] -> float32[...,3,H,W] as v2 was trained; normalised pictures pass unchanged.
+
+    The original reads pictures by OpenCV and leaves its order of colours, so blue passes as red: it is normalised by
+    red's mean and deviation and meets red's weights. What is given here is RGB; already normalised pictures are taken
+    to be in the original's order.
+    """
+    return pixels.normalise(images[..., ::-1] if images.dtype == np.uint8 else images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +49,8 @@ class Config:
 
     image_tokens = 0  # pictures take no places among the words
     senses = ()
+    crops = True  # pictures keep their aspect ratio, a part is cut out
+    normalise = staticmethod(normalise)
 
     def __post_init__(self):
         if (self.clip is None) != (self.visual is None):
@@ -80,16 +92,6 @@ def with_phase(cfg: Config, phase: str) -> Config:
         raise ValueError('LLaMA-Adapter v1 has one phase, "pretrain": it trains the prompts and their gates.')
     return dataclasses.replace(
         cfg, llama=dataclasses.replace(cfg.llama, bias_on=("q", "o", "gate", "up", "down")))
-
-
-def normalise(images: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """uint8[B,F,H,W,3] -> float32[B,F,3,H,W] as v2 was trained; normalised pictures pass unchanged.
-
-    The original reads pictures by OpenCV and leaves its order of colours, so blue passes as red: it is normalised by
-    red's mean and deviation and meets red's weights. What is given here is RGB; already normalised pictures are taken
-    to be in the original's order.
-    """
-    return minigpt4.normalise(images[..., ::-1] if images.dtype == np.uint8 else images)
 
 
 class Model(LanguageModel):

@@ -13,7 +13,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mmjax.batch import Batch
 from mmjax.families.base import LanguageModel, example_batch
@@ -22,11 +21,10 @@ from mmjax.models.eva_vit import EVA_VIT_G, EVA_VIT_G_448, EvaVit, VitConfig
 from mmjax.models.layers import LayerNorm, Project
 from mmjax.models.llama import LLAMA2_7B_CHAT, VICUNA_7B, VICUNA_13B, LlamaConfig
 from mmjax.models.qformer import QFORMER_BASE, QFormer, QFormerConfig
+from mmjax.pixels import normalise
 from mmjax.trees import prefixed
 
 JOINED = 4  # patches that become one soft token where there is no Q-Former
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +34,8 @@ class Config:
     llama: LlamaConfig = VICUNA_7B
 
     senses = ()
+    crops = False  # pictures are squashed into a square
+    normalise = staticmethod(normalise)
 
     @property
     def image_size(self) -> int:
@@ -70,17 +70,6 @@ AXES = (
 )
 TRAINED = (r"projector/.*",)
 PHASES: dict[str, tuple[str, ...]] = {}  # its stages differ in their data alone
-
-
-def normalise(images: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """uint8[B,F,H,W,3] -> float32[B,F,3,H,W] as the towers were trained; normalised pictures pass unchanged.
-
-    A numpy array is worked on by numpy, bit-equal to the original; XLA may differ in the last two bits.
-    """
-    if images.dtype != np.uint8:
-        return images
-    scaled = (images.astype(np.float32) / np.float32(255) - MEAN) / STD
-    return scaled.transpose(0, 1, 4, 2, 3)
 
 
 def place(words: jax.Array, soft: jax.Array, soft_index: jax.Array) -> jax.Array:

@@ -13,11 +13,11 @@ import pytest
 from mmjax import cli, weights
 from mmjax.config import ALPACA, ALPACA_INPUT, TextConfig
 from mmjax.convert import adapter, convert, torch_file
-from mmjax.convert.convert import WORDS
 from mmjax.convert.export import export
 from mmjax.convert.tables import Computed, Problems, backward, forward
 from mmjax.families import config_from_dict, imagebind_llm, llama_adapter, shapes
 from mmjax.models.llama import TINY
+from mmjax.tokenizer import WORDS
 from tests.convert.released import (
     ADAPTER_V1,
     ADAPTER_V2,

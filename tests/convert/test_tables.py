@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mmjax.convert import llama, minigpt4, tables
-from mmjax.convert.tables import Computed, ConversionError, Problems, backward, expand, forward
+from mmjax.convert.tables import Computed, ConversionError, Problems, backward, expand, forward, shown
 from mmjax.families import FAMILIES, shapes
 from mmjax.models import eva_vit, qformer
 from mmjax.models.llama import LlamaConfig
@@ -81,6 +81,15 @@ def test_layers_are_sliced_one_by_one_when_large(monkeypatch):
     single = list(parameters[path].slices())
     assert [len(piece) for piece in gathered] == [3] and [len(piece) for piece in single] == [1, 1, 1]
     np.testing.assert_array_equal(np.concatenate(single), gathered[0])
+
+
+def test_what_shapes_tell():
+    tensors = lazy({"a.w": np.zeros((3, 4)), "b.w": np.zeros((7, 9)), "c.w": np.zeros(5), "x.block.0.w": np.zeros(1),
+                    "block.2.w": np.zeros(1), "block.10.w": np.zeros(1)})
+    where = {"a.w": ("dim", ""), "b.w": ("dim", "hidden"), "c.w": ("other", ""), "absent": ("patch",)}
+    assert shown(tensors, where) == {"dim": 3, "hidden": 9}  # of two, the first
+    assert shown(tensors, where, r"block\.(\d+)\.") == {"dim": 3, "hidden": 9, "depth": 11}
+    assert shown(tensors, {}, r"layer\.(\d+)\.") == {}
 
 
 def test_numbers_stack_or_stay_apart():

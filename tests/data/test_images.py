@@ -1,15 +1,22 @@
 """Pictures from every kind of source. Resizing and normalising against the original's: tests/parity."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from mmjax.batch import Sample
-from mmjax.data.images import load, stack
-from mmjax.families.minigpt4 import normalise
+from mmjax.data.images import crop, load, middle, random_box, rgb, stack
+from mmjax.families import llama_adapter, minigpt4
+from mmjax.families.llama_adapter import normalise as swapped
+from mmjax.models import clip, eva_vit
+from mmjax.pixels import normalise
 
 SIZE = 8
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
+SQUASHED = dataclasses.replace(minigpt4.PRESETS["tiny"], vit=dataclasses.replace(eva_vit.TINY, image_size=SIZE))
+CROPPED = dataclasses.replace(llama_adapter.PRESETS["tiny"], clip=dataclasses.replace(clip.TINY, image_size=SIZE))
 NORMALISED = np.random.default_rng(1).normal(size=(3, SIZE, SIZE)).astype(np.float32)
 
 
@@ -55,12 +62,14 @@ def test_normalised_pictures_pass_unchanged():
     (PIXELS.transpose(2, 0, 1), r"got uint8\[3, 12, 20\]"),
     (PIXELS[None], r"got uint8\[1, 12, 20, 3\]"),
     (PIXELS[..., :2], r"got uint8\[12, 20, 2\]"),
+    (PIXELS[:0], r"got uint8\[0, 20, 3\]"),
     (NORMALISED[:, 1:], r"must be float32\[3,8,8\], got float32\[3, 7, 8\]"),
     (NORMALISED.transpose(1, 2, 0), r"float32\[3,8,8\], got float32\[8, 8, 3\]"),
 ])
-def test_arrays_of_another_kind(picture, message):
+@pytest.mark.parametrize("crops", [False, True])
+def test_arrays_of_another_kind(picture, message, crops):
     with pytest.raises(ValueError, match=message):
-        load(picture, SIZE)
+        load(picture, SIZE, crops)
 
 
 def test_files_that_cannot_be_read(tmp_path, file, monkeypatch):
@@ -87,13 +96,42 @@ def test_files_that_cannot_be_read(tmp_path, file, monkeypatch):
         load(file, SIZE)
 
 
-def test_rows_without_any_picture_have_no_images():
-    assert stack([Sample(prompt="a"), Sample()], SIZE) is None
-    assert stack([], SIZE) is None
+@pytest.mark.parametrize("config", [SQUASHED, CROPPED], ids=["squashed", "cropped"])
+def test_rows_without_any_picture_have_no_images(config):
+    assert stack([Sample(prompt="a"), Sample()], config) is None
+    assert stack([], config) is None
+
+
+@pytest.mark.parametrize(("height", "width"), [(12, 20), (20, 12), (9, 9)])
+def test_the_middle_keeps_the_aspect_ratio(height, width):
+    picture = Image.fromarray(np.random.default_rng(2).integers(0, 256, (height, width, 3), np.uint8))
+    long = int(SIZE * max(height, width) / min(height, width))
+    whole = picture.resize((SIZE, long) if height > width else (long, SIZE), Image.Resampling.BICUBIC)
+    first = round((long - SIZE) / 2)
+    cut = (0, first, SIZE, first + SIZE) if height > width else (first, 0, first + SIZE, SIZE)
+    np.testing.assert_array_equal(middle(picture, SIZE), np.asarray(whole.crop(cut)))
+    np.testing.assert_array_equal(load(picture, SIZE, crops=True), middle(picture, SIZE))
+
+
+@pytest.mark.parametrize(("height", "width"), [(100, 100), (60, 100), (10, 100), (100, 3), (1, 1)])
+def test_random_boxes(height, width):
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        top, left, h, w = random_box(random, height, width)
+        assert 0 <= top <= height - h and 0 <= left <= width - w and h > 0 and w > 0
+        if height == width == 100:
+            assert 0.88 < h * w / 1e4 <= 1 and 0.74 < w / h < 1.35
+
+
+def test_random_crops_are_boxes_of_the_picture(file):
+    drawn = load(file, SIZE, crops=True, random=np.random.default_rng(3))
+    top, left, height, width = box = random_box(np.random.default_rng(3), *PIXELS.shape[:2])
+    np.testing.assert_array_equal(drawn, crop(rgb(PIXELS), box, SIZE))
+    np.testing.assert_array_equal(drawn, load(PIXELS[top:top + height, left:left + width], SIZE))
 
 
 def test_rows_with_different_numbers_of_pictures_are_filled_with_black():
-    found = stack([Sample(images=[PIXELS]), Sample(), Sample(images=[PIXELS[::-1], PIXELS])], SIZE)
+    found = stack([Sample(images=[PIXELS]), Sample(), Sample(images=[PIXELS[::-1], PIXELS])], SQUASHED)
     assert (found.dtype, found.shape) == (np.uint8, (3, 2, SIZE, SIZE, 3))
     np.testing.assert_array_equal(found[0, 0], load(PIXELS, SIZE))
     np.testing.assert_array_equal(found[2], [load(PIXELS[::-1], SIZE), load(PIXELS, SIZE)])
@@ -101,9 +139,43 @@ def test_rows_with_different_numbers_of_pictures_are_filled_with_black():
 
 
 def test_one_normalised_picture_makes_the_batch_normalised():
-    found = stack([Sample(images=[PIXELS]), Sample(images=[NORMALISED, PIXELS])], SIZE)
+    found = stack([Sample(images=[PIXELS]), Sample(images=[NORMALISED, PIXELS])], SQUASHED)
     assert (found.dtype, found.shape) == (np.float32, (2, 2, 3, SIZE, SIZE))
-    expected = np.asarray(normalise(load(PIXELS, SIZE)[None, None]))[0, 0]
+    expected = normalise(load(PIXELS, SIZE))
     np.testing.assert_array_equal(found[0, 0], expected)
     np.testing.assert_array_equal(found[1], [NORMALISED, expected])
     assert not found[0, 1].any()
+
+
+# ---- pictures that take no places among the words: LLaMA-Adapter v2 ----
+
+
+def test_pictures_are_as_the_original_makes_them(file):
+    """OpenCV's order of colours, the middle, then zeros for the row without a picture."""
+    found = stack([Sample(images=[file]), Sample(prompt="only words"), Sample(images=[PIXELS[::-1]])], CROPPED)
+    assert (found.dtype, found.shape) == (np.float32, (3, 1, 3, SIZE, SIZE))
+    for row, pixels in ((0, PIXELS), (2, PIXELS[::-1])):
+        blue_first = Image.fromarray(np.ascontiguousarray(pixels[..., ::-1]))
+        np.testing.assert_array_equal(found[row, 0], normalise(middle(blue_first, SIZE)))
+    np.testing.assert_array_equal(found[1], 0)
+
+
+def test_training_pictures_are_cropped_at_random():
+    pixels = np.random.default_rng(4).integers(0, 256, (40, 44, 3), np.uint8)
+    rows = [Sample(images=[pixels]), Sample(images=[pixels])]
+    found, again, other = (stack(rows, CROPPED, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(found, again)
+    assert np.abs(found - other).max() > 0 and np.abs(found[0] - found[1]).max() > 0
+    box = random_box(np.random.default_rng(1), *pixels.shape[:2])
+    np.testing.assert_array_equal(found[0, 0], swapped(crop(rgb(pixels), box, SIZE)))
+
+
+def test_normalised_pictures_keep_their_order_of_colours():
+    found = stack([Sample(images=[NORMALISED]), Sample(images=[PIXELS])], CROPPED)
+    np.testing.assert_array_equal(found[0, 0], NORMALISED)
+    np.testing.assert_array_equal(found[1, 0], swapped(load(PIXELS, SIZE, crops=True)))
+
+
+def test_a_row_has_one_picture():
+    with pytest.raises(ValueError, match=r"Rows \[1\] have more than one picture, but this model reads one a row"):
+        stack([Sample(images=[PIXELS]), Sample(images=[PIXELS, PIXELS])], CROPPED)

@@ -11,10 +11,11 @@ import pytest
 
 from mmjax import optim, steps, trees
 from mmjax.config import OptimConfig
-from mmjax.families import llama, llama_adapter, minigpt4, shapes
+from mmjax.families import llama, llama_adapter, shapes
 from mmjax.families.base import causal_mask
 from mmjax.families.llama_adapter import PHASES, PRESETS, TRAINED, Config, Model, normalise, with_phase
 from mmjax.models import clip, visual
+from mmjax.pixels import MEAN, STD
 from tests import tiny
 
 V2 = PRESETS["tiny"]
@@ -112,7 +113,7 @@ def test_pictures_pass_in_the_order_blue_green_red():
     pixels = np.random.default_rng(2).integers(0, 256, (2, 1, SIZE, SIZE, 3), np.uint8)
     passed = normalise(pixels)
     blue = pixels[:, 0, ..., 2].astype(np.float32) / 255
-    np.testing.assert_allclose(passed[:, 0, 0], (blue - minigpt4.MEAN[0]) / minigpt4.STD[0], atol=1e-6)
+    np.testing.assert_allclose(passed[:, 0, 0], (blue - MEAN[0]) / STD[0], atol=1e-6)
     np.testing.assert_array_equal(normalise(passed), passed)
     raw, ready = (encode(V2)(params(V2), dataclasses.replace(batch(), images=x))[1] for x in (pixels, passed))
     np.testing.assert_allclose(raw, ready, atol=1e-5)

@@ -8,14 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmjax import trees
 from mmjax.families import llama as family
 from mmjax.families.base import causal_mask
-from mmjax.models.llama import TINY, Llama, LoraProject, rope
+from mmjax.families.imagebind_llm import adapted
+from mmjax.models.llama import TINY, Llama, LlamaConfig, LoraProject, rope
 from tests import tiny
 
 B, T = 2, 7
 GROUPED, EQUAL = TINY, dataclasses.replace(TINY, kv_heads=TINY.heads)
 LORA = dataclasses.replace(TINY, lora_rank=3, lora_alpha=6.0)
+HEAD, LAYER, SHARED = (dataclasses.replace(TINY, injection=form) for form in ("head", "layer", "shared"))
+FORMS = {"one prompt": (HEAD, 1), "prompts": (HEAD, 3), "layer": (LAYER, 1), "shared": (SHARED, 1)}  # config, P
 POSITIONS = np.tile(np.arange(T, dtype=np.int32), (B, 1))
 ALL = np.ones((B, T), bool)
 
@@ -25,10 +29,10 @@ def params(cfg):
     return tiny.params("llama", family.Config(cfg))["llama"]
 
 
-def logits(cfg, params, x, positions, valid, remat=False, rngs=None):
-    """x [B,T,D], positions int[B,T], valid bool[B,T] -> [B,T,V]."""
+def logits(cfg, params, x, positions, valid, injection=None, remat=False, rngs=None):
+    """x [B,T,D], positions int[B,T], valid bool[B,T], injection [L,B,P,D] -> [B,T,V]."""
     model = Llama(cfg, remat=remat)
-    hidden, _ = model.apply({"params": params}, x, positions, causal_mask(valid), rngs=rngs)
+    hidden, _ = model.apply({"params": params}, x, positions, causal_mask(valid), injection=injection, rngs=rngs)
     return model.apply({"params": params}, hidden, method="logits")
 
 
@@ -40,6 +44,19 @@ def forward(cfg):
 
 def vectors(seed=0, length=T):
     return np.random.default_rng(seed).normal(size=(B, length, TINY.dim)).astype(np.float32)
+
+
+def injected(count, seed=2):
+    """[L,B,P,D] for P = `count`."""
+    return np.random.default_rng(seed).normal(size=(TINY.depth, B, count, TINY.dim)).astype(np.float32)
+
+
+def replaced(params, pattern, function):
+    """Parameters of which those whose path matches are given to a function."""
+    return trees.map_with_path(lambda path, leaf: function(leaf) if trees.matches(path, [pattern]) else leaf, params)
+
+
+GATES = "(layers/)?(attn/)?gate"
 
 
 def test_causality_by_gradient():
@@ -74,18 +91,22 @@ def test_padded_row_equals_the_short_row():
     np.testing.assert_allclose(long[:, :4], short, atol=2e-6)
 
 
-@pytest.mark.parametrize("cfg", [GROUPED, EQUAL], ids=["grouped heads", "equal heads"])
-def test_cached_decoding_equals_the_full_pass(cfg):
+CACHED = {"grouped heads": (GROUPED, 0), "equal heads": (EQUAL, 0), **FORMS}
+
+
+@pytest.mark.parametrize(("cfg", "count"), CACHED.values(), ids=CACHED)
+def test_cached_decoding_equals_the_full_pass(cfg, count):
     """A prefill of 4 and single steps, over a cache that held rubbish, one row padded on the left."""
     x, S = vectors(), T + 2
     valid = ALL.copy()
     valid[1, :2] = False
-    expected = forward(cfg)(params(cfg), x, POSITIONS, valid)
+    injection = injected(count) if count else None
+    expected = forward(cfg)(params(cfg), x, POSITIONS, valid, injection)
     model = Llama(cfg)
 
     @tiny.jit
     def step(params, x, positions, mask, cache, start):
-        hidden, cache = model.apply({"params": params}, x, positions, mask, cache, start)
+        hidden, cache = model.apply({"params": params}, x, positions, mask, cache, start, injection)
         return model.apply({"params": params}, hidden, method="logits"), cache
 
     cache = jax.tree.map(lambda slots: slots + 100, model.empty_cache(B, S))
@@ -147,12 +168,86 @@ def test_tied_head_is_the_embedding():
 def test_recomputing_layers_keeps_the_gradients():
     def gradients(remat):
         def loss(params):
-            return (logits(TINY, params, vectors(), POSITIONS, ALL, remat=remat) ** 2).mean()
+            return (logits(HEAD, params, vectors(), POSITIONS, ALL, injected(2), remat=remat) ** 2).mean()
 
-        return tiny.jit(jax.grad(loss))(params(TINY))
+        return tiny.jit(jax.grad(loss))(params(HEAD))
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(b).max()),
                  gradients(True), gradients(False))
+
+
+@pytest.mark.parametrize(("cfg", "count"), FORMS.values(), ids=FORMS)
+def test_closed_gates_and_fresh_lora_and_biases_leave_plain_llama_bit_for_bit(cfg, count):
+    """In one compiled function each, as they are used."""
+    cfg = adapted(cfg, 3)
+    inputs, injection = (vectors(), POSITIONS, ALL), injected(count)
+    closed = replaced(params(cfg), f"{GATES}|.*/(lora_b|b)", np.zeros_like)
+    plain = {path: leaf for path, leaf in trees.flatten(closed).items() if path in trees.flatten(params(TINY))}
+    expected = forward(TINY)(trees.unflatten(plain), *inputs)
+    np.testing.assert_array_equal(forward(cfg)(closed, *inputs, injection), expected)
+    for part in (GATES, ".*/lora_b", ".*/b"):
+        changed = replaced(closed, part, np.ones_like)
+        assert np.abs(forward(cfg)(changed, *inputs, injection) - expected).max() > 0.1
+
+
+@pytest.mark.parametrize(("cfg", "count"), FORMS.values(), ids=FORMS)
+def test_closed_gates_learn_and_what_lies_behind_them_does_not_yet(cfg, count):
+    @tiny.jit
+    def slopes(params, injection):
+        def loss(params, injection):
+            return (logits(cfg, params, vectors(), POSITIONS, ALL, injection) ** 2).mean()
+
+        return jax.grad(loss, (0, 1))(params, injection)
+
+    of_params, of_injection = slopes(replaced(params(cfg), GATES, np.zeros_like), injected(count))
+    gates = [leaf for path, leaf in trees.flatten(of_params).items() if trees.matches(path, [GATES])]
+    assert len(gates) == 1 and np.all(gates[0])
+    assert not np.any(of_injection)
+    assert np.all(np.any(slopes(params(cfg), injected(count))[1], axis=-1))
+
+
+@pytest.mark.parametrize(("cfg", "count"), [FORMS["one prompt"], FORMS["prompts"], FORMS["layer"]])
+def test_zeros_in_a_layer_are_nothing_injected(cfg, count):
+    """Layers below the injected ones are given zeros, and may have gates that are not closed."""
+    injection = injected(count)
+    injection[0] = 0
+    closed = replaced(params(cfg), GATES, lambda gate: gate * np.array([[0], [1]], np.float32))
+    inputs = vectors(), POSITIONS, ALL, injection
+    np.testing.assert_array_equal(forward(cfg)(params(cfg), *inputs), forward(cfg)(closed, *inputs))
+
+
+def test_prompts_are_read_by_attention():
+    """Copies of a prompt are read as the prompt alone, and their order does not matter."""
+    inputs, three = (vectors(), POSITIONS, ALL), injected(3)
+    run = functools.partial(forward(HEAD), params(HEAD), *inputs)
+    np.testing.assert_allclose(run(np.repeat(three[:, :, :1], 3, axis=2)), run(three[:, :, :1]), atol=5e-6)
+    np.testing.assert_allclose(run(three[:, :, ::-1]), run(three), atol=5e-6)
+    assert np.abs(run(three) - run(three.mean(2, keepdims=True))).max() > 1e-3
+
+
+def test_rows_read_their_own_prompts():
+    inputs, injection = (vectors(), POSITIONS, ALL), injected(3)
+    run = functools.partial(forward(HEAD), params(HEAD), *inputs)
+    other = injection.copy()
+    other[:, 1] += 1
+    changed = np.abs(run(other) - run(injection)).max((1, 2))
+    assert changed[0] == 0 < changed[1]
+
+
+def test_factors_of_head_gates():
+    """tanh(gate) · new_gate, without tanh where the config says so."""
+    raw, factored = (dataclasses.replace(HEAD, **more) for more in ({"gate_tanh": False}, {"new_gate": True}))
+    inputs = vectors(), POSITIONS, ALL, injected(3)
+    weights = params(HEAD)
+    half = replaced(weights, GATES, lambda gate: 0.5 * jnp.tanh(gate))
+    both = trees.unflatten(trees.flatten(weights) | {"layers/attn/new_gate": np.full((TINY.depth, 1), 0.5, np.float32)})
+    np.testing.assert_allclose(forward(raw)(half, *inputs), forward(factored)(both, *inputs), atol=5e-6)
+    assert np.abs(forward(raw)(half, *inputs) - forward(HEAD)(weights, *inputs)).max() > 1e-3
+
+
+def test_unknown_injection_is_refused():
+    with pytest.raises(ValueError, match="'token': '' .none., 'head', 'layer' or 'shared'"):
+        LlamaConfig(injection="token")
 
 
 def test_rope_turns_complex_numbers():

@@ -124,16 +124,29 @@ def bind(file: str) -> tuple[BindConfig, dict[str, Any]]:
 
 
 @functools.cache
-def model(adapter: str, injection: str = "released") -> Loaded:
+def model(adapter: str) -> Loaded:
     """The towers, LLaMA and an adapter file of the set, converted by mmjax and loaded in float32.
 
-    injection: "token" and "token-shared" are the article's, whose gates start closed
+    The article's bind network alone gets the article's injection, a closed gate a layer.
     """
+    article = tables.is_article(tensors(adapter))
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "converted"
         convert.imagebind_llm(folder() / "imagebind.pth", folder() / "llama_meta", out, adapter=folder() / adapter,
-                              arch=folder() / "config.json", injection=injection)
-        return load_checkpoint(out, dtype="float32", init_fresh=None if injection == "released" else 0)
+                              arch=folder() / "config.json", injection="token" if article else "released")
+        return load_checkpoint(out, dtype="float32", init_fresh=0 if article else None)
+
+
+def token_form(adapter: str, gates: np.ndarray) -> Loaded:
+    """A file's model with the article's injection and these gates; a single one is shared by all layers."""
+    m = model(adapter)
+    shared = len(gates) < m.config.llama.depth
+    kept = {path: leaf for path, leaf in trees.flatten(m.params).items()
+            if not re.fullmatch("query|llama/layers/(attn/)?gate", path)}
+    opened = {"llama/gate": jnp.asarray(gates)} if shared else {"llama/layers/gate": jnp.asarray(gates[:, None])}
+    llama = dataclasses.replace(m.config.llama, injection="shared" if shared else "layer")
+    cfg = dataclasses.replace(m.config, llama=llama)
+    return dataclasses.replace(m, params=trees.unflatten(kept | opened), config=cfg, module=m.module.clone(cfg=cfg))
 
 
 def adapter(case: Case) -> str:

@@ -7,15 +7,16 @@ import shutil
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
 
 from mmjax.batch import Sample
 from mmjax.config import ALPACA, ALPACA_INPUT, DataConfig, TextConfig
 from mmjax.data import senses
 from mmjax.data.formats import FORMATS, imagebind_llm_finetune, imagebind_llm_pretrain
+from mmjax.data.images import load
 from mmjax.data.neighbours import Recall, read
 from mmjax.data.pipeline import sample
 from mmjax.data.text import NO_TARGET, rows
+from mmjax.pixels import normalise
 from mmjax.tokenizer import Tokenizer
 from tests.parity import imagebind_golden as golden
 from tests.parity.close import assert_close
@@ -100,8 +101,7 @@ def test_prompts_to_be_continued(case, tokenizer):
 
 def standin(path, shape):
     """The pictures of these cases went through a simpler transform: a square of that size."""
-    with Image.open(path) as picture:
-        return senses.cropped_picture(picture, (0, 0, picture.height, picture.width), shape[-1])
+    return normalise(load(path, shape[-1]))
 
 
 @pytest.fixture(params=["dataset", "dataset_pretrain"])
