@@ -41,7 +41,7 @@ def config() -> dict[str, RunConfig]:
             data=DataConfig(format="imagebind_llm_finetune", path=f"{FOLDER}/instructions", batch_size=64,
                             length_multiple=16, scenes=SCENES),
             text=TEXT,
-            optim=OptimConfig(schedule="half_cycle", init_lr=3e-4, min_lr=0.0, warmup_steps=20, epochs=1,
+            optim=OptimConfig(schedule="half_cycle", init_lr=1e-4, min_lr=0.0, warmup_steps=20, epochs=1,
                               steps_per_epoch=120, weight_decay=0.02, beta2=0.95, average=True),
         ),
     }

@@ -5,11 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+
 import pytest
 
-from mmjax import checkpoint, steps, trees
+from mmjax import checkpoint, optim, steps, trees
 from mmjax.checkpoint import Checkpoints
+from mmjax.config import OptimConfig
 
 OPTIMIZER = optim.optimizer(OptimConfig(accumulate=2))
 
