@@ -81,7 +81,8 @@ def score_scenes(
 
     def answers(prompts: Sequence[str]) -> list[str]:
         samples = [look(model, scene, sense, words) for scene, words in zip(shown, prompts, strict=True)]
-        return model.generate(samples, max_new_tokens=48, stop=[model.text.end_sym], batch_size=100, recall=recall)
+        return model.generate(samples, max_new_tokens=48, stop=[model.text.end_sym],
+                              batch_size=min(100, len(samples)), recall=recall)
 
     captions = answers([scenes.PROMPTS[0]] * len(shown))
     replies = answers([question.text for question in asked])
