@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-
+import optax
 import pytest
 
 from mmjax import checkpoint, optim, steps, trees
