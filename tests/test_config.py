@@ -14,7 +14,8 @@ SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 def test_shipped_configs(path):
     """They load, can be written into a run's card, and say in their docstring how to run them."""
     loaded = config.load(str(path))
-    json.dumps(dataclasses.asdict(loaded))
+    for job in loaded.values() if isinstance(loaded, dict) else [loaded]:
+        json.dumps(dataclasses.asdict(job))
     assert f"python train.py --config configs/{path.name}" in path.read_text(encoding="utf-8")
 
 
@@ -22,6 +23,13 @@ def test_a_config_file_may_import_and_compute(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("import mmjax.config as c\n\ndef config():\n    return c.RunConfig(out='runs/' + 'x', seed=42)\n")
     assert config.load(str(file)) == RunConfig(out="runs/x", seed=42)
+
+
+def test_several_runs_by_name(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from mmjax.config import RunConfig\n\n"
+                    "def config():\n    return {'first': RunConfig(out='a'), 'second': RunConfig(out='b')}\n")
+    assert config.load(str(file)) == {"first": RunConfig(out="a"), "second": RunConfig(out="b")}
 
 
 def test_missing_file():
