@@ -10,6 +10,7 @@ Left out: LLaMA-Adapter v2's original reads files by OpenCV, which turns a photo
 how it was held; here, as in the other originals, no picture is turned.
 """
 
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -21,17 +22,20 @@ from PIL import Image
 
 from mmjax.batch import Sample
 
+KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+
 
 def load(source: Any, size: int, crops: bool = False, random: np.random.Generator | None = None) -> np.ndarray:
     """uint8[S,S,3]; or of a picture that comes normalised, float32[3,S,S] unchanged.
 
-    source: a path, a PIL image, uint8[H,W,3] (or [H,W]: grey), or float32[3,S,S]
+    source: a path, something to `read()` the file's bytes from (a member of an archive), a PIL image, uint8[H,W,3] (or
+            [H,W]: grey), or float32[3,S,S]
     crops:  keep the aspect ratio and cut out the middle; otherwise the whole picture is squashed
     random: with `crops`, draws what is cut out instead, as in training
 
     Raises ValueError naming the file, or the shape and dtype, that cannot be used.
     """
-    if not isinstance(source, (str, os.PathLike, Image.Image)):
+    if not isinstance(source, (str, os.PathLike, Image.Image)) and not hasattr(source, "read"):
         source = np.asarray(source)
         if np.issubdtype(source.dtype, np.floating):
             if source.shape != (3, size, size):
@@ -47,7 +51,11 @@ def load(source: Any, size: int, crops: bool = False, random: np.random.Generato
 
 
 def rgb(source: Any) -> Image.Image:
-    """The picture in a file, a PIL image or an array; raises ValueError as `load` does."""
+    """The picture in a file, a PIL image or an array; raises ValueError as `load` does.
+
+    Also for one of more pixels than Pillow's limit (`PIL.Image.MAX_IMAGE_PIXELS`): files of a few bytes can unfold to
+    fill the memory. Only the kinds of `KINDS` are tried, for Pillow hands others (EPS) to programs that execute them.
+    """
     if isinstance(source, Image.Image):
         return source.convert("RGB")
     if isinstance(source, np.ndarray):
@@ -55,13 +63,22 @@ def rgb(source: Any) -> Image.Image:
         if source.dtype != np.uint8 or source.ndim not in (2, 3) or not colours or not source.size:
             raise ValueError(f"A picture array must be uint8[H,W,3], got {source.dtype}{list(source.shape)}.")
         return Image.fromarray(source).convert("RGB")
-    if not Path(source).is_file():
-        raise ValueError(f"No picture at {source}.")
     try:
-        with Image.open(source) as image:
-            return image.convert("RGB")
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:  # what Pillow raises
+        stored = hasattr(source, "read")
+        if stored or Path(source).is_file():  # neither a folder nor a pipe that would be waited for
+            return _decoded(io.BytesIO(source.read()) if stored else source)
+    except Exception as error:  # decoders raise whatever damaged bytes lead them to
         raise ValueError(f"{source} is not a picture that can be read: {error}") from error
+    raise ValueError(f"No picture at {source}.")
+
+
+def _decoded(file: Any) -> Image.Image:
+    with Image.open(file, formats=KINDS) as image:
+        most = Image.MAX_IMAGE_PIXELS
+        if most is not None and image.width * image.height > most:
+            raise ValueError(f"its {image.width} x {image.height} pixels are more than PIL.Image.MAX_IMAGE_PIXELS = "
+                             f"{most}")
+        return image.convert("RGB")
 
 
 def middle(image: Image.Image, size: int) -> np.ndarray:

@@ -1,12 +1,15 @@
 """Pictures from every kind of source. Resizing and normalising against the original's: tests/parity."""
 
 import dataclasses
+import io
+import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from mmjax.batch import Sample
+from mmjax.data.formats import Member
 from mmjax.data.images import crop, load, middle, random_box, rgb, stack
 from mmjax.families import llama_adapter, minigpt4
 from mmjax.families.llama_adapter import normalise as swapped
@@ -29,7 +32,10 @@ def file(tmp_path):
 
 def test_the_same_picture_from_every_source(file):
     expected = np.asarray(Image.fromarray(PIXELS).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
-    for source in (PIXELS, Image.fromarray(PIXELS), file, str(file)):
+    archive = file.with_name("archive")
+    archive.write_bytes(b"before" + file.read_bytes() + b"behind")
+    member = Member(str(archive), len(b"before"), file.stat().st_size)
+    for source in (PIXELS, Image.fromarray(PIXELS), file, str(file), member, io.BytesIO(file.read_bytes())):
         found = load(source, SIZE)
         assert (found.dtype, found.shape) == (np.uint8, (SIZE, SIZE, 3))
         np.testing.assert_array_equal(found, expected)
@@ -94,6 +100,32 @@ def test_files_that_cannot_be_read(tmp_path, file, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # the picture has 240: more than twice as many
     with pytest.raises(ValueError, match="picture.png is not a picture that can be read: .*exceeds limit"):
         load(file, SIZE)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)  # less than twice as many: there Pillow only warns
+    for source in (file, Holder(file.read_bytes())):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(ValueError, match="read: its 20 x 12 pixels are more than .*MAX_IMAGE_PIXELS = 200"):
+                load(source, SIZE)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert load(file, SIZE).shape == (SIZE, SIZE, 3)
+
+
+@dataclasses.dataclass
+class Holder:
+    content: bytes
+
+    def read(self):
+        return self.content
+
+
+def test_no_file_is_handed_to_programs(tmp_path):
+    """Pillow reads EPS by running Ghostscript, whatever the file's ending says."""
+    path = tmp_path / "a.jpg"
+    Image.fromarray(PIXELS).save(path, "EPS")
+    with Image.open(path) as image:
+        assert image.format == "EPS"
+    with pytest.raises(ValueError, match="a.jpg is not a picture that can be read"):
+        rgb(path)
 
 
 @pytest.mark.parametrize("config", [SQUASHED, CROPPED], ids=["squashed", "cropped"])

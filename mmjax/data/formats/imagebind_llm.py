@@ -1,59 +1,19 @@
-"""The released datasets' layouts on disk, each read into `Record`s; `FORMATS` has the readers by name."""
+"""What ImageBind-LLM learns from: lists of tab-separated captions, and of instructions in JSON."""
 
 import csv
-import dataclasses
 import itertools
-import json
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from mmjax.data.formats.record import Record
+from mmjax.data.formats.rows import parse_json, shown, with_pictures
 
 CAPTION_PROMPT = "Generate caption of this image"  # imagebind_LLM/data/dataset.py: PretrainDataset
 # What pandas reads as no value by default. The original makes text of it: "nan".
 NO_VALUE = frozenset((
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
     "NULL", "NaN", "None", "n/a", "nan", "null"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """One example, its picture still on disk.
-
-    image:  path of the picture; None without one
-    answer: what is learnt: a caption, or the answer to the prompt
-    prompt: the record's own; None where the data have none (`DataConfig.prompts` says what is asked)
-    input:  what the prompt is about, as in `Sample`
-    """
-
-    name: str
-    image: str | None
-    answer: str
-    prompt: str | None = None
-    input: str = ""
-
-
-def cc_sbu_align(folder: str) -> list[Record]:
-    """`filter_cap.json` ({"annotations": [{"image_id", "caption"}, ...]}) beside `image/IMAGE_ID.jpg` (stage 2).
-
-    Raises FileNotFoundError or ValueError naming the file and the entries that are not as expected.
-    """
-    path = Path(folder) / "filter_cap.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not in the CC-SBU-align layout: there is no {path.name} in it.")
-    try:
-        annotations = json.loads(path.read_text(encoding="utf-8"))["annotations"]
-        records = [
-            Record(str(a["image_id"]), str(Path(folder) / "image" / f"{a['image_id']}.jpg"), a["caption"])
-            for a in annotations
-        ]
-    except (ValueError, KeyError, TypeError) as error:  # not JSON, or not UTF-8, is a ValueError
-        expected = '{"annotations": [{"image_id": "2", "caption": "..."}, ...]}'
-        raise ValueError(f"{path} must be JSON like {expected}: {error!r}") from error
-    if wordless := [record.name for record in records if not isinstance(record.answer, str)]:
-        raise ValueError(f"{path}: {len(wordless)} captions are not text, such as that of image_id "
-                         f"{', '.join(wordless[:5])}.")
-    return _with_pictures(path, records)
 
 
 def imagebind_llm_pretrain(path: str) -> list[Record]:
@@ -73,7 +33,7 @@ def imagebind_llm_pretrain(path: str) -> list[Record]:
     problems: list[str] = []
     records = [record for file in files for record in _captions(file, meta.parent, problems)]
     _check(meta, problems)
-    return _with_pictures(meta, records)
+    return with_pictures(meta, records, str(meta.parent))
 
 
 def imagebind_llm_finetune(path: str, tuple_prompts: bool = False) -> list[Record]:
@@ -93,7 +53,7 @@ def imagebind_llm_finetune(path: str, tuple_prompts: bool = False) -> list[Recor
     records = []
     for file in files:
         try:
-            rows = json.loads(file.read_text(encoding="utf-8"))
+            rows = parse_json(file.read_bytes())
         except ValueError as error:  # not JSON, or not UTF-8
             problems.append(f"{file} is damaged, it is not JSON: {error}")
             continue
@@ -109,14 +69,7 @@ def imagebind_llm_finetune(path: str, tuple_prompts: bool = False) -> list[Recor
                 f"{', '.join(map(str, wrong[:5]))} (from 0)")
         records += filter(None, read)
     _check(meta, problems)
-    return _with_pictures(meta, records)
-
-
-FORMATS: dict[str, Callable[[str], list[Record]]] = {
-    "cc_sbu_align": cc_sbu_align,
-    "imagebind_llm_pretrain": imagebind_llm_pretrain,
-    "imagebind_llm_finetune": imagebind_llm_finetune,
-}
+    return with_pictures(meta, records, str(meta.parent))
 
 
 def _meta(path: str, usual: str) -> tuple[Path, list[Path]]:
@@ -130,10 +83,10 @@ def _meta(path: str, usual: str) -> tuple[Path, list[Path]]:
     try:
         names = yaml.safe_load(meta.read_text(encoding="utf-8"))["META"]
         files = [meta.parent / name for name in names]
-    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{meta} must be YAML with a list META of file names: {error!r}") from error
     if not isinstance(names, list) or not files:
-        raise ValueError(f"{meta}: META is {names!r}, but must be a list of file names.")
+        raise ValueError(f"{meta}: META is {shown(names)}, but must be a list of file names.")
     _check(meta, [f"{file} is not there" for file in files if not file.is_file()])
     return meta, files
 
@@ -186,22 +139,3 @@ def _instruction(name: str, row: Any, base: Path, tuple_prompts: bool) -> Record
 def _check(path: Path, problems: Sequence[str]) -> None:
     if problems:
         raise ValueError(f"The data of {path} cannot be used:\n  " + "\n  ".join(problems))
-
-
-def _with_pictures(path: Path, records: list[Record]) -> list[Record]:
-    """The records, once all their pictures are known to be there."""
-    named = [record.image for record in records if record.image is not None]
-    absent = [image for image in named if not Path(image).is_file()]
-    if absent or not records:
-        raise ValueError(
-            f"{path} names {len(named)} pictures, of which {len(absent)} are not there"
-            + (f", such as {', '.join(absent[:5])}." if absent else "."))
-    return records
-
-
-def clean_caption(caption: str, most_words: int = 50) -> str:
-    """Stage-1 cleaning: lower case, punctuation to spaces, at most 50 words (blip_processors.py: pre_caption)."""
-    caption = re.sub(r"[.!\"()*#:;~]", " ", caption.lower())
-    caption = re.sub(r"\s{2,}", " ", caption).rstrip("\n").strip(" ")
-    words = caption.split(" ")
-    return " ".join(words[:most_words])

@@ -1,0 +1,32 @@
+"""The released datasets' layouts on disk, each read into `Record`s; `FORMATS` has the readers by name."""
+
+from collections.abc import Callable, Sequence
+
+from mmjax.data.formats.cc_sbu import cc_sbu_align
+from mmjax.data.formats.coco import coco_captions
+from mmjax.data.formats.grounding import invrefcoco, refcoco
+from mmjax.data.formats.imagebind_llm import CAPTION_PROMPT, imagebind_llm_finetune, imagebind_llm_pretrain
+from mmjax.data.formats.instruct import jsonl, llava_instruct
+from mmjax.data.formats.record import Member, Record, clean_caption
+from mmjax.data.formats.vqa import gqa, vqa
+from mmjax.data.formats.webdataset import webdataset
+
+__all__ = [
+    "CAPTION_PROMPT", "FORMATS", "Member", "Record", "cc_sbu_align", "clean_caption", "coco_captions", "gqa",
+    "imagebind_llm_finetune", "imagebind_llm_pretrain", "invrefcoco", "jsonl", "llava_instruct", "refcoco", "vqa",
+    "webdataset",
+]
+
+FORMATS: dict[str, Callable[[str], Sequence[Record]]] = {
+    "cc_sbu_align": cc_sbu_align,
+    "webdataset": webdataset,
+    "llava_instruct": llava_instruct,
+    "jsonl": jsonl,
+    "coco_captions": coco_captions,
+    "vqa": vqa,
+    "gqa": gqa,
+    "refcoco": refcoco,
+    "invrefcoco": invrefcoco,
+    "imagebind_llm_pretrain": imagebind_llm_pretrain,
+    "imagebind_llm_finetune": imagebind_llm_finetune,
+}

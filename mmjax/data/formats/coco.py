@@ -1,0 +1,48 @@
+"""COCO captions, as COCO publishes them or in one list of Karpathy's split."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmjax.data.formats.record import Record
+from mmjax.data.formats.rows import Rows, field, picture, picture_root, read_json, the_file, words
+
+
+def coco_captions(path: str, root: str | None = None) -> Sequence[Record]:
+    """`annotations/captions_SPLIT.json` beside the folder SPLIT of pictures; each caption is a record.
+
+    path: the file, or the folder that has exactly one such
+    root: the folder with the folder SPLIT; None for the file's, or for the one above where that is `annotations`
+
+    A file with a list of {"image", "caption"} (coco_karpathy_train.json, which MiniGPT-v2 learns from) is read too; its
+    `image` is a path below `root`. Raises FileNotFoundError or ValueError if the file cannot be used.
+    """
+    file = the_file(path, "captions_*.json", "COCO's captions_SPLIT.json")
+    expected = '{"images": [...], "annotations": [...]}, or a list of {"image", "caption"}'
+    content = read_json(file, dict, list, expected=expected)
+    root = picture_root(file, root)
+    if isinstance(content, list):
+        return Rows(file, content, functools.partial(_karpathy, root))
+    images, annotations = content.get("images"), content.get("annotations")
+    if not isinstance(images, list) or not isinstance(annotations, list):
+        raise ValueError(f"{file} must hold {expected}.")
+    split = file.stem.removeprefix("captions_")
+    return Rows(file, annotations, functools.partial(_caption, root, split, by_id(images)))
+
+
+def by_id(rows: Sequence[Any]) -> dict[int, Any]:
+    """The rows that have an id, by it."""
+    return {row["id"]: row for row in rows if isinstance(row, dict) and isinstance(row.get("id"), int)}
+
+
+def _caption(root: str, split: str, images: dict[int, Any], name: str, number: int, row: Any) -> Record:
+    key = field(row, "image_id", int)
+    if key not in images:
+        raise ValueError(f"there is no picture with the id {key}")
+    file = field(images[key], "file_name", str)
+    return Record(name, picture(root, str(Path(split, file))), words(row, "caption"))
+
+
+def _karpathy(root: str, name: str, number: int, row: Any) -> Record:
+    return Record(name, picture(root, field(row, "image", str)), words(row, "caption"))

@@ -1,0 +1,166 @@
+"""Things in pictures and where they are: RefCOCO, RefCOCO+ and RefCOCOg in MiniGPT-v2's words.
+
+A box is written `{<x1><y1><x2><y2>}`, whole hundredths of the picture's sides, cut down.
+
+The original draws a sentence and an instruction anew in every pass. Here every sentence is a record, and record n has
+instruction n modulo their number.
+"""
+
+import functools
+import io
+import pickle
+import pickletools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmjax.data.formats.coco import by_id
+from mmjax.data.formats.record import Record, clean_caption
+from mmjax.data.formats.rows import (
+    Rows,
+    about_picture,
+    coco_name,
+    field,
+    picture,
+    picture_root,
+    read_json,
+    shown,
+    the_file,
+    words,
+)
+
+GRID = 100
+SPLIT = "train2014"
+REFER = (  # coco_dataset.py: ReferCOCODataset
+    "[refer] {}",
+    "[refer] give me the location of {}",
+    "[refer] where is {} ?",
+    "[refer] from this image, tell me the location of {}",
+    "[refer] the location of {} is",
+    "[refer] could you tell me the location for {} ?",
+    "[refer] where can I locate the {} ?",
+)
+IDENTIFY = (  # coco_dataset.py: InvReferCOCODataset
+    "[identify] {}",
+    "[identify] what object is in this location {}",
+    "[identify] identify the object present at this location {}",
+    "[identify] what is it in {}",
+    "[identify] describe this object in {}",
+    "[identify] this {} is",
+    "[identify] the object in {} is",
+)
+
+
+def refcoco(path: str, root: str | None = None) -> Sequence[Record]:
+    """Where is it? `refs(SPLITTER).p` beside `instances.json`; pictures in `train2014` beside their folder.
+
+    path: the file of references, or the folder that has exactly one
+    root: the folder with `train2014`; None for the one above the files' folder
+
+    The references of the split `train` are taken. A JSON list of {"img_id", "sents", "bbox", "height", "width"} (the
+    files MiniGPT-v2 is evaluated with) is read too, all of it. Raises FileNotFoundError or ValueError if the files
+    cannot be used, also if the pickle holds anything but plain values: it is never executed.
+    """
+    return _references(path, root, inverse=False)
+
+
+def invrefcoco(path: str, root: str | None = None) -> Sequence[Record]:
+    """What is there? The same data with the box in the question and the sentence as the answer."""
+    return _references(path, root, inverse=True)
+
+
+def box_text(box: Sequence[float], width: float, height: float) -> str:
+    """A box (left, top, width, height) in pixels as MiniGPT-v2 writes it; raises ValueError if it is not inside."""
+    try:
+        left, top, wide, high = map(float, box)
+        ends = left / width, top / height, (left + wide) / width, (top + high) / height
+        x1, y1, x2, y2 = (int(end * GRID) for end in ends)
+    except (TypeError, ValueError, ArithmeticError) as error:  # not four numbers, or NaN, infinite, a side of 0
+        raise ValueError(f"{shown(box)} is no box in a picture of {shown(width)} x "
+                         f"{shown(height)}: {error}") from error
+    if not (0 <= x1 <= x2 <= GRID and 0 <= y1 <= y2 <= GRID and min(wide, high, width, height, left + 1, top + 1) > 0):
+        raise ValueError(f"the box {shown(box)} is not inside its picture of {width} x {height}")
+    return f"{{<{x1}><{y1}><{x2}><{y2}>}}"
+
+
+def _references(path: str, root: str | None, inverse: bool) -> Sequence[Record]:
+    file = the_file(path, "refs(*).p", "RefCOCO's refs(SPLITTER).p")
+    if file.suffix == ".json":
+        rows = read_json(file, list, expected='a list of {"img_id", "sents", "bbox", "height", "width"}')
+        return Rows(file, rows, functools.partial(_evaluation, picture_root(file, root), inverse))
+    root = str(file.absolute().parent.parent) if root is None else root
+    beside = file.with_name("instances.json")
+    if not beside.is_file():
+        raise FileNotFoundError(f"{file} has references; their boxes are expected in {beside.name} beside it, which is "
+                                "not there.")
+    instances = read_json(beside, dict, expected='{"images": [...], "annotations": [...]}')
+    parts = [instances.get(key) for key in ("images", "annotations")]
+    if not all(isinstance(part, list) for part in parts):
+        raise ValueError(f'{beside} must hold {{"images": [...], "annotations": [...]}}.')
+    images, boxes = map(by_id, parts)
+    rows = []  # a reference that is not as expected stays one row, so that it is named
+    for ref in _plain_pickle(file):
+        if isinstance(ref, dict) and isinstance(ref.get("sentences"), list) and ref["sentences"]:
+            if ref.get("split") == "train":
+                rows += [(ref, sentence) for sentence in ref["sentences"]]
+        else:
+            rows.append((ref, None))
+    return Rows(file, rows, functools.partial(_reference, root, images, boxes, inverse))
+
+
+def _reference(root: str, images: dict[int, Any], boxes: dict[int, Any], inverse: bool, name: str, number: int,
+               row: tuple[Any, Any]) -> Record:
+    ref, sentence = row
+    field(ref, "sentences", list)
+    key, box = field(ref, "image_id", int), field(ref, "ann_id", int)
+    if key not in images or box not in boxes:
+        raise ValueError(f"instances.json has no picture {key}, or no box {box}")
+    size, place = images[key], field(boxes[box], "bbox", list)
+    where = box_text(place, field(size, "width", int, float), field(size, "height", int, float))
+    return _asked(name, number, picture(root, coco_name(SPLIT, key)), words(sentence, "raw"), where, inverse)
+
+
+def _evaluation(root: str, inverse: bool, name: str, number: int, row: Any) -> Record:
+    # eval_ref.py: the id of the picture, then that of the box
+    image = picture(root, f"{SPLIT}/{field(row, 'img_id', str)[:len('COCO_train2014_000000000000')]}.jpg")
+    where = box_text(field(row, "bbox", list), field(row, "width", int, float), field(row, "height", int, float))
+    return _asked(name, number, image, words(row, "sents"), where, inverse)
+
+
+def _asked(name: str, number: int, image: str, sentence: str, where: str, inverse: bool) -> Record:
+    """The sentence goes through the caption cleaning, as in the original."""
+    sentence = clean_caption(sentence)
+    if not sentence:
+        raise ValueError("nothing but punctuation in the sentence")
+    pool, asked, answer = (IDENTIFY, where, sentence) if inverse else (REFER, sentence, where)
+    return Record(name, image, answer, about_picture(pool[number % len(pool)].replace("{}", asked)))
+
+
+_NOT_PLAIN = frozenset((
+    "GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD", "PERSID", "BINPERSID", "EXT1",
+    "EXT2", "EXT4", "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER"))
+
+
+class _Plain(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _plain_pickle(file: Path) -> list[Any]:
+    """The list in a pickle of plain values. Raises ValueError for any other, before anything of it is made.
+
+    Pickles can run programs and ask for any amount of memory; RefCOCO's are lists of dictionaries of text and numbers.
+    """
+    content = file.read_bytes()
+    try:
+        for opcode, argument, _ in pickletools.genops(content):
+            if opcode.name in _NOT_PLAIN:
+                raise ValueError(f"it holds {opcode.name}")
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument) > len(content):
+                raise ValueError("it numbers its parts beyond its length")
+        found = _Plain(io.BytesIO(content), encoding="utf-8").load()
+    except Exception as error:  # the unpickler raises whatever comes to its mind
+        raise ValueError(f"{file} is not a pickle of plain values that can be read: {error}") from error
+    if not isinstance(found, list):
+        raise ValueError(f"{file} must hold a list of references, not a {type(found).__name__}.")
+    return found

@@ -1,0 +1,203 @@
+"""What the readers share: rows that become records one by one, and the checks of what stands in them.
+
+Data come from anywhere, so nothing in a row is believed: what is wrong with one row becomes that record's `problem`,
+what is wrong with a whole file is an error. Pictures are looked up below a root folder and nowhere else.
+"""
+
+import functools
+import json
+import os
+import reprlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmjax.data.conversation import PICTURE
+from mmjax.data.formats.record import Record
+from mmjax.data.text import PLACEHOLDER
+
+MARK = "<image>"  # where LLaVA's questions show the picture
+_short = reprlib.Repr()
+_short.maxstring = 120
+
+
+def shown(value: Any) -> str:
+    """A value from a file as an error may show it: on one line, not too long, nothing in it that moves a terminal."""
+    return _short.repr(value)
+
+
+class Lazy(Sequence[Record]):
+    """Records made when they are asked for. One that cannot be made says why in its `problem`."""
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[place] for place in range(*number.indices(len(self)))]
+        number = range(len(self))[number]  # negative ones count from the end, others beyond it raise IndexError
+        try:
+            return self.record(number)
+        except (ValueError, OSError) as error:
+            return Record(self.name(number), None, "", problem=str(error))
+
+    def name(self, number: int) -> str:
+        raise NotImplementedError
+
+    def record(self, number: int) -> Record:
+        """Raises ValueError or OSError saying what is wrong with this one."""
+        raise NotImplementedError
+
+
+class Rows(Lazy):
+    """The rows of a data file, each made a record by `read(name, number, row)`.
+
+    Raises ValueError if there are none.
+    """
+
+    def __init__(self, path: Path, rows: Sequence[Any], read: Callable[[str, int, Any], Record]) -> None:
+        if not len(rows):
+            raise ValueError(f"{path} has no rows.")
+        self.path, self.rows, self.read = path, rows, read
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, number: int) -> str:
+        return f"{self.path.name}:{number}"
+
+    def record(self, number: int) -> Record:
+        return self.read(self.name(number), number, self.rows[number])
+
+
+def the_file(path: str, pattern: str, what: str) -> Path:
+    """A file, or the only one of that pattern in a folder.
+
+    Raises FileNotFoundError, or ValueError if the folder has several.
+    """
+    place = Path(path)
+    if not place.is_dir():
+        if not place.is_file():
+            raise FileNotFoundError(f"There is no {place}. Expected {what}.")
+        return place
+    found = sorted(file for file in place.glob(pattern) if file.is_file())
+    if not found:
+        raise FileNotFoundError(f"{place} has no {pattern}. Expected {what}.")
+    if len(found) > 1:
+        raise ValueError(f"{place} has {len(found)} files {pattern}: {', '.join(file.name for file in found[:5])}. "
+                         "Name one of them.")
+    return found[0]
+
+
+def picture_root(file: Path, root: str | None) -> str:
+    """The folder below which pictures lie: `root`, or the file's; of `annotations/FILE` the one above."""
+    if root is not None:
+        return root
+    folder = file.absolute().parent
+    return str(folder.parent if folder.name == "annotations" else folder)
+
+
+def parse_json(content: str | bytes) -> Any:
+    """Raises ValueError, also for what is nested too deeply."""
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("brackets nested too deeply") from error
+
+
+def read_json(path: Path, *kinds: type, expected: str) -> Any:
+    """What a JSON file holds; raises ValueError naming the file if it is damaged or holds something else."""
+    try:
+        content = parse_json(path.read_bytes())
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{path} is damaged, it is not JSON: {error}") from error
+    if not isinstance(content, kinds):
+        raise ValueError(f"{path} must hold {expected}, not a {type(content).__name__}.")
+    return content
+
+
+def field(row: Any, key: str, *kinds: type) -> Any:
+    """What a row has under a key; raises ValueError if it has none, or one of another kind."""
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object with {key!r}, got {shown(row)}")
+    value = row.get(key)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise ValueError(f"{key!r} must be {' or '.join(kind.__name__ for kind in kinds)}, got {shown(value)}")
+    return value
+
+
+def words(row: Any, key: str) -> str:
+    """Text with something in it; raises ValueError for anything else."""
+    text = field(row, key, str)
+    if not text.strip():
+        raise ValueError(f"{key!r} is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{key!r} is not text: {error}") from error
+    return text
+
+
+def picture(root: str, name: str) -> str:
+    """The path of a picture, which need not be there. Raises ValueError if it leads out of the root.
+
+    Links are followed to see where it leads; an absolute path that stays below the root is fine.
+    """
+    path = os.path.join(root, name)
+    try:
+        base, real = _real(root), os.path.realpath(path)
+    except ValueError as error:  # a zero byte, or not Unicode
+        raise ValueError(f"{shown(name)} is no name of a picture: {error}") from error
+    if real == base or os.path.commonpath([base, real]) != base:
+        raise ValueError(f"the picture {shown(name)} is not below {root}")
+    return path
+
+
+@functools.lru_cache(maxsize=16)
+def _real(root: str) -> str:
+    return os.path.realpath(root)
+
+
+def about_picture(question: str) -> str:
+    """A question as MiniGPT-4 asks it of a picture: `<Img><ImageHere></Img> QUESTION `, with the space at its end.
+
+    This is the one place that decides where a picture stands: in front, wherever LLaVA's `<image>` marks were (they
+    go). A question that has one `<ImageHere>` of its own stays as it is. Raises ValueError if it has several.
+    """
+    if question.count(PLACEHOLDER) > 1:
+        raise ValueError(f"the question has {question.count(PLACEHOLDER)} {PLACEHOLDER}, but there is one picture")
+    if PLACEHOLDER in question:
+        return question
+    return f"{PICTURE} {question.replace(MARK, '').strip()} "
+
+
+def without_picture(question: str) -> str:
+    """A question that shows no picture; raises ValueError if it does."""
+    if PLACEHOLDER in question or MARK in question:
+        raise ValueError(f"the question {shown(question)} shows a picture that is not there")
+    return question
+
+
+def coco_name(split: str, number: int) -> str:
+    """Where COCO's pictures of 2014 lie, such as `train2014/COCO_train2014_000000000009.jpg`."""
+    return f"{split}/COCO_{split}_{number:012d}.jpg"
+
+
+def with_pictures(path: Path, records: list[Record], root: str) -> list[Record]:
+    """The records, once all their pictures are known to be there, below the root.
+
+    Raises ValueError counting those that are not, or if there are no records.
+    """
+    named = [record.image for record in records if isinstance(record.image, str)]
+    outside, absent = [], []
+    for image in named:
+        try:
+            if not Path(picture(root, image)).is_file():
+                absent.append(image)
+        except (ValueError, OSError):  # not below the root, or no name that a file can have
+            outside.append(image)
+    if absent or not records:
+        raise ValueError(
+            f"{path} names {len(named)} pictures, of which {len(absent)} are not there"
+            + (f", such as {', '.join(absent[:5])}." if absent else "."))
+    if outside:
+        raise ValueError(f"{path} names {len(outside)} pictures that are not below {root}, such as "
+                         f"{', '.join(map(shown, outside[:5]))}. Put it into a folder above all of them.")
+    return records

@@ -1,0 +1,107 @@
+"""Questions with short answers: VQAv2, OK-VQA and GQA, asked as MiniGPT-v2 does.
+
+The originals draw an instruction and one of the ten answers anew in every pass. Here record n has instruction n modulo
+their number, and the answer that most people gave (VQAv2's `multiple_choice_answer`).
+"""
+
+import collections
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from mmjax.data.formats.record import Record, clean_caption
+from mmjax.data.formats.rows import (
+    Rows,
+    about_picture,
+    coco_name,
+    field,
+    picture,
+    picture_root,
+    read_json,
+    the_file,
+    words,
+)
+
+INSTRUCTIONS = (  # coco_vqa_datasets.py, gqa_datasets.py: instruction_pool
+    "[vqa] {}",
+    "[vqa] Based on the image, respond to this question with a short answer: {}",
+)
+
+
+def vqa(path: str, root: str | None = None) -> Sequence[Record]:
+    """`..._questions.json` with its `..._annotations.json` beside it (VQAv2, OK-VQA), pictures in `train2014`.
+
+    path: the file of questions, or the folder that has exactly one
+    root: the folder with the folder of COCO's pictures; None for the file's, or the one above if that is `annotations`
+
+    The answers' file is named like that of the questions, without OpenEnded_. One file with a list of {"image",
+    "question", "answer": [...]} (LAVIS's vqa_train.json and okvqa_train.json) is read too, its `image` a path below
+    `root`. Raises FileNotFoundError or ValueError if the files cannot be used.
+    """
+    file = the_file(path, "*_questions.json", "VQA's questions")
+    content = read_json(file, dict, list, expected='{"questions": [...]}, or a list of {"image", "question", "answer"}')
+    root = picture_root(file, root)
+    if isinstance(content, list):
+        return Rows(file, content, functools.partial(_listed, root, ""))
+    questions, split = content.get("questions"), content.get("data_subtype")
+    if not isinstance(questions, list) or not isinstance(split, str):
+        raise ValueError(f'{file} must hold {{"data_subtype": "train2014", "questions": [...]}}.')
+    beside = file.with_name(file.name.replace("OpenEnded_", "").replace("_questions", "_annotations"))
+    if beside == file or not beside.is_file():
+        raise FileNotFoundError(f"{file} has questions; their answers are expected in {beside.name} beside it, which "
+                                "is not there.")
+    given = read_json(beside, dict, expected='{"annotations": [...]}').get("annotations")
+    if not isinstance(given, list):
+        raise ValueError(f'{beside} must hold {{"annotations": [{{"question_id", "answers"}}, ...]}}.')
+    answers = {row["question_id"]: row for row in given
+               if isinstance(row, dict) and isinstance(row.get("question_id"), (int, str))}
+    return Rows(file, questions, functools.partial(_question, root, split, answers))
+
+
+def gqa(path: str, root: str | None = None) -> Sequence[Record]:
+    """`train_balanced_questions.json`, {ID: {"imageId", "question", "answer"}}, beside `images/IMAGEID.jpg`.
+
+    path: the file, or the folder that has exactly one *questions*.json
+    root: the folder with the folder `images`; None for the file's
+
+    A list of {"image", "question", "answer"} (LAVIS) is read too. Raises FileNotFoundError or ValueError if the file
+    cannot be used.
+    """
+    file = the_file(path, "*questions*.json", "GQA's questions")
+    content = read_json(file, dict, list, expected='{ID: {"imageId", "question", "answer"}}')
+    root = picture_root(file, root)
+    if isinstance(content, list):
+        return Rows(file, content, functools.partial(_listed, root, "images/"))
+    return Rows(file, list(content.values()), functools.partial(_gqa, root))
+
+
+def _question(root: str, split: str, answers: dict[Any, Any], name: str, number: int, row: Any) -> Record:
+    key = field(row, "question_id", int, str)
+    if key not in answers:
+        raise ValueError(f"there is no answer to question {key}")
+    given = [field(answer, "answer", str) for answer in field(answers[key], "answers", list)]
+    image = picture(root, coco_name(split, field(row, "image_id", int)))
+    return _asked(name, number, image, row, given)
+
+
+def _listed(root: str, folder: str, name: str, number: int, row: Any) -> Record:
+    image = picture(root, folder + field(row, "image", str))
+    given = field(row, "answer", str, list)
+    return _asked(name, number, image, row, given if isinstance(given, list) else [given])
+
+
+def _gqa(root: str, name: str, number: int, row: Any) -> Record:
+    image = picture(root, f"images/{field(row, 'imageId', str, int)}.jpg")
+    return _asked(name, number, image, row, [field(row, "answer", str)])
+
+
+def _asked(name: str, number: int, image: str, row: Any, answers: Sequence[Any]) -> Record:
+    """Both texts go through the caption cleaning, as in the original; empty answers do not count."""
+    question = clean_caption(words(row, "question"))
+    counts = collections.Counter(filter(None, (
+        clean_caption(words({"answer": answer}, "answer")) for answer in answers if answer != "")))
+    if not question or not counts:
+        raise ValueError("nothing but punctuation in the question, or no answer")
+    instruction = INSTRUCTIONS[number % len(INSTRUCTIONS)]
+    ((answer, _),) = counts.most_common(1)  # of equals the first
+    return Record(name, image, answer, about_picture(instruction.replace("{}", question)))

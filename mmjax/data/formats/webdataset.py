@@ -1,0 +1,273 @@
+"""Pictures with captions in tars, as img2dataset writes LAION, CC and SBU for MiniGPT-4's first stage.
+
+Nothing is unpacked: the tars' headers are read once, to know where pictures and captions lie, and a caption is read
+when its record is asked for. In memory a sample takes 40 bytes and its key.
+"""
+
+import itertools
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from mmjax.data.formats.record import Member, Record
+from mmjax.data.formats.rows import Lazy, parse_json, words
+
+NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)  # webdataset: base_plus_ext
+KINDS = {"jpg": "picture", "jpeg": "picture", "png": "picture", "webp": "picture", "txt": "text", "json": "json"}
+MOST_BYTES = {"picture": 2**28, "text": 2**20, "json": 2**20}  # more than any has that is meant well
+MOST_SHARDS = 1_000_000
+LONGEST_KEY = 200
+REST = "(the rest.)"  # names what is lost of a damaged tar; keys have no dot behind their folder
+BRACE = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
+
+
+def webdataset(path: str) -> Sequence[Record]:
+    """Tars whose members belong together by name: KEY.jpg (or jpeg, png, webp) with KEY.txt or KEY.json.
+
+    path: a tar, several by braces (`laion/{00000..10488}.tar`), or a folder of them; local or gs://, s3://, hf://
+
+    The caption is the text, or the JSON's `caption`, or its `text`. Members with other endings are left alone. A sample
+    that cannot be used is a record with a problem; so is, once, what lies behind the place where a tar is damaged.
+    Raises FileNotFoundError or ValueError naming the tars that are absent or no tars at all.
+    """
+    files = shards(path)
+    if absent := [file for file in files if not epath.Path(file).is_file()]:
+        raise FileNotFoundError(f"{len(absent)} of {len(files)} tars are not there, such as {', '.join(absent[:5])}.")
+    found, problems = [], []
+    for file in files:
+        try:
+            found.append(index(file))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError(f"{len(problems)} of the {len(files)} tars of {path} cannot be used:\n  "
+                         + "\n  ".join(problems[:20]))
+    samples = Samples(files, found)
+    if not len(samples):
+        raise ValueError(f"The {len(files)} tars of {path} hold no pictures with captions.")
+    return samples
+
+
+def shards(path: str) -> list[str]:
+    """The tars that a path stands for, in order. Raises ValueError if it stands for none, or for too many."""
+    if "{" not in path and epath.Path(path).is_dir():
+        files = sorted(str(file) for file in epath.Path(path).glob("*.tar"))
+    else:
+        files = list(itertools.islice(_expanded(path), MOST_SHARDS + 1))
+    if not files or len(files) > MOST_SHARDS:
+        raise ValueError(f"{path} stands for {'more than a million tars' if files else 'no tars'}.")
+    return files
+
+
+def _expanded(pattern: str) -> Iterator[str]:
+    found = BRACE.search(pattern)
+    if found is None:
+        yield pattern
+        return
+    first, last, several = found.groups()
+    if several is not None:
+        middles: Any = several.split(",")
+    else:
+        middles = (f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1))
+    for middle in middles:
+        for rest in _expanded(pattern[found.end():]):
+            yield pattern[:found.start()] + middle + rest
+
+
+class Index(NamedTuple):
+    """Where the N samples of a tar are.
+
+    keys:     bytes[N]
+    places:   int64[N,5]: offset and size of the picture and of the caption, and whether that is JSON
+    problems: of the samples by number that cannot be used
+    """
+
+    keys: np.ndarray
+    places: np.ndarray
+    problems: dict[int, str]
+
+
+class Samples(Lazy):
+    """The samples of several tars, one after the other."""
+
+    def __init__(self, files: Sequence[str], indices: Sequence[Index]) -> None:
+        self.files, self.indices = files, indices
+        self.ends = np.cumsum([len(index.keys) for index in indices])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def name(self, number: int) -> str:
+        shard, place = self._place(number)
+        return f"{os.path.basename(self.files[shard])}:{self.indices[shard].keys[place].decode(errors='replace')}"
+
+    def record(self, number: int) -> Record:
+        shard, place = self._place(number)
+        file, index = self.files[shard], self.indices[shard]
+        if place in index.problems:
+            raise ValueError(index.problems[place])
+        offset, size, caption_offset, caption_size, is_json = map(int, index.places[place])
+        content = Member(file, caption_offset, caption_size).read()
+        return Record(self.name(number), Member(file, offset, size), _caption(content, bool(is_json)))
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """The tar, and the sample's number in it."""
+        shard = int(np.searchsorted(self.ends, number, side="right"))
+        return shard, number - int(self.ends[shard]) + len(self.indices[shard].keys)
+
+
+def _caption(content: bytes, is_json: bool) -> str:
+    if not is_json:
+        return words({"caption": content.decode()}, "caption")
+    row = parse_json(content)
+    return words(row, "text" if isinstance(row, dict) and "caption" not in row else "caption")
+
+
+def index(file: str) -> Index:
+    """Where the samples of a tar are, from its headers alone. Raises ValueError if it is not a tar (or compressed)."""
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    problems: dict[str, str] = {}
+    last = None
+    with epath.Path(file).open("rb") as archive:
+        size = archive.seek(0, os.SEEK_END)
+        try:
+            for header in _headers(archive, size):
+                last = header.name[:LONGEST_KEY]
+                named = NAME.fullmatch(header.name)
+                kind = KINDS.get(named[2].lower()) if named else None
+                if kind is None or header.kind == FOLDER:
+                    continue
+                sample = samples.setdefault(named[1], {})
+                if problem := f"has two members {named[2]!r}" if kind in sample else _problem(header, kind, size):
+                    problems.setdefault(named[1], problem)
+                sample[kind] = header.offset, header.size
+        except ValueError as error:
+            if last is None:
+                raise ValueError(f"{file} is no tar, or a compressed one: {error}") from error
+            samples[REST] = {}
+            problems[REST] = f"{file} is damaged behind {last!r}, the samples behind it are lost: {error}"
+    places = np.zeros((len(samples), 5), np.int64)
+    for place, (key, sample) in zip(places, samples.items(), strict=True):
+        caption = "text" if "text" in sample else "json"
+        if key in problems:
+            continue
+        if "picture" in sample and caption in sample:
+            place[:] = *sample["picture"], *sample[caption], caption == "json"
+        else:
+            problems[key] = f"has no {'caption' if 'picture' in sample else 'picture'}"
+    keys = np.array([key.encode("utf-8", "replace")[:LONGEST_KEY] for key in samples], np.bytes_)
+    return Index(keys, places, {place: problems[key] for place, key in enumerate(samples) if key in problems})
+
+
+def _problem(header: "Header", kind: str, size: int) -> str | None:
+    """Why a member must not be read, if so."""
+    name = header.name[:LONGEST_KEY]
+    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+        return f"the name {name!r} leads out of the tar"
+    if header.kind not in FILES:
+        return f"{name!r} is a link or a sparse or special file"
+    if header.size > MOST_BYTES[kind]:
+        return f"{name!r} has {header.size} bytes, more than the {MOST_BYTES[kind]} that are read"
+    if header.offset + header.size > size:
+        return f"{name!r} is cut off: the tar ends before it does"
+    return None
+
+
+# ---- the tar format, as POSIX (pax) and GNU write it ----
+# Python's tarfile takes a damaged header for the end of the archive, keeps every member in memory, and is slower.
+
+BLOCK = 512
+FILES = (b"0", b"\0", b"7")
+EMPTY = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes: nothing follows the header
+FOLDER, SPARSE, LONG_NAME, LONG_LINK, PAX, PAX_OF_ALL = b"5", b"S", b"L", b"K", b"x", b"g"
+PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=\n]+)=")
+
+
+class Header(NamedTuple):
+    """A member: its name, its kind (the letter of the format), and where its bytes are."""
+
+    name: str
+    kind: bytes
+    offset: int
+    size: int
+
+
+def _headers(archive: IO[bytes], end: int) -> Iterator[Header]:
+    """The members of a tar of `end` bytes. Raises ValueError saying where it stops being one."""
+    place, extra = 0, {}  # what pax says of the member to come, by its keywords
+    while place < end or not place:
+        archive.seek(place)
+        block = archive.read(BLOCK)
+        if block and not block.strip(b"\0"):
+            return
+        name, kind, size = _text(block[:100]), block[156:157], _number(block[124:136])
+        checksum = sum(block) - sum(block[148:156]) + 8 * ord(" ")
+        if len(block) < BLOCK or checksum != _number(block[148:156]) or size < 0:
+            raise ValueError(f"there is no header at byte {place}")
+        start = place + BLOCK
+        if kind in (PAX, PAX_OF_ALL, LONG_NAME, LONG_LINK):
+            content = archive.read(size) if size <= MOST_BYTES["text"] else b""
+            if len(content) < size:
+                raise ValueError(f"the names at byte {place} cannot have {size} bytes")
+            if kind == PAX:
+                extra |= _pax(content)
+            elif kind == LONG_NAME:
+                extra[b"path"] = content.partition(b"\0")[0]
+            place = start + _padded(size)
+            continue
+        more = block[482] if kind == SPARSE else 0
+        while more:  # blocks that go on with the map of a sparse file
+            block = archive.read(BLOCK)
+            start += BLOCK
+            more = block[504] if len(block) == BLOCK else 0
+        if block[257:263] == b"ustar\0" and block[345]:
+            name = f"{_text(block[345:500])}/{name}"
+        if b"path" in extra:
+            name = extra[b"path"].decode(errors="replace")
+        if b"size" in extra:
+            if not re.fullmatch(rb"\d{1,20}", extra[b"size"]):
+                raise ValueError(f"the member at byte {place} has the size {extra[b'size'][:40]!r}")
+            size = int(extra[b"size"])
+        if any(key.startswith(b"GNU.sparse.") for key in extra):
+            kind = SPARSE
+        elif kind == FILES[1] and name.endswith("/"):
+            kind = FOLDER
+        yield Header(name, kind, start, size)
+        place, extra = start + (0 if kind in EMPTY else _padded(size)), {}
+    if place > end:
+        raise ValueError("the tar ends within it")
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+def _text(field: bytes) -> str:
+    return field.partition(b"\0")[0].decode(errors="replace")
+
+
+def _number(field: bytes) -> int:
+    """Octal digits, or behind a byte 0x80 base 256; -1 for anything else."""
+    if field[:1] == b"\x80":
+        return int.from_bytes(field[1:], "big")
+    try:
+        return int(field.strip(b" \0") or b"0", 8)
+    except ValueError:
+        return -1
+
+
+def _pax(content: bytes) -> dict[bytes, bytes]:
+    """The records `LENGTH KEYWORD=VALUE` of an extra header."""
+    found, place = {}, 0
+    while place < len(content) and content[place]:
+        record = PAX_RECORD.match(content, place)
+        stop = place + int(record[1]) if record else 0
+        if record is None or not record.end() < stop <= len(content):
+            raise ValueError(f"{content[place:place + 40]!r} is no extra header")
+        found[record[2]] = content[record.end():stop - 1]
+        place = stop
+    return found
