@@ -39,13 +39,15 @@ class Batch:
     soft_index:    int32[B,T]  which of the row's F·Q soft tokens stands here; -1 where a word stands
     valid:         bool[B,T]   seen by attention; False at padding (and at the original's holes)
     loss_mask:     bool[B,T]   the token here is a target (to be predicted from the place before it)
-    positions:     int32[B,T]  rotary positions: 0, 1, 2, ... in every row
+    positions:     int32[B,T]  rotary positions: 0, 1, 2, ... in every row, or in every segment of a packed one
     padded_length: int32[B]    length of the rows as the original pads them; its per-row loss divides by that minus 1
     images:        uint8[B,F,H,W,3] (normalised by the model) or normalised float32[B,F,3,H,W]; None for text alone
     media:         what ImageBind's towers take, by name: "image" float32[B,3,S,S], "video" [B,clips,3,2,S,S], "audio"
                    [B,clips,1,M,T], "depth" and "thermal" [B,1,H,W], "imu" [B,6,steps], "text" int32[B,77]; or
                    "feature" [B,E] alone: the mix of all senses, ready made. None where a family has no such towers
     weights:       float32[B] for each of the media: its weight in the mix of senses, 0 where a row has no such sense
+    segments:      int32[B,T]  of packed rows (`mmjax.data.packing`): which of the row's samples stands here, from 0 on;
+                   -1 at padding. None: one sample a row
     """
 
     tokens: jax.Array | np.ndarray
@@ -57,3 +59,4 @@ class Batch:
     images: jax.Array | np.ndarray | None = None
     media: dict[str, jax.Array | np.ndarray] | None = None
     weights: dict[str, jax.Array | np.ndarray] | None = None
+    segments: jax.Array | np.ndarray | None = None

@@ -13,10 +13,18 @@ from mmjax.batch import Batch
 from mmjax.models.llama import Llama
 
 
-def causal_mask(valid: jax.Array) -> jax.Array:
-    """bool[B,T] -> bool[B,T,T]: each token sees the valid tokens up to itself."""
+def causal_mask(valid: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+    """bool[B,T] -> bool[B,T,T]: each token sees the valid tokens up to itself, in packed rows those of its segment.
+
+    segments: as in `Batch.segments`. A token of a packed row that would see nothing sees itself: attention would give
+              it the mean of the whole row, other segments included.
+    """
     T = valid.shape[1]
-    return jnp.tril(jnp.ones((T, T), bool)) & valid[:, None, :]
+    mask = jnp.tril(jnp.ones((T, T), bool)) & valid[:, None, :]
+    if segments is None:
+        return mask
+    mask &= segments[:, :, None] == segments[:, None, :]
+    return mask | (jnp.eye(T, dtype=bool) & ~mask.any(-1, keepdims=True))
 
 
 class LanguageModel(nn.Module):
@@ -50,9 +58,12 @@ class LanguageModel(nn.Module):
         return self.llama.logits(hidden)
 
     def __call__(self, batch: Batch) -> jax.Array:
-        """-> float32 logits [B,T,V]."""
+        """-> float32 logits [B,T,V]. Raises ValueError for packed rows where something is injected, one a row."""
         x, injection = self.encode(batch)
-        hidden, _ = self.decode(x, batch.positions, causal_mask(batch.valid), injection=injection)
+        if injection is not None and batch.segments is not None:
+            raise ValueError("These rows are packed, but what is injected into the layers is one a row: every sample "
+                             "of a row would read the same. Give one sample a row.")
+        hidden, _ = self.decode(x, batch.positions, causal_mask(batch.valid, batch.segments), injection=injection)
         return self.logits(hidden)
 
     def empty_cache(self, rows: int, length: int):
