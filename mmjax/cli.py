@@ -1,4 +1,4 @@
-"""`mmjax train | convert | export | generate`: the same functions as from Python, behind typed options.
+"""`mmjax train | convert | export | generate | data`: the same functions as from Python, behind typed options.
 
 A mistake in what the user gave ends with one message and exit status 2, without a traceback.
 """
@@ -7,6 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -102,11 +103,91 @@ def generate(
     print(words[0])
 
 
+def data(args: Sequence[str]) -> None:
+    """Look at what a run is to be trained on: data check."""
+    commands = {"check": data_check}
+    if not args or args[0] not in commands:
+        print("usage: mmjax data {" + ",".join(commands) + "} ...\n")
+        for name, command in commands.items():
+            print(f"  {name:9} {command.__doc__.splitlines()[0]}")
+        sys.exit(0 if args[:1] in (["--help"], ["-h"]) else 2)
+    tyro.cli(commands[args[0]], args=args[1:], prog=f"mmjax data {args[0]}")
+
+
+def data_check(
+    config: Path | None = None,
+    format: str | None = None,
+    path: str | None = None,
+    tokenizer: Path | None = None,
+    sample: int | None = None,
+    max_bad_share: float | None = None,
+    out: Path = Path("."),
+) -> None:
+    """Count what is in the data and what is wrong with them, before a run; exit status 1 if too much is wrong.
+
+    Args:
+        config: config file of the run; what follows takes the place of what it says. Its phases are checked in turn
+        format: how the data lie on disk, if not as the config says
+        path: the folder or file of that format
+        tokenizer: folder of a tokenizer, to count captions in tokens where there is no config with its checkpoint;
+            otherwise they are counted in words
+        sample: records of each source to look at, drawn at random; all of them if this is not given
+        max_bad_share: share of records with something wrong above which the exit status is 1
+        out: folder for data_check.json and data_check.png, by phase where there are several
+    """
+    from rich.console import Console
+
+    from mmjax.config import DataConfig
+    from mmjax.data import check
+    from mmjax.data.formats import FORMATS
+
+    console = Console()
+    if config is None and (format is None or path is None):
+        raise ValueError("Name a config file, or a format and a path: data check --config configs/minigpt4_stage2.py, "
+                         f"or data check --format FORMAT --path PATH. The formats are {', '.join(FORMATS)}.")
+    built = load_config(str(config)) if config else RunConfig(data=DataConfig(path=""))
+    too_bad = False
+    for name, phase in (built if isinstance(built, dict) else {"": built}).items():
+        named = {"format": format, "path": path, "max_bad_share": max_bad_share}
+        changes = {field: value for field, value in named.items() if value is not None}
+        if changes.keys() & {"format", "path"}:
+            changes["mixture"] = ()
+        data = dataclasses.replace(phase.data, **changes)
+        if unknown := [source.format for source in data.sources if source.format not in FORMATS]:
+            raise ValueError(f"There is no format {', '.join(unknown)}; there are {', '.join(FORMATS)}.")
+        if name:
+            console.rule(name)
+        _, worse = check.check(data, out / name, _rows(phase, tokenizer, console), sample, console)
+        too_bad |= worse
+    if too_bad:
+        sys.exit(1)
+
+
+def _rows(config: RunConfig, tokenizer: Path | None, console: Any) -> Any:
+    """How a run makes rows, as `mmjax.data.check` wants to know it; None without a tokenizer."""
+    from mmjax import run
+    from mmjax.data.check import Rows
+    from mmjax.loaded import Checkpoint
+    from mmjax.tokenizer import Tokenizer
+
+    if tokenizer is not None:
+        return Rows(Tokenizer.from_folder(tokenizer))
+    if not config.weights.checkpoint:
+        return None
+    if not Path(config.weights.checkpoint).exists():
+        console.print(f"There is no checkpoint {config.weights.checkpoint} yet, so captions are counted in words.",
+                      highlight=False)
+        return None
+    source = Checkpoint.open(config.weights.checkpoint)
+    return Rows(source.tokenizer, config.text, run.architecture(source, config).image_tokens)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "convert": convert,
     "export": export,
     "generate": lambda args: tyro.cli(generate, args=args, prog="mmjax generate"),
+    "data": data,
 }
 
 
@@ -117,7 +198,8 @@ def main(command: str | None = None) -> None:
         command, args = (args[0], args[1:]) if args else ("--help", [])
     if command not in COMMANDS:
         print("usage: mmjax {" + ",".join(COMMANDS) + "} ...\n")
-        for name, what in (("train", train), ("convert", convert), ("export", export), ("generate", generate)):
+        for name, what in (("train", train), ("convert", convert), ("export", export), ("generate", generate),
+                           ("data", data)):
             print(f"  {name:9} {what.__doc__.splitlines()[0]}")
         print("\nmmjax COMMAND --help tells more.")
         sys.exit(0 if command in ("--help", "-h") else 2)

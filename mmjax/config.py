@@ -68,22 +68,39 @@ class ScenesConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Source:
+    """One of several sources of a mixture; `format` and `path` are those of `DataConfig`.
+
+    ratio: its share of the samples, relative to the other sources' (stage 1 of MiniGPT-4: LAION 115, CC-SBU 14)
+    """
+
+    format: str
+    path: str
+    ratio: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What is trained on.
 
     format:          how the data lie on disk, one of `mmjax.data.formats.FORMATS`
     path:            the folder or file of that format, such as one with `filter_cap.json` and `image/IMAGE_ID.jpg`
+    mixture:         several sources in place of `format` and `path`
     prompts:         one is drawn for each batch, as in the original; empty for image tokens and caption alone (stage 1)
     clean_captions:  the original's stage-1 cleaning: lower case, no punctuation, 50 words
     random_crop:     pictures are cut at random to 90 to 100 % of their area, anew in every pass (ImageBind-LLM,
                      LLaMA-Adapter v2)
     length_multiple: rows are padded to the batch's longest, rounded up to this, so that few lengths are compiled
     threads:         that read and decode pictures
+    max_bad_share:   a record that cannot be used is replaced by another one of its source; the run stops once there are
+                     more such records than this share of all that were tried, these counted as 1,000 at least: with
+                     0.01 the eleventh among the first thousand, with 0 the first one
     scenes:          draw this world into `path` first
     """
 
     format: str = "cc_sbu_align"
     path: str = ""
+    mixture: tuple[Source, ...] = ()
     prompts: tuple[str, ...] = ()
     clean_captions: bool = False
     random_crop: bool = False
@@ -91,7 +108,17 @@ class DataConfig:
     length_multiple: int = 32
     seed: int = 42
     threads: int = 2
+    max_bad_share: float = 0.01
     scenes: ScenesConfig | None = None
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The mixture, or the one source that `format` and `path` name."""
+        return self.mixture or (Source(self.format, self.path),)
+
+    def too_bad(self, bad: int, tried: int) -> bool:
+        """Whether so many unusable records, of so many tried, are more than `max_bad_share` allows."""
+        return bad > self.max_bad_share * max(tried, 1000)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from mmjax import checkpoint, evaluate, loaded, optim, sharding, steps, trees
 from mmjax.batch import Batch, Sample
 from mmjax.config import RunConfig
 from mmjax.convert import convert
-from mmjax.data import formats, pipeline, scenes
+from mmjax.data import formats, images, pipeline, scenes
 from mmjax.families import FAMILIES
 
 CONVERSIONS = {"minigpt4": convert.minigpt4, "imagebind_llm": convert.imagebind_llm,
@@ -58,7 +58,7 @@ def train(config: RunConfig) -> Run:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     prepare(config)
-    records = formats.FORMATS[config.data.format](config.data.path)
+    sources = pipeline.read(config.data)
 
     source = loaded.Checkpoint.open(config.weights.checkpoint)
     source = dataclasses.replace(source.of(architecture(source, config)), text=config.text)
@@ -67,6 +67,11 @@ def train(config: RunConfig) -> Run:
     if config.data.batch_size % sharding.ways(mesh, "batch"):
         raise ValueError(f"data.batch_size = {config.data.batch_size} cannot be cut into "
                          f"{sharding.ways(mesh, 'batch')} (mesh {dict(mesh.shape)}).")
+    size = source.config.image_size
+    crops = bool(source.config.senses) or (size is not None and source.config.crops)
+    if config.data.random_crop and not crops:
+        raise ValueError("Only models that keep the aspect ratio of pictures (ImageBind-LLM, LLaMA-Adapter v2) are "
+                         "trained with pictures cropped at random: set data.random_crop = False.")
     rules = trained_rules(config, source.family)
     dtype = jnp.dtype(config.weights.dtype)
     module = family.Model(source.config, dtype, config.remat)
@@ -95,9 +100,11 @@ def train(config: RunConfig) -> Run:
         tokenizer = source.tokenizer
         step, place = steps.train_step(module, optimizer), sharding.batch_sharding(mesh)
 
-        def collate(samples: list[Sample], crops: np.random.Generator | None) -> Batch:
-            return loaded.collate(samples, tokenizer, config.text, source.config,
-                                  multiple=config.data.length_multiple, random=crops)
+        def collate(samples: list[Sample]) -> Batch:
+            return loaded.collate(samples, tokenizer, config.text, source.config, multiple=config.data.length_multiple)
+
+        def picture(image: Any, random: np.random.Generator | None) -> Any:  # without a tower, collate refuses it
+            return image if size is None else images.load(image, size, crops, random)
 
         def advance(state: steps.TrainState, batch: Batch) -> tuple[steps.TrainState, dict[str, Any]]:
             return step(state, frozen, jax.device_put(batch, place))
@@ -105,7 +112,8 @@ def train(config: RunConfig) -> Run:
         def diagnose(loss: float, state: steps.TrainState) -> None:
             check_first_loss(loss, source.config.llama.vocab, {"trained": state.params, "frozen": frozen})
 
-        batches = pipeline.batches(records, config.data, collate, started)
+        batches = pipeline.batches(sources, config.data, collate, picture, started, jax.process_index(),
+                                   jax.process_count())
         before = int(steps.fingerprint(frozen))
         state, loss = loop(config, started, advance, diagnose, state, batches, checkpoints)
         checkpoints.save(int(state.step), state)
@@ -133,7 +141,9 @@ def check(config: RunConfig) -> None:
         message for holds, message in (
             (config.out, "out: the run needs a folder"),
             (config.weights.checkpoint, "weights.checkpoint: name the converted checkpoint to start from"),
-            (d.path, "data.path: name the folder with the pictures and captions"),
+            (d.path or d.mixture, "data.path: name the folder with the pictures and captions"),
+            (not (d.path and d.mixture), "data.path and data.mixture: name one of them"),
+            (not (d.scenes and d.mixture), "data.scenes: drawn into data.path, not into a mixture"),
             (d.batch_size > 0, f"data.batch_size = {d.batch_size}: at least 1"),
             (o.steps > 0, f"optim.epochs · optim.steps_per_epoch = {o.steps}: at least 1"),
             (o.accumulate > 0, f"optim.accumulate = {o.accumulate}: at least 1"),
@@ -144,7 +154,11 @@ def check(config: RunConfig) -> None:
             (config.log_every > 0 and config.save_every > 0 and config.keep > 0,
              "log_every, save_every and keep: at least 1"),
             (0 <= config.drop_path < 1, f"drop_path = {config.drop_path}: at least 0, below 1"),
-            (d.format in formats.FORMATS, f"data.format = {d.format!r}: one of {', '.join(formats.FORMATS)}"),
+            (0 <= d.max_bad_share < 1, f"data.max_bad_share = {d.max_bad_share}: at least 0, below 1"),
+            *((s.format in formats.FORMATS, f"data.format = {s.format!r}: one of {', '.join(formats.FORMATS)}")
+              for s in d.sources),
+            *((s.path, f"data.mixture: the source of format {s.format!r} has no path") for s in d.mixture),
+            *((0 < s.ratio < math.inf, f"data.mixture: ratio = {s.ratio} of {s.path}: above 0") for s in d.mixture),
             (o.schedule in optim.SCHEDULES, f"optim.schedule = {o.schedule!r}: one of {', '.join(optim.SCHEDULES)}"),
             (config.weights.family in CONVERSIONS,
              f"weights.family = {config.weights.family!r}: one of {', '.join(CONVERSIONS)}"),
@@ -241,10 +255,17 @@ def loop(
     loss = None
     columns = (TextColumn(config.phase or "training"), BarColumn(), MofNCompleteColumn(),
                TextColumn("{task.fields[loss]}"), TimeElapsedColumn(), TimeRemainingColumn())
-    with Log(Path(config.out) / "metrics.jsonl", started, config) as log, Progress(*columns, console=console) as bar:
+    out = Path(config.out)
+    with (Log(out / "metrics.jsonl", started, config) as log,
+          BadData(out / "data_errors.jsonl", started, config) as bad, Progress(*columns, console=console) as bar):
         task = bar.add_task("", total=config.optim.steps, completed=started, loss="")
         for item in itertools.islice(batches, config.optim.steps - started):
             samples = f"Its samples: {', '.join(item.names)}. {last_good(checkpoints)}"
+            if bad.add(item):
+                raise TrainingStopped(
+                    f"{bad.count} of the first {bad.tried} records that were tried cannot be used, more than "
+                    f"data.max_bad_share = {config.data.max_bad_share} allows. {out / 'data_errors.jsonl'} names them. "
+                    f"Mend them, or raise data.max_bad_share. {last_good(checkpoints)}")
             if not np.any(item.batch.loss_mask[:, 1:]):
                 raise TrainingStopped(
                     f"Batch {item.number} has no token to learn: all its answers are empty or cut away "
@@ -288,15 +309,50 @@ def _named(tree: Any) -> Iterator[tuple[str, Any]]:
     yield from ((path, leaf) for path, leaf in trees.flatten(tree).items() if leaf is not None)
 
 
+def keep_lines(path: Path, field: str, below: int) -> int:
+    """Of a file of JSON lines keeps those whose field is below a number: what an interrupted run wrote beyond its last
+    checkpoint will be written again. Returns how many it kept."""
+    if not path.exists():
+        return 0
+    kept = [line for line in path.read_text().splitlines() if line and json.loads(line)[field] < below]
+    path.write_text("".join(line + "\n" for line in kept))
+    return len(kept)
+
+
+class BadData:
+    """`data_errors.jsonl`: one line each time that a record could not be used.
+
+    count: such times since the run began, before an interruption too
+    tried: records tried since then
+    """
+
+    def __init__(self, path: Path, started: int, config: RunConfig):
+        self._path, self._data = path, config.data
+        self.count, self.tried = keep_lines(path, "position", started * config.data.batch_size), 0
+
+    def __enter__(self) -> "BadData":
+        self._file = self._path.open("a", buffering=1)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._file.close()
+
+    def add(self, item: pipeline.Step) -> bool:
+        """Whether there are now more of them than the configuration allows."""
+        for record in item.bad:
+            self._file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+        self.count += len(item.bad)
+        self.tried = (item.number + 1) * len(item.names) + self.count
+        return self._data.too_bad(self.count, self.tried)
+
+
 class Log:
     """`metrics.jsonl`: one line each `log_every` steps, and the first and the last."""
 
     def __init__(self, path: Path, started: int, config: RunConfig):
         self._config, self._path = config, path
         self._since, self._images, self._tokens = time.monotonic(), 0, 0
-        if path.exists():  # what an interrupted run wrote beyond its last checkpoint will be written again
-            kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] < started]
-            path.write_text("".join(line + "\n" for line in kept))
+        keep_lines(path, "step", started)
 
     def __enter__(self) -> "Log":
         self._file = self._path.open("a", buffering=1)

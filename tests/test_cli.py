@@ -55,6 +55,16 @@ def test_config_fields_are_overridden(monkeypatch, tmp_path):
     assert (seen[0].optim.init_lr, seen[0].out, seen[0].data.scenes.count) == (0.5, str(tmp_path), 7)
 
 
+def test_fields_of_a_phase_are_behind_its_name(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("mmjax.run.train_phases", seen.append)
+    call(monkeypatch, "train", "--config", "configs/tiny_imagebind_llm.py", "--finetune.optim.init-lr", "0.5",
+         "--pretrain.out", tmp_path)
+    assert list(seen[0]) == ["pretrain", "finetune"]
+    assert (seen[0]["finetune"].optim.init_lr, seen[0]["pretrain"].out) == (0.5, str(tmp_path))
+    assert seen[0]["pretrain"].optim.init_lr != 0.5
+
+
 def test_commands_are_listed(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, "--help")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 import mmjax
 from mmjax import checkpoint, run, trees
-from mmjax.config import DataConfig, MeshConfig, TextConfig
+from mmjax.config import DataConfig, MeshConfig, Source, TextConfig
 from mmjax.convert import torch_file
 from tests import small
 
@@ -47,6 +48,66 @@ def test_stopped_and_resumed_is_the_same_run(finished, tmp_path, monkeypatch):
         np.testing.assert_array_equal(first[path], second[path])
     assert [line["loss"] for line in metrics(resumed.folder)] == [line["loss"] for line in metrics(finished.folder)]
     assert [line["step"] for line in metrics(resumed.folder)] == [0, 1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def half_broken(tmp_path_factory):
+    """The pictures, half of them cut off."""
+    folder = tmp_path_factory.mktemp("half_broken") / "pictures"
+    shutil.copytree(small.pictures(), folder)
+    for number in range(4):
+        file = folder / "image" / f"{number}.jpg"
+        file.write_bytes(file.read_bytes()[:100])
+    return folder
+
+
+def mixture(half_broken, max_bad_share):
+    sources = Source("cc_sbu_align", str(small.pictures()), 1), Source("cc_sbu_align", str(half_broken), 3)
+    return DataConfig(mixture=sources, prompts=(small.PROMPT,), batch_size=2, length_multiple=64,
+                      max_bad_share=max_bad_share)
+
+
+def test_bad_pictures_are_replaced_and_named(half_broken, tmp_path, monkeypatch):
+    config = small.run_config(tmp_path / "run", data=mixture(half_broken, 0.5))
+    add, seen = run.Log.add, []
+
+    def interrupted(self, item, *rest):
+        add(self, item, *rest)
+        seen.append(item)
+        if len(seen) == 3:  # one step beyond the checkpoint
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.Log, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.train(config)
+    assert run.train(config).step == 4
+    assert [item.number for item in seen] == [0, 1, 2, 2, 3]
+    assert (seen[2].names, seen[2].bad) == (seen[3].names, seen[3].bad)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "data_errors.jsonl").read_text().splitlines()]
+    bad = [dataclasses.asdict(record) for item in (*seen[:2], *seen[3:]) for record in item.bad]
+    assert lines == bad and len(bad) > 1
+    assert {int(line["name"]) for line in lines} <= set(range(4))
+    assert all(line["source"] == str(half_broken) and line["file"] in line["problem"] for line in lines)
+
+
+def test_too_many_bad_pictures_stop_the_run(half_broken, tmp_path):
+    config = small.run_config(tmp_path / "run", data=mixture(half_broken, 0.0))
+    with pytest.raises(run.TrainingStopped, match=r"of the first \d+ records .* data.max_bad_share = 0.0 allows"):
+        run.train(config)
+    assert (tmp_path / "run" / "data_errors.jsonl").read_text()
+
+
+def test_prompt_without_a_place_for_the_picture_stops_at_once(tmp_path):
+    data = DataConfig(path=str(small.pictures()), prompts=(small.PROMPT, "Describe it."), batch_size=2)
+    with pytest.raises(ValueError, match="0 <ImageHere> for 1 pictures"):
+        run.train(small.run_config(tmp_path / "run", data=data))
+    assert not (tmp_path / "run" / "data_errors.jsonl").exists()
+
+
+def test_pictures_that_are_squashed_are_not_cropped(tmp_path):
+    data = DataConfig(path=str(small.pictures()), prompts=(small.PROMPT,), random_crop=True, batch_size=2)
+    with pytest.raises(ValueError, match=r"set data\.random_crop = False"):
+        run.train(small.run_config(tmp_path / "run", data=data))
 
 
 def test_finished_run_has_nothing_left_to_do(finished, capsys):
@@ -129,6 +190,10 @@ def test_first_loss_of_a_dead_language_model():
     ({"keep": 0}, "keep: at least 1"),
     ({"drop_path": 2.0}, "drop_path = 2.0"),
     ({"data": DataConfig(path="nowhere", length_multiple=0)}, r"data\.length_multiple = 0"),
+    ({"data": DataConfig(path="nowhere", max_bad_share=1.0)}, r"data\.max_bad_share = 1\.0: at least 0, below 1"),
+    ({"data": DataConfig(path="nowhere", mixture=(Source("jsonl", "x"),))}, r"data\.path and data\.mixture: name one"),
+    ({"data": DataConfig(mixture=(Source("jsonl", "x", 0.0), Source("odd", "")))},
+     r"(?s)data\.format = 'odd'.*format 'odd' has no path.*ratio = 0\.0 of x: above 0"),
     ({"data": DataConfig(path="nowhere", batch_size=2)}, "nowhere is not in the CC-SBU-align layout"),
 ])
 def test_configuration_that_cannot_run(tmp_path, changes, message):
