@@ -303,26 +303,19 @@ def mix_and_recall(module: nn.Module, count: int, params: Any, batch: Batch, vec
 
 
 def collate(samples: Sequence[Sample], tokenizer: Tokenizer, settings: TextConfig, config: Any,
-            length: int | None = None, multiple: int = 1, random: np.random.Generator | None = None) -> Batch:
-    """Samples to a batch: text, and pictures or whatever else the model's senses take.
-
-    config: the family's
-    random: draws the crops of pictures (training of models that keep their aspect ratio); None: no crop is drawn
-    """
+            length: int | None = None, multiple: int = 1) -> Batch:
+    """Samples to a batch: text, and pictures or whatever else the model's senses take. `config` is the family's."""
     if not config.senses:
-        _check_without_senses(samples, config, random)
+        _check_without_senses(samples, config)
     rows = text.rows(samples, tokenizer, settings, config.image_tokens, length, multiple)
     if config.senses:
-        media, weights = senses.stack(samples, config.imagebind, tokenizer.folder / WORDS, random)
+        media, weights = senses.stack(samples, config.imagebind, tokenizer.folder / WORDS)
         return dataclasses.replace(rows, media=media, weights=weights)
-    pictures = None if config.image_size is None else images.stack(samples, config, random)
+    pictures = None if config.image_size is None else images.stack(samples, config)
     return dataclasses.replace(rows, images=pictures)
 
 
-def _check_without_senses(samples: Sequence[Sample], config: Any, random: np.random.Generator | None) -> None:
-    if random is not None and (config.image_size is None or not config.crops):
-        raise ValueError("Only models that keep the aspect ratio of pictures (ImageBind-LLM, LLaMA-Adapter v2) are "
-                         "trained with pictures cropped at random: set data.random_crop = False.")
+def _check_without_senses(samples: Sequence[Sample], config: Any) -> None:
     if more := [row for row, sample in enumerate(samples) if sample.media or sample.weights]:
         raise ValueError(f"Rows {more} have media or weights, but this model does not mix senses.")
     if config.image_size is None and (seeing := [row for row, sample in enumerate(samples) if sample.images]):

@@ -13,10 +13,9 @@ import mmjax
 from mmjax.convert import convert
 from mmjax.data import scenes
 from mmjax.data.neighbours import Recall
-from mmjax.loaded import collate, stop_ids
 from mmjax.models.layers import unit
 from tests import small, tiny
-from tests.convert.released import ADAPTER_V1, ADAPTER_V2
+from tests.convert.released import ADAPTER_V2
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +205,6 @@ def test_what_only_a_model_that_mixes_senses_takes(model, samples):
     for more in ({"media": {"depth": 1}}, {"weights": {"image": 1.0}}):
         with pytest.raises(ValueError, match=r"Rows \[1\] have media or weights"):
             model.batch([samples[0], dataclasses.replace(samples[1], **more)])
-    with pytest.raises(ValueError, match="data.random_crop = False"):
-        collate(samples, model.tokenizer, model.text, model.config, random=np.random.default_rng(0))
 
 
 # ---- a model whose pictures take no places among the words ----
@@ -230,18 +227,3 @@ def test_text_alone_is_the_same_among_pictures(seeing, samples):
     both = query({"params": seeing.params}, mixed)
     np.testing.assert_allclose(both[0], query({"params": seeing.params}, alone)[0], atol=1e-5)
     assert np.abs(both[0] - both[1]).max() > 1e-2
-
-
-def test_crops_in_training_of_llama_adapter(seeing, samples, tmp_path):
-    def images(model, given, seed=None):
-        random = None if seed is None else np.random.default_rng(seed)
-        return collate(given, model.tokenizer, model.text, model.config, random=random).images
-
-    seen = [dataclasses.replace(sample, prompt="What is it?") for sample in samples]
-    middle, first, again = (images(seeing, seen, seed) for seed in (None, 1, 1))
-    np.testing.assert_array_equal(first, again)
-    assert np.abs(first - middle).max() > 0
-    convert.llama_adapter(out=tmp_path / "v1", **ADAPTER_V1)
-    blind = mmjax.load(tmp_path / "v1", dtype="float32")
-    with pytest.raises(ValueError, match="data.random_crop = False"):
-        images(blind, [mmjax.Sample(prompt="What is it?", answer="A dog.")], 1)

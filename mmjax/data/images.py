@@ -117,11 +117,10 @@ def _resized(image: Image.Image, width: int, height: int) -> np.ndarray:
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def stack(samples: Sequence[Sample], config: Any, random: np.random.Generator | None = None) -> np.ndarray | None:
+def stack(samples: Sequence[Sample], config: Any) -> np.ndarray | None:
     """`Batch.images` of these rows: uint8[B,F,S,S,3] or normalised float32[B,F,3,S,S]. None if no row has a picture.
 
     config: the family's: `image_size`, `crops` and `normalise` say how it takes pictures
-    random: draws what is cut out, as in training; for families with `crops`
 
     Where pictures take places among the words, F is the longest row's number of pictures, and the others are filled up
     with black ones that no soft token refers to; pixels stay uint8 until they are on the device, unless a picture came
@@ -136,7 +135,7 @@ def stack(samples: Sequence[Sample], config: Any, random: np.random.Generator | 
         return None
     if not placed and (many := [row for row, sample in enumerate(samples) if len(sample.images) > 1]):
         raise ValueError(f"Rows {many} have more than one picture, but this model reads one a row.")
-    rows = [[load(picture, size, config.crops, random) for picture in sample.images] for sample in samples]
+    rows = [[load(picture, size, config.crops) for picture in sample.images] for sample in samples]
     if not placed or any(picture.dtype == np.float32 for row in rows for picture in row):
         rows = [[config.normalise(picture) for picture in row] for row in rows]
         blank = np.zeros((3, size, size), np.float32)

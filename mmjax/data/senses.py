@@ -294,17 +294,12 @@ def _words(text: str) -> list[str]:
 NAMES = ("video", "audio", "depth", "thermal", "imu", "text")  # of `Sample.media`
 
 
-def stack(
-    samples: Sequence[Sample],
-    cfg: ImageBindConfig,
-    words: Path | None = None,
-    random: np.random.Generator | None = None,
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def stack(samples: Sequence[Sample], cfg: ImageBindConfig,
+          words: Path | None = None) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """`Batch.media` and `Batch.weights` of these rows: by name inputs [B,...] and float32[B].
 
-    cfg:    the towers; they say how large inputs are
-    words:  the text tower's merges, needed for text that is not yet ids
-    random: draws the crop of each picture, as in training; None: the middle is kept
+    cfg:   the towers; they say how large inputs are
+    words: the text tower's merges, needed for text that is not yet ids
 
     What a sample may give, always with the weight it names or 1:
         image    `images`, at most one: a path, a PIL image, uint8[H,W,3], or normalised float32[3,S,S]
@@ -318,7 +313,7 @@ def stack(
     """
     read, problems = [], []
     for row, sample in enumerate(samples):
-        inputs, wrong = _inputs(sample, cfg, words, random)
+        inputs, wrong = _inputs(sample, cfg, words)
         read.append(inputs)
         problems += [f"row {row}, {message}" for message in wrong]
     first = {name: (row, array) for row, inputs in reversed([*enumerate(read)]) for name, array in inputs.items()}
@@ -336,8 +331,8 @@ def stack(
     return media, weights
 
 
-def _inputs(sample: Sample, cfg: ImageBindConfig, words: Path | None,
-            random: np.random.Generator | None) -> tuple[dict[str, np.ndarray], list[str]]:
+def _inputs(sample: Sample, cfg: ImageBindConfig,
+            words: Path | None) -> tuple[dict[str, np.ndarray], list[str]]:
     """What a sample gives to the towers by name, and what is wrong with it."""
     wrong = [f"{name}: there is no such sense (pictures go into `images`)" for name in sample.media
              if name not in NAMES]
@@ -347,7 +342,7 @@ def _inputs(sample: Sample, cfg: ImageBindConfig, words: Path | None,
     inputs = {}
     for name, source in given.items():
         try:
-            inputs[name] = _input(name, source, cfg, words, random)
+            inputs[name] = _input(name, source, cfg, words)
         except ValueError as error:
             wrong.append(f"{name}: {error}")
     for name, weight in sample.weights.items():
@@ -363,8 +358,7 @@ def _inputs(sample: Sample, cfg: ImageBindConfig, words: Path | None,
     return inputs, wrong
 
 
-def _input(name: str, source: Any, cfg: ImageBindConfig, words: Path | None,
-           random: np.random.Generator | None) -> np.ndarray:
+def _input(name: str, source: Any, cfg: ImageBindConfig, words: Path | None) -> np.ndarray:
     """What one sense takes; raises ValueError saying what is expected instead."""
     tower = cfg.towers.get(sense_of(name))
     if tower is None:
@@ -372,7 +366,7 @@ def _input(name: str, source: Any, cfg: ImageBindConfig, words: Path | None,
     if name == "image":
         if len(source) > 1:
             raise ValueError(f"{len(source)} pictures, but a row takes one")
-        return picture(source[0], tower.image_size, random)
+        return picture(source[0], tower.image_size)
     if name == "video" and isinstance(source, tuple):
         frames, fps = source
         return video(np.asarray(frames), fps, tower.image_size, shown=tower.frames)

@@ -192,14 +192,10 @@ def test_pictures_are_as_the_original_makes_them(file):
     np.testing.assert_array_equal(found[1], 0)
 
 
-def test_training_pictures_are_cropped_at_random():
+def test_pictures_that_were_cropped_for_training_are_left_alone():
     pixels = np.random.default_rng(4).integers(0, 256, (40, 44, 3), np.uint8)
-    rows = [Sample(images=[pixels]), Sample(images=[pixels])]
-    found, again, other = (stack(rows, CROPPED, np.random.default_rng(seed)) for seed in (1, 1, 2))
-    np.testing.assert_array_equal(found, again)
-    assert np.abs(found - other).max() > 0 and np.abs(found[0] - found[1]).max() > 0
-    box = random_box(np.random.default_rng(1), *pixels.shape[:2])
-    np.testing.assert_array_equal(found[0, 0], swapped(crop(rgb(pixels), box, SIZE)))
+    cut = load(pixels, SIZE, crops=True, random=np.random.default_rng(1))
+    np.testing.assert_array_equal(stack([Sample(images=[cut])], CROPPED)[0, 0], swapped(cut))
 
 
 def test_normalised_pictures_keep_their_order_of_colours():
