@@ -13,6 +13,7 @@ import mmjax
 from mmjax.convert import convert
 from mmjax.data import scenes
 from mmjax.data.neighbours import Recall
+from mmjax.loaded import stop_ids
 from mmjax.models.layers import unit
 from tests import small, tiny
 from tests.convert.released import ADAPTER_V2
