@@ -142,7 +142,7 @@ def picture(root: str, name: str) -> str:
     """
     path = os.path.join(root, name)
     try:
-        base, real = _real(root), os.path.realpath(path)
+        base, real = _real(os.path.abspath(root)), os.path.realpath(path)
     except ValueError as error:  # a zero byte, or not Unicode
         raise ValueError(f"{shown(name)} is no name of a picture: {error}") from error
     if real == base or os.path.commonpath([base, real]) != base:
@@ -189,7 +189,7 @@ def with_pictures(path: Path, records: list[Record], root: str) -> list[Record]:
     outside, absent = [], []
     for image in named:
         try:
-            if not Path(picture(root, image)).is_file():
+            if not Path(picture(root, os.path.abspath(image))).is_file():  # a record's path is not the root's
                 absent.append(image)
         except (ValueError, OSError):  # not below the root, or no name that a file can have
             outside.append(image)

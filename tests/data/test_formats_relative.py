@@ -1,0 +1,22 @@
+"""Data named relative to the working directory, as users and the shipped configurations name them."""
+
+import os
+
+import pytest
+
+from mmjax.data import images
+from mmjax.data.formats import FORMATS
+from tests.data import layouts
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_relative_paths(name, tmp_path, monkeypatch):
+    write = getattr(layouts, name.removeprefix("inv"))
+    path = os.path.relpath(write(tmp_path / "data" / "set"), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    records = list(FORMATS[name](path))
+    assert records and all(record.problem is None for record in records)
+    pictures = [record.image for record in records if record.image is not None]
+    assert pictures
+    for picture in pictures:
+        assert images.load(picture, 4).shape == (4, 4, 3)
