@@ -4,6 +4,7 @@ Data come from anywhere, so nothing in a row is believed: what is wrong with one
 what is wrong with a whole file is an error. Pictures are looked up below a root folder and nowhere else.
 """
 
+import abc
 import functools
 import json
 import os
@@ -38,12 +39,13 @@ class Lazy(Sequence[Record]):
         except (ValueError, OSError) as error:
             return Record(self.name(number), None, "", problem=str(error))
 
+    @abc.abstractmethod
     def name(self, number: int) -> str:
-        raise NotImplementedError
+        """What an error calls this one."""
 
+    @abc.abstractmethod
     def record(self, number: int) -> Record:
         """Raises ValueError or OSError saying what is wrong with this one."""
-        raise NotImplementedError
 
 
 class Rows(Lazy):
