@@ -68,7 +68,7 @@ def train(config: RunConfig) -> Run:
         raise ValueError(f"data.batch_size = {config.data.batch_size} cannot be cut into "
                          f"{sharding.ways(mesh, 'batch')} (mesh {dict(mesh.shape)}).")
     size = source.config.image_size
-    crops = bool(source.config.senses) or (size is not None and source.config.crops)
+    crops = size is not None and source.config.crops
     if config.data.random_crop and not crops:
         raise ValueError("Only models that keep the aspect ratio of pictures (ImageBind-LLM, LLaMA-Adapter v2) are "
                          "trained with pictures cropped at random: set data.random_crop = False.")

@@ -27,6 +27,11 @@ def causal_mask(valid: jax.Array, segments: jax.Array | None = None) -> jax.Arra
     return mask | (jnp.eye(T, dtype=bool) & ~mask.any(-1, keepdims=True))
 
 
+def for_every_layer(prompts: jax.Array, depth: int) -> jax.Array:
+    """Prompts of the last A layers [A,B,P,D] -> [L,B,P,D], zeros for the layers below, which read none; L = `depth`."""
+    return jnp.pad(prompts, ((depth - len(prompts), 0), (0, 0), (0, 0), (0, 0)))
+
+
 class LanguageModel(nn.Module):
     """An encoder in front of LLaMA. A family adds its towers in `setup` and turns a batch into vectors in `encode`.
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mmjax.batch import Batch
-from mmjax.families.base import LanguageModel, example_batch
+from mmjax.families.base import LanguageModel, example_batch, for_every_layer
 from mmjax.models import bind, imagebind, llama
 from mmjax.models.bind import BIND_7B, Bind, BindConfig, mix
 from mmjax.models.imagebind import IMAGEBIND_HUGE, ImageBind, ImageBindConfig, sense_of
@@ -34,6 +34,7 @@ class Config:
     query_layers: int = 32  # the last layers, which read prompts; of the token form: unused, every layer takes part
 
     image_tokens = 0  # pictures take no places among the words
+    crops = True  # they keep their aspect ratio, a part is cut out
 
     @property
     def image_size(self) -> int | None:
@@ -107,8 +108,7 @@ class Model(LanguageModel):
         depth = self.cfg.llama.depth
         if self.cfg.llama.injection != "head":
             return jnp.broadcast_to(bound, (depth, *bound.shape))
-        prompts = bound + self.query[:, None].astype(bound.dtype)
-        return jnp.pad(prompts, ((depth - self.cfg.query_layers, 0), (0, 0), (0, 0), (0, 0)))
+        return for_every_layer(bound + self.query[:, None].astype(bound.dtype), depth)
 
 
 def example(cfg: Config) -> Batch:

@@ -19,7 +19,7 @@ from flax import linen as nn
 
 from mmjax import pixels
 from mmjax.batch import Batch
-from mmjax.families.base import LanguageModel, example_batch
+from mmjax.families.base import LanguageModel, example_batch, for_every_layer
 from mmjax.models import clip, llama, visual
 from mmjax.models.clip import CLIP_VIT_L14, Clip, ClipConfig
 from mmjax.models.llama import LLAMA_7B, LlamaConfig
@@ -122,9 +122,7 @@ class Model(LanguageModel):
         if c.visual:
             prompts = prompts + self.visual_query(batch)
         prompts = jnp.broadcast_to(prompts, (c.query_layers, len(batch.tokens), c.query_len, c.llama.dim))
-        # zeros for the layers that read no prompts
-        below = c.llama.depth - c.query_layers
-        return self.embed(batch.tokens), jnp.pad(prompts, ((below, 0), (0, 0), (0, 0), (0, 0)))
+        return self.embed(batch.tokens), for_every_layer(prompts, c.llama.depth)
 
 
 def example(cfg: Config) -> Batch:
