@@ -1,5 +1,6 @@
 """Released files to convert: the golden sets', copies of them with a change, and a made-up language model."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from mmjax import weights
 from mmjax.convert import convert, torch_file
-from mmjax.convert.tables import ConversionError
+from mmjax.convert.tables import Computed, ConversionError, Problems, backward, forward
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "minigpt4"
 CKPT = GOLDEN / "ckpt"
@@ -102,3 +103,30 @@ def meta_folder(folder: Path, source: Path = IMAGEBIND / "llama_meta", **params)
     values = json.loads((folder / "params.json").read_text()) | params
     (folder / "params.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
     return folder
+
+
+def lazy(entries, dtype=np.float32):
+    """Random tensors under a table's source keys, as a file gives them."""
+    rng = np.random.default_rng(0)
+    return {key: Computed(key, entry.key_shape, dtype,
+                          functools.partial(np.asarray, rng.normal(size=entry.key_shape).astype(dtype)))
+            for entry in entries for key in entry.keys}
+
+
+def whole(parameters):
+    return {path: np.concatenate(list(parameter.slices())).reshape(parameter.shape)
+            for path, parameter in parameters.items()}
+
+
+def read(tensors):
+    return {key: tensor.read() for key, tensor in tensors.items()}
+
+
+def assert_there_and_back(entries, dtype):
+    """A table makes parameters of the shapes that it says, and read backwards the same tensors, bit for bit."""
+    source, problems = lazy(entries, dtype), Problems()
+    params = {path: np.concatenate(list(parameter.slices()))
+              for path, parameter in forward(entries, source, (), "file", problems).items()}
+    assert not problems
+    assert {path: array.shape for path, array in params.items()} == {entry.path: entry.shape for entry in entries}
+    assert_same(read(backward(entries, params)), read(source))

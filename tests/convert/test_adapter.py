@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import functools
 import gzip
 import json
 
@@ -14,7 +13,6 @@ from mmjax import cli, weights
 from mmjax.config import ALPACA, ALPACA_INPUT, TextConfig
 from mmjax.convert import adapter, convert, torch_file
 from mmjax.convert.export import export
-from mmjax.convert.tables import Computed, Problems, backward, forward
 from mmjax.families import config_from_dict, imagebind_llm, llama_adapter, shapes
 from mmjax.models.llama import TINY
 from mmjax.tokenizer import WORDS
@@ -24,6 +22,7 @@ from tests.convert.released import (
     IMAGEBIND,
     IMAGEBIND_LLM,
     assert_same,
+    assert_there_and_back,
     described,
     edited,
     params,
@@ -63,15 +62,7 @@ MODELS = {  # family, architecture, and what its adapter file holds
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
 @pytest.mark.parametrize("name", MODELS)
 def test_there_and_back(name, dtype):
-    rng, entries, problems = np.random.default_rng(0), MODELS[name][2], Problems()
-    source = {key: Computed(key, entry.key_shape, dtype,
-                            functools.partial(np.asarray, rng.normal(size=entry.key_shape).astype(dtype)))
-              for entry in entries for key in entry.keys}
-    parameters = forward(entries, source, (), "file", problems)
-    arrays = {path: np.concatenate(list(parameter.slices())) for path, parameter in parameters.items()}
-    assert not problems
-    assert_same({key: tensor.read() for key, tensor in backward(entries, arrays).items()},
-                {key: tensor.read() for key, tensor in source.items()})
+    assert_there_and_back(MODELS[name][2], dtype)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,7 +1,6 @@
 """ImageBind's tables and the bind network's, there and back, and sizes from tensors."""
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from mmjax.models import bind as bind_model
 from mmjax.models import imagebind as model
 from mmjax.models.bind import Bind
 from mmjax.models.imagebind import IMAGEBIND_HUGE, SENSES, TINY, ImageBind, example
-from tests.convert.released import assert_same
+from tests.convert.released import assert_same, assert_there_and_back, lazy, read, whole
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "imagebind_llm"
 ARCH = json.loads((GOLDEN / "config.json").read_text())["imagebind"]
@@ -30,24 +29,9 @@ TABLES = {
 }
 
 
-def whole(parameters):
-    return {path: np.concatenate(list(parameter.slices())) for path, parameter in parameters.items()}
-
-
-def lazy(entries, dtype=np.float32):
-    rng = np.random.default_rng(0)
-    return {key: Computed(key, entry.key_shape, dtype,
-                          functools.partial(np.asarray, rng.normal(size=entry.key_shape).astype(dtype)))
-            for entry in entries for key in entry.keys}
-
-
 def shapes_only(entries):
     """Tensors of any size that are never read."""
     return {key: Computed(key, entry.key_shape, np.float32, None) for entry in entries for key in entry.keys}
-
-
-def read(tensors):
-    return {key: tensor.read() for key, tensor in tensors.items()}
 
 
 def config(tensors, arch, cls=imagebind.config):
@@ -59,12 +43,7 @@ def config(tensors, arch, cls=imagebind.config):
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
 @pytest.mark.parametrize("name", TABLES)
 def test_there_and_back(name, dtype):
-    entries, problems = TABLES[name], Problems()
-    source = lazy(entries, dtype)
-    params = whole(forward(entries, source, (), "file", problems))
-    assert not problems
-    assert {path: array.shape for path, array in params.items()} == {entry.path: entry.shape for entry in entries}
-    assert_same(read(backward(entries, params)), read(source))
+    assert_there_and_back(TABLES[name], dtype)
 
 
 def filled(entries, file, ignored):

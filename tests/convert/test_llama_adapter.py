@@ -1,6 +1,5 @@
 """The tables of CLIP and of the visual query network, there and back, and sizes from tensors."""
 
-import functools
 import json
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from mmjax.convert.tables import Computed, Problems, backward, forward
 from mmjax.models import clip, visual
 from mmjax.models.clip import CLIP_VIT_L14, Clip
 from mmjax.models.visual import VISUAL_7B, VisualQuery
-from tests.convert.released import assert_same
+from tests.convert.released import assert_same, assert_there_and_back, lazy, read, whole
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "imagebind_llm"
 CASE = GOLDEN / "cases" / "adapter_v2"
@@ -25,26 +24,10 @@ TABLES = {"clip": llama_adapter.clip_entries(clip.TINY),
           "visual": llama_adapter.visual_entries(visual.TINY, 3, 20, 32)}
 
 
-def whole(parameters):
-    return {path: np.concatenate(list(parameter.slices())).reshape(parameter.shape)
-            for path, parameter in parameters.items()}
-
-
-def lazy(entries, dtype=np.float32):
-    rng = np.random.default_rng(0)
-    return {key: Computed(key, entry.key_shape, dtype,
-                          functools.partial(np.asarray, rng.normal(size=entry.key_shape).astype(dtype)))
-            for entry in entries for key in entry.keys}
-
-
 def shapes_only(entries, **more):
     """Tensors of any size that are never read."""
     held = {key: entry.key_shape for entry in entries for key in entry.keys} | more
     return {key: Computed(key, shape, np.float32, None) for key, shape in held.items()}
-
-
-def read(tensors):
-    return {key: tensor.read() for key, tensor in tensors.items()}
 
 
 def golden(part):
@@ -64,12 +47,7 @@ def config(part, tensors, arch):
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
 @pytest.mark.parametrize("name", TABLES)
 def test_there_and_back(name, dtype):
-    entries, problems = TABLES[name], Problems()
-    source = lazy(entries, dtype)
-    params = whole(forward(entries, source, (), "file", problems))
-    assert not problems
-    assert {path: array.shape for path, array in params.items()} == {entry.path: entry.shape for entry in entries}
-    assert_same(read(backward(entries, params)), read(source))
+    assert_there_and_back(TABLES[name], dtype)
 
 
 @pytest.mark.parametrize("part", TABLES)

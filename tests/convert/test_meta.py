@@ -1,7 +1,6 @@
 """Meta's LLaMA folders: the table, shards, params.json, and back."""
 
 import dataclasses
-import functools
 import json
 import shutil
 
@@ -12,13 +11,14 @@ import pytest
 from mmjax.convert import convert, meta
 from mmjax.convert.export import export
 from mmjax.convert.lazy import LazyTensor
-from mmjax.convert.tables import Computed, Problems, backward, forward
+from mmjax.convert.tables import Problems, forward
 from mmjax.families import FAMILIES, shapes
 from mmjax.models.llama import LLAMA_7B, LLAMA_13B, TINY, LlamaConfig
 from tests.convert.released import (
     CKPT,
     IMAGEBIND,
     assert_same,
+    assert_there_and_back,
     described,
     edited,
     llama_tensors,
@@ -43,15 +43,7 @@ def opened(folder):
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
 def test_there_and_back(dtype):
-    rng, entries, problems = np.random.default_rng(0), meta.entries(TINY), Problems()
-    source = {key: Computed(key, entry.key_shape, dtype,
-                            functools.partial(np.asarray, rng.normal(size=entry.key_shape).astype(dtype)))
-              for entry in entries for key in entry.keys}
-    parameters = forward(entries, source, (), "file", problems)
-    arrays = {path: np.concatenate(list(parameter.slices())) for path, parameter in parameters.items()}
-    assert not problems
-    assert_same({key: tensor.read() for key, tensor in backward(entries, arrays).items()},
-                {key: tensor.read() for key, tensor in source.items()})
+    assert_there_and_back(meta.entries(TINY), dtype)
 
 
 @pytest.mark.parametrize("cfg", [TINY, LLAMA_7B, LLAMA_13B])
