@@ -4,7 +4,9 @@
 
 The original's recipe (train_configs/minigpt4_stage1_pretrain.yaml): 4 epochs of 5,000 steps, 64 pictures a GPU on four
 GPUs, 1e-4 to 8e-5. The data are webdataset shards as img2dataset writes them, LAION and CC with SBU as 115 to 14. All
-headers are read when a run starts, some 16,000 pictures a second: minutes for CC and SBU, two hours for all of LAION.
+headers are read when the first run starts, some 16,000 pictures a second: minutes for CC and SBU, two hours for all of
+LAION. Where the pictures are is then kept in ~/.cache/mmjax/tars (the environment variable MMJAX_TAR_INDEX names
+another folder), and later runs start within minutes.
 """
 
 from mmjax.config import DataConfig, OptimConfig, RunConfig, Source, TextConfig, WeightsConfig

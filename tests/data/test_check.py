@@ -74,8 +74,8 @@ def test_rows_that_a_run_cannot_make_are_unfit(folder, tokenizer):
 
 
 def test_whatever_stands_in_the_data_can_be_shown(folder, capsys):
-    odd = {"image": "\x1b[31m[red].png", "caption": "Words"}
-    (folder / "[red]rows.jsonl").write_text(json.dumps(odd) + "\n")
+    rows = {"image": "\x1b[31m[red].png", "caption": "Words"}, {"image": "0.png", "caption": "Words"}
+    (folder / "[red]rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     cfg = DataConfig(format="jsonl", path=str(folder / "[red]rows.jsonl"))
     (found,), _ = check(cfg, folder, console=Console())
     said = capsys.readouterr().out
@@ -115,6 +115,19 @@ def test_the_command_ends_as_the_share_says(folder, monkeypatch, capsys):
     assert "corrupt picture rows.jsonl:4" in " ".join(capsys.readouterr().out.split())
     call(monkeypatch, *where, "--max-bad-share", "0.5", "--tokenizer", small.checkpoint() / "tokenizer")
     assert json.loads((folder / "data_check.json").read_text())["sources"][0]["unit"] == "tokens"
+
+
+def test_pictures_below_another_folder(folder, monkeypatch, capsys):
+    (folder / "words").mkdir()
+    where = ("check", "--format", "jsonl", "--path", shutil.move(folder / "rows.jsonl", folder / "words"), "--out",
+             folder, "--max-bad-share", "0.5")
+    call(monkeypatch, *where, "--root", folder)
+    (source,) = json.loads((folder / "data_check.json").read_text())["sources"]
+    assert (source["records"], len(source["problems"]), source["source"]["root"]) == (8, 4, str(folder))
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, *where)
+    assert stopped.value.code == 2
+    assert f"Pictures are expected below {folder}/words. If they lie elsewhere" in capsys.readouterr().err
 
 
 def test_the_command_reads_a_configuration(tmp_path, monkeypatch, capsys):

@@ -44,7 +44,8 @@ def test_conversations(tmp_path):
 
 def conversation(tmp_path, *words, **row):
     said = [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(words)]
-    (record,) = llava_instruct(str(layouts.put_json(tmp_path / "some.json", [{"conversations": said, **row}])))
+    good = {"conversations": [{"value": "Name a dog."}, {"value": "Rex"}]}
+    record, _ = llava_instruct(str(layouts.put_json(tmp_path / "some.json", [{"conversations": said, **row}, good])))
     return record
 
 
@@ -79,8 +80,9 @@ def test_conversations_that_cannot_be_used(words, problem, tmp_path):
 
 
 def test_speakers_take_turns(tmp_path):
-    said = [{"from": who, "value": "words"} for who in ("human", "human")]
-    path = layouts.put_json(tmp_path / "some.json", [{"conversations": said}])
+    rows = [{"conversations": [{"from": who, "value": "words"} for who in roles]}
+            for roles in (("human", "human"), ("human", "gpt"))]
+    path = layouts.put_json(tmp_path / "some.json", rows)
     assert "in turn, but is not in message 1" in llava_instruct(str(path))[0].problem
 
 
@@ -99,11 +101,25 @@ def test_lines(tmp_path):
 
 
 def test_pictures_below_another_root(tmp_path):
+    for name in ("near/b.jpg", "far/a.jpg"):
+        layouts.put(tmp_path / name, "")
     path = layouts.put_json(tmp_path / "some.jsonl", {"image": "a.jpg", "caption": "A dog."})
     assert jsonl(str(path), root=str(tmp_path / "far"))[0].image == str(tmp_path / "far" / "a.jpg")
     inside = layouts.put_json(tmp_path / "more.jsonl", {"image": str(tmp_path / "far/a.jpg"), "caption": "A dog."})
     assert jsonl(str(inside))[0].image == str(tmp_path / "far/a.jpg")  # absolute, but below the root
-    assert "is not below" in jsonl(str(inside), root=str(tmp_path / "near"))[0].problem
+    with pytest.raises(ValueError, match=f"(?s)None of 1 rows .* is not below .*expected below {tmp_path}/near. If"):
+        jsonl(str(inside), root=str(tmp_path / "near"))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_reader_takes_a_root_or_refuses_it(name, tmp_path):
+    path = str(getattr(layouts, name)(tmp_path / "data"))
+    (tmp_path / "empty").mkdir()
+    message = f"(?s)None of 3 rows .*expected below {tmp_path}/empty"
+    if name in ("webdataset", "tfds"):
+        message = "leave out the root"
+    with pytest.raises(ValueError, match=message):
+        FORMATS[name](path, str(tmp_path / "empty"))
 
 
 def test_coco_captions(tmp_path):
@@ -115,6 +131,7 @@ def test_coco_captions(tmp_path):
 
 def test_coco_captions_of_karpathys_split(tmp_path):
     rows = [{"image": "val2014/COCO_val2014_000000000009.jpg", "caption": "A dog.", "image_id": "coco_9"}]
+    layouts.put(tmp_path / rows[0]["image"], "")
     path = layouts.put_json(tmp_path / "coco_karpathy_train.json", rows)
     assert coco_captions(str(path))[0] == Record("coco_karpathy_train.json:0", str(tmp_path / rows[0]["image"]),
                                                  "A dog.")
@@ -136,6 +153,7 @@ def test_questions_in_one_list(tmp_path):
             {"image": "val2014/a.jpg", "question": "What {}?", "answer": "b"},
             {"image": "val2014/a.jpg", "question": "What?", "answer": []},
             {"image": "val2014/a.jpg", "question": "...", "answer": ["a"]}]
+    layouts.put(tmp_path / "val2014/a.jpg", "")
     records = vqa(str(layouts.put_json(tmp_path / "vqa_train.json", rows)))
     assert [record.answer for record in records] == ["a", "b", "", ""]
     assert records[1].prompt.endswith("with a short answer: what {}? ")
@@ -176,6 +194,8 @@ def test_references(tmp_path):
 def test_references_of_the_evaluation_files(tmp_path):
     row = {"img_id": "COCO_train2014_000000000009_4", "sents": "left dog", "bbox": [0, 0, 8, 6], "width": 8,
            "height": 6}
+    layouts.coco_2014(tmp_path)
+    layouts.put(tmp_path / "train2014/COCO_train2014_000000000009.jpg", "")
     record = refcoco(str(layouts.put_json(tmp_path / "refcoco_testA.json", [row])))[0]
     assert record == Record("refcoco_testA.json:0", str(tmp_path / "train2014/COCO_train2014_000000000009.jpg"),
                             "{<0><0><100><100>}", f"{PICTURE} [refer] left dog ")

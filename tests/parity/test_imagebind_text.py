@@ -115,13 +115,14 @@ def test_formats_read_the_cases(meta):
     count = len(yaml.safe_load(meta.read_text())["META"])
     (reader,) = [read for name, read in FORMATS.items() if name.endswith(meta.stem)]
     assert len(reader(str(meta))) >= count
-    assert reader(str(meta)) == reader(str(meta.parent))
+    assert list(reader(str(meta))) == list(reader(str(meta.parent)))
 
 
 @pytest.mark.parametrize("kind", ["plain", "released"])
 def test_finetune_rows(kind, tokenizer):
     case = golden.load("dataset")
-    records = imagebind_llm_finetune(str(golden.folder() / "cases" / case.name), kind == "released")
+    records = imagebind_llm_finetune(str(golden.folder() / "cases" / case.name),
+                                     tuple_prompts=kind == "released")
     assert [record.answer for record in records] == case.spec["answers"]
     samples = [sample(record, "", DATA) for record in records]
     prompts = [text_of(one.prompt, one.input, tokenizer) for one in samples]
@@ -148,7 +149,7 @@ def test_rows_of_text_alone_see_zeros():
     blind = [sample(record, "", DATA) for record in records if record.image is None]
     cfg = golden.imagebind_config()
     media, weights = senses.stack(blind, cfg)
-    np.testing.assert_array_equal(media["image"], np.zeros((len(blind), *cfg.vision.input_shape), np.float32))
+    assert media["blank"].tolist() == [True] * len(blind)  # the model makes zeros of these: tests/families
     np.testing.assert_array_equal(weights["image"], np.ones(len(blind)))
 
 

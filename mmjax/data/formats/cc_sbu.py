@@ -1,32 +1,33 @@
 """CC-SBU-align, the pictures and captions of MiniGPT-4's second stage."""
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mmjax.data.formats.record import Record
-from mmjax.data.formats.rows import with_pictures
+from mmjax.data.formats.rows import Rows, field, picture, read_json, words
 
 
-def cc_sbu_align(folder: str) -> list[Record]:
+def cc_sbu_align(path: str, root: str | None = None) -> Sequence[Record]:
     """`filter_cap.json` ({"annotations": [{"image_id", "caption"}, ...]}) beside `image/IMAGE_ID.jpg` (stage 2).
 
-    An empty caption is that record's problem. Raises FileNotFoundError or ValueError naming the file and the entries
-    that are not as expected.
+    path: the folder with the file
+    root: the folder with the folder `image`; None for the same
+
+    A record is named by its `image_id`. Raises FileNotFoundError or ValueError if the file cannot be used.
     """
-    path = Path(folder) / "filter_cap.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not in the CC-SBU-align layout: there is no {path.name} in it.")
-    try:
-        annotations = json.loads(path.read_text(encoding="utf-8"))["annotations"]
-        records = [
-            Record(str(a["image_id"]), str(Path(folder) / "image" / f"{a['image_id']}.jpg"), a["caption"])
-            for a in annotations
-        ]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:  # not JSON, or not UTF-8, is a ValueError
-        expected = '{"annotations": [{"image_id": "2", "caption": "..."}, ...]}'
-        raise ValueError(f"{path} must be JSON like {expected}: {error!r}") from error
-    if wordless := [record.name for record in records if not isinstance(record.answer, str)]:
-        raise ValueError(f"{path}: {len(wordless)} captions are not text, such as that of image_id "
-                         f"{', '.join(wordless[:5])}.")
-    return [record if record.answer.strip() else Record(record.name, None, "", problem="the caption is empty")
-            for record in with_pictures(path, records, folder)]
+    file = Path(path) / "filter_cap.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} is not in the CC-SBU-align layout: there is no {file.name} in it.")
+    expected = '{"annotations": [{"image_id": "2", "caption": "..."}, ...]}'
+    rows = read_json(file, dict, expected=expected).get("annotations")
+    if not isinstance(rows, list):
+        raise ValueError(f"{file} must hold {expected}.")
+    return Rows(file, path if root is None else root, rows, _caption)
+
+
+def _caption(root: str, name: str, number: int, row: Any) -> Record:
+    key = str(field(row, "image_id", str, int))
+    if not key.strip():
+        raise ValueError("'image_id' is empty")
+    return Record(key, picture(root, f"image/{key}.jpg"), words(row, "caption"))

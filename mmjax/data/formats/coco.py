@@ -23,12 +23,12 @@ def coco_captions(path: str, root: str | None = None) -> Sequence[Record]:
     content = read_json(file, dict, list, expected=expected)
     root = picture_root(file, root)
     if isinstance(content, list):
-        return Rows(file, content, functools.partial(_karpathy, root))
+        return Rows(file, root, content, _karpathy)
     images, annotations = content.get("images"), content.get("annotations")
     if not isinstance(images, list) or not isinstance(annotations, list):
         raise ValueError(f"{file} must hold {expected}.")
     split = file.stem.removeprefix("captions_")
-    return Rows(file, annotations, functools.partial(_caption, root, split, by_id(images)))
+    return Rows(file, root, annotations, functools.partial(_caption, split, by_id(images)))
 
 
 def by_id(rows: Sequence[Any]) -> dict[int, Any]:
@@ -36,7 +36,7 @@ def by_id(rows: Sequence[Any]) -> dict[int, Any]:
     return {row["id"]: row for row in rows if isinstance(row, dict) and isinstance(row.get("id"), int)}
 
 
-def _caption(root: str, split: str, images: dict[int, Any], name: str, number: int, row: Any) -> Record:
+def _caption(split: str, images: dict[int, Any], root: str, name: str, number: int, row: Any) -> Record:
     key = field(row, "image_id", int)
     if key not in images:
         raise ValueError(f"there is no picture with the id {key}")

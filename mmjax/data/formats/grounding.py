@@ -87,7 +87,7 @@ def _references(path: str, root: str | None, inverse: bool) -> Sequence[Record]:
     file = the_file(path, "refs(*).p", "RefCOCO's refs(SPLITTER).p")
     if file.suffix == ".json":
         rows = read_json(file, list, expected='a list of {"img_id", "sents", "bbox", "height", "width"}')
-        return Rows(file, rows, functools.partial(_evaluation, picture_root(file, root), inverse))
+        return Rows(file, picture_root(file, root), rows, functools.partial(_evaluation, inverse))
     root = str(file.absolute().parent.parent) if root is None else root
     beside = file.with_name("instances.json")
     if not beside.is_file():
@@ -105,10 +105,10 @@ def _references(path: str, root: str | None, inverse: bool) -> Sequence[Record]:
                 rows += [(ref, sentence) for sentence in ref["sentences"]]
         else:
             rows.append((ref, None))
-    return Rows(file, rows, functools.partial(_reference, root, images, boxes, inverse))
+    return Rows(file, root, rows, functools.partial(_reference, images, boxes, inverse))
 
 
-def _reference(root: str, images: dict[int, Any], boxes: dict[int, Any], inverse: bool, name: str, number: int,
+def _reference(images: dict[int, Any], boxes: dict[int, Any], inverse: bool, root: str, name: str, number: int,
                row: tuple[Any, Any]) -> Record:
     ref, sentence = row
     field(ref, "sentences", list)
@@ -120,7 +120,7 @@ def _reference(root: str, images: dict[int, Any], boxes: dict[int, Any], inverse
     return _asked(name, number, picture(root, coco_name(SPLIT, key)), words(sentence, "raw"), where, inverse)
 
 
-def _evaluation(root: str, inverse: bool, name: str, number: int, row: Any) -> Record:
+def _evaluation(inverse: bool, root: str, name: str, number: int, row: Any) -> Record:
     # eval_ref.py: the id of the picture, then that of the box
     image = picture(root, f"{SPLIT}/{field(row, 'img_id', str)[:len('COCO_train2014_000000000000')]}.jpg")
     where = box_text(field(row, "bbox", list), field(row, "width", int, float), field(row, "height", int, float))

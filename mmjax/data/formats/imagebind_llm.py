@@ -1,13 +1,14 @@
 """What ImageBind-LLM learns from: lists of tab-separated captions, and of instructions in JSON."""
 
 import csv
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmjax.data.formats.record import Record
-from mmjax.data.formats.rows import parse_json, shown, with_pictures
+from mmjax.data.formats.rows import Rows, field, picture, read_json, shown, text, words
 
 CAPTION_PROMPT = "Generate caption of this image"  # imagebind_LLM/data/dataset.py: PretrainDataset
 # What pandas reads as no value by default. The original makes text of it: "nan".
@@ -16,60 +17,64 @@ NO_VALUE = frozenset((
     "NULL", "NaN", "None", "n/a", "nan", "null"))
 
 
-def imagebind_llm_pretrain(path: str) -> list[Record]:
+class Listed(Rows):
+    """The rows of several files that a YAML file lists: (name of the file, number in it, row)."""
+
+    def name(self, number: int) -> str:
+        file, place, _ = self.rows[number]
+        return f"{file}:{place}"
+
+    def record(self, number: int) -> Record:
+        _, place, row = self.rows[number]
+        return self.read(self.root, self.name(number), place, row)
+
+
+def imagebind_llm_pretrain(path: str, root: str | None = None) -> Sequence[Record]:
     """A YAML file whose `META` lists tab-separated files with the header `url`, `caption`: pictures with captions.
 
     path: the YAML file, or a folder with `pretrain.yaml`
+    root: the folder that `url` is below, also where it is absolute; None for the YAML file's (the original takes any)
 
-    Relative names, of files and of pictures, are looked up beside the YAML file (the original looks in the working
-    directory). Fields are read as the original's pandas does: quotes are interpreted, and a caption that pandas holds
-    for no value becomes the word "nan". Unlike there, a carriage return at the end of a line is no part of the caption,
-    "007" stays as it is in a file of nothing but numbers, and a first row with more fields than the header is an error
-    (pandas shifts its columns).
+    Relative names of files are looked up beside the YAML file (the original looks in the working directory). Fields are
+    read as the original's pandas does: quotes are interpreted, and a caption that pandas holds for no value becomes the
+    word "nan". Unlike there, a carriage return at the end of a line is no part of the caption, "007" stays as it is in
+    a file of nothing but numbers, and a first row with more fields than the header cannot be used (pandas shifts its
+    columns).
 
-    Raises FileNotFoundError or ValueError naming the files and lines that are not as expected.
+    Raises FileNotFoundError or ValueError naming the files that cannot be used.
     """
     meta, files = _meta(path, "pretrain.yaml")
     problems: list[str] = []
-    records = [record for file in files for record in _captions(file, meta.parent, problems)]
+    rows = [row for file in files for row in _lines(file, problems)]
     _check(meta, problems)
-    return with_pictures(meta, records, str(meta.parent))
+    return Listed(meta, str(meta.parent) if root is None else root, rows, _caption)
 
 
-def imagebind_llm_finetune(path: str, tuple_prompts: bool = False) -> list[Record]:
+def imagebind_llm_finetune(path: str, root: str | None = None, tuple_prompts: bool = False) -> Sequence[Record]:
     """A YAML file whose `META` lists JSON files: pictures with conversations (LLaVA), instructions without (Alpaca).
 
     path:          the YAML file, or a folder with `finetune.yaml`
+    root:          the folder that `image` is below, also where it is absolute; None for the YAML file's
     tuple_prompts: write the instructions of rows without a picture as the released model was trained on them: a stray
                    comma of the original makes each a Python tuple, so that its prompts show `('Name a dog.',)`. Off,
                    as nobody asks like that.
 
-    Of a conversation the first question and answer are taken, `<image>` marks stay in the text. Relative names are
-    looked up beside the YAML file. Raises FileNotFoundError or ValueError naming the files and rows that are not as
-    expected.
+    Of a conversation the first question and answer are taken, `<image>` marks stay in the text. Relative names of files
+    are looked up beside the YAML file. Raises FileNotFoundError or ValueError naming the files that cannot be used.
     """
     meta, files = _meta(path, "finetune.yaml")
     problems: list[str] = []
-    records = []
+    rows = []
     for file in files:
         try:
-            rows = parse_json(file.read_bytes())
-        except ValueError as error:  # not JSON, or not UTF-8
-            problems.append(f"{file} is damaged, it is not JSON: {error}")
-            continue
-        if not isinstance(rows, list):
-            problems.append(f"{file} must hold a list of rows, not a {type(rows).__name__}")
-            continue
-        read = [_instruction(f"{file.name}:{number}", row, meta.parent, tuple_prompts)
-                for number, row in enumerate(rows)]
-        if wrong := [number for number, record in enumerate(read) if record is None]:
-            problems.append(
-                f"{file}: {len(wrong)} rows are neither {{'image', 'conversations': [{{'value'}}, {{'value'}}]}} nor "
-                f"{{'instruction', 'input', 'output'}} with text in them, such as number "
-                f"{', '.join(map(str, wrong[:5]))} (from 0)")
-        records += filter(None, read)
+            found = read_json(file, list, expected="a list of rows")
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            rows += [(file.name, number, row) for number, row in enumerate(found)]
     _check(meta, problems)
-    return with_pictures(meta, records, str(meta.parent))
+    return Listed(meta, str(meta.parent) if root is None else root, rows,
+                  functools.partial(_instruction, tuple_prompts))
 
 
 def _meta(path: str, usual: str) -> tuple[Path, list[Path]]:
@@ -91,49 +96,56 @@ def _meta(path: str, usual: str) -> tuple[Path, list[Path]]:
     return meta, files
 
 
-def _captions(file: Path, base: Path, problems: list[str]) -> Iterable[Record]:
-    """The lines of one tab-separated file; what is wrong with it goes into `problems`."""
+def _lines(file: Path, problems: list[str]) -> Iterable[tuple[str, int, Any]]:
+    """The rows of one tab-separated file: (fields of the first line, fields), the latter an error if it has none.
+
+    What is wrong with the file as a whole goes into `problems`.
+    """
     end = "\0"  # one more line; where a quote was left open it does not come out alone
-    with open(file, newline="\n", encoding="utf-8-sig") as lines:
+    rows: list[Any] = []
+    with open(file, newline="\n", encoding="utf-8-sig", errors="surrogateescape") as lines:
         reader = csv.reader(itertools.chain(lines, [end]), delimiter="\t")
-        try:
-            rows = list(reader)
-        except (csv.Error, ValueError) as error:  # not UTF-8 is a ValueError
-            problems.append(f"{file} cannot be read as tab-separated text: {error} (behind line {reader.line_num})")
-            return
+        while True:
+            try:
+                rows.append(next(reader))
+            except csv.Error as error:
+                rows.append(error)
+            except StopIteration:
+                break
     if rows.pop() != [end]:
         problems.append(f"{file}: a quote is opened and never closed")
         return
     head, *rows = rows or [[]]
-    if not {"url", "caption"} <= set(head):
-        problems.append(f"{file}: the first line is {head}, but must name url and caption, with a tab between")
-        return
-    if long := [number for number, row in enumerate(rows) if len(row) > len(head)]:
-        problems.append(f"{file}: {len(long)} rows have more than the {len(head)} fields of the first line, such as "
-                        f"number {', '.join(map(str, long[:5]))} (from 0)")
+    if isinstance(head, csv.Error) or not {"url", "caption"} <= set(head):
+        problems.append(f"{file}: the first line is {shown(str(head))}, but must name url and caption, with a tab "
+                        "between")
         return
     for number, row in enumerate(rows):
         if row:  # not a blank line
-            fields = dict(zip(head, row, strict=False))
-            caption = fields.get("caption", "")
-            yield Record(f"{file.name}:{number}", str(base / fields.get("url", "")),
-                         "nan" if caption in NO_VALUE else caption, CAPTION_PROMPT)
+            yield file.name, number, (head, row)
 
 
-def _instruction(name: str, row: Any, base: Path, tuple_prompts: bool) -> Record | None:
-    """A row of a JSON file; None if it is not as expected."""
-    try:
-        if "image" in row:
-            question, answer = (turn["value"] for turn in row["conversations"][:2])
-            texts, image = (question, answer, ""), str(base / row["image"])
-        else:
-            texts, image = (row["instruction"], row["output"], row["input"]), None
-    except (KeyError, TypeError, ValueError):
-        return None
-    if not all(isinstance(text, str) for text in texts):
-        return None
-    prompt, answer, given = texts
-    return Record(name, image, answer, str((prompt,)) if tuple_prompts and image is None else prompt, given)
+def _caption(root: str, name: str, number: int, row: Any) -> Record:
+    head, fields = row
+    if isinstance(fields, csv.Error):
+        raise ValueError(f"the line is not tab-separated text: {fields}")
+    if len(fields) > len(head):
+        raise ValueError(f"{len(fields)} fields, but the first line of the file has {len(head)}")
+    named = {"url": "", "caption": ""} | dict(zip(head, fields, strict=False))
+    if named["caption"] in NO_VALUE:
+        named["caption"] = "nan"
+    return Record(name, picture(root, named["url"]), words(named, "caption"), CAPTION_PROMPT)
+
+
+def _instruction(tuple_prompts: bool, root: str, name: str, number: int, row: Any) -> Record:
+    if isinstance(row, dict) and "image" in row:
+        said = field(row, "conversations", list)
+        if len(said) < 2:
+            raise ValueError(f"a conversation needs a question and an answer, but has {len(said)} messages")
+        question, answer = text(said[0], "value"), words(said[1], "value")
+        return Record(name, picture(root, field(row, "image", str)), answer, question)
+    prompt, answer, given = text(row, "instruction"), words(row, "output"), text(row, "input")
+    return Record(name, None, answer, str((prompt,)) if tuple_prompts else prompt, given)
 
 
 def _check(path: Path, problems: Sequence[str]) -> None:

@@ -1,6 +1,5 @@
 """Instructions and conversations in JSON: LLaVA-Instruct's and MiniGPT-4's own, and plain lines."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +34,7 @@ def llava_instruct(path: str, root: str | None = None) -> Sequence[Record]:
     """
     file = the_file(path, "*.json", "a JSON file of conversations")
     rows = read_json(file, list, expected='a list of {"image", "conversations"}')
-    return Rows(file, rows, functools.partial(_conversation, picture_root(file, root)))
+    return Rows(file, picture_root(file, root), rows, _conversation)
 
 
 def jsonl(path: str, root: str | None = None) -> Sequence[Record]:
@@ -49,7 +48,7 @@ def jsonl(path: str, root: str | None = None) -> Sequence[Record]:
     """
     file = the_file(path, "*.jsonl", "a file with one JSON object a line")
     lines = [line for line in file.read_bytes().split(b"\n") if line.strip()]
-    return Rows(file, lines, functools.partial(_line, picture_root(file, root)))
+    return Rows(file, picture_root(file, root), lines, _line)
 
 
 def _conversation(root: str, name: str, number: int, row: Any) -> Record:

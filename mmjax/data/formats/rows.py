@@ -18,6 +18,7 @@ from mmjax.data.formats.record import Record
 from mmjax.data.text import PLACEHOLDER
 
 MARK = "<image>"  # where LLaVA's questions show the picture
+LOOKED_AT = 16  # rows of a data file that are looked at before any is used
 _short = reprlib.Repr()
 _short.maxstring = 120
 
@@ -49,15 +50,27 @@ class Lazy(Sequence[Record]):
 
 
 class Rows(Lazy):
-    """The rows of a data file, each made a record by `read(name, number, row)`.
+    """The rows of a data file, each made a record by `read(root, name, number, row)`.
 
-    Raises ValueError if there are none.
+    root: the folder that their pictures lie below
+
+    Raises ValueError if there are no rows; also if none of a few from all over the file can be used, or has a picture
+    that is there: then it is the wrong folder, or another layout. Otherwise a picture is looked for when it is read.
     """
 
-    def __init__(self, path: Path, rows: Sequence[Any], read: Callable[[str, int, Any], Record]) -> None:
+    def __init__(self, path: Path, root: str, rows: Sequence[Any],
+                 read: Callable[[str, str, int, Any], Record]) -> None:
         if not len(rows):
             raise ValueError(f"{path} has no rows.")
-        self.path, self.rows, self.read = path, rows, read
+        self.path, self.root, self.rows, self.read = path, root, rows, read
+        looked_at = [self[number] for number in range(0, len(rows), -(-len(rows) // LOOKED_AT))]
+        problems = [_trouble(record) for record in looked_at]
+        if all(problems):
+            raise ValueError(
+                f"None of {len(problems)} rows of {path} that were looked at can be used:\n  "
+                + "\n  ".join(f"{record.name}: {why}" for record, why in zip(looked_at[:5], problems, strict=False))
+                + f"\nPictures are expected below {root}. If they lie elsewhere, name that folder as `root` (data.root "
+                "of a configuration, --root of data check).")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -66,7 +79,14 @@ class Rows(Lazy):
         return f"{self.path.name}:{number}"
 
     def record(self, number: int) -> Record:
-        return self.read(self.name(number), number, self.rows[number])
+        return self.read(self.root, self.name(number), number, self.rows[number])
+
+
+def _trouble(record: Record) -> str | None:
+    """Why a record cannot be used, as far as that shows before its picture is read."""
+    if record.problem is None and isinstance(record.image, str) and not os.path.isfile(record.image):
+        return f"there is no picture {shown(record.image)}"
+    return record.problem
 
 
 def the_file(path: str, pattern: str, what: str) -> Path:
@@ -125,16 +145,22 @@ def field(row: Any, key: str, *kinds: type) -> Any:
     return value
 
 
-def words(row: Any, key: str) -> str:
-    """Text with something in it; raises ValueError for anything else."""
-    text = field(row, key, str)
-    if not text.strip():
-        raise ValueError(f"{key!r} is empty")
+def text(row: Any, key: str) -> str:
+    """Text, which may be empty; raises ValueError for anything else."""
+    found = field(row, key, str)
     try:
-        text.encode()
+        found.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{key!r} is not text: {error}") from error
-    return text
+    return found
+
+
+def words(row: Any, key: str) -> str:
+    """Text with something in it; raises ValueError for anything else."""
+    found = text(row, key)
+    if not found.strip():
+        raise ValueError(f"{key!r} is empty")
+    return found
 
 
 def picture(root: str, name: str) -> str:
@@ -180,26 +206,3 @@ def without_picture(question: str) -> str:
 def coco_name(split: str, number: int) -> str:
     """Where COCO's pictures of 2014 lie, such as `train2014/COCO_train2014_000000000009.jpg`."""
     return f"{split}/COCO_{split}_{number:012d}.jpg"
-
-
-def with_pictures(path: Path, records: list[Record], root: str) -> list[Record]:
-    """The records, once all their pictures are known to be there, below the root.
-
-    Raises ValueError counting those that are not, or if there are no records.
-    """
-    named = [record.image for record in records if isinstance(record.image, str)]
-    outside, absent = [], []
-    for image in named:
-        try:
-            if not Path(picture(root, os.path.abspath(image))).is_file():  # a record's path is not the root's
-                absent.append(image)
-        except (ValueError, OSError):  # not below the root, or no name that a file can have
-            outside.append(image)
-    if absent or not records:
-        raise ValueError(
-            f"{path} names {len(named)} pictures, of which {len(absent)} are not there"
-            + (f", such as {', '.join(absent[:5])}." if absent else "."))
-    if outside:
-        raise ValueError(f"{path} names {len(outside)} pictures that are not below {root}, such as "
-                         f"{', '.join(map(shown, outside[:5]))}. Put it into a folder above all of them.")
-    return records

@@ -42,7 +42,7 @@ def vqa(path: str, root: str | None = None) -> Sequence[Record]:
     content = read_json(file, dict, list, expected='{"questions": [...]}, or a list of {"image", "question", "answer"}')
     root = picture_root(file, root)
     if isinstance(content, list):
-        return Rows(file, content, functools.partial(_listed, root, ""))
+        return Rows(file, root, content, functools.partial(_listed, ""))
     questions, split = content.get("questions"), content.get("data_subtype")
     if not isinstance(questions, list) or not isinstance(split, str):
         raise ValueError(f'{file} must hold {{"data_subtype": "train2014", "questions": [...]}}.')
@@ -55,7 +55,7 @@ def vqa(path: str, root: str | None = None) -> Sequence[Record]:
         raise ValueError(f'{beside} must hold {{"annotations": [{{"question_id", "answers"}}, ...]}}.')
     answers = {row["question_id"]: row for row in given
                if isinstance(row, dict) and isinstance(row.get("question_id"), (int, str))}
-    return Rows(file, questions, functools.partial(_question, root, split, answers))
+    return Rows(file, root, questions, functools.partial(_question, split, answers))
 
 
 def gqa(path: str, root: str | None = None) -> Sequence[Record]:
@@ -71,11 +71,11 @@ def gqa(path: str, root: str | None = None) -> Sequence[Record]:
     content = read_json(file, dict, list, expected='{ID: {"imageId", "question", "answer"}}')
     root = picture_root(file, root)
     if isinstance(content, list):
-        return Rows(file, content, functools.partial(_listed, root, "images/"))
-    return Rows(file, list(content.values()), functools.partial(_gqa, root))
+        return Rows(file, root, content, functools.partial(_listed, "images/"))
+    return Rows(file, root, list(content.values()), _gqa)
 
 
-def _question(root: str, split: str, answers: dict[Any, Any], name: str, number: int, row: Any) -> Record:
+def _question(split: str, answers: dict[Any, Any], root: str, name: str, number: int, row: Any) -> Record:
     key = field(row, "question_id", int, str)
     if key not in answers:
         raise ValueError(f"there is no answer to question {key}")
@@ -84,7 +84,7 @@ def _question(root: str, split: str, answers: dict[Any, Any], name: str, number:
     return _asked(name, number, image, row, given)
 
 
-def _listed(root: str, folder: str, name: str, number: int, row: Any) -> Record:
+def _listed(folder: str, root: str, name: str, number: int, row: Any) -> Record:
     image = picture(root, folder + field(row, "image", str))
     given = field(row, "answer", str, list)
     return _asked(name, number, image, row, given if isinstance(given, list) else [given])

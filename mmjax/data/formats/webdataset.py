@@ -1,9 +1,10 @@
 """Pictures with captions in tars, as img2dataset writes LAION, CC and SBU for MiniGPT-4's first stage.
 
-Nothing is unpacked: the tars' headers are read once, to know where pictures and captions lie, and a caption is read
-when its record is asked for. In memory a sample takes 40 bytes and its key.
+Nothing is unpacked: the tars' headers are read once, to know where pictures and captions lie (`tar_index` keeps that on
+disk), and a caption is read when its record is asked for. In memory a sample takes 40 bytes and its key.
 """
 
+import concurrent.futures
 import itertools
 import os
 import re
@@ -12,38 +13,51 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 from etils import epath
+from rich.console import Console
+from rich.progress import track
 
+from mmjax.data.formats import tar_index
 from mmjax.data.formats.record import Member, Record
 from mmjax.data.formats.rows import Lazy, parse_json, words
+from mmjax.data.formats.tar_index import Index
 
 NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)  # webdataset: base_plus_ext
 KINDS = {"jpg": "picture", "jpeg": "picture", "png": "picture", "webp": "picture", "txt": "text", "json": "json"}
 MOST_BYTES = {"picture": 2**28, "text": 2**20, "json": 2**20}  # more than any has that is meant well
 MOST_SHARDS = 1_000_000
+THREADS = 8  # that read headers, so that disks and buckets are not waited for one by one
 LONGEST_KEY = 200
 REST = "(the rest.)"  # names what is lost of a damaged tar; keys have no dot behind their folder
 BRACE = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 
 
-def webdataset(path: str) -> Sequence[Record]:
+def webdataset(path: str, root: None = None) -> Sequence[Record]:
     """Tars whose members belong together by name: KEY.jpg (or jpeg, png, webp) with KEY.txt or KEY.json.
 
     path: a tar, several by braces (`laion/{00000..10488}.tar`), or a folder of them; local or gs://, s3://, hf://
 
     The caption is the text, or the JSON's `caption`, or its `text`. Members with other endings are left alone. A sample
     that cannot be used is a record with a problem; so is, once, what lies behind the place where a tar is damaged.
-    Raises FileNotFoundError or ValueError naming the tars that are absent or no tars at all.
+    Raises FileNotFoundError or ValueError naming the tars that are absent or no tars at all; also for a `root`, because
+    pictures lie in the tars.
     """
-    files = shards(path)
-    if absent := [file for file in files if not epath.Path(file).is_file()]:
-        raise FileNotFoundError(f"{len(absent)} of {len(files)} tars are not there, such as {', '.join(absent[:5])}.")
-    found, problems = [], []
-    for file in files:
+    if root is not None:
+        raise ValueError(f"The pictures of {path} lie in the tars themselves: leave out the root, {root}.")
+    files, place = shards(path), tar_index.folder()
+
+    def look(file: str) -> Index | ValueError | None:
         try:
-            found.append(index(file))
+            return tar_index.kept(file, place, index) if epath.Path(file).is_file() else None
         except ValueError as error:
-            problems.append(str(error))
-    if problems:
+            return error
+
+    console = Console(stderr=True)
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        found = list(track(pool.map(look, files), "headers of tars", len(files), console=console, transient=True,
+                           disable=not console.is_terminal))
+    if absent := [file for file, each in zip(files, found, strict=True) if each is None]:
+        raise FileNotFoundError(f"{len(absent)} of {len(files)} tars are not there, such as {', '.join(absent[:5])}.")
+    if problems := [str(each) for each in found if isinstance(each, ValueError)]:
         raise ValueError(f"{len(problems)} of the {len(files)} tars of {path} cannot be used:\n  "
                          + "\n  ".join(problems[:20]))
     samples = Samples(files, found)
@@ -76,19 +90,6 @@ def _expanded(pattern: str) -> Iterator[str]:
     for middle in middles:
         for rest in _expanded(pattern[found.end():]):
             yield pattern[:found.start()] + middle + rest
-
-
-class Index(NamedTuple):
-    """Where the N samples of a tar are.
-
-    keys:     bytes[N]
-    places:   int64[N,5]: offset and size of the picture and of the caption, and whether that is JSON
-    problems: of the samples by number that cannot be used
-    """
-
-    keys: np.ndarray
-    places: np.ndarray
-    problems: dict[int, str]
 
 
 class Samples(Lazy):
