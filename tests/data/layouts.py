@@ -163,3 +163,11 @@ def refcoco(root, change=nothing):
 
 
 invrefcoco = refcoco
+
+
+def tfds(root, change=nothing):
+    """What `mmjax data prepare` makes of the rows of `jsonl`."""
+    from mmjax.data.prepare import prepare
+
+    prepare("jsonl", str(jsonl(root / "source", change)), root / "prepared", shard_size=2)
+    return root / "prepared"

@@ -8,16 +8,18 @@ from mmjax.data.formats.grounding import invrefcoco, refcoco
 from mmjax.data.formats.imagebind_llm import CAPTION_PROMPT, imagebind_llm_finetune, imagebind_llm_pretrain
 from mmjax.data.formats.instruct import jsonl, llava_instruct
 from mmjax.data.formats.record import Member, Record, clean_caption
+from mmjax.data.formats.tfds import tfds
 from mmjax.data.formats.vqa import gqa, vqa
 from mmjax.data.formats.webdataset import webdataset
 
 __all__ = [
     "CAPTION_PROMPT", "FORMATS", "Member", "Record", "cc_sbu_align", "clean_caption", "coco_captions", "gqa",
-    "imagebind_llm_finetune", "imagebind_llm_pretrain", "invrefcoco", "jsonl", "llava_instruct", "refcoco", "vqa",
-    "webdataset",
+    "imagebind_llm_finetune", "imagebind_llm_pretrain", "invrefcoco", "jsonl", "llava_instruct", "refcoco", "tfds",
+    "vqa", "webdataset",
 ]
 
-FORMATS: dict[str, Callable[[str], Sequence[Record]]] = {
+# (path, root) -> records; root: the folder that pictures lie below, None for the data file's own
+FORMATS: dict[str, Callable[[str, str | None], Sequence[Record]]] = {
     "cc_sbu_align": cc_sbu_align,
     "webdataset": webdataset,
     "llava_instruct": llava_instruct,
@@ -29,4 +31,5 @@ FORMATS: dict[str, Callable[[str], Sequence[Record]]] = {
     "invrefcoco": invrefcoco,
     "imagebind_llm_pretrain": imagebind_llm_pretrain,
     "imagebind_llm_finetune": imagebind_llm_finetune,
+    "tfds": tfds,
 }
