@@ -7,6 +7,7 @@ where the originals drop what does not fit together, this raises.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from mmjax.config import TextConfig
 from mmjax.tokenizer import Tokenizer
 
 PLACEHOLDER = "<ImageHere>"
+MARKED = re.compile(rf"(?:<Img>)?{PLACEHOLDER}(?:</Img>)? ?")
 NO_TARGET = 0  # of joint rows: the original pads its labels with this id, and so never learns the unknown piece
 
 
@@ -34,7 +36,7 @@ def rows(samples: Sequence[Sample], tokenizer: Tokenizer, text: TextConfig, imag
     """Samples as one batch of numpy arrays, with `images` left None.
 
     image_tokens: soft tokens of one picture; the k-th picture of a row has the indices from k·image_tokens on. With 0
-                  pictures take no places, and prompts have no `<ImageHere>`
+                  pictures take no places: a prompt needs no `<ImageHere>`, and those that it has are left out (`bare`)
     length:       places of every row; None for the longest row's, rounded up to a multiple of `multiple`
 
     A sample with neither answer nor turns becomes a prompt to be continued, which no setting cuts. Raises ValueError,
@@ -96,7 +98,7 @@ def joint_places(sample: Sample, tokenizer: Tokenizer, text: TextConfig) -> list
     def encode(words: str) -> list[int]:
         return [tokenizer.bos, *tokenizer.encode(words, special=False)]
 
-    prompt = _wrap(sample.prompt, text, sample.input)
+    prompt = _wrap(bare(sample.prompt), text, bare(sample.input))
     known = encode(prompt)
     if not _learns(sample):
         return [Place(i) for i in known]
@@ -124,7 +126,8 @@ def prompt_places(sample: Sample, tokenizer: Tokenizer, text: TextConfig, image_
     prompt, *_ = _questions(sample)
     if sample.images and image_tokens and not prompt + sample.input:
         return [place for k in range(len(sample.images)) for place in picture(k)]
-    first, *others = _wrap(prompt, text, sample.input).split(PLACEHOLDER)
+    prompt, given = (prompt, sample.input) if image_tokens else (bare(prompt), bare(sample.input))
+    first, *others = _wrap(prompt, text, given).split(PLACEHOLDER)
     places = words(first)
     for k, segment in enumerate(others):
         places += picture(k) + words(segment)
@@ -173,6 +176,15 @@ def crop_left(batch: Batch, keep: int) -> Batch:
         padded_length=np.minimum(batch.padded_length, keep))
 
 
+def bare(prompt: str) -> str:
+    """A prompt as a model reads it whose pictures take no places among the words: the question alone.
+
+    `<Img><ImageHere></Img> What is it? `, as data for MiniGPT-4 have it, is `What is it?` here: with the marks go the
+    space behind them and those at both ends. A prompt without marks stays as it is.
+    """
+    return MARKED.sub("", prompt).strip(" ") if PLACEHOLDER in prompt else prompt
+
+
 def _questions(sample: Sample) -> list[str]:
     return [question for question, _ in sample.turns] or [sample.prompt]
 
@@ -202,20 +214,17 @@ def _check(samples: Sequence[Sample], text: TextConfig, image_tokens: int) -> No
     unfit, apart = [], []
     for row, sample in enumerate(samples):
         if text.joint and sample.turns:
-            unfit.append(f"row {row}: a conversation, but with joint = True a row is one prompt and one answer")
+            unfit.append(f"row {row}: a conversation, but with joint = True a row is one prompt and one answer; of "
+                         "LLaVA's files the format imagebind_llm_finetune takes the first pair, as the original does")
         if sample.input and sample.turns:
             unfit.append(f"row {row}: an input beside a conversation; write it into the first question")
         elif sample.input and not text.input_template:
             unfit.append(f"row {row}: an input, but the text settings have no input_template; write it into the prompt")
         prompt, *later = _questions(sample)
         words = prompt + sample.input
-        if not image_tokens:
-            apart += [f"row {row}: {PLACEHOLDER} in {part!r}, but the pictures of this model take no places; leave it "
-                      "out" for part in (words, *later) if PLACEHOLDER in part]
-            continue
-        if (words or not sample.images) and words.count(PLACEHOLDER) != len(sample.images):
-            apart.append(f"row {row}: {words.count(PLACEHOLDER)} {PLACEHOLDER} for {len(sample.images)} pictures "
-                         f"in {words!r}")
+        shown = words.count(PLACEHOLDER)
+        if shown != len(sample.images) and (shown or image_tokens and words):  # without words: stage 1
+            apart.append(f"row {row}: {shown} {PLACEHOLDER} for {len(sample.images)} pictures in {words!r}")
         apart += [f"row {row}: {PLACEHOLDER} in a later question, {question!r}"
                   for question in later if PLACEHOLDER in question]
     messages = []
@@ -223,7 +232,7 @@ def _check(samples: Sequence[Sample], text: TextConfig, image_tokens: int) -> No
         messages.append("These rows do not fit the text settings:\n  " + "\n  ".join(unfit))
     if apart:
         messages.append("Pictures and placeholders do not agree:\n  " + "\n  ".join(apart))
-    if apart and image_tokens:
+    if apart:
         messages.append(f"Write one {PLACEHOLDER} for each picture, as in '<Img>{PLACEHOLDER}</Img> What is it?'; in a "
                         "conversation all of them into the first question.")
     if messages:

@@ -278,13 +278,41 @@ def test_pictures_that_take_no_places_leave_no_trace_in_a_row():
         np.testing.assert_array_equal(getattr(seeing, name), getattr(blind, name), name)
 
 
+@pytest.mark.parametrize("text", [JOINT, dataclasses.replace(TEXT, prompt_template="Q: {} A:", input_template="{}{}")])
+@pytest.mark.parametrize("prompt", ["<Img><ImageHere></Img> What is it? ", "What <ImageHere>is it?",
+                                    "What is it? <Img><ImageHere></Img>"])
+def test_marks_of_pictures_that_take_no_places_are_left_out(prompt, text):
+    """So the readers that write for MiniGPT-4 feed the other families too."""
+    for marked, plain in ((Sample(images=["a"], prompt=prompt, answer="x"), Sample(prompt="What is it?", answer="x")),
+                          (Sample(images=["a"], prompt="y", input=prompt), Sample(prompt="y", input="What is it?"))):
+        seeing, blind = (rows([sample], TOKENIZER, text, 0) for sample in (marked, plain))
+        for name in FIELDS:
+            np.testing.assert_array_equal(getattr(seeing, name), getattr(blind, name), name)
+
+
+def test_prompts_without_marks_keep_their_spaces():
+    batch = joint(Sample(images=["a"], prompt=" What? "))
+    np.testing.assert_array_equal(batch.tokens[0], [TOKENIZER.bos, *spelt("Q:  What?  A:")])
+
+
+def test_a_conversation_about_a_picture_that_takes_no_places():
+    turns = [("What?", "x"), ("And?", "y")]
+    marked = [(f"<Img><ImageHere></Img> {turns[0][0]} ", "x"), turns[1]]
+    seeing, blind = (rows([Sample(images=images, turns=each)], TOKENIZER, TEXT, 0)
+                     for images, each in ((["a"], marked), ([], turns)))
+    for name in FIELDS:
+        np.testing.assert_array_equal(getattr(seeing, name), getattr(blind, name), name)
+
+
 @pytest.mark.parametrize(("sample", "text", "image_tokens", "message"), [
-    (Sample(turns=[("a", "b")]), JOINT, 0, "row 1: a conversation, but with joint = True"),
+    (Sample(turns=[("a", "b")]), JOINT, 0, "row 1: a conversation, but with joint = True a row is one prompt and one "
+                                           "answer; of LLaVA's files the format imagebind_llm_finetune takes"),
     (Sample(turns=[("a", "b")], input="c"), TEXT, 0, "row 1: an input beside a conversation"),
     (Sample(prompt="a", input="c"), TEXT, 0, "row 1: an input, but the text settings have no input_template"),
-    (Sample(images=["p"], prompt="<ImageHere> a"), JOINT, 0, "row 1: <ImageHere> in '<ImageHere> a', but the pictures"),
-    (Sample(prompt="a", input="<ImageHere>"), JOINT, 0, "row 1: <ImageHere> in 'a<ImageHere>', but the pictures"),
-    (Sample(turns=[("a", "b"), ("<ImageHere>", "d")]), TEXT, 0, "row 1: <ImageHere> in '<ImageHere>', but"),
+    (Sample(images=["p"], prompt="<ImageHere> or <ImageHere>"), JOINT, 0, "row 1: 2 <ImageHere> for 1 pictures"),
+    (Sample(prompt="<ImageHere> a"), JOINT, 0, "row 1: 1 <ImageHere> for 0 pictures"),
+    (Sample(prompt="a", input="<ImageHere>"), JOINT, 0, "Or none at all: pictures of this model take no places."),
+    (Sample(turns=[("a", "b"), ("<ImageHere>", "d")]), TEXT, 0, "row 1: <ImageHere> in a later question"),
     (Sample(prompt="a"), JOINT, 3, "joint = True is for models whose pictures take no places"),
     (Sample(prompt="a"), dataclasses.replace(JOINT, input_template="{}"), 0, "must have two '{}'"),
 ])
