@@ -69,7 +69,7 @@ class ScenesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One of several sources of a mixture; `format` and `path` are those of `DataConfig`.
+    """One of several sources of a mixture; `format`, `path` and `root` are those of `DataConfig`.
 
     ratio: its share of the samples, relative to the other sources' (stage 1 of MiniGPT-4: LAION 115, CC-SBU 14)
     """
@@ -77,6 +77,7 @@ class Source:
     format: str
     path: str
     ratio: float = 1.0
+    root: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +86,20 @@ class DataConfig:
 
     format:          how the data lie on disk, one of `mmjax.data.formats.FORMATS`
     path:            the folder or file of that format, such as one with `filter_cap.json` and `image/IMAGE_ID.jpg`
-    mixture:         several sources in place of `format` and `path`
+    root:            folder that the pictures lie below, where that is not the data file's own
+    mixture:         several sources in place of `format`, `path` and `root`
     prompts:         one is drawn for each batch, as in the original; empty for image tokens and caption alone (stage 1)
     clean_captions:  the original's stage-1 cleaning: lower case, no punctuation, 50 words
     random_crop:     pictures are cut at random to 90 to 100 % of their area, anew in every pass (ImageBind-LLM,
                      LLaMA-Adapter v2)
+    batch_size:      rows of a batch, over all devices
     length_multiple: rows are padded to the batch's longest, rounded up to this, so that few lengths are compiled
+    pack_length:     tokens of a row into which several samples go, as many as fit, so that little is padding; None: one
+                     sample a row. A step then learns from more samples than `batch_size`
+    pack_pictures:   pictures that a packed row has room for. What it does not hold is filled up with black ones, which
+                     cost as much time: about `pack_length` over the mean length of a sample
+    features:        folder of what the run's frozen encoder makes of the pictures (`mmjax data features`), read in
+                     place of them: the encoder is not loaded. Of random crops, one of those that are stored is drawn
     threads:         that read and decode pictures
     max_bad_share:   a record that cannot be used is replaced by another one of its source; the run stops once there are
                      more such records than this share of all that were tried, these counted as 1,000 at least: with
@@ -100,12 +109,16 @@ class DataConfig:
 
     format: str = "cc_sbu_align"
     path: str = ""
+    root: str | None = None
     mixture: tuple[Source, ...] = ()
     prompts: tuple[str, ...] = ()
     clean_captions: bool = False
     random_crop: bool = False
     batch_size: int = 12
     length_multiple: int = 32
+    pack_length: int | None = None
+    pack_pictures: int = 4
+    features: str | None = None
     seed: int = 42
     threads: int = 2
     max_bad_share: float = 0.01
@@ -113,8 +126,8 @@ class DataConfig:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The mixture, or the one source that `format` and `path` name."""
-        return self.mixture or (Source(self.format, self.path),)
+        """The mixture, or the one source that `format`, `path` and `root` name."""
+        return self.mixture or (Source(self.format, self.path, root=self.root),)
 
     def too_bad(self, bad: int, tried: int) -> bool:
         """Whether so many unusable records, of so many tried, are more than `max_bad_share` allows."""

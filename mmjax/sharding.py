@@ -80,6 +80,29 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(PLACEMENT["batch"]))
 
 
+def own_rows(mesh: Mesh, count: int) -> list[int]:
+    """Which of a batch's `count` rows are on devices of this process. Of one process, all."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
+    return sorted({row for (rows,) in held for row in range(*rows.indices(count))})
+
+
+def put(batch: Any, mesh: Mesh, count: int) -> Any:
+    """A batch of numpy arrays on the devices, as `batch_sharding` says; each process gives its `own_rows` of `count`.
+
+    The copies may still be under way when this returns.
+    """
+    place, local = batch_sharding(mesh), {row: number for number, row in enumerate(own_rows(mesh, count))}
+
+    def whole(array: np.ndarray) -> jax.Array:
+        def piece(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(count)  # which follow each other in the process's rows, too
+            return array[local[start]:local[start] + stop - start]
+
+        return jax.make_array_from_callback((count, *array.shape[1:]), place, piece)
+
+    return jax.tree.map(whole, batch)
+
+
 @contextlib.contextmanager
 def use(mesh: Mesh) -> Iterator[None]:
     """Everything compiled inside sees the mesh, and the models' logical constraints the PLACEMENT."""

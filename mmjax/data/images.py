@@ -42,6 +42,8 @@ def load(source: Any, size: int, crops: bool = False, random: np.random.Generato
                 raise ValueError(f"A normalised picture must be float32[3,{size},{size}], got {source.dtype}"
                                  f"{list(source.shape)}; give uint8[H,W,3] to have it resized.")
             return source.astype(np.float32)
+        if source.dtype == np.uint8 and source.shape == (size, size, 3) and random is None:
+            return source  # nothing to scale or to cut away
     image = rgb(source)
     if not crops:
         return _resized(image, size, size)

@@ -10,14 +10,14 @@ For families whose pictures are soft tokens among the words (MiniGPT-4, MiniGPT-
 and LLaMA-Adapter are refused: what they inject into the layers is one a row.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mmjax.batch import Batch, Sample
 from mmjax.config import TextConfig
-from mmjax.data import images, text
+from mmjax.data import text
 from mmjax.tokenizer import Tokenizer
 
 
@@ -27,27 +27,28 @@ class Size(NamedTuple):
     tokens: int
     pictures: int = 0
 
+    def within(self, room: "Size") -> bool:
+        return self.tokens <= room.tokens and self.pictures <= room.pictures
 
-def pack(sizes: Iterable[Size], length: int, rows: int, most_pictures: int) -> list[list[int]]:
+
+def pack(sizes: Iterable[Size], room: Size, rows: int) -> list[list[int]]:
     """The numbers of the samples that go into each row, in order. First fit: each into the first row with room for it.
 
-    length, most_pictures: tokens and pictures that a row has room for
+    room: of an empty row
 
     The first sample that no row has room for ends the batch, so those taken are the first of the stream, and the next
     batch starts behind them. No more sizes are asked for. Raises ValueError naming a sample that an empty row has no
     room for.
     """
     placed: list[list[int]] = [[] for _ in range(rows)]
-    free = [Size(length, most_pictures)] * rows
+    free = [room] * rows
     for number, size in enumerate(sizes):
-        if size.tokens > length or size.pictures > most_pictures:
+        if not size.within(room):
             raise ValueError(
                 f"Sample {number} of the batch does not fit into a row: {size.tokens} tokens and {size.pictures} "
-                f"pictures, a row has room for {length} and {most_pictures}. Raise that, or lower max_txt_len or "
+                f"pictures, a row has room for {room.tokens} and {room.pictures}. Raise that, or lower max_txt_len or "
                 "max_context_len.")
-        room = (row for row in range(rows)
-                if size.tokens <= free[row].tokens and size.pictures <= free[row].pictures)
-        row = next(room, None)
+        row = next((row for row in range(rows) if size.within(free[row])), None)
         if row is None:
             break
         placed[row].append(number)
@@ -55,85 +56,41 @@ def pack(sizes: Iterable[Size], length: int, rows: int, most_pictures: int) -> l
     return placed
 
 
-def packed(samples: Iterable[Sample], tokenizer: Tokenizer, settings: TextConfig, config: Any, length: int, rows: int,
-           most_pictures: int = 0) -> tuple[Batch, int]:
-    """A batch of packed rows from the head of a stream, and how many samples it took.
+def packed(rows: Sequence[Sequence[Sample]], tokenizer: Tokenizer, settings: TextConfig, image_tokens: int,
+           length: int) -> Batch:
+    """A batch of rows of several samples each, with `images` left None.
 
-    samples:       read up to the first that no row has room for; pictures are loaded of those taken alone
-    config:        the family's
-    length, rows:  T and B
-    most_pictures: F, also where a batch has fewer or none: black ones that no soft token refers to fill it up
+    length: T, the places of every row
 
-    A row's places are those of `text.rows` for all samples taken, so the original's holes are where an unpacked batch
-    of these samples has them; `padded_length` is T. Rows may be empty once the stream is at its end. Raises ValueError
-    for a family that packed rows cannot feed, for no samples at all, and for the first sample that does not fit into a
-    row or cannot become one, by its number in the batch.
+    A row's places are those of `text.rows` for all these samples, so the original's holes are where an unpacked batch
+    of them has them; `padded_length` is T. Raises ValueError naming the rows whose samples do not fit, and what
+    `text.rows` raises.
     """
-    _check_family(config, most_pictures)
-    read: list[Sample] = []
-    sizes: list[Size] = []
-
-    def measured() -> Iterator[Size]:
-        for sample in samples:
-            read.append(sample)
-            sizes.append(_size(len(sizes), sample, tokenizer, settings, config))
-            yield sizes[-1]
-
-    placed = pack(measured(), length, rows, most_pictures)
-    taken = sum(map(len, placed))
-    apart = text.rows(read[:taken], tokenizer, settings, config.image_tokens)
-
-    shape = (rows, length)
-    tokens, soft_index = np.full(shape, tokenizer.pad, np.int32), np.full(shape, -1, np.int32)
-    valid, loss_mask = np.zeros(shape, bool), np.zeros(shape, bool)
-    positions, segments = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
-    for row, numbers in enumerate(placed):
+    pieces, _ = text.row_places([sample for row in rows for sample in row], tokenizer, settings, image_tokens)
+    lengths = iter(map(len, pieces))
+    taken = [sum(next(lengths) for _ in row) for row in rows]
+    if too_long := [f"row {row}: {n} tokens" for row, n in enumerate(taken) if n > length]:
+        raise ValueError(f"{len(too_long)} of {len(rows)} packed rows do not fit into {length} places:\n  "
+                         + "\n  ".join(too_long))
+    grid = text.empty_grid(len(rows), length, tokenizer)
+    positions, segments = np.zeros((len(rows), length), np.int32), np.full((len(rows), length), -1, np.int32)
+    following = iter(pieces)
+    for row, samples in enumerate(rows):
         start = first_soft = 0
-        for segment, number in enumerate(numbers):
-            n = sizes[number].tokens
-            here = row, slice(start, start + n)
-            soft = apart.soft_index[number, :n]
-            soft_index[here] = np.where(soft >= 0, soft + first_soft, -1)
-            for array, source in ((tokens, apart.tokens), (valid, apart.valid), (loss_mask, apart.loss_mask),
-                                  (positions, apart.positions)):
-                array[here] = source[number, :n]
-            segments[here] = segment
-            start += n
-            first_soft += sizes[number].pictures * config.image_tokens
-    pictures = None
-    if most_pictures:
-        pictures = _stack([[read[number] for number in numbers] for numbers in placed], config, most_pictures)
-    padded_length = np.full(rows, length, np.int32)
-    batch = Batch(tokens, soft_index, valid, loss_mask, positions, padded_length, pictures, segments=segments)
-    return batch, taken
+        for segment, sample in enumerate(samples):
+            piece = next(following)
+            here = row, slice(start, start + len(piece))
+            grid[here] = [place._replace(soft_index=place.soft_index + first_soft) if place.soft_index >= 0 else place
+                          for place in piece]
+            positions[here], segments[here] = np.arange(len(piece)), segment
+            start += len(piece)
+            first_soft += len(sample.images) * image_tokens
+    return text.batch(grid, positions, length, segments)
 
 
-def _size(number: int, sample: Sample, tokenizer: Tokenizer, settings: TextConfig, config: Any) -> Size:
-    if sample.media or sample.weights:
-        raise ValueError(f"Sample {number} of the batch has media or weights, but this model does not mix senses.")
-    if sample.images and config.image_size is None:
-        raise ValueError(f"Sample {number} of the batch has pictures, but this is a language model without a picture "
-                         "tower.")
-    try:
-        alone = text.rows([sample], tokenizer, settings, config.image_tokens)
-    except ValueError as error:
-        raise ValueError(f"Sample {number} of the batch cannot become a row:\n{error}") from error
-    return Size(alone.tokens.shape[1], len(sample.images))
-
-
-def _stack(rows: list[list[Sample]], config: Any, most: int) -> np.ndarray:
-    """`Batch.images` of packed rows, [B,F,...]."""
-    together = [Sample(images=[picture for sample in row for picture in sample.images]) for row in rows]
-    pictures = images.stack(together, config)
-    if pictures is None:
-        return np.zeros((len(rows), most, config.image_size, config.image_size, 3), np.uint8)
-    return np.pad(pictures, [(0, 0), (0, most - pictures.shape[1])] + [(0, 0)] * 3)
-
-
-def _check_family(config: Any, most_pictures: int) -> None:
+def check(config: Any) -> None:
+    """Raises ValueError for a family that packed rows cannot feed; `config` is the family's."""
     if config.senses or config.llama.injection:
         raise ValueError("Packing is for models whose pictures are soft tokens among the words (MiniGPT-4, MiniGPT-v2) "
-                         "and for LLaMA alone. What this model injects into its layers is one a row: give one sample a "
-                         "row.")
-    if most_pictures and config.image_size is None:
-        raise ValueError(f"most_pictures = {most_pictures}: this is a language model without a picture tower, give 0.")
+                         "and for LLaMA alone. What this model injects into its layers is one a row: set "
+                         "data.pack_length = None.")

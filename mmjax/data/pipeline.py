@@ -1,30 +1,59 @@
 """From records on disk to batches: a fixed global order, read ahead by threads.
 
 The samples of a run are one endless sequence. Which record stands at a position of it is a function of the
-configuration alone, and batch n holds the positions from n·batch_size on, whichever process reads which of them. So a
-run goes on where it stopped by asking for the next n, on as many hosts as there are then. Grain gives the shuffle of
-each pass over a source, and the reading ahead.
+configuration alone, and a batch holds the positions from where the one before it ended. So a run goes on where it
+stopped by asking for the next batch from the next position, on as many hosts as there are then. Grain gives the shuffle
+of each pass over a source, and the reading ahead.
+
+A batch is made in two stages. Its plan says which samples stand in which row and how long the rows are. That takes the
+samples' words alone, so every process makes the same plan of the whole batch. Then each process opens the pictures of
+its own rows.
 
 A record that cannot be used never ends a run by itself: another one of its source takes its place, which one depends on
-the position too, and `Step.bad` names it.
+the position too, and `Step.bad` names it. One whose picture fails is replaced by one that fits where it stood.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import sys
+import threading
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from mmjax.batch import Batch, Sample
 from mmjax.config import DataConfig
 from mmjax.data.formats import FORMATS, Record, clean_caption
+from mmjax.data.packing import Size, pack
 
 ATTEMPTS = 20  # records tried for one position
 TRIED_FIRST = 16  # records of a source with which a configuration is tried before the first batch
 # What random numbers are drawn for, beside the seed and the position; 0 would be the same as nothing.
 CROP, REPLACEMENT = 1, 2
+BOUNDLESS = Size(sys.maxsize, sys.maxsize)
+
+
+class Collator(Protocol):
+    """How samples become rows; `mmjax.data.collate.Collator` for a model.
+
+    size:    what a sample takes of a row, by its words alone; raises ValueError if it can become none
+    picture: opens a record's picture for a sample, cropped by what draws its crop (None where none is drawn)
+    blank:   what stands for a picture where none can be opened
+    batch:   rows of samples, each one sample where rows are not packed, as rows of that length
+
+    All of them run in the reading threads.
+    """
+
+    blank: Any
+
+    def size(self, sample: Sample) -> Size: ...
+
+    def picture(self, image: Any, random: np.random.Generator | None) -> Any: ...
+
+    def batch(self, rows: Sequence[Sequence[Sample]], length: int) -> Batch: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +77,13 @@ class BadRecord:
 class Step:
     """A batch and where it came from; of several processes, this one's rows.
 
-    bad: what was replaced while it was made
+    names: of the records, row by row
+    end:   the position behind the batch, of all processes: where the next one begins
+    bad:   what was replaced while it was made
     """
 
     number: int
+    end: int
     names: tuple[str, ...]
     batch: Batch
     bad: tuple[BadRecord, ...] = ()
@@ -100,40 +132,28 @@ def interleaved(position: int, shares: Sequence[int]) -> tuple[int, int]:
     return len(shares) - 1, position
 
 
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    position: int
-    attempt: int
-    record: Record
-    sample: Sample
-
-
 def read(cfg: DataConfig) -> list[Sequence[Record]]:
     """The records of each source; raises what its reader does."""
-    return [FORMATS[source.format](source.path) for source in cfg.sources]
+    return [FORMATS[source.format](source.path, source.root) for source in cfg.sources]
 
 
 def batches(
     sources: Sequence[Sequence[Record]],
     cfg: DataConfig,
-    collate: Callable[[list[Sample]], Batch],
-    picture: Callable[[Any, np.random.Generator | None], Any],
+    collator: Collator,
     start: int = 0,
-    process: int = 0,
-    processes: int = 1,
+    position: int = 0,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Step]:
-    """Endless batches from number `start` on.
+    """Endless batches.
 
-    sources: the records of each of `cfg.sources`
-    collate: makes a `Batch` of `Sample`s
-    picture: opens a record's picture for a sample, cropped by what draws its crop (None where none is drawn); like
-             `collate` it runs in the reading threads
-    process: which of so many processes this is. Each makes its own rows of every batch and opens no other's records
+    sources:         the records of each of `cfg.sources`
+    start, position: number of the first batch, and where in the sequence it begins
+    rows:            which of every batch this process makes; it opens no other's pictures. None: all
 
-    Raises ValueError if there are fewer records than rows in a batch, if the processes cannot share a batch, and
-    whatever `collate` raises for every one of a source's first records, with one of the configuration's prompts: that
-    is tried before the first batch, with blank pictures. While iterating: whatever `collate` raises for rows that it
-    takes one by one, and ValueError when nothing usable is found for a position.
+    Raises ValueError if there are fewer records than rows in a batch, and whatever `collator` raises for every one of a source's first records, with one of the configuration's prompts: that
+    is tried before the first batch, with blank pictures. While iterating: ValueError when nothing usable is found for
+    a position, and whatever `collator.batch` raises.
     """
     import grain
 
@@ -142,62 +162,11 @@ def batches(
         raise ValueError(f"{', '.join(empty)}: there are no records.")
     if (count := sum(map(len, sources))) < cfg.batch_size:
         raise ValueError(f"{', '.join(paths)} has {count} records: too few for a batch of {cfg.batch_size}.")
-    if cfg.batch_size % processes:
-        raise ValueError(f"data.batch_size = {cfg.batch_size} cannot be shared by {processes} processes.")
-    _try_out(sources, cfg, collate)
-    order, own = Order([len(records) for records in sources], cfg), cfg.batch_size // processes
-
-    def usable(position: int, prompt: str, first: int, bad: list[BadRecord]) -> _Row:
-        """The first record from attempt `first` on that becomes a sample; those before it are put into `bad`."""
-        for attempt in range(first, ATTEMPTS):
-            source, number = order(position, attempt)
-            record = None
-            try:
-                record = sources[source][number]
-                made = sample(record, prompt, cfg)
-                random = np.random.default_rng([cfg.seed, position, CROP]) if cfg.random_crop else None
-                made = dataclasses.replace(made, images=[picture(image, random) for image in made.images])
-            except (ValueError, OSError) as error:
-                name, image = (str(number), None) if record is None else (record.name, record.image)
-                bad.append(_bad(position, attempt, paths[source], name, image, error))
-            else:
-                return _Row(position, attempt, record, made)
-        wrong = [f"{each.name}: {each.problem}" for each in bad if each.position == position]
-        raise ValueError(f"None of {ATTEMPTS} records of {paths[source]} that were tried for one place of a batch can "
-                         "be used. The first of them:\n  " + "\n  ".join(wrong[:5]))
-
-    def refused(row: _Row) -> Exception | None:
-        try:
-            collate([row.sample])
-        except (ValueError, OSError) as error:
-            return error
-        return None
-
-    def step(number: int) -> Step:
-        # one prompt for the whole batch, as in the original (minigpt_base.py: preparing_embedding)
-        choice = np.random.default_rng([cfg.seed, number]).integers(len(cfg.prompts)) if cfg.prompts else None
-        prompt = "" if choice is None else cfg.prompts[choice]
-        begin, bad = number * cfg.batch_size + process * own, []
-        rows = [usable(position, prompt, 0, bad) for position in range(begin, begin + own)]
-        while True:
-            try:
-                batch = collate([row.sample for row in rows])
-                break
-            except (ValueError, OSError):
-                errors = [refused(row) for row in rows]
-                if not any(errors):
-                    raise
-            for place, (row, error) in enumerate(zip(rows, errors, strict=True)):
-                if error is not None:
-                    source, _ = order(row.position)
-                    bad.append(_bad(row.position, row.attempt, paths[source], row.record.name, row.record.image, error))
-                    rows[place] = usable(row.position, prompt, row.attempt + 1, bad)
-        bad.sort(key=lambda each: (each.position, each.attempt))
-        return Step(number, tuple(row.record.name for row in rows), batch, tuple(bad))
-
-    numbers = grain.MapDataset.range(start, np.iinfo(np.int32).max).map(step)
+    _try_out(sources, cfg, collator)
+    own = range(cfg.batch_size) if rows is None else rows
+    steps = _Steps(_Records(sources, cfg, collator), start, position, own)
     ahead = grain.ReadOptions(num_threads=cfg.threads, prefetch_buffer_size=cfg.threads + 2)
-    return iter(numbers.to_iter_dataset(ahead))
+    return iter(grain.MapDataset.source(steps).to_iter_dataset(ahead))
 
 
 def sample(record: Record, prompt: str, cfg: DataConfig) -> Sample:
@@ -218,12 +187,178 @@ def sample(record: Record, prompt: str, cfg: DataConfig) -> Sample:
         turns=list(record.turns))
 
 
-def _try_out(sources: Sequence[Sequence[Record]], cfg: DataConfig, collate: Callable[[list[Sample]], Batch]) -> None:
-    """Raises what `collate` raises for all of a source's first records: that is the configuration's fault.
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """A position of the sequence in a batch: the record that stands there, and those that could not."""
+
+    position: int
+    attempt: int
+    record: Record
+    sample: Sample
+    size: Size
+    bad: tuple[BadRecord, ...]
+
+
+class _NoneFits(Exception):
+    """Among the records drawn for a position were usable ones, but none that fits into its place.
+
+    bad: those that are not usable
+    """
+
+    def __init__(self, bad: tuple[BadRecord, ...]):
+        super().__init__("no record drawn for this position fits into its place")
+        self.bad = bad
+
+
+class _Records:
+    """The sequence of a run's samples."""
+
+    def __init__(self, sources: Sequence[Sequence[Record]], cfg: DataConfig, collator: Collator):
+        self.sources, self.cfg, self.collator = sources, cfg, collator
+        self.order = Order([len(records) for records in sources], cfg)
+
+    @property
+    def row(self) -> Size:
+        """What an empty row has room for."""
+        if self.cfg.pack_length is None:
+            return BOUNDLESS
+        return Size(self.cfg.pack_length, self.cfg.pack_pictures)
+
+    def usable(self, position: int, prompt: str, room: Size, attempt: int = 0,
+               bad: tuple[BadRecord, ...] = ()) -> _Place:
+        """The first record from that attempt on whose words can become a sample that takes no more than `room`.
+
+        bad: what was tried here before. Raises ValueError if none can be used, `_NoneFits` if none of those fits.
+        """
+        for number in range(attempt, ATTEMPTS):
+            source, index = self.order(position, number)
+            record = None
+            try:
+                record = self.sources[source][index]
+                made = sample(record, prompt, self.cfg)
+                size = self.collator.size(made)
+                if not size.within(self.row):
+                    raise ValueError(f"{size.tokens} tokens and {size.pictures} pictures, but a packed row has room "
+                                     f"for {self.row.tokens} and {self.row.pictures}")
+            except (ValueError, OSError) as error:
+                bad = (*bad, self.named(position, number, record, error))
+            else:
+                if size.within(room):
+                    return _Place(position, number, record, made, size, bad)
+        if len(bad) < ATTEMPTS:
+            raise _NoneFits(bad)
+        path = self.cfg.sources[self.order(position)[0]].path
+        wrong = [f"{each.name}: {each.problem}" for each in bad[:5]]
+        raise ValueError(f"None of {ATTEMPTS} records of {path} that were tried for one place of a batch can be used. "
+                         "The first of them:\n  " + "\n  ".join(wrong))
+
+    def opened(self, place: _Place, prompt: str, room: Size) -> tuple[_Place, bool]:
+        """A place with its pictures open, its record replaced where they cannot be opened; and whether it is learnt.
+
+        It is not where none of the records drawn to replace it fits: then its own words stand there, blank pictures
+        beside them, and no word is a target.
+        """
+        first = place
+        while True:
+            random = None
+            if self.cfg.random_crop:
+                random = np.random.default_rng([self.cfg.seed, place.position, CROP])
+            try:
+                pictures = [self.collator.picture(image, random) for image in place.sample.images]
+            except (ValueError, OSError) as error:
+                bad = (*place.bad, self.named(place.position, place.attempt, place.record, error))
+            else:
+                return dataclasses.replace(place, sample=dataclasses.replace(place.sample, images=pictures)), True
+            try:
+                place = self.usable(place.position, prompt, room, place.attempt + 1, bad)
+            except _NoneFits as none:
+                blank = [self.collator.blank] * len(first.sample.images)
+                unseen = dataclasses.replace(first.sample, images=blank)
+                return dataclasses.replace(first, sample=unseen, bad=none.bad), False
+
+    def named(self, position: int, attempt: int, record: Record | None, error: Exception) -> BadRecord:
+        source, index = self.order(position, attempt)
+        path = self.cfg.sources[source].path
+        name, image = (str(index), None) if record is None else (record.name, record.image)
+        file = path if image is None else str(getattr(image, "file", image))
+        return BadRecord(position, attempt, path, name, file, str(error))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """A whole batch before its pictures are opened: the places of each row, the rows' length, where it ends."""
+
+    prompt: str
+    rows: list[list[_Place]]
+    length: int
+    end: int
+
+
+class _Steps(Sequence[Step]):
+    """The batches from number `start` and `position` on, each to be asked for once and about in order, by any thread.
+
+    rows: this process's, of every batch
+    """
+
+    def __init__(self, records: _Records, start: int, position: int, rows: Sequence[int]):
+        self._records, self._cfg, self._start, self._rows = records, records.cfg, start, rows
+        self._lock, self._planned, self._end = threading.Lock(), 0, position
+        self._plans: dict[int, _Plan] = {}
+
+    def __len__(self) -> int:
+        return np.iinfo(np.int32).max
+
+    def __getitem__(self, ahead: Any) -> Any:
+        """Step number `start + ahead`."""
+        with self._lock:  # where a batch begins is known once the one before it is planned
+            while self._planned <= ahead:
+                self._plans[self._planned] = self._plan(self._start + self._planned, self._end)
+                self._end = self._plans[self._planned].end
+                self._planned += 1
+            plan = self._plans.pop(ahead)
+        return self._step(self._start + ahead, plan)
+
+    def _plan(self, number: int, position: int) -> _Plan:
+        cfg, records = self._cfg, self._records
+        # one prompt for the whole batch, as in the original (minigpt_base.py: preparing_embedding)
+        choice = np.random.default_rng([cfg.seed, number]).integers(len(cfg.prompts)) if cfg.prompts else None
+        prompt = "" if choice is None else cfg.prompts[choice]
+        following = (records.usable(at, prompt, BOUNDLESS) for at in itertools.count(position))
+        if cfg.pack_length is None:
+            places = list(itertools.islice(following, cfg.batch_size))
+            longest = max(place.size.tokens for place in places)
+            length = -(-longest // cfg.length_multiple) * cfg.length_multiple
+            return _Plan(prompt, [[place] for place in places], length, position + len(places))
+        places = []
+        sizes = (places.append(place) or place.size for place in following)
+        rows = pack(sizes, records.row, cfg.batch_size)
+        return _Plan(prompt, [[places[number] for number in row] for row in rows], cfg.pack_length,
+                     position + sum(map(len, rows)))
+
+    def _step(self, number: int, plan: _Plan) -> Step:
+        rows = [plan.rows[row] for row in self._rows]
+        packed = self._cfg.pack_length is not None
+
+        def opened(place: _Place) -> tuple[_Place, bool]:
+            return self._records.opened(place, plan.prompt, place.size if packed else Size(plan.length, sys.maxsize))
+
+        made = [[opened(place) for place in row] for row in rows]
+        batch = self._records.collator.batch([[place.sample for place, _ in row] for row in made], plan.length)
+        for row, places in enumerate(made):
+            for segment, (_, learnt) in enumerate(places):
+                if not learnt:
+                    here = batch.segments[row] == segment if packed else slice(None)
+                    batch.loss_mask[row, here] = False
+        places = [place for row in made for place, _ in row]
+        bad = sorted((each for place in places for each in place.bad), key=lambda each: (each.position, each.attempt))
+        return Step(number, plan.end, tuple(place.record.name for place in places), batch, tuple(bad))
+
+
+def _try_out(sources: Sequence[Sequence[Record]], cfg: DataConfig, collator: Collator) -> None:
+    """Raises what `collator` raises for all of a source's first records: that is the configuration's fault.
 
     Records without a prompt of their own are tried with each of the configuration's, the others once.
     """
-    blank = np.zeros((32, 32, 3), np.uint8)
     for records in sources:
         first = list(_whole(records, cfg))
         asked = [record for record in first if record.prompt is None]
@@ -232,8 +367,10 @@ def _try_out(sources: Sequence[Sequence[Record]], cfg: DataConfig, collate: Call
             errors = []
             for record in group:
                 made = sample(record, prompt, cfg)
+                blank = [collator.blank] * len(made.images)
                 try:
-                    collate([dataclasses.replace(made, images=[blank] * len(made.images))])
+                    size = collator.size(made)
+                    collator.batch([[dataclasses.replace(made, images=blank)]], size.tokens)
                 except ValueError as error:
                     errors.append(error)
                 else:
@@ -251,8 +388,3 @@ def _whole(records: Sequence[Record], cfg: DataConfig) -> Iterator[Record]:
         except (ValueError, OSError):
             continue
         yield record
-
-
-def _bad(position: int, attempt: int, source: str, name: str, image: Any, error: Exception) -> BadRecord:
-    file = source if image is None else str(getattr(image, "file", image))
-    return BadRecord(position, attempt, source, name, file, str(error))

@@ -43,27 +43,44 @@ def rows(samples: Sequence[Sample], tokenizer: Tokenizer, text: TextConfig, imag
     naming every row concerned, if pictures and `<ImageHere>` do not agree, a row does not fit the text settings or is
     longer than `length`; also for no samples at all, and for a template without its `{}`.
     """
-    _check(samples, text, image_tokens)
-    if text.joint:
-        made, padded_length = _joint_rows(samples, tokenizer, text)
-    else:
-        made, padded_length = _separate_rows(samples, tokenizer, text, image_tokens)
-    lengths = [len(places) for places in made]
+    made, padded_length = row_places(samples, tokenizer, text, image_tokens)
+    lengths = [len(row) for row in made]
     if length is None:
         length = -(-max(lengths) // multiple) * multiple
     if too_long := [f"row {row}: {n} tokens" for row, n in enumerate(lengths) if n > length]:
         raise ValueError(f"{len(too_long)} of {len(samples)} rows do not fit into {length} places:\n  "
                          + "\n  ".join(too_long) + "\nRaise the row length, or lower max_txt_len or max_context_len.")
+    grid = empty_grid(len(samples), length, tokenizer)
+    for row, n in enumerate(lengths):
+        grid[row, :n] = made[row]
+    return batch(grid, np.tile(np.arange(length, dtype=np.int32), (len(samples), 1)), padded_length)
 
-    grid = np.empty((len(samples), length, len(Place._fields)), np.int32)
+
+def row_places(samples: Sequence[Sample], tokenizer: Tokenizer, text: TextConfig,
+               image_tokens: int) -> tuple[list[list[Place]], int]:
+    """The places of each row, BOS first, without padding; and the length to which the original pads these rows.
+
+    Raises ValueError as `rows` does.
+    """
+    _check(samples, text, image_tokens)
+    if text.joint:
+        return _joint_rows(samples, tokenizer, text)
+    return _separate_rows(samples, tokenizer, text, image_tokens)
+
+
+def empty_grid(count: int, length: int, tokenizer: Tokenizer) -> np.ndarray:
+    """int32[count, length, fields of Place]: nothing but padding."""
+    grid = np.empty((count, length, len(Place._fields)), np.int32)
     grid[:] = Place(tokenizer.pad, valid=False)
-    for row, places in enumerate(made):
-        grid[row, :lengths[row]] = places
+    return grid
+
+
+def batch(grid: np.ndarray, positions: np.ndarray, padded_length: int, segments: np.ndarray | None = None) -> Batch:
+    """A grid of places as a `Batch` without pictures."""
     tokens, soft_index, valid, loss_mask = np.moveaxis(grid, -1, 0).copy()
     return Batch(
         tokens=tokens, soft_index=soft_index, valid=valid.astype(bool), loss_mask=loss_mask.astype(bool),
-        positions=np.tile(np.arange(length, dtype=np.int32), (len(samples), 1)),
-        padded_length=np.full(len(samples), padded_length, np.int32))
+        positions=positions, padded_length=np.full(len(grid), padded_length, np.int32), segments=segments)
 
 
 def _separate_rows(samples: Sequence[Sample], tokenizer: Tokenizer, text: TextConfig,
@@ -234,6 +251,7 @@ def _check(samples: Sequence[Sample], text: TextConfig, image_tokens: int) -> No
         messages.append("Pictures and placeholders do not agree:\n  " + "\n  ".join(apart))
     if apart:
         messages.append(f"Write one {PLACEHOLDER} for each picture, as in '<Img>{PLACEHOLDER}</Img> What is it?'; in a "
-                        "conversation all of them into the first question.")
+                        "conversation all of them into the first question."
+                        + ("" if image_tokens else " Or none at all: pictures of this model take no places."))
     if messages:
         raise ValueError("\n".join(messages))

@@ -15,7 +15,8 @@ from mmjax import steps, trees
 from mmjax.batch import Sample
 from mmjax.config import TextConfig
 from mmjax.data import images
-from mmjax.data.packing import Size, pack, packed
+from mmjax.data.collate import Collator
+from mmjax.data.packing import Size, pack
 from mmjax.data.text import rows
 from mmjax.families import FAMILIES, llama, minigpt4
 from mmjax.families.base import causal_mask
@@ -29,6 +30,7 @@ CONFIG = dataclasses.replace(  # without Q-Former, which compiles longest
     tiny.MINIGPT4, qformer=None, llama=dataclasses.replace(tiny.MINIGPT4.llama, vocab=TOKENIZER.vocab_size))
 Q, SIZE = CONFIG.image_tokens, CONFIG.image_size
 LENGTH, ROWS, PICTURES = 80, 2, 3
+ROOM = Size(LENGTH, PICTURES)
 
 
 def picture(seed):
@@ -45,7 +47,10 @@ STREAM = (  # the third stands behind the first, the fourth behind the second; t
 
 
 def make(samples=STREAM, text=TEXT, config=CONFIG, length=LENGTH, rows=ROWS, most_pictures=PICTURES):
-    return packed(samples, TOKENIZER, text, config, length, rows, most_pictures)
+    """A batch of the first samples of a stream, and how many it took."""
+    collator = Collator(TOKENIZER, text, config, most_pictures)
+    placed = pack(map(collator.size, samples), Size(length, most_pictures), rows)
+    return collator.batch([[samples[number] for number in row] for row in placed], length), sum(map(len, placed))
 
 
 def apart(samples, config=CONFIG):
@@ -63,7 +68,7 @@ def places(batch):
 def order(samples):
     """The samples' numbers in the order of `places`."""
     sizes = [Size(rows([sample], TOKENIZER, TEXT, Q).tokens.shape[1], len(sample.images)) for sample in samples]
-    return list(itertools.chain(*pack(sizes, LENGTH, ROWS, PICTURES)))
+    return list(itertools.chain(*pack(sizes, ROOM, ROWS)))
 
 
 @functools.cache
@@ -101,19 +106,19 @@ def flat(grads):
 
 def test_each_goes_into_the_first_row_with_room_and_the_first_without_ends_the_batch():
     sizes = [Size(5), Size(4), Size(6), Size(1), Size(4), Size(1)]
-    assert pack(sizes, 10, 2, 0) == [[0, 1, 3], [2, 4]]
-    assert pack(sizes, 10, 1, 0) == [[0, 1]]  # the fourth would fit, but those taken are the first
-    assert pack(sizes[:1], 10, 3, 0) == [[0], [], []]
+    assert pack(sizes, Size(10), 2) == [[0, 1, 3], [2, 4]]
+    assert pack(sizes, Size(10), 1) == [[0, 1]]  # the fourth would fit, but those taken are the first
+    assert pack(sizes[:1], Size(10), 3) == [[0], [], []]
 
 
 def test_pictures_take_room_too():
-    assert pack([Size(1, 1), Size(1, 2), Size(1), Size(1, 1)], 10, 2, 2) == [[0, 2, 3], [1]]
-    assert pack([Size(1, 2), Size(1, 2)], 10, 1, 2) == [[0]]
+    assert pack([Size(1, 1), Size(1, 2), Size(1), Size(1, 1)], Size(10, 2), 2) == [[0, 2, 3], [1]]
+    assert pack([Size(1, 2), Size(1, 2)], Size(10, 2), 1) == [[0]]
 
 
 def test_a_stream_is_read_up_to_the_first_without_room():
     stream = iter([Size(6), Size(6), Size(3), Size(1)])
-    assert pack(stream, 10, 1, 0) == [[0]]
+    assert pack(stream, Size(10), 1) == [[0]]
     assert list(stream) == [Size(3), Size(1)]
 
 
@@ -123,7 +128,7 @@ def test_a_stream_is_read_up_to_the_first_without_room():
 ])
 def test_what_does_not_fit_into_an_empty_row_is_named(size, message):
     with pytest.raises(ValueError, match=message):
-        pack([Size(2, 1), size], 10, 2, 2)
+        pack([Size(2, 1), size], Size(10, 2), 2)
 
 
 @settings(max_examples=80, deadline=None)
@@ -132,8 +137,8 @@ def test_what_does_not_fit_into_an_empty_row_is_named(size, message):
 def test_batches_of_a_stream_hold_every_sample_once(sizes, length, rows, most):
     start, seen = 0, []
     while start < len(sizes):
-        placed = pack(sizes[start:], length, rows, most)
-        assert placed == pack(iter(sizes[start:]), length, rows, most)
+        placed = pack(sizes[start:], Size(length, most), rows)
+        assert placed == pack(iter(sizes[start:]), Size(length, most), rows)
         for row in placed:
             assert row == sorted(row)
             assert sum(sizes[start + number].tokens for number in row) <= length
@@ -161,7 +166,7 @@ def test_little_of_packed_caption_rows_is_padding():
     shares, pictures, start = [], [], 0
     length, rows, most = 1024, 4, 8
     while len(sizes) - start > length * rows // sizes.min():
-        taken = sum(map(len, pack((Size(int(n), 1) for n in sizes[start:]), length, rows, most)))
+        taken = sum(map(len, pack((Size(int(n), 1) for n in sizes[start:]), Size(length, most), rows)))
         shares.append(sizes[start:start + taken].sum() / (length * rows))
         pictures.append(taken / (rows * most))
         start += taken
@@ -254,9 +259,8 @@ def test_shapes_are_the_callers_whatever_the_samples():
 
 
 def test_a_stream_goes_on_behind_what_was_taken():
-    stream = iter(STREAM)
-    _, taken = make(stream)
-    assert taken == 4 and list(stream) == []  # one more was read, and nothing behind it
+    _, taken = make()
+    assert taken == 4
     batch, taken = make(STREAM[taken:])
     assert taken == 1
     np.testing.assert_array_equal(batch.images[0, 0], picture(4))
@@ -332,10 +336,10 @@ def test_mask():
 
 
 @pytest.mark.parametrize(("sample", "message"), [
-    (Sample(images=[picture(0)], prompt="What?", answer="x"), "(?s)Sample 1 of .* cannot become a row.*0 <ImageHere>"),
+    (Sample(images=[picture(0)], prompt="What?", answer="x"), "(?s)Pictures and placeholders do not agree:.*0 <ImageHere>"),
     (Sample(prompt="word " * 99, answer="x"), "Sample 1 of the batch does not fit into a row: .* room for 80 and 3"),
     (Sample(images=[picture(0)] * 4, prompt="<ImageHere>" * 4, answer="x"), "Sample 1 of the batch does not fit"),
-    (Sample(prompt="a", answer="x", weights={"image": 1.0}), "Sample 1 of the batch has media or weights"),
+    (Sample(prompt="a", answer="x", weights={"image": 1.0}), "have media or weights"),
 ])
 def test_a_sample_that_cannot_be_packed_is_named(sample, message):
     with pytest.raises(ValueError, match=message):
@@ -345,10 +349,10 @@ def test_a_sample_that_cannot_be_packed_is_named(sample, message):
 def test_other_refusals():
     with pytest.raises(ValueError, match="at least one sample"):
         make([])
-    with pytest.raises(ValueError, match="Sample 0 of the batch has pictures, but this is a language model"):
-        make(config=llama.PRESETS["tiny"], most_pictures=0)
-    with pytest.raises(ValueError, match="most_pictures = 3: this is a language model"):
+    with pytest.raises(ValueError, match="have pictures, but this is a language model"):
         make(config=llama.PRESETS["tiny"])
+    with pytest.raises(ValueError, match=r"(?s)1 of 1 packed rows do not fit into 20 places:\n  row 0: \d+ tokens"):
+        Collator(TOKENIZER, TEXT, CONFIG, PICTURES).batch([STREAM[:2]], 20)
 
 
 @pytest.mark.parametrize("family", ["imagebind_llm", "llama_adapter"])

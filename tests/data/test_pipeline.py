@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from mmjax.batch import Sample
 from mmjax.config import DataConfig, Source
 from mmjax.data import images
 from mmjax.data.formats import Record
+from mmjax.data.packing import Size
 from mmjax.data.pipeline import Order, batches, interleaved
 
 ROOT = Path(__file__).parents[2]
@@ -26,29 +28,57 @@ def source(letter, count, bad=()):
                    problem="it is broken" if number in bad else None) for number in range(count)]
 
 
-def collate(samples):
-    """The samples stand for their batch."""
-    return samples
-
-
 def path(image, random):
     return image
 
 
-def take(count, cfg=CFG, start=0, sources=(RECORDS,), collate=collate, picture=path, process=0, processes=1):
-    return list(itertools.islice(batches(sources, cfg, collate, picture, start, process, processes), count))
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """The samples stand for their batch; a picture is its path. A sample takes as many tokens as its answer letters.
+
+    refused: what is asked or answered so can become no row
+    """
+
+    refused: tuple[str, ...] = ()
+    picture: Any = path
+    blank = "blank"
+
+    def size(self, sample):
+        if {sample.prompt, sample.answer} & set(self.refused):
+            raise ValueError("this cannot be used")
+        return Size(len(sample.answer), len(sample.images))
+
+    def batch(self, rows, length):
+        assert all(sum(self.size(sample).tokens for sample in row) <= length for row in rows)
+        return Row(tuple(map(tuple, rows)), np.ones((len(rows), length), bool))
 
 
-def refuse(*words):
-    """Refuses what is asked, answered or shown so; as the real one does, all such rows in one error."""
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What `Plain` makes of rows; equal where everything in it is."""
 
-    def collate(samples):
-        if wrong := [row for row, each in enumerate(samples) if {each.prompt, each.answer, *map(str, each.images)}
-                     & set(words)]:
-            raise ValueError(f"rows {wrong} cannot be used")
-        return samples
+    rows: tuple
+    loss_mask: np.ndarray
 
-    return collate
+    @property
+    def segments(self):
+        """int[B,T], of packed rows."""
+        return np.stack([np.pad(np.repeat(np.arange(len(row)), [len(sample.answer) for sample in row]), (0, pad),
+                                constant_values=-1)
+                         for row in self.rows for pad in [self.loss_mask.shape[1] - sum(len(s.answer) for s in row)]])
+
+    def __eq__(self, other):
+        return self.rows == other.rows and np.array_equal(self.loss_mask, other.loss_mask)
+
+    def __iter__(self):
+        return itertools.chain.from_iterable(self.rows)
+
+
+def take(count, cfg=CFG, start=0, sources=(RECORDS,), collator=Plain(), process=0, processes=1, position=None):
+    position = start * cfg.batch_size if position is None else position
+    own = cfg.batch_size // processes
+    rows = range(process * own, (process + 1) * own)
+    return list(itertools.islice(batches(sources, cfg, collator, start, position, rows), count))
 
 
 # ---- the order ----
@@ -106,8 +136,9 @@ def test_the_first_of_a_mixture_has_the_order_it_has_alone():
 # ---- hosts, stops, mixtures, bad records: always the same sequence ----
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_any_number_of_hosts_and_any_stop_give_the_same_sequence(seed):
+def test_any_number_of_hosts_and_any_stop_give_the_same_sequence(seed, packed):
     random = np.random.default_rng(seed)
     sizes = random.integers(60, 200, size=3)
     sources = [source(letter, size, random.choice(size, size // 5, replace=False))
@@ -115,14 +146,18 @@ def test_any_number_of_hosts_and_any_stop_give_the_same_sequence(seed):
     ratios = random.uniform(0.2, 5, size=3).round(2)
     mixture = tuple(Source("", letter, ratio) for letter, ratio in zip("abc", ratios.tolist(), strict=True))
     cfg = DataConfig(mixture=mixture, batch_size=int(4 * random.integers(1, 4)), seed=seed, prompts=PROMPTS,
-                     random_crop=True)
-    unfit = refuse(*(f"Caption {number}" for number in random.integers(0, 60, size=12)))
+                     random_crop=True, pack_length=40 if packed else None, pack_pictures=3)
+    unfit = tuple(f"Caption {number}" for number in random.integers(0, 60, size=12))
+    dead = {f"{letter}/{number}.jpg" for letter in "abc" for number in random.integers(0, 60, size=9)}
 
     def crop(image, random):
+        if image in dead:
+            raise OSError(f"{image} is no picture")
         return image, random.integers(1 << 30)
 
     def run(process=0, processes=1, start=0):
-        return take(10 - start, cfg, start, sources, unfit, crop, process, processes)
+        position = whole[start - 1].end if start else 0
+        return take(10 - start, cfg, start, sources, Plain(unfit, crop), process, processes, position)
 
     whole = run()
     assert any(step.bad for step in whole)
@@ -133,10 +168,17 @@ def test_any_number_of_hosts_and_any_stop_give_the_same_sequence(seed):
             parts = [run(process, processes, start) for process in range(processes)]
             for number, step in enumerate(whole[start:]):
                 rows = [part[number] for part in parts]
-                assert {len(each.names) for each in rows} == {cfg.batch_size // processes}
+                assert {each.end for each in rows} == {step.end}
+                assert {len(each.batch.rows) for each in rows} == {cfg.batch_size // processes}
                 assert sum((each.names for each in rows), ()) == step.names
-                assert [sample for each in rows for sample in each.batch] == step.batch
-                assert sum((each.bad for each in rows), ()) == step.bad
+                assert sum((each.batch.rows for each in rows), ()) == step.batch.rows
+                masks = [each.batch.loss_mask for each in rows]
+                np.testing.assert_array_equal(np.concatenate(masks), step.batch.loss_mask)
+                assert in_order(each for part in rows for each in part.bad) == list(step.bad)
+
+
+def in_order(bad):
+    return sorted(bad, key=lambda each: (each.position, each.attempt))
 
 
 def opened_by(process, processes):
@@ -148,7 +190,7 @@ def opened_by(process, processes):
         return image
 
     cfg = dataclasses.replace(CFG, batch_size=8, threads=1)
-    take(6, cfg, 0, [source("a", 48)], picture=note, process=process, processes=processes)
+    take(6, cfg, 0, [source("a", 48)], Plain(picture=note), process, processes)
     return opened[:48 // processes]  # what it has read ahead is of the next pass
 
 
@@ -211,7 +253,8 @@ def test_crops_are_drawn_anew_for_each_position_and_the_same_after_a_stop():
         return None if random is None else random.integers(1 << 30)
 
     def drawn(*args, **options):
-        return [[sample.images[0] for sample in step.batch] for step in take(*args, picture=draw, **options)]
+        taken = take(*args, collator=Plain(picture=draw), **options)
+        return [[sample.images[0] for sample in step.batch] for step in taken]
 
     cfg = dataclasses.replace(CFG, random_crop=True)
     crops = drawn(6, cfg)
@@ -222,7 +265,7 @@ def test_crops_are_drawn_anew_for_each_position_and_the_same_after_a_stop():
 
 @pytest.mark.parametrize(("crops", "random"), [(False, None), (True, None), (True, 3)])
 def test_a_picture_of_the_towers_size_goes_into_a_batch_unchanged(crops, random):
-    """A run opens pictures one by one, and `collate` is given what came of it."""
+    """A run opens pictures one by one, and batches are made of what came of it."""
     picture = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
     ready = images.load(picture, 28, crops, random and np.random.default_rng(random))
     np.testing.assert_array_equal(images.load(ready, 28, crops), ready)
@@ -234,8 +277,6 @@ def test_a_picture_of_the_towers_size_goes_into_a_batch_unchanged(crops, random)
 def test_what_cannot_make_batches():
     with pytest.raises(ValueError, match="somewhere has 10 records: too few for a batch of 11"):
         take(1, dataclasses.replace(CFG, batch_size=11))
-    with pytest.raises(ValueError, match="batch_size = 4 cannot be shared by 3 processes"):
-        take(1, processes=3)
     with pytest.raises(ValueError, match="^b: there are no records"):
         take(1, MIXED, sources=[source("a", 9), [], source("c", 9)])
 
@@ -243,30 +284,34 @@ def test_what_cannot_make_batches():
 def test_every_prompt_is_tried_before_the_first_batch():
     for prompt in PROMPTS:
         with pytest.raises(ValueError, match="cannot be used"):
-            batches([RECORDS], CFG, refuse(prompt), path)
+            batches([RECORDS], CFG, Plain((prompt,)))
     own = [dataclasses.replace(record, prompt="Its own") for record in RECORDS]
-    assert take(1, sources=[own], collate=refuse(PROMPTS[0]))  # none of the records is asked that
+    assert take(1, sources=[own], collator=Plain(PROMPTS[:1]))  # none of the records is asked that
     with pytest.raises(ValueError, match="cannot be used"):
-        batches([RECORDS, own], dataclasses.replace(MIXED, mixture=MIXED.mixture[:2]), refuse("Its own"), path)
+        batches([RECORDS, own], dataclasses.replace(MIXED, mixture=MIXED.mixture[:2]), Plain(("Its own",)))
 
 
 def test_a_configuration_is_tried_with_records_that_are_whole_and_without_their_pictures():
     given = [dataclasses.replace(RECORDS[0], answer=""), dataclasses.replace(RECORDS[1], problem="it is broken"),
              dataclasses.replace(RECORDS[2], answer="Odd"), *RECORDS[3:]]
-    pictures = [f"image/{number}.jpg" for number in range(10)]
-    batches([given], CFG, refuse("Odd", *pictures), path)
+
+    def unreadable(image, random):
+        raise OSError(f"{image} is no picture")
+
+    batches([given], CFG, Plain(("Odd",), unreadable))
     with pytest.raises(ValueError, match="cannot be used"):
-        batches([given], CFG, refuse(PROMPTS[2]), path)
+        batches([given], CFG, Plain(PROMPTS[2:3]))
 
 
-def test_an_error_that_is_of_no_row_arrives_at_its_batch():
-    def small(samples):
-        if len(samples) > 1:
-            raise ValueError("too large for the memory")
-        return samples
+def test_an_error_that_is_of_no_sample_arrives_at_its_batch():
+    class Small(Plain):
+        def batch(self, rows, length):
+            if len(rows) > 1:
+                raise ValueError("too large for the memory")
+            return super().batch(rows, length)
 
     with pytest.raises(ValueError, match="too large for the memory"):
-        take(1, collate=small)
+        take(1, collator=Small())
 
 
 # ---- bad records ----
@@ -288,13 +333,14 @@ def test_bad_records_are_replaced_and_named():
     given[2] = dataclasses.replace(RECORDS[2], problem="its caption is a number")
     given[3] = dataclasses.replace(RECORDS[3], answer=" \n")
     given[4] = dataclasses.replace(RECORDS[4], answer="Odd")
-    steps = take(15, sources=[given], collate=refuse("Odd"), picture=unreadable)
+    collator = Plain(("Odd",), unreadable)
+    steps = take(15, sources=[given], collator=collator)
     assert {name for step in steps for name in step.names} == {"r0", "r5", "r6", "r8", "r9"}
     problems = {(bad.name, bad.file, bad.problem) for step in steps for bad in step.bad}
     assert problems == {
         ("r7", "image/7.jpg", "image/7.jpg is no picture"), ("1", "somewhere", "the archive ends early"),
         ("r2", "image/2.jpg", "its caption is a number"), ("r3", "image/3.jpg", "an answer is empty: ' \\n'"),
-        ("r4", "image/4.jpg", "rows [0] cannot be used")}
+        ("r4", "image/4.jpg", "this cannot be used")}
     first = [bad.position for step in steps for bad in step.bad if bad.attempt == 0]
     assert len(first) == len(set(first)) == 30  # each once in each of the six passes
     assert first == sorted(first) and all(bad.source == "somewhere" for step in steps for bad in step.bad)
@@ -303,7 +349,7 @@ def test_bad_records_are_replaced_and_named():
         for row, (name, wanted) in enumerate(zip(step.names, other.names, strict=True)):
             replaced = any(bad.position == step.number * 4 + row for bad in step.bad)
             assert replaced or name == wanted
-    assert take(5, start=10, sources=[given], collate=refuse("Odd"), picture=unreadable) == steps[10:]
+    assert take(5, start=10, sources=[given], collator=collator) == steps[10:]
 
 
 def test_what_takes_the_place_of_a_bad_record_is_of_its_source():
@@ -324,3 +370,68 @@ def test_a_source_of_nothing_but_bad_records_stops():
     (0.0, 0, 1, False)])
 def test_the_share_of_bad_records(share, bad, tried, stops):
     assert DataConfig(max_bad_share=share).too_bad(bad, tried) == stops
+
+
+# ---- packed rows ----
+
+PACKED = DataConfig(path="somewhere", batch_size=2, seed=3, pack_length=40, pack_pictures=9)
+
+
+def test_packed_rows_take_the_sequence_in_order_and_leave_nothing_out():
+    records, order, begin = source("a", 50), Order([50], PACKED), 0
+    for step in take(12, PACKED, sources=[records]):
+        wanted = [records[order(position)[1]].name for position in range(begin, step.end)]
+        assert sorted(step.names) == sorted(wanted)
+        assert step.batch.loss_mask.shape == (2, 40) and all(len(row) > 2 for row in step.batch.rows)
+        begin = step.end
+    assert begin > 50
+
+
+def test_a_sample_longer_than_a_packed_row_is_replaced():
+    given = [*source("a", 9), Record("long", "a/9.jpg", "x" * 41)]
+    steps = take(6, PACKED, sources=[given])
+    assert "long" not in {name for step in steps for name in step.names}
+    assert {bad.problem for step in steps for bad in step.bad} == {
+        "41 tokens and 1 pictures, but a packed row has room for 40 and 9"}
+
+
+def test_what_takes_the_place_of_a_picture_fits_there():
+    """All of a row's samples stay where they are, so that other processes need not know."""
+    given = [Record(f"a{number}", f"a/{number}.jpg", "x" * (5 + number % 7)) for number in range(60)]
+
+    def unreadable(image, random):
+        if int(image[2:-4]) % 4 == 0:
+            raise OSError(f"{image} is no picture")
+        return image
+
+    whole, mended = (take(8, PACKED, sources=[given], collator=collator)
+                     for collator in (Plain(), Plain(picture=unreadable)))
+    replaced = 0
+    for step, other in zip(mended, whole, strict=True):
+        assert step.end == other.end
+        for row, wanted in zip(step.batch.rows, other.batch.rows, strict=True):
+            assert len(row) == len(wanted)
+            for sample, place in zip(row, wanted, strict=True):
+                assert len(sample.answer) <= len(place.answer)
+                replaced += sample != place
+    assert replaced == len({bad.position for step in mended for bad in step.bad}) > 10
+
+
+@pytest.mark.parametrize("cfg", [PACKED, dataclasses.replace(PACKED, pack_length=None, length_multiple=1)])
+def test_where_nothing_fits_the_words_stay_and_are_not_learnt(cfg):
+    given = [Record("short", "short.jpg", "x"), *(Record(f"a{n}", f"a/{n}.jpg", "x" * 30) for n in range(11))]
+
+    def unreadable(image, random):
+        if image == "short.jpg":
+            raise OSError("short.jpg is no picture")
+        return image
+
+    steps = take(12, dataclasses.replace(cfg, batch_size=1), sources=[given], collator=Plain(picture=unreadable))
+    unlearnt = 0
+    for step in steps:
+        for row, mask in zip(step.batch.rows, step.batch.loss_mask, strict=True):
+            hidden = [sample for sample in row if sample.answer == "x"]
+            assert all(sample.images == ["blank"] for sample in hidden)
+            assert np.count_nonzero(~mask) == len(hidden)
+            unlearnt += len(hidden)
+    assert unlearnt == sum(bad.attempt == 0 for step in steps for bad in step.bad) > 0

@@ -1,0 +1,159 @@
+"""Speed of the data pipeline, against the floor of the same work, and what of it a training step feels.
+
+    python benchmarks/data.py                     600 pictures, about two minutes
+
+Floor: Pillow alone decodes the same JPEG files and scales them (bicubic, 224 x 224) in as many threads. Pipeline: the
+batches of a MiniGPT-4 run, one sample a row and packed, from the records' order to the arrays. Floor and pipeline take
+turns in one process; the figures are medians of the turns.
+
+Python's own work: the same pipeline with pictures that are not opened. Only that keeps other threads waiting, so it
+says how many samples one process can feed to its devices, however many cores open pictures.
+
+Waiting: a run's loop with a device that takes a given time for each step, and leaves the host alone meanwhile; the
+share of its time that it waits for its batches.
+"""
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from mmjax import run, sharding
+from mmjax.config import DataConfig, MeshConfig, TextConfig
+from mmjax.data import pipeline
+from mmjax.data.collate import Collator
+from mmjax.families.minigpt4 import PRESETS
+from mmjax.tokenizer import Tokenizer
+
+TOKENIZER = Path(__file__).parents[1] / "tests/golden/minigpt4/ckpt/llama_hf"
+TEXT = TextConfig("###Human: {} ###Assistant: ", end_sym="###", max_txt_len=160)
+CONFIG = PRESETS["minigpt4-7b"]
+SIDE = CONFIG.image_size
+WORDS = ("a", "the", "dog", "red", "table", "on", "with", "near", "standing", "people", "and", "street")
+
+
+def make(folder: Path, count: int) -> list[Path]:
+    """JPEG files of photographs' size and detail in the CC-SBU-align layout, captions of log-normal length."""
+    random = np.random.default_rng(0)
+    (folder / "image").mkdir()
+    annotations, files = [], []
+    for number in range(count):
+        width, height = random.integers(320, 800, 2)
+        coarse = random.integers(0, 256, (height // 12, width // 12, 3), np.uint8)
+        fine = random.normal(0, 6, (height, width, 3))
+        smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), np.float32)
+        files.append(folder / "image" / f"{number}.jpg")
+        Image.fromarray(np.clip(smooth + fine, 0, 255).astype(np.uint8)).save(files[-1], quality=90)
+        length = int(np.clip(random.lognormal(np.log(40), 0.6), 4, 150))
+        annotations.append({"image_id": str(number), "caption": " ".join(random.choice(WORDS, length))})
+    (folder / "filter_cap.json").write_text(json.dumps({"annotations": annotations}))
+    return files
+
+
+def floor(files: list[Path], threads: int) -> float:
+    """Samples a second."""
+
+    def read(file: Path) -> np.ndarray:
+        with Image.open(file) as image:
+            return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+
+    start = time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        count = sum(1 for _ in pool.map(read, files))
+    return count / (time.perf_counter() - start)
+
+
+def speed(feed: Callable[[], Iterator[pipeline.Step]], count: int) -> tuple[float, float]:
+    """Samples a second over about `count` of them, from the second batch on; and the share of real tokens."""
+    steps = feed()
+    next(steps)
+    start, seen, real, places = time.perf_counter(), 0, 0, 0
+    while seen < count:
+        step = next(steps)
+        seen += len(step.names)
+        real += int(step.batch.valid.sum())
+        places += step.batch.valid.size
+    return seen / (time.perf_counter() - start), real / places
+
+
+class Unopened(Collator):
+    """Every picture is black, and no file is read."""
+
+    def picture(self, image: Any, random: np.random.Generator | None) -> np.ndarray:
+        return self.blank
+
+
+def waiting(feed: Callable[[], Iterator[pipeline.Step]], seconds: float, rows: int, count: int) -> float:
+    """Share of a loop's time that it waits for its batches, if a step takes so long."""
+    mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    batches = itertools.islice(feed(), count)
+    waited = total = 0.0
+    asked = time.perf_counter()
+    for number, (_, batch) in enumerate(run.ahead(batches, mesh, rows)):
+        jax.block_until_ready(batch)
+        ready = time.perf_counter()
+        time.sleep(seconds)
+        if number >= 2:  # the first ones fill the buffers
+            waited += ready - asked
+            total += time.perf_counter() - asked
+        asked = time.perf_counter()
+    return waited / total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=600, help="pictures")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder:
+        files = make(Path(folder), args.count)
+        size = sum(file.stat().st_size for file in files)
+        apart = DataConfig(path=folder, prompts=("<Img><ImageHere></Img> Describe this image in detail.",),
+                           batch_size=12, threads=args.threads)
+        packed = DataConfig(path=folder, prompts=apart.prompts, batch_size=4, threads=args.threads, pack_length=512,
+                            pack_pictures=5)
+        tokenizer = Tokenizer.from_folder(TOKENIZER)
+
+        def feed(cfg: DataConfig, kind: type[Collator] = Collator) -> Callable[[], Iterator[pipeline.Step]]:
+            most = cfg.pack_pictures if cfg.pack_length else None
+            records = pipeline.read(cfg)
+            return lambda: pipeline.batches(records, cfg, kind(tokenizer, TEXT, CONFIG, most))
+
+        feeds = {"one sample a row": feed(apart), "packed": feed(packed)}
+        own = {name: feed(cfg, Unopened) for name, cfg in zip(feeds, (apart, packed), strict=True)}
+        floors, found = [], {name: [] for name in feeds}
+        for turn in range(args.turns):
+            floors.append(floor(files, args.threads))
+            for name in sorted(feeds, reverse=turn % 2 == 1):
+                found[name].append(speed(feeds[name], args.count))
+        lowest = statistics.median(floors)
+        print(f"{args.count} JPEG files of {size / args.count / 1e3:.0f} kB, {args.threads} threads, "
+              f"medians of {args.turns} turns")
+        print(f"{'floor':18} {lowest:6.1f} samples/s, {lowest / args.threads:.1f} a thread")
+        for name, pairs in found.items():
+            ratio = statistics.median(rate / base for (rate, _), base in zip(pairs, floors, strict=True))
+            rate = statistics.median(rate for rate, _ in pairs)
+            most = statistics.median(speed(own[name], 4 * args.count)[0] for _ in range(args.turns))
+            print(f"{name:18} {rate:6.1f} samples/s, {ratio:.3f} of the floor; {pairs[0][1]:.3f} real tokens; "
+                  f"Python's own work allows {most:.0f} samples/s")
+        for slack in (1.1, 1.5, 2.0):
+            seconds = slack * apart.batch_size / lowest
+            share = waiting(feeds["one sample a row"], seconds, apart.batch_size, 2 + args.count // apart.batch_size)
+            print(f"steps {slack} x as long as the floor ({seconds:.2f} s): {share:.4f} of the time waiting")
+
+
+if __name__ == "__main__":
+    main()
