@@ -307,7 +307,9 @@ def stack(samples: Sequence[Sample], cfg: ImageBindConfig,
         audio    a .wav file, (float[C,samples], samples a second), or spectrograms float32[clips,1,M,T]
         depth, thermal   float32[1,H,W]         imu   float32[6,steps]        text   a string, or ids int[77]
     A row without one of the senses of another row has zeros there, and the weight 0. A sample that gives nothing gets
-    a picture of zeros with the weight 1, as the original's rows of text alone do.
+    a picture of zeros with the weight 1, as the original's rows of text alone do. These are zeros behind the
+    normalisation. That is left to the model, pixels being a quarter of the bytes, and a further input, "blank" bool[B],
+    says which rows have no picture; only if one of them came normalised, all are normalised here.
 
     Raises ValueError naming the rows and senses that cannot be used, and the senses of this model.
     """
@@ -316,6 +318,10 @@ def stack(samples: Sequence[Sample], cfg: ImageBindConfig,
         inputs, wrong = _inputs(sample, cfg, words)
         read.append(inputs)
         problems += [f"row {row}, {message}" for message in wrong]
+    if any("image" in inputs and inputs["image"].dtype == np.float32 for inputs in read):
+        for sample, inputs in zip(samples, read, strict=True):
+            if "image" in inputs:
+                inputs["image"] = normalise(inputs["image"]) * np.float32(bool(sample.images))
     first = {name: (row, array) for row, inputs in reversed([*enumerate(read)]) for name, array in inputs.items()}
     problems += [f"row {row}, {name}: {list(array.shape)}, but row {first[name][0]} has {list(first[name][1].shape)}"
                  for row, inputs in enumerate(read) for name, array in inputs.items()
@@ -326,6 +332,8 @@ def stack(samples: Sequence[Sample], cfg: ImageBindConfig,
                          + f"\nThe senses of this model are {', '.join(senses)}.")
     media = {name: np.stack([inputs.get(name, np.zeros_like(like)) for inputs in read])
              for name, (_, like) in first.items()}
+    if "image" in media and media["image"].dtype == np.uint8:
+        media["blank"] = np.array([not sample.images for sample in samples])
     weights = {name: np.array([sample.weights.get(name, 1.0) if name in inputs else 0.0
                                for sample, inputs in zip(samples, read, strict=True)], np.float32) for name in first}
     return media, weights
@@ -354,7 +362,7 @@ def _inputs(sample: Sample, cfg: ImageBindConfig,
         if cfg.vision is None:
             wrong.append("nothing: a picture of zeros would stand for it, but this model has no tower for pictures")
         else:
-            inputs["image"] = np.zeros(cfg.vision.input_shape, np.float32)
+            inputs["image"] = np.zeros((cfg.vision.image_size, cfg.vision.image_size, 3), np.uint8)
     return inputs, wrong
 
 
@@ -366,7 +374,7 @@ def _input(name: str, source: Any, cfg: ImageBindConfig, words: Path | None) -> 
     if name == "image":
         if len(source) > 1:
             raise ValueError(f"{len(source)} pictures, but a row takes one")
-        return picture(source[0], tower.image_size)
+        return load(source[0], tower.image_size, crops=True)
     if name == "video" and isinstance(source, tuple):
         frames, fps = source
         return video(np.asarray(frames), fps, tower.image_size, shown=tower.frames)

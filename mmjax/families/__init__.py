@@ -1,7 +1,12 @@
 """Families by name. Each is one file with `Config`, `Model`, `AXES`, `TRAINED`, `PHASES`, `PRESETS` and `example(cfg)`;
-one that has phases also says what architecture a phase trains, in `with_phase(cfg, phase)`."""
+one that has phases also says what architecture a phase trains, in `with_phase(cfg, phase)`.
+
+`ENCODER` says what a picture passes before anything that is trained: by the name of a part, which is that of a field of
+`Config` and of the released file, the rule of its parameters. `Model.feature(batch)` is what comes out of it.
+"""
 
 import dataclasses
+import functools
 import types
 import typing
 from typing import Any
@@ -16,6 +21,11 @@ FAMILIES = {"minigpt4": minigpt4, "imagebind_llm": imagebind_llm, "llama_adapter
 
 def shapes(family: str, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Every parameter of a family at these sizes as `{path: float32 shape}`; nothing is allocated."""
+    return dict(_shapes(family, cfg))
+
+
+@functools.lru_cache(maxsize=32)  # to trace a model takes seconds
+def _shapes(family: str, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:
     module = FAMILIES[family]
     variables = jax.eval_shape(module.Model(cfg).init, jax.random.key(0), module.example(cfg))
     return trees.flatten(variables["params"])

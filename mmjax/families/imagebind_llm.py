@@ -21,6 +21,7 @@ from mmjax.models import bind, imagebind, llama
 from mmjax.models.bind import BIND_7B, Bind, BindConfig, mix
 from mmjax.models.imagebind import IMAGEBIND_HUGE, ImageBind, ImageBindConfig, sense_of
 from mmjax.models.llama import LLAMA_7B, LlamaConfig
+from mmjax.pixels import normalise
 from mmjax.trees import prefixed
 
 LORA_RANK = 16
@@ -62,6 +63,7 @@ PHASES = {
     "finetune": (r"llama/(layers/(attn|mlp)_)?norm/scale", r"llama/layers/.*/(b|lora_[ab])"),
 }
 TRAINED = PHASES["pretrain"]
+ENCODER = {"imagebind": r"imagebind/.*"}
 
 
 def with_phase(cfg: Config, phase: str) -> Config:
@@ -92,9 +94,12 @@ class Model(LanguageModel):
     def feature(self, batch: Batch) -> jax.Array:
         """The mix of a batch's senses, float32[B,E]; see `mmjax.models.bind.mix`."""
         if "feature" in batch.media:
-            return batch.media["feature"]
-        features = [self.imagebind({sense_of(name): x})[sense_of(name)] for name, x in batch.media.items()]
-        return mix(features, [batch.weights[name][:, None] for name in batch.media])
+            return batch.media["feature"].astype(jnp.float32)
+        media = {name: x for name, x in batch.media.items() if name != "blank"}
+        if "blank" in batch.media:  # zeros are no pixels, so they are made here
+            media["image"] = jnp.where(batch.media["blank"][:, None, None, None], 0, normalise(media["image"]))
+        features = [self.imagebind({sense_of(name): x})[sense_of(name)] for name, x in media.items()]
+        return mix(features, [batch.weights[name][:, None] for name in media])
 
     def encode(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         """A batch without media is plain LLaMA's."""

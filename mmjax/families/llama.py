@@ -29,6 +29,7 @@ PRESETS = {
 AXES = prefixed("llama", llama.AXES)
 TRAINED: tuple[str, ...] = ()
 PHASES: dict[str, tuple[str, ...]] = {}
+ENCODER: dict[str, str] = {}
 
 
 class Model(LanguageModel):

@@ -79,6 +79,7 @@ PHASES = {
     "finetune": (r"llama/(layers/(attn|mlp)_)?norm/scale", r"llama/layers/.*/b"),  # v2's; its LoRA is never trained
 }
 TRAINED = PHASES["pretrain"]
+ENCODER = {"clip": r"clip/.*"}
 
 
 def with_phase(cfg: Config, phase: str) -> Config:
@@ -105,16 +106,22 @@ class Model(LanguageModel):
             self.visual = VisualQuery(c.visual, c.query_len, c.llama.dim, self.dtype)
         self.query = self.param("query", nn.initializers.normal(1.0), (c.query_layers, c.query_len, c.llama.dim))
 
-    def visual_query(self, batch: Batch) -> jax.Array:
-        """What the pictures add to the prompts of every injected layer, [B,P,D]; of v2.
+    def feature(self, batch: Batch) -> jax.Array:
+        """What CLIP sees in each row's picture, [B,S,E]; of v2.
 
         Text alone comes with a picture of zeros, as in the original. Raises ValueError for more than one a row.
         """
+        if batch.media is not None:
+            return batch.media["feature"].astype(self.dtype)
         size = self.cfg.clip.image_size
         images = jnp.zeros((len(batch.tokens), 1, 3, size, size)) if batch.images is None else batch.images
         if images.shape[1] != 1:
             raise ValueError(f"LLaMA-Adapter v2 reads one picture a row, got {images.shape[1]}.")
-        return self.visual(self.clip(normalise(images)[:, 0]))
+        return self.clip(normalise(images)[:, 0])
+
+    def visual_query(self, batch: Batch) -> jax.Array:
+        """What the pictures add to the prompts of every injected layer, [B,P,D]; of v2."""
+        return self.visual(self.feature(batch))
 
     def encode(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         c = self.cfg

@@ -1,9 +1,10 @@
 """MiniGPT-4 and MiniGPT-v2: pictures become soft tokens among the words (Zhu et al. 2023; Chen et al. 2023).
 
-B rows   T tokens   F pictures a row   M soft tokens a row (F pictures)   S picture tokens
+B rows   T tokens   F pictures a row   S picture tokens   Q soft tokens a picture   M = F·Q soft tokens a row
 D language model   E projector input
 
-    soft = projector(qformer(ln_vision(vit(images))))        x = words, with soft tokens at the marked places
+    feature = qformer(ln_vision(vit(images)))  [B,F,Q,E]
+    soft = projector(feature)        x = words, with soft tokens at the marked places
 
 Without Q-Former (MiniGPT-4 on LLaMA-2, MiniGPT-v2) the class token is dropped and four neighbouring patches in raster
 order are joined instead. Mirrors minigpt4/models/{minigpt_base,minigpt4,minigpt_v2}.py.
@@ -70,6 +71,7 @@ AXES = (
 )
 TRAINED = (r"projector/.*",)
 PHASES: dict[str, tuple[str, ...]] = {}  # its stages differ in their data alone
+ENCODER = {"vit": r"vit/.*", "qformer": r"(ln_vision|qformer)/.*"}
 
 
 def place(words: jax.Array, soft: jax.Array, soft_index: jax.Array) -> jax.Array:
@@ -90,21 +92,28 @@ class Model(LanguageModel):
             self.qformer = QFormer(c.qformer, self.dtype)
         self.projector = Project((c.soft_width, c.llama.dim), use_bias=True)
 
-    def soft_tokens(self, images: jax.Array) -> jax.Array:
-        """Pictures as in `Batch.images` -> [B,M,D]."""
-        B = images.shape[0]
-        images = normalise(images)
+    def feature(self, batch: Batch) -> jax.Array:
+        """What the projector reads of each picture, [B,F,Q,E]."""
+        if batch.media is not None:
+            return batch.media["feature"].astype(self.dtype)
+        B, F = batch.images.shape[:2]
+        images = normalise(batch.images)
         tokens = self.ln_vision(self.vit(images.reshape(-1, *images.shape[2:])))
         if self.cfg.qformer:
             tokens = self.qformer(tokens)
         else:
-            tokens = tokens[:, 1:].reshape(tokens.shape[0], -1, self.cfg.soft_width)
-        return self.projector("BSE,ED->BSD", tokens).reshape(B, -1, self.cfg.llama.dim)
+            tokens = tokens[:, 1:]
+        return tokens.reshape(B, F, self.cfg.image_tokens, self.cfg.soft_width)
+
+    def soft_tokens(self, batch: Batch) -> jax.Array:
+        """Of all the batch's pictures, [B,M,D]."""
+        soft = self.projector("BFQE,ED->BFQD", self.feature(batch))
+        return soft.reshape(len(soft), -1, self.cfg.llama.dim)
 
     def encode(self, batch: Batch) -> tuple[jax.Array, None]:
         words = self.embed(batch.tokens)
-        if batch.images is not None:
-            words = place(words, self.soft_tokens(batch.images), batch.soft_index)
+        if batch.images is not None or batch.media is not None:
+            words = place(words, self.soft_tokens(batch), batch.soft_index)
         return words, None
 
 

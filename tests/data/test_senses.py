@@ -13,7 +13,7 @@ from mmjax.data import senses
 from mmjax.data.images import load
 from mmjax.data.senses import WordTokenizer, clip_times, log_mel, mel_filters, read_wav, resample, sound
 from mmjax.models.imagebind import TINY
-from mmjax.pixels import MEAN, STD
+from mmjax.pixels import MEAN, STD, normalise
 from mmjax.tokenizer import WORDS
 
 RANDOM = np.random.default_rng(0)
@@ -202,8 +202,9 @@ def inputs(name, clips=2):
 def test_every_sense_beside_a_picture():
     pixels, given = picture(), {name: inputs(name) for name in senses.NAMES}
     media, weights = senses.stack([Sample(images=[pixels], media=given)], CFG)
-    assert media.keys() == weights.keys() == {"image", *senses.NAMES}
-    np.testing.assert_array_equal(media["image"], senses.picture(pixels, SIDE)[None])
+    assert media.keys() - {"blank"} == weights.keys() == {"image", *senses.NAMES}
+    assert media["image"].dtype == np.uint8 and media["blank"].tolist() == [False]
+    np.testing.assert_array_equal(normalise(media["image"]), senses.picture(pixels, SIDE)[None])
     for name, array in given.items():
         np.testing.assert_array_equal(media[name], array[None])
         assert media[name].dtype == (np.int32 if name == "text" else np.float32)
@@ -219,7 +220,9 @@ def test_rows_that_sense_different_things():
         "image": [1, 0, 1], "audio": [0.5, 0, 0], "depth": [0, 1, 0]}
     np.testing.assert_array_equal(media["audio"], [audio, audio * 0, audio * 0])
     np.testing.assert_array_equal(media["depth"], [depth * 0, depth, depth * 0])
-    assert np.abs(media["image"][0]).max() > 0 and not media["image"][1:].any()
+    assert media["image"].shape == (3, SIDE, SIDE, 3) and media["blank"].tolist() == [False, True, True]
+    assert media["image"][0].any() and not media["image"][1:].any()
+    assert not senses.stack([rows[1]], CFG)[0].keys() & {"image", "blank"}
 
 
 def test_raw_inputs_go_through_the_transforms(tmp_path):
@@ -237,16 +240,18 @@ def test_raw_inputs_go_through_the_transforms(tmp_path):
 
 def test_ready_pictures_are_left_alone():
     ready = RANDOM.normal(size=(3, SIDE, SIDE)).astype(np.float32)
-    media, _ = senses.stack([Sample(images=[ready])], CFG)
-    np.testing.assert_array_equal(media["image"][0], ready)
+    pixels = picture()
+    media, weights = senses.stack([Sample(images=[ready]), Sample(prompt="Only words"), Sample(images=[pixels])], CFG)
+    assert media.keys() == {"image"} and weights["image"].tolist() == [1, 1, 1]
+    np.testing.assert_array_equal(media["image"], [ready, ready * 0, senses.picture(pixels, SIDE)])
 
 
 def test_pictures_that_were_cropped_for_training_are_left_alone():
     pixels = picture()
     cut = load(pixels, SIDE, crops=True, random=np.random.default_rng(1))
     media, _ = senses.stack([Sample(images=[cut])], CFG)
-    np.testing.assert_array_equal(media["image"][0], senses.picture(pixels, SIDE, np.random.default_rng(1)))
-    assert np.abs(media["image"][0] - senses.picture(pixels, SIDE)).max() > 0
+    np.testing.assert_array_equal(media["image"][0], cut)
+    assert (cut != load(pixels, SIDE, crops=True)).any()
 
 
 def test_text_in_words_and_in_ids(tmp_path):

@@ -11,6 +11,7 @@ from mmjax import generate, trees
 from mmjax.families import imagebind_llm as family
 from mmjax.families import llama
 from mmjax.models import imagebind
+from mmjax.pixels import normalise
 from tests import tiny
 
 SENSES = imagebind.ImageBindConfig(imagebind.TINY.vision, None, None, imagebind.TINY.depth, None, None,
@@ -59,6 +60,17 @@ def test_a_batch_without_media_is_plain_llamas(cfg):
     expected = compiled(module)(plain, words)
     np.testing.assert_array_equal(run(cfg, words), expected)
     assert np.abs(run(cfg, batch(image=pictures())) - expected).max() > 0.01
+
+
+def test_pixels_are_normalised_by_the_model_and_rows_without_a_picture_see_zeros():
+    side, blank = SENSES.vision.image_size, np.array([False, True, False, True])
+    pixels = np.random.default_rng(2).integers(0, 256, (ROWS, side, side, 3), np.uint8)
+    seen = batch(image=pixels)
+    seen = dataclasses.replace(seen, media=seen.media | {"blank": blank})
+    expected = run(HEAD, batch(image=np.where(blank[:, None, None, None], np.float32(0), normalise(pixels))), "feature")
+    np.testing.assert_allclose(run(HEAD, seen, "feature"), expected, atol=2e-6)
+    np.testing.assert_array_equal(run(HEAD, seen, "feature")[1], run(HEAD, seen, "feature")[3])
+    assert np.abs(expected[0] - expected[1]).max() > 0.01
 
 
 def test_prompts_are_the_picture_plus_a_query_in_the_last_layers_alone():

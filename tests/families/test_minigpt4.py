@@ -27,7 +27,8 @@ def compiled(cfg, method):
 
 
 def soft_tokens(images, cfg=tiny.MINIGPT4):
-    return compiled(cfg, "soft_tokens")(params(cfg), images)
+    batch = dataclasses.replace(tiny.batch(len(images), pictures=0), images=images)
+    return compiled(cfg, "soft_tokens")(params(cfg), batch)
 
 
 def two_pictures():

@@ -38,14 +38,15 @@ def stages(name: str) -> dict[str, np.ndarray]:
     if pictures is None:
         return found
     # all pictures of the case, those too that an image train leaves out
-    _, inner = capture(m, pictures.reshape(1, -1, *pictures.shape[-3:]), method="soft_tokens")
+    alone = dataclasses.replace(batch, images=pictures.reshape(1, -1, *pictures.shape[-3:]))
+    _, inner = capture(m, alone, method="soft_tokens")
     patches = inner["vit/patch"]
     found |= {
         "vit_patch_embed": patches.reshape(len(patches), -1, patches.shape[-1]),
         "vit_blocks": inner["vit/blocks"][0],
         "vit_out": inner["vit"],
         "ln_vision_out": inner["ln_vision"],
-        "proj_out": inner["projector"],
+        "proj_out": inner["projector"][0],
     }
     if m.config.qformer:
         layers = [inner[f"qformer/layer_{i}"] for i in range(m.config.qformer.depth)]

@@ -1,0 +1,389 @@
+"""Features on disk: written, found again, and refused where they are of something else."""
+
+import dataclasses
+import io
+import pickle
+import shutil
+import tarfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+from array_record.python import array_record_module
+
+from mmjax.batch import Sample
+from mmjax.config import Source
+from mmjax.data import features
+from mmjax.data.features import Card, Features, Held, Names, Writer
+from mmjax.data.formats import FORMATS
+from mmjax.data.formats.record import Member
+from tests import small
+
+CARD = Card({"files": {"vit": "ab"}, "dtypes": ["float32"] * 2}, {"size": 56, "cut": "squashed"}, crops=2, seed=1,
+            dtype="float32", shape=(3, 4))
+
+
+def vector(number, card=CARD):
+    """The features of picture `number`: no two numbers are alike."""
+    size = card.crops * int(np.prod(card.shape))
+    return (np.arange(size, dtype=np.float32) + number * size).reshape(card.crops, *card.shape)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """The eight scenes, to be moved and changed."""
+    folder = tmp_path / "pictures"
+    shutil.copytree(small.pictures(), folder)
+    return folder
+
+
+def read(folder):
+    return Source("cc_sbu_align", str(folder)), FORMATS["cc_sbu_align"](str(folder), None)
+
+
+def fill(folder, pictures, numbers=range(8), card=CARD):
+    """Stores the features of some of the pictures, as `mmjax.features` does."""
+    source, records = read(pictures)
+    with Writer(folder, card) as writer:
+        names = writer.names([source], [records])
+        keys = np.stack([features.key(names(records[number].image)) for number in numbers])
+        for place in features.missing(writer.keys, keys):
+            number = numbers[place]
+            content = features.content_hash(Held.of(records[number].image).content)
+            writer.add(keys[place], content, vector(number, card))
+    return folder
+
+
+def opened(folder, pictures):
+    source, records = read(pictures)
+    return Features(folder).of([source], [records]), [record.image for record in records]
+
+
+def test_what_is_stored_is_found(tmp_path, pictures):
+    found, images = opened(fill(tmp_path / "features", pictures), pictures)
+    assert len(found.index) == 8
+    for number, image in enumerate(images):
+        for crop in range(2):
+            np.testing.assert_array_equal(found.find(image, crop), vector(number)[crop])
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(found)).find(images[3], 1), vector(3)[1])
+
+
+def test_bfloat16_is_stored_rounded(tmp_path, pictures):
+    card = dataclasses.replace(CARD, dtype="bfloat16")
+    found, images = opened(fill(tmp_path / "features", pictures, card=card), pictures)
+    assert found.find(images[7]).dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(found.find(images[7]), vector(7)[0].astype(ml_dtypes.bfloat16))
+    assert card.nbytes == CARD.nbytes // 2 == 24
+
+
+def test_crop_is_drawn(tmp_path, pictures):
+    found, images = opened(fill(tmp_path / "features", pictures), pictures)
+    np.testing.assert_array_equal(found.picture(images[0], None), vector(0)[0])
+    drawn = [found.picture(images[0], np.random.default_rng(seed)).ravel()[0] for seed in range(20)]
+    assert set(drawn) == {0, 12}
+    assert drawn == [found.picture(images[0], np.random.default_rng(seed)).ravel()[0] for seed in range(20)]
+
+
+@pytest.mark.parametrize(("image", "name"), [
+    ("/data/cc/image/1.jpg", "0/image/1.jpg"),
+    ("/data/cc/../cc/image//1.jpg", "0/image/1.jpg"),
+    ("/data/cc/coco/1.jpg", "1/1.jpg"),
+    ("/data/ccc/1.jpg", "/data/ccc/1.jpg"),
+    (Member("/data/cc/0.tar", 512, 9), "0/0.tar, 9 bytes at 512"),
+    (Member("gs://b/sbu/0.tar", 512, 9), "2/0.tar, 9 bytes at 512"),
+    ("/data/cc, example 3", "0, example 3"),
+    (None, ""),
+])
+def test_names(image, name):
+    assert Names({"/data/cc": 0, "/data/cc/coco": 1, "gs://b/sbu": 2})(image) == name
+
+
+@pytest.mark.parametrize(("path", "root", "folder"), [
+    ("{tmp}/data", None, "{tmp}/data"),
+    ("{tmp}/data/captions.json", None, "{tmp}/data"),
+    ("{tmp}/data/annotations/captions.json", None, "{tmp}/data"),
+    ("{tmp}/data/captions.json", "{tmp}/coco/", "{tmp}/coco"),
+    ("{tmp}/data/{{00..10}}.tar", None, "{tmp}/data"),
+])
+def test_folder_of_a_source(tmp_path, path, root, folder):
+    (tmp_path / "data").mkdir()
+    source = Source("any", path.format(tmp=tmp_path), root=root and root.format(tmp=tmp_path))
+    assert features.folder_of(source) == folder.format(tmp=tmp_path)
+
+
+def test_missing():
+    def keys(*numbers):
+        return np.array([[number // 10, number % 10] for number in numbers], np.uint64).reshape(-1, 2)
+
+    found = features.missing(keys(31, 12), keys(12, 45, 11, 45, 31, 22, 11))
+    np.testing.assert_array_equal(found, [1, 2, 5])
+    np.testing.assert_array_equal(features.missing(keys(), keys(7)), [0])
+    assert not len(features.missing(keys(7), keys()))
+
+
+def test_keys_that_begin_alike_are_told_apart(tmp_path, pictures, monkeypatch):
+    real = features.key
+    monkeypatch.setattr(features, "key", lambda name: np.array([7, real(name)[1]], np.uint64))
+    found, images = opened(fill(tmp_path / "features", pictures, range(7)), pictures=pictures_but(pictures, 7))
+    for number, image in enumerate(images[:7]):
+        np.testing.assert_array_equal(found.find(image), vector(number)[0])
+    with pytest.raises(ValueError, match="has no feature"):
+        found.find(images[7])
+
+
+def pictures_but(pictures, number):
+    """The same folder, one picture no picture any more, so that nobody misses its feature."""
+    (pictures / "image" / f"{number}.jpg").write_bytes(b"no picture")
+    return pictures
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_and_gone_on_with(tmp_path, pictures, monkeypatch):
+    """Shards that are finished stay, what was half written is written again."""
+    monkeypatch.setattr(features, "SHARD", 3)
+    folder, written = tmp_path / "features", []
+    add = Writer.add
+
+    def until_killed(self, key, content, found):
+        if len(written) == 5:
+            monkeypatch.setattr(Writer, "_close", lambda self: None)  # no time for anything
+            raise Killed
+        written.append(content)
+        add(self, key, content, found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "add", until_killed)
+        close = Writer._close
+        with pytest.raises(Killed):
+            fill(folder, pictures)
+    monkeypatch.setattr(Writer, "_close", close)
+    assert sorted(path.name for path in folder.glob("0*")) == [
+        "00000.array_record", "00000.npy", "00001.array_record.partial"]
+    with pytest.raises(ValueError, match="were not all made: `mmjax data features` with the same folder adds"):
+        Features(folder)
+
+    monkeypatch.setattr(Writer, "add", lambda self, *rest: (written.append(rest[1]), add(self, *rest)))
+    found, images = opened(fill(folder, pictures), pictures)
+    assert len(written) == 5 + 5 and len(set(written)) == 8
+    for number, image in enumerate(images):
+        np.testing.assert_array_equal(found.find(image, 1), vector(number)[1])
+
+
+def test_interrupted_shard_is_kept(tmp_path, pictures, monkeypatch):
+    folder, add = tmp_path / "features", Writer.add
+
+    def interrupted(self, key, content, found):
+        if len(self._keys) == 5:
+            raise KeyboardInterrupt
+        add(self, key, content, found)
+
+    monkeypatch.setattr(Writer, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fill(folder, pictures)
+    monkeypatch.undo()
+    assert not (folder / "index.npy").exists()
+    with Writer(folder, CARD) as writer:
+        assert len(writer.keys) == 5
+
+
+def test_one_process_at_a_time(tmp_path, pictures):
+    folder = fill(tmp_path / "features", pictures)
+    with Writer(folder, CARD), pytest.raises(BlockingIOError, match=f"Another process is at work in {folder}"):
+        Writer(folder, CARD)
+    fill(folder, pictures)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_damaged_shard(tmp_path, pictures, damage):
+    folder = fill(tmp_path / "features", pictures)
+    shard = folder / "00000.array_record"
+    if damage == "gone":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:200])
+    found, images = opened(folder, pictures)
+    with pytest.raises(ValueError, match=r"00000\.array_record is damaged .*Delete it; `mmjax data features`"):
+        found.find(images[0])
+    found, images = opened(fill(folder, pictures), pictures)
+    np.testing.assert_array_equal(found.find(images[6]), vector(6)[0])
+
+
+def test_damaged_index_and_card(tmp_path, pictures):
+    folder = fill(tmp_path / "features", pictures)
+    index = (folder / "index.npy").read_bytes()
+    for size in (0, 100, len(index) - 1):
+        (folder / "index.npy").write_bytes(index[:size])
+        with pytest.raises(ValueError, match=r"index\.npy is damaged"):
+            Features(folder)
+    for content in ("", "[]", "{}", '{"format": 2}', '{"format": 1, "odd": 2}'):
+        (folder / "features.json").write_text(content)
+        with pytest.raises(ValueError, match=r"features\.json cannot be used"):
+            Features(folder)
+    with pytest.raises(FileNotFoundError, match="Make them with `mmjax data features"):
+        Features(tmp_path / "nowhere")
+
+
+def test_new_pictures_are_added(tmp_path, pictures):
+    folder = fill(tmp_path / "features", pictures, range(5))
+    with pytest.raises(ValueError, match=r"3 of 8 pictures of .*, such as .*/5\.jpg.*adds what is missing"):
+        opened(folder, pictures)
+    before = (folder / "00000.array_record").read_bytes()
+    found, images = opened(fill(folder, pictures), pictures)
+    assert (folder / "00000.array_record").read_bytes() == before
+    for number, image in enumerate(images):
+        np.testing.assert_array_equal(found.find(image), vector(number)[0])
+
+
+def test_other_features_are_refused(tmp_path, pictures):
+    folder = fill(tmp_path / "features", pictures)
+    stored = features.fingerprint(CARD.encoder)
+    other = dataclasses.replace(CARD, encoder={"files": {"vit": "cd"}, "dtypes": ["float32"] * 2})
+    message = rf"(?s){stored} -> {features.fingerprint(other.encoder)}.*encoder.files.vit: 'ab' -> 'cd'"
+    with pytest.raises(ValueError, match=message):
+        fill(folder, pictures, card=other)
+    with pytest.raises(ValueError, match=message):
+        features.check(folder, Features(folder).card, other.encoder, other.transform)
+    with pytest.raises(ValueError, match="transform.size: 56 -> 224"):
+        features.check(folder, CARD, CARD.encoder, CARD.transform | {"size": 224})
+    features.check(folder, CARD, CARD.encoder, CARD.transform)
+    for changes, line in (({"crops": 1}, "crops: 2 -> 1"), ({"dtype": "bfloat16"}, "'float32' -> 'bfloat16'")):
+        with pytest.raises(ValueError, match=rf"other features of these pictures:\n  .*{line}"):
+            fill(folder, pictures, card=dataclasses.replace(CARD, **changes))
+
+
+def test_data_may_move(tmp_path, pictures):
+    folder = fill(tmp_path / "features", pictures)
+    moved = tmp_path / "elsewhere"
+    pictures.rename(moved)
+    found, images = opened(folder, moved)
+    np.testing.assert_array_equal(found.find(images[2]), vector(2)[0])
+    fill(folder, moved)
+    assert Features(folder).card.folders == (str(pictures),)
+
+
+def test_other_pictures_of_the_same_names_are_not_taken_for_the_same(tmp_path, pictures):
+    folder = fill(tmp_path / "features", pictures)
+    other = tmp_path / "other"
+    shutil.copytree(pictures, other)
+    contents = [path.read_bytes() for path in sorted((pictures / "image").iterdir())]
+    for number in range(8):
+        (other / "image" / f"{number}.jpg").write_bytes(contents[number - 1])
+    with pytest.raises(ValueError, match=rf"8 of 8 pictures of {other}.*It has features of pictures of {pictures};"):
+        opened(folder, other)
+    fill(folder, other)  # both may be in one folder
+    assert len(Features(folder).index) == 16
+    shutil.copytree(other, pictures, dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="is another picture than the one of which .* holds a feature"):
+        opened(folder, pictures)
+
+
+def test_two_folders_in_one(tmp_path, pictures):
+    """A mixture: pictures of the same names each have a feature of their own, even if many of them are the same."""
+    other = tmp_path / "other"
+    shutil.copytree(pictures, other)
+    sources, records = zip(read(pictures), read(other), strict=True)
+    shown = [its[0].image for its in records]
+    for known in (range(0), range(8)):
+        folder = tmp_path / f"features{len(known)}"
+        if known:
+            fill(folder, pictures, known)
+        with Writer(folder, CARD) as writer:
+            names = writer.names(sources, records)
+            assert names.folders == {str(pictures): 0, str(other): 1}
+            for number, image in enumerate(shown):
+                if not known or number:
+                    content = features.content_hash(Held.of(image).content)
+                    writer.add(features.key(names(image)), content, vector(number))
+        found = Features(folder, names)
+        for number, image in enumerate(shown):
+            np.testing.assert_array_equal(found.find(image), vector(number)[0])
+
+
+def test_members_of_an_archive(tmp_path, pictures):
+    """Known by the archive and their place in it, wherever that lies now."""
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "0.tar", "w") as tar:
+        for number in range(3):
+            tar.add(pictures / "image" / f"{number}.jpg", f"{number}.jpg")
+            caption = tarfile.TarInfo(f"{number}.txt")
+            caption.size = 5
+            tar.addfile(caption, io.BytesIO(b"a dog"))
+    source = Source("webdataset", str(tmp_path / "tars" / "{0..0}.tar"))
+    records = FORMATS["webdataset"](source.path, None)
+    with Writer(tmp_path / "features", CARD) as writer:
+        names = writer.names([source], [records])
+        for number, record in enumerate(records):
+            content = features.content_hash(Held.of(record.image).content)
+            writer.add(features.key(names(record.image)), content, vector(number))
+    (tmp_path / "tars").rename(tmp_path / "moved")
+    source = Source("webdataset", str(tmp_path / "moved"))
+    records = FORMATS["webdataset"](source.path, None)
+    found = Features(tmp_path / "features").of([source], [records])
+    for number, record in enumerate(records):
+        np.testing.assert_array_equal(found.find(record.image), vector(number)[0])
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, path, options):
+            open(path, "w").close()
+
+        def write(self, content):
+            raise RuntimeError("No space left on device")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(array_record_module, "ArrayRecordWriter", Full)
+    with pytest.raises(OSError, match=r"cannot be written .*No space left on device\. What is finished stays"):
+        with Writer(tmp_path / "features", CARD) as writer:
+            writer.add(features.key("a"), 0, vector(0))
+
+
+def test_picture_without_a_feature(tmp_path, pictures):
+    found, _ = opened(fill(tmp_path / "features", pictures), pictures)
+    with pytest.raises(ValueError, match=r"image/9\.jpg has no feature in .*features: it could not be read"):
+        found.find(str(pictures / "image" / "9.jpg"))
+    with pytest.raises(ValueError, match="The picture of zeros has no feature"):
+        found.find(None)
+
+
+def test_shape_of_what_is_added(tmp_path):
+    wrong = pytest.raises(ValueError, match=r"\[2, 3, 4\], got \[1, 3, 4\]")
+    with Writer(tmp_path / "features", CARD) as writer, wrong:
+        writer.add(features.key("a"), 0, np.zeros((1, 3, 4)))
+
+
+def rows(images, *counts):
+    """One sample a row with so many of the pictures each."""
+    images = iter(images)
+    return [[Sample(images=[next(images) for _ in range(count)])] for count in counts]
+
+
+def test_stacked_among_words(tmp_path, pictures):
+    found, images = opened(fill(tmp_path / "features", pictures), pictures)
+    shown = [found.picture(image, None) for image in images]
+    stacked = found.stack(rows(shown, 1, 0, 2), placed=True)
+    assert stacked.shape == (3, 2, 3, 4)
+    np.testing.assert_array_equal(stacked[2], shown[1:3])
+    np.testing.assert_array_equal(stacked[0, 0], shown[0])
+    assert not stacked[0, 1].any() and not stacked[1].any()
+    together = [[sample for row in rows(shown, 1, 2) for sample in row]]  # packed
+    np.testing.assert_array_equal(found.stack(together, placed=True, most=4)[0, :3], shown[:3])
+    assert found.stack(rows(shown, 0, 0), placed=True, most=4).shape == (2, 4, 3, 4)
+    assert found.stack(rows(shown, 0, 0), placed=True) is None
+
+
+def test_stacked_one_a_row(tmp_path, pictures):
+    folder = fill(tmp_path / "features", pictures)
+    with Writer(folder, CARD) as writer:
+        writer.add(features.key(Names({})(None)), 0, vector(100))
+    found, images = opened(folder, pictures)
+    shown = [found.picture(image, None) for image in images]
+    stacked = found.stack(rows(shown, 1, 0, 1), placed=False)
+    np.testing.assert_array_equal(stacked, [shown[0], vector(100)[0], shown[1]])
+    with pytest.raises(ValueError, match=r"Rows \[1\] have more than one picture"):
+        found.stack(rows(shown, 1, 2), placed=False)
