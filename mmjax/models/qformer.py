@@ -79,6 +79,7 @@ class Layer(nn.Module):
         def add(branch, name):
             return LayerNorm(self.cfg.eps, name=name)(x + Dropout(self.cfg.dropout)(branch))
 
+        x = nn.with_logical_constraint(x, ("batch", "query", "embed"))
         x = add(Attention(self.cfg, name="attn")(x, x), "attn_norm")
         if self.crosses:
             x = add(Attention(self.cfg, name="cross")(x, picture), "cross_norm")
