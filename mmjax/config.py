@@ -43,6 +43,8 @@ class WeightsConfig:
                 `checkpoint` first if that folder does not exist yet
     start_from: a finished run whose trained parameters this one starts from (stage 2 after stage 1)
     dtype:      frozen parameters and activations; trained parameters are float32 always
+    frozen_dtype: "int8" holds the large frozen matrices as int8 with a scale for each output channel, half the memory
+                  of bfloat16 (`mmjax.int8`); None: all frozen parameters as `dtype`
     """
 
     checkpoint: str = ""
@@ -50,6 +52,7 @@ class WeightsConfig:
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
     start_from: str | None = None
     dtype: str = "bfloat16"
+    frozen_dtype: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +179,22 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class HostsConfig:
+    """The processes of a run, one a host. Under SLURM, Open MPI and on Cloud TPU all of it is found out.
+
+    coordinator: ADDRESS:PORT of process 0, as the others reach it
+    processes:   how many there are
+    process:     which one this is, from 0 on
+    timeout:     seconds that they wait for each other when they start, and while the first one prepares the run
+    """
+
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+    timeout: int = 3600
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """One training run.
 
@@ -187,7 +206,8 @@ class RunConfig:
     drop_path:   stochastic depth of the picture tower while it is trained
     remat:       recompute layers in the backward pass: less memory, about a third more work
     log_every, save_every: steps
-    keep:        checkpoints kept
+    keep:        checkpoints kept, the newest ones
+    keep_best:   keep one more: that before which the mean loss of `save_every` steps was lowest
     score:       write scores and a report at the end, if the data are scenes
     check_first_loss: stop if the first loss says that the language model predicts nothing (off for random weights)
     """
@@ -198,6 +218,7 @@ class RunConfig:
     text: TextConfig = TextConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
+    hosts: HostsConfig = HostsConfig()
     phase: str | None = None
     trained: tuple[str, ...] | None = None
     image_size: int | None = None
@@ -207,6 +228,7 @@ class RunConfig:
     log_every: int = 10
     save_every: int = 200
     keep: int = 2
+    keep_best: bool = False
     score: bool = True
     check_first_loss: bool = True
 

@@ -13,18 +13,19 @@ import numpy as np
 from flax import linen as nn
 
 from mmjax import generate as generation
-from mmjax import sharding, trees, weights
+from mmjax import int8, sharding, trees, weights
 from mmjax.batch import Batch, Sample
 from mmjax.checkpoint import trained as read_trained
 from mmjax.config import MeshConfig, TextConfig
 from mmjax.convert.convert import FORMAT
 from mmjax.convert.export import export as write_part
-from mmjax.data import images, senses, text
+from mmjax.data.collate import collate
 from mmjax.data.neighbours import Recall
 from mmjax.families import FAMILIES, config_from_dict
 from mmjax.families import shapes as family_shapes
+from mmjax.int8 import Int8
 from mmjax.models import bind
-from mmjax.tokenizer import WORDS, Tokenizer
+from mmjax.tokenizer import Tokenizer
 
 RUN_CARD = "run.json"
 
@@ -93,16 +94,18 @@ def read_params(
     dtype: Callable[[str], Any],
     init_fresh: int | None = None,
     trained: Mapping[str, Any] | None = None,
+    only: Callable[[str], bool] = lambda path: True,
 ) -> dict[str, Any]:
-    """All parameters of `module`, each straight onto its place on the mesh.
+    """All parameters of `module`, or some, each straight onto its place on the mesh.
 
-    dtype:      of the parameter at a path
+    dtype:      of the parameter at a path; int8 makes an `Int8` of it, which only some can be (see `frozen_kind`)
     init_fresh: seed for the parameters that no source file held; None raises ValueError naming them
     trained:    `{path: array}` that take the place of the checkpoint's, such as an earlier run's; ValueError names what
                 does not belong to this model
+    only:       which paths
     """
     trained = trained or {}
-    fresh = [path for path in source.fresh if path not in trained]
+    fresh = [path for path in source.fresh if path not in trained and only(path)]
     if fresh and init_fresh is None:
         raise ValueError(
             f"{source.folder} was converted without {', '.join(fresh)}. Convert it with the trained "
@@ -110,23 +113,42 @@ def read_params(
             "init_fresh=SEED.")
     family = FAMILIES[source.family]
     shapes = family_shapes(source.family, module.cfg)
-    places = sharding.shardings(shapes, family.AXES, mesh)
-    wanted = {path: jax.ShapeDtypeStruct(shape.shape, dtype(path), sharding=places[path])
-              for path, shape in shapes.items()}
+    placed = sharding.shardings(shapes, family.AXES, mesh)
+    wanted = {path: as_held(path, shape.shape, dtype(path), placed[path])
+              for path, shape in shapes.items() if only(path)}
+    places = {path: jax.tree.map(lambda leaf: leaf.format, held) for path, held in wanted.items()}
     if wrong := trees.compare({path: shapes[path] for path in trained.keys() & shapes.keys()}, trained):
         raise ValueError("The trained parameters are of another model:\n  " + "\n  ".join(wrong))
     flat = trees.flatten(weights.restore(
         source.folder / "weights", wanted, only=lambda path: path not in trained and path not in fresh))
-    flat |= {path: jax.device_put(leaf.astype(dtype(path)), places[path]) for path, leaf in trained.items()}
+    flat |= {path: jax.device_put(cast(path, leaf, wanted[path]), places[path])
+             for path, leaf in trained.items() if only(path)}
 
     def start() -> dict[str, jax.Array]:
         variables = module.init(jax.random.key(init_fresh), family.example(module.cfg))
         initial = trees.flatten(variables["params"])
-        return {path: initial[path].astype(dtype(path)) for path in fresh}
+        return {path: cast(path, initial[path], wanted[path]) for path in fresh}
 
     if fresh:
         flat |= jax.jit(start, out_shardings={path: places[path] for path in fresh})()
     return trees.unflatten(flat)
+
+
+def frozen_kind(path: str, dtype: Any, frozen_dtype: str | None) -> Any:
+    """The dtype of a frozen parameter: int8 if it is to be and `int8.MATRICES` has it, or `dtype`."""
+    return jnp.int8 if frozen_dtype == "int8" and int8.holds(path) else dtype
+
+
+def as_held(path: str, shape: tuple[int, ...], dtype: Any, place: Any) -> Any:
+    """What a parameter is to be on the devices: `jax.ShapeDtypeStruct`, or an `Int8` of two."""
+    if jnp.dtype(dtype) == jnp.int8:
+        return int8.shapes(shape, place, int8.summed(path, len(shape)))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+
+def cast(path: str, leaf: jax.Array, held: Any) -> Any:
+    """A parameter as it is to be held."""
+    return int8.quantise(leaf, int8.summed(path, leaf.ndim)) if isinstance(held, Int8) else leaf.astype(held.dtype)
 
 
 def read_run(folder: Path) -> Checkpoint:
@@ -171,17 +193,21 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     dtype: str | None = None,
     init_fresh: int | None = None,
+    frozen_dtype: str | None = None,
 ) -> "Loaded":
     """A converted checkpoint, or a training run (its newest checkpoint on top of the weights it started from).
 
-    mesh:       where the parameters go (`mmjax.sharding.make_mesh`); None for the first device
-    dtype:      of parameters and activations, "float32" or "bfloat16"; None for what suits the device
-    init_fresh: seed for parameters that were never trained (a checkpoint converted without a projector)
+    mesh:         where the parameters go (`mmjax.sharding.make_mesh`); None for the first device
+    dtype:        of parameters and activations, "float32" or "bfloat16"; None for what suits the device
+    init_fresh:   seed for parameters that were never trained (a checkpoint converted without a projector)
+    frozen_dtype: "int8" holds large matrices as int8, half of bfloat16, save those that a run trained; None: as `dtype`
 
     Raises FileNotFoundError or ValueError naming the folder, file or parameters that are not as they should be.
     """
     if dtype is not None and getattr(dtype, "__name__", str(dtype)) not in ("float32", "bfloat16"):
         raise ValueError(f"dtype = {dtype!r}: float32 or bfloat16")
+    if frozen_dtype not in (None, "int8"):
+        raise ValueError(f"frozen_dtype = {frozen_dtype!r}: int8, or None for the same as dtype")
     folder, kind = Path(path), jnp.dtype(dtype or default_dtype())
     mesh = mesh or sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     if (folder / RUN_CARD).is_file():
@@ -189,7 +215,11 @@ def load(
     else:
         source, trained = Checkpoint.open(folder), {}
     module = FAMILIES[source.family].Model(source.config, kind)
-    params = read_params(source, module, mesh, lambda _: kind, init_fresh, trained)
+
+    def held(path: str) -> Any:
+        return kind if path in trained or path in source.fresh else frozen_kind(path, kind, frozen_dtype)
+
+    params = read_params(source, module, mesh, held, init_fresh, trained)
     return source.loaded(module, params, mesh)
 
 
@@ -300,26 +330,6 @@ def mix_and_recall(module: nn.Module, count: int, params: Any, batch: Batch, vec
     """The mix of a batch's senses, drawn towards its nearest vectors: float32[B,E]."""
     feature = module.apply({"params": params}, batch, method="feature")
     return bind.recall(feature, vectors, count, sharpness, weight)
-
-
-def collate(samples: Sequence[Sample], tokenizer: Tokenizer, settings: TextConfig, config: Any,
-            length: int | None = None, multiple: int = 1) -> Batch:
-    """Samples to a batch: text, and pictures or whatever else the model's senses take. `config` is the family's."""
-    if not config.senses:
-        _check_without_senses(samples, config)
-    rows = text.rows(samples, tokenizer, settings, config.image_tokens, length, multiple)
-    if config.senses:
-        media, weights = senses.stack(samples, config.imagebind, tokenizer.folder / WORDS)
-        return dataclasses.replace(rows, media=media, weights=weights)
-    pictures = None if config.image_size is None else images.stack(samples, config)
-    return dataclasses.replace(rows, images=pictures)
-
-
-def _check_without_senses(samples: Sequence[Sample], config: Any) -> None:
-    if more := [row for row, sample in enumerate(samples) if sample.media or sample.weights]:
-        raise ValueError(f"Rows {more} have media or weights, but this model does not mix senses.")
-    if config.image_size is None and (seeing := [row for row, sample in enumerate(samples) if sample.images]):
-        raise ValueError(f"Rows {seeing} have pictures, but this is a language model without a picture tower.")
 
 
 def stop_ids(tokenizer: Tokenizer, words: str) -> list[tuple[int, ...]]:

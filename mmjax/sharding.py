@@ -19,6 +19,7 @@ from mmjax.config import MeshConfig
 
 PLACEMENT = {  # the rest is replicated
     "batch": ("data", "fsdp"),
+    "lookup": "data",  # rows whose words are looked up in a table of which every device has some columns
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",

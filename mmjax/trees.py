@@ -65,14 +65,17 @@ def mask(tree: Mapping[str, Any], patterns: Sequence[str]) -> dict[str, Any]:
             f"These parameter rules match no parameter: {', '.join(map(repr, idle))}.\n"
             f"A rule is a regular expression for a whole path, such as '{tops[0]}/.*'; the model has "
             f"{', '.join(name + '/…' for name in tops)}.")
-    return map_with_path(lambda path, _: matches(path, patterns), tree)
+    return unflatten({path: matches(path, patterns) for path in paths})
 
 
 def split(params: Any, trained: Any) -> tuple[Any, Any]:
-    """(trained part, rest): two trees of the same shape; each leaf is in one of them and None in the other."""
+    """(trained part, rest): two trees of the same shape; each leaf is in one of them and None in the other.
+
+    trained: the mask; what is at a place of it in `params` is a leaf, be it of several arrays
+    """
 
     def pick(wanted: bool) -> Any:
-        return jax.tree.map(lambda leaf, is_trained: leaf if is_trained == wanted else None, params, trained)
+        return jax.tree.map(lambda is_trained, leaf: leaf if is_trained == wanted else None, trained, params)
 
     return pick(True), pick(False)
 

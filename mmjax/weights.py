@@ -7,20 +7,24 @@ The handler opens the array that Orbax would have opened (`type_handlers.get_jso
 slice; folder layout, tree metadata and the final commit stay Orbax's.
 """
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from mmjax import trees
+from mmjax import int8, trees
+from mmjax.int8 import Int8
 
-CHUNK_BYTES = 16 * 2**20  # largest piece of an array that is stored, and read, as one
+CHUNK_BYTES = 2**20  # largest piece of an array that is read as one; so small that 32 hosts each read their part alone
 IN_FLIGHT_BYTES = 128 * 2**20  # slices handed to the file system whose writing has not ended
+SLICE_BYTES = 128 * 2**20  # of a stacked matrix that is quantised: read at once, a layer at least
 
 
 class Slices(Protocol):
@@ -106,7 +110,9 @@ def restore(folder, shapes: Mapping[str, Any], only: Callable[[str], bool] = lam
     """The parameters of `folder` as nested dicts of jax arrays.
 
     shapes: flat or nested tree of `jax.ShapeDtypeStruct`: the wanted shape, dtype (cast while reading) and, optionally,
-            sharding, of which each device reads its own slice (default: everything on the first device)
+            sharding, of which each device reads its own slice (default: everything on the first device).
+            A matrix that is to be an `Int8` is given as one (`int8.shapes`); of a stacked one a few layers at a time
+            are read and quantised, so that no device holds more than those in the stored dtype
     only:   which of these paths to read
 
     Raises ValueError naming every parameter that is missing or has another shape, or the folder if it is damaged.
@@ -119,6 +125,22 @@ def restore(folder, shapes: Mapping[str, Any], only: Callable[[str], bool] = lam
                          + "\nConvert the checkpoint that belongs to this architecture, or change the architecture.")
     if not wanted:
         return {}
+    quantised = {path: shape for path, shape in wanted.items() if isinstance(shape, Int8)}
+    plain = {path: shape for path, shape in wanted.items() if path not in quantised}
+    try:
+        flat = trees.flatten(_restore(folder, plain)) if plain else {}
+        if quantised:
+            stored = arrays(folder)
+            flat |= {path: _restore_int8(stored[path], shape) for path, shape in quantised.items()}
+    except Exception as error:  # Orbax wraps TensorStore's ValueError in a bare Exception
+        cause = error.__cause__ or error
+        if not isinstance(cause, ValueError):
+            raise
+        raise ValueError(f"{folder} is damaged; convert or copy it again. {cause}") from error
+    return trees.unflatten(flat)
+
+
+def _restore(folder, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def how(shape):
@@ -129,13 +151,46 @@ def restore(folder, shapes: Mapping[str, Any], only: Callable[[str], bool] = lam
     wanted = trees.unflatten(wanted)
     restore_args = ocp.args.PyTreeRestore(wanted, restore_args=jax.tree.map(how, wanted), partial_restore=True)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        try:
-            return checkpointer.restore(epath.Path(folder).absolute(), args=restore_args)
-        except Exception as error:  # Orbax wraps TensorStore's ValueError in a bare Exception
-            cause = error.__cause__ or error
-            if not isinstance(cause, ValueError):
-                raise
-            raise ValueError(f"{folder} is damaged; convert or copy it again. {cause}") from error
+        return checkpointer.restore(epath.Path(folder).absolute(), args=restore_args)
+
+
+def _restore_int8(stored: ts.TensorStore, wanted: Int8) -> Int8:
+    """Whatever the mesh, every device reads its own slices, and those that share a channel agree on its scale."""
+    length, place = wanted.shape[0], wanted.values.sharding
+    divisible = wanted.scale.shape[0] == length and place.spec[0] is None
+    rows = max(1, SLICE_BYTES * length // (stored.dtype.numpy_dtype.itemsize * stored.size)) if divisible else length
+    empty, fill = _filling(wanted)
+    whole = empty()
+    for start in range(0, length, rows):
+        whole = fill(whole, _read(stored[start : min(start + rows, length)].translate_to[0], place), start)
+    return whole
+
+
+def _read(stored: ts.TensorStore, place: jax.sharding.NamedSharding) -> jax.Array:
+    """On the mesh; what several devices of this process hold is read once."""
+
+    @functools.cache
+    def read(*bounds: tuple[int, int]) -> np.ndarray:
+        return stored[tuple(slice(*pair) for pair in bounds)].read().result()
+
+    return jax.make_array_from_callback(
+        stored.shape, place, lambda index: read(*((part.start, part.stop) for part in index)))
+
+
+@functools.cache
+def _filling(wanted: Int8) -> tuple[Callable[[], Int8], Callable[[Int8, jax.Array, int], Int8]]:
+    """Compiled: an empty one; and one with a part put, quantised, at a place along its first axis."""
+    places = jax.tree.map(lambda part: part.format, wanted)
+    axes = tuple(axis for axis, size in enumerate(wanted.scale.shape) if size == 1)
+
+    def empty() -> Int8:
+        return jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), wanted)
+
+    def fill(whole: Int8, w: jax.Array, start: int) -> Int8:
+        return jax.tree.map(lambda all, part: jax.lax.dynamic_update_slice_in_dim(all, part, start, axis=0),
+                            whole, int8.quantise(w, axes))
+
+    return jax.jit(empty, out_shardings=places), jax.jit(fill, out_shardings=places, donate_argnums=0)
 
 
 def arrays(folder) -> dict[str, ts.TensorStore]:

@@ -7,10 +7,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-from mmjax import checkpoint, optim, sharding, steps, trees  # noqa: E402
+from mmjax import checkpoint, int8, optim, sharding, steps, trees  # noqa: E402
 from mmjax.config import MeshConfig, OptimConfig  # noqa: E402
 from mmjax.families import minigpt4  # noqa: E402
+from mmjax.int8 import Int8  # noqa: E402
 from tests import tiny  # noqa: E402
+from tests.test_int8 import held, test_restoring_quantises_what_is_stored  # noqa: E402, F401
 
 ADAMW = optim.optimizer(OptimConfig(init_lr=1e-3, min_lr=1e-3, warmup_steps=0))
 MODULE = minigpt4.Model(tiny.MINIGPT4)
@@ -18,13 +20,20 @@ MODULE = minigpt4.Model(tiny.MINIGPT4)
 
 def on(mesh, flat):
     places = sharding.shardings(flat, minigpt4.AXES, mesh)
-    return trees.unflatten({path: jax.device_put(leaf, places[path]) for path, leaf in flat.items()})
+
+    def put(path, leaf):
+        if not isinstance(leaf, Int8):
+            return jax.device_put(leaf, places[path])
+        wanted = int8.shapes(leaf.shape, places[path], int8.summed(path, leaf.values.ndim))
+        return jax.tree.map(lambda part, shape: jax.device_put(part, shape.format), leaf, wanted)
+
+    return trees.unflatten({path: put(path, leaf) for path, leaf in flat.items()})
 
 
-def train(mesh, rules, batches):
+def train(mesh, rules, batches, change=lambda params: params):
     """(losses, last state)"""
     with sharding.use(mesh):
-        params = on(mesh, trees.flatten(tiny.params("minigpt4", tiny.MINIGPT4)))
+        params = on(mesh, trees.flatten(change(tiny.params("minigpt4", tiny.MINIGPT4))))
         trained, frozen = trees.split(params, trees.mask(params, rules))
         state = steps.start(trained, ADAMW, 0)
         step, losses = jax.jit(steps.train_step(MODULE, ADAMW), compiler_options=tiny.quick_options()), []
@@ -60,6 +69,15 @@ def test_eight_devices_train_as_one():
     assert state.params["llama"]["layers"]["attn"]["q"]["w"].addressable_shards[0].data.shape == (2, 16, 2, 8)
 
 
+def test_eight_devices_train_as_one_on_int8():
+    """Where the sum over a matrix is cut between devices, and where its channels and their scales are."""
+    one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    eight = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    expected, _ = train(one, minigpt4.TRAINED, [tiny.batch()] * 2, held)
+    losses, _ = train(eight, minigpt4.TRAINED, [tiny.batch()] * 2, held)
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+
+
 def test_a_checkpoint_moves_to_another_mesh(tmp_path):
     flat = {path: leaf for path, leaf in trees.flatten(tiny.params("minigpt4", tiny.MINIGPT4)).items()
             if path.startswith("projector/")}
@@ -74,7 +92,7 @@ def test_a_checkpoint_moves_to_another_mesh(tmp_path):
 
     saved = state(meshes[0], 1, 7)
     checkpoints = checkpoint.Checkpoints(tmp_path)
-    checkpoints.save(3, saved)
+    checkpoints.save(3, saved, checkpoint.Progress())
     for mesh in meshes:
         wanted = state(mesh, 0, 0)
         restored = checkpoints.restore(wanted)

@@ -166,7 +166,8 @@ def test_batch_of_a_model_that_mixes_senses(mixing):
                mmjax.Sample(prompt="Which is it?", input="A cat", answer="A cat."),
                mmjax.Sample(media={"text": "a dog"}, weights={"text": 0.5}, prompt="What is it?", answer="A dog.")]
     batch = mixing.batch(samples)
-    assert batch.images is None and batch.media.keys() == {"image", "text"}
+    assert batch.images is None and batch.media.keys() == {"image", "blank", "text"}
+    assert batch.media["image"].dtype == np.uint8 and batch.media["blank"].tolist() == [False, True, True]
     assert batch.weights["image"].tolist() == [1, 1, 0] and batch.weights["text"].tolist() == [0, 0, 0.5]
     ids = [mixing.tokenizer.bos, *mixing.tokenizer.encode(
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "

@@ -8,6 +8,7 @@ never rounded to the tensor cores' TF32 or bfloat16. Dropout acts where the call
 frozen part stays in evaluation mode by not being given one.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -15,10 +16,33 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from mmjax import int8
+from mmjax.int8 import Int8
 
-def einsum(letters: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """`jnp.einsum` in the dtype of `x`, at full precision if that is float32."""
+
+def einsum(letters: str, x: jax.Array, w: jax.Array | Int8) -> jax.Array:
+    """`jnp.einsum` in the dtype of `x`, at full precision if that is float32.
+
+    The axes of an `Int8` that the result keeps are in the same order there.
+    """
+    if isinstance(w, Int8):
+        return _einsum_int8(letters, x, w)
     return jnp.einsum(letters, x, w.astype(x.dtype), precision="highest" if x.dtype == jnp.float32 else None)
+
+
+# What the backward pass keeps of a product is its inputs: left alone, jax would keep the matrix in the dtype of `x`.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
+def _einsum_int8(letters: str, x: jax.Array, w: Int8) -> jax.Array:
+    _, w_axes, y_axes = letters.replace("->", ",").split(",")
+    channels = dict(zip(w_axes, w.scale.shape, strict=True))
+    scale = w.scale.reshape([channels.get(axis, 1) for axis in y_axes])
+    return (einsum(letters, x, w.values).astype(jnp.float32) * scale).astype(x.dtype)
+
+
+def look_up(table: jax.Array | Int8, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows of a table [V,D]: int[...] -> [...,D] of a dtype."""
+    rows = jax.tree.map(lambda leaf: jnp.take(leaf, ids, axis=0), table)
+    return (int8.wide(rows) if isinstance(rows, Int8) else rows).astype(dtype)
 
 
 def uniform_fan_in(fan_in: int) -> Callable[..., jax.Array]:

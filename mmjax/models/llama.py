@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mmjax.models.layers import Project, RMSNorm, attend, einsum, uniform_fan_in
+from mmjax.models.layers import Project, RMSNorm, attend, einsum, look_up, uniform_fan_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +224,11 @@ class Llama(nn.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int[B,T] -> [B,T,D]; no scaling."""
-        return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        # Where the table's columns are cut over fsdp, each device looks up its columns for the rows of all of them.
+        # Said here because XLA, left alone, gathers everything everywhere on some meshes.
+        tokens = nn.with_logical_constraint(tokens, ("lookup", "length"))
+        x = nn.with_logical_constraint(look_up(self.embedding, tokens, self.dtype), ("lookup", "length", "embed"))
+        return nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
     def __call__(self, x, positions, mask, cache=None, start=0, injection=None):
         """x [B,T,D], positions int[B,T], mask bool[B,T,S] -> (hidden [B,T,D] after the final norm, cache).
