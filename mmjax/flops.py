@@ -1,0 +1,114 @@
+"""How many floating-point operations a training step does, counted from the matrix products of its gradient.
+
+A product of `[m, k]` and `[k, n]` is 2·m·k·n operations; nothing else is counted. JAX differentiates only what leads
+to a trained parameter, so with N parameters a token the usual figures come out by themselves:
+
+    2N  a frozen part below everything trained, such as a picture tower: forward alone
+    4N  a frozen part above something trained, such as the language model: forward, and the gradient of its inputs
+    4N  a trained part with nothing trained below it, such as a projector: forward, and the gradient of its weights
+    6N  any other trained part
+
+Attention is in it, with the whole square of places though half of it is masked. What `remat` computes a second time is
+counted apart: it keeps the device busy, but a model's utilisation (MFU) is measured without it.
+"""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from mmjax import steps, trees
+from mmjax.batch import Batch
+
+OTHER = "other"
+RECOMPUTED = "rematted_computation"  # as JAX names it
+UNKNOWN = ("conv_general_dilated", "ragged_dot", "ragged_dot_general", "pallas_call")
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Operations of one step over the whole batch, of all devices together; by part, such as "vit" or "llama".
+
+    recomputed: what `remat` does a second time
+    """
+
+    forward: Mapping[str, int]
+    backward: Mapping[str, int]
+    recomputed: Mapping[str, int]
+
+    @property
+    def model(self) -> int:
+        """What the step is about: forward and backward."""
+        return sum(self.forward.values()) + sum(self.backward.values())
+
+    @property
+    def executed(self) -> int:
+        """What the devices do."""
+        return self.model + sum(self.recomputed.values())
+
+    @property
+    def parts(self) -> list[str]:
+        """The part with the most first."""
+        total = Counter(self.forward) + Counter(self.backward) + Counter(self.recomputed)
+        return [part for part, _ in total.most_common()]
+
+
+def train_step(module: nn.Module, trained: Any, frozen: Any, batch: Batch) -> Flops:
+    """The operations of one training step; everything may be shapes (`jax.ShapeDtypeStruct`), nothing is computed.
+
+    trained, frozen: the parameters as `trees.split` gives them
+    """
+    parts = {path.split("/")[0] for path in trees.flatten(trees.merge(trained, frozen))}
+
+    def objective(trained: Any, frozen: Any, batch: Batch) -> jax.Array:
+        return steps.loss(module, trees.merge(trained, frozen), batch)[0]
+
+    jaxpr = jax.make_jaxpr(jax.value_and_grad(objective))(trained, frozen, batch)
+    counts = {"forward": Counter(), "backward": Counter(), "recomputed": Counter()}
+    for scope, operations in products(jaxpr.jaxpr):
+        kind = "recomputed" if RECOMPUTED in scope else "backward" if "transpose(" in scope else "forward"
+        names = (name.split(".")[0] for name in scope.split("/"))
+        counts[kind][next((name for name in names if name in parts), OTHER)] += operations
+    return Flops(**{kind: dict(count) for kind, count in counts.items()})
+
+
+def products(jaxpr: Any, scope: str = "", times: int = 1) -> Iterator[tuple[str, int]]:
+    """(where in the model, operations) of every matrix product of a `jax.extend.core.Jaxpr`.
+
+    Raises ValueError for an operation whose work cannot be counted so: a convolution, or a product in a loop that ends
+    when its condition says so.
+    """
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        inner = f"{scope}/{equation.source_info.name_stack}"
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            yield inner, 2 * times * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+        elif name in UNKNOWN:
+            raise ValueError(f"The operations of a {name} ({inner}) are not counted by mmjax.flops.")
+        elif name == "cond":  # the longest branch
+            branches = [list(products(branch.jaxpr, inner, times)) for branch in equation.params["branches"]]
+            yield from max(branches, key=lambda found: sum(operations for _, operations in found))
+        else:
+            rounds = times * (equation.params["length"] if name == "scan" else 1)
+            for called in _jaxprs(equation.params.values()):
+                found = list(products(called, inner, rounds))
+                if found and name == "while":
+                    raise ValueError(f"The loop {inner} ends when its condition says so; its operations cannot be "
+                                     "counted beforehand.")
+                yield from found
+
+
+def _jaxprs(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            yield from _jaxprs(value)
+        elif hasattr(value, "eqns"):
+            yield value
+        elif hasattr(value, "jaxpr"):
+            yield value.jaxpr

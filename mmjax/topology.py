@@ -1,0 +1,124 @@
+"""Devices that need not be here: TPU slices by name, and what their chips can do.
+
+The figures are those that Google publishes for a chip (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e): peak bfloat16
+operations, memory bandwidth, and the interconnect, which is a chip's total in both directions there and what one link
+carries in one direction here (v4: Jouppi et al. 2023). What a program may use of the memory is less than a chip has: it
+is what XLA says when a program does not fit.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+LOCAL = "local"
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device.
+
+    flops:      bfloat16 operations a second
+    memory:     bytes that a program may use
+    bandwidth:  of the memory, bytes a second
+    link:       bytes a second in one direction to one neighbour
+    dimensions: of the grid that the chips stand in
+    around:     a dimension is closed to a ring where its size is a multiple of this
+    together:   it is so only where all of them are
+    kinds:      what JAX calls it
+    options:    of `get_topology_desc`
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    flops: float
+    memory: int
+    bandwidth: float
+    link: float
+    dimensions: int
+    around: int
+    together: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+CHIPS = {chip.name: chip for chip in (
+    Chip("v4", ("TPU v4",), 275e12, int(30.75 * GIB), 1200e9, 50e9, 3, 4, True, (("chip_config_name", "megacore"),)),
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, int(15.75 * GIB), 819e9, 50e9, 2, 16),
+    Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, int(95.73 * GIB), 2765e9, 100e9, 3, 4, True),
+    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, int(31.24 * GIB), 1638e9, 100e9, 2, 16),
+)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices to compile for.
+
+    chip:   None where mmjax has no figures for the devices
+    memory: bytes that a program may use of each device; None where that is not known
+    links:  bytes a second that the worst placed device can send to, or receive from, its neighbours together
+    """
+
+    name: str
+    devices: tuple[Any, ...]
+    chip: Chip | None
+    memory: int | None
+    links: float | None
+
+
+def find(name: str) -> Topology:
+    """The devices of a TPU slice by its name, such as "v5e:4x4" or "v5p:2x2x2", or with "local" those of this machine.
+
+    Raises ValueError for a name that is none, for a slice that does not exist, and where libtpu is not installed.
+    """
+    if name == LOCAL:
+        return _local()
+    known = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    chip = known and CHIPS.get(known[1])
+    sizes = tuple(map(int, known[2].split("x"))) if known else ()
+    if chip is None or len(sizes) != chip.dimensions:
+        examples = ", ".join(f"{chip.name}:{'x'.join('2' * chip.dimensions)}" for chip in CHIPS.values())
+        raise ValueError(f"topology = {name!r}: a chip and its grid, such as {examples}; or {LOCAL!r}, the devices of "
+                         "this machine.")
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(f"Compiling for {name} on a machine without it needs libtpu: pip install 'mmjax[tpu]'.")
+    return Topology(name, _described(name, chip, sizes), chip, chip.memory, links(chip, sizes))
+
+
+def links(chip: Chip, sizes: Sequence[int]) -> float:
+    """Bytes a second through all links of a corner of the grid, where it has the fewest; of a ring all are alike."""
+    closed = [size % chip.around == 0 for size in sizes]
+    if chip.together:
+        closed = [all(closed)] * len(sizes)
+    return chip.link * sum(0 if size == 1 else 2 if ring else 1 for size, ring in zip(sizes, closed, strict=True))
+
+
+def _described(name: str, chip: Chip, sizes: Sequence[int]) -> tuple[Any, ...]:
+    """What libtpu says of a slice. It asks neither Google's servers nor a TPU of this machine."""
+    from jax.experimental import topologies
+
+    for variable, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost"),
+                            ("TPU_ACCELERATOR_TYPE", "v5litepod-1"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):
+        os.environ.setdefault(variable, value)
+    host = (*(min(size, 2) for size in sizes[:2]), 1)  # a host has 2 x 2 chips, or all of a smaller slice
+    options = {"chips_per_host_bounds": host} | dict(chip.options)
+    try:
+        return tuple(topologies.get_topology_desc(name, "tpu", **options).devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"topology = {name!r}: libtpu knows no such slice. {error}") from error
+
+
+def _local() -> Topology:
+    devices = tuple(jax.devices())
+    chip = next((chip for chip in CHIPS.values() if devices[0].device_kind in chip.kinds), None)
+    memory = chip and chip.memory
+    if memory is None and devices[0].platform == "cpu":
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(devices)
+    elif statistics := devices[0].memory_stats():
+        memory = statistics.get("bytes_limit", memory)
+    sizes = [len(set(place)) for place in zip(*(device.coords for device in devices), strict=True)] if chip else []
+    return Topology(LOCAL, devices, chip, memory, chip and links(chip, sizes))
