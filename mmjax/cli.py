@@ -21,8 +21,9 @@ def train(args: Sequence[str]) -> None:
     """Train as a config file says; every field of it can be overridden: --config FILE [--optim.init-lr 1e-5 ...].
 
     Where a file has several phases, a field is behind its phase's name: --finetune.optim.init-lr 1e-5.
+    Exit status 75: told to end (SIGTERM); its state is saved, and the same command goes on.
     """
-    from mmjax import run
+    from mmjax import compilation, run
 
     if args[:1] in (["--help"], ["-h"]):
         print("usage: train --config FILE [--FIELD VALUE ...]\n\n" + train.__doc__
@@ -31,6 +32,7 @@ def train(args: Sequence[str]) -> None:
     if "--config" not in args[:1] or len(args) < 2:
         raise ValueError("Name a config file first: train --config configs/tiny_minigpt4.py [--FIELD VALUE ...]")
     built = _overridden(args[1], args[2:], "train")
+    compilation.enable()
     if isinstance(built, RunConfig):
         run.train(built)
     else:
@@ -76,6 +78,7 @@ def generate(
     stop: tuple[str, ...] | None = None,
     prompt_template: str | None = None,
     dtype: str | None = None,
+    frozen_dtype: Literal["int8"] | None = None,
     seed: int = 0,
 ) -> None:
     """Print the model's answer to a prompt, with or without pictures and other senses.
@@ -93,15 +96,18 @@ def generate(
         stop: strings that end the answer (default: the end symbol the model was trained with)
         prompt_template: put around the prompt at its {} (default: the checkpoint's)
         dtype: float32 or bfloat16 (default: what suits the device)
+        frozen_dtype: int8 holds the large matrices in half the memory of bfloat16
         seed: of the draws
     """
     import numpy as np
 
+    from mmjax import compilation
     from mmjax.batch import Sample
     from mmjax.data.conversation import PICTURE
     from mmjax.loaded import load
 
-    model = load(checkpoint, dtype=dtype)
+    compilation.enable()
+    model = load(checkpoint, dtype=dtype, frozen_dtype=frozen_dtype)
     if image and model.config.image_tokens and "<ImageHere>" not in prompt:
         prompt = PICTURE * len(image) + " " + prompt
     sample = Sample(images=list(image), prompt=prompt, weights=weights or {}, media={

@@ -17,15 +17,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mmjax import checkpoint, evaluate, loaded, optim, sharding, steps, trees
-from mmjax.batch import Batch, Sample
+from mmjax import (
+    checkpoint,
+    compilation,
+    evaluate,
+    features,
+    files,
+    hosts,
+    journal,
+    loaded,
+    optim,
+    preemption,
+    resume,
+    sharding,
+    steps,
+    trees,
+)
+from mmjax.batch import Batch
 from mmjax.config import RunConfig
 from mmjax.convert import convert
-from mmjax.data import formats, images, pipeline, scenes
+from mmjax.data import formats, pipeline, scenes
+from mmjax.data.collate import Collator
+from mmjax.data.features import Features
 from mmjax.families import FAMILIES
 
 CONVERSIONS = {"minigpt4": convert.minigpt4, "imagebind_llm": convert.imagebind_llm,
@@ -51,13 +67,16 @@ class Run:
 def train(config: RunConfig) -> Run:
     """Trains as configured, or goes on with the run in `config.out` where it stopped.
 
-    Raises ValueError for a configuration that cannot work, before anything is written, and `TrainingStopped` when the
-    numbers say that going on is pointless.
+    Raises ValueError for a configuration that cannot work, before anything is written, or that the run in `config.out`
+    cannot go on with; `TrainingStopped` when the numbers say that going on is pointless; OSError when something cannot
+    be written. Told to end, it saves its state and raises `preemption.Preempted` or KeyboardInterrupt.
     """
     check(config)
+    hosts.join(config.hosts)
+    console.quiet = not hosts.first()
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    prepare(config)
+    hosts.once(lambda: prepare(config), "prepare the run", config.hosts.timeout)
     sources = pipeline.read(config.data)
 
     source = loaded.Checkpoint.open(config.weights.checkpoint)
@@ -67,9 +86,7 @@ def train(config: RunConfig) -> Run:
     if config.data.batch_size % sharding.ways(mesh, "batch"):
         raise ValueError(f"data.batch_size = {config.data.batch_size} cannot be cut into "
                          f"{sharding.ways(mesh, 'batch')} (mesh {dict(mesh.shape)}).")
-    size = source.config.image_size
-    crops = size is not None and source.config.crops
-    if config.data.random_crop and not crops:
+    if config.data.random_crop and not (source.config.image_size and source.config.crops):
         raise ValueError("Only models that keep the aspect ratio of pictures (ImageBind-LLM, LLaMA-Adapter v2) are "
                          "trained with pictures cropped at random: set data.random_crop = False.")
     rules = trained_rules(config, source.family)
@@ -77,52 +94,69 @@ def train(config: RunConfig) -> Run:
     module = family.Model(source.config, dtype, config.remat)
 
     earlier = config.weights.start_from and loaded.trained_params(Path(config.weights.start_from))
+    of_encoder = features.rule(source.family)
+    stored = config.data.features and features.load(config, source, rules, sources, earlier)
+    packs = config.data.pack_length is not None
+    collator = Collator(source.tokenizer, config.text, source.config, config.data.pack_pictures if packs else None,
+                        stored)
 
     def kind(path: str) -> Any:
-        return jnp.float32 if trees.matches(path, rules) else dtype
+        if trees.matches(path, rules):
+            return jnp.float32
+        return loaded.frozen_kind(path, dtype, config.weights.frozen_dtype)
 
-    checkpoints = contextlib.closing(checkpoint.Checkpoints(out / "checkpoints", config.keep))
-    with sharding.use(mesh), checkpoints as checkpoints:
-        params = loaded.read_params(source, module, mesh, kind, config.seed, earlier)
+    with (
+        files.alone(out) if hosts.first() else contextlib.nullcontext(),
+        sharding.use(mesh),
+        checkpoint.told_once(),
+        contextlib.closing(checkpoint.Checkpoints(out / "checkpoints", config.keep, config.keep_best)) as checkpoints,
+    ):
+        changed = "" if checkpoints.latest is None else resume.differences(config, out)
+        params = loaded.read_params(source, module, mesh, kind, config.seed, earlier,
+                                    only=lambda path: not (stored and of_encoder(path)))
         mask = trees.mask(params, rules)
         trained, frozen = trees.split(params, mask)
         optimizer = optim.optimizer(config.optim)
-        state, started = resume(steps.start(trained, optimizer, config.seed), checkpoints, mesh)
+        begun = checkpoint.Progress(records=tuple(map(len, sources)), frozen=resume.fingerprints(frozen))
+        state, progress = resume.restore(steps.start(trained, optimizer, config.seed), begun, checkpoints, mesh, out,
+                                         console)
+        started = int(state.step)
         if started > config.optim.steps:
             raise ValueError(f"{out} is at step {started}, beyond optim.epochs · optim.steps_per_epoch = "
                              f"{config.optim.steps}. Name another `out`, or raise them.")
         if started:
-            console.print(f"Going on at step {started} of {config.optim.steps}. {differences(config, out)}")
-        write_card(config, source, out)
+            console.print(f"Going on at step {started} of {config.optim.steps}. {changed}")
+        if hosts.first():
+            write_card(config, source, out, stored)
         announce(source, params, mask, mesh, config)
         del params, trained
 
-        tokenizer = source.tokenizer
-        step, place = steps.train_step(module, optimizer), sharding.batch_sharding(mesh)
-
-        def collate(samples: list[Sample]) -> Batch:
-            return loaded.collate(samples, tokenizer, config.text, source.config, multiple=config.data.length_multiple)
-
-        def picture(image: Any, random: np.random.Generator | None) -> Any:  # without a tower, collate refuses it
-            return image if size is None else images.load(image, size, crops, random)
+        step = steps.train_step(module, optimizer)
 
         def advance(state: steps.TrainState, batch: Batch) -> tuple[steps.TrainState, dict[str, Any]]:
-            return step(state, frozen, jax.device_put(batch, place))
+            return step(state, frozen, batch)
 
         def diagnose(loss: float, state: steps.TrainState) -> None:
             check_first_loss(loss, source.config.llama.vocab, {"trained": state.params, "frozen": frozen})
 
-        batches = pipeline.batches(sources, config.data, collate, picture, started, jax.process_index(),
-                                   jax.process_count())
-        before = int(steps.fingerprint(frozen))
-        state, loss = loop(config, started, advance, diagnose, state, batches, checkpoints)
-        checkpoints.save(int(state.step), state)
-        if int(steps.fingerprint(frozen)) != before:
-            raise TrainingStopped("Frozen parameters changed during training. That is a bug in mmjax; please report it "
-                                  f"with {out / loaded.RUN_CARD}.")
+        batches = pipeline.batches(sources, config.data, collator, started, progress.position,
+                                   sharding.own_rows(mesh, config.data.batch_size))
+        fed = ahead(itertools.islice(batches, config.optim.steps - started), mesh, config.data.batch_size)
+        with preemption.Notice(started) as notice:
+            state, loss = loop(config, started, progress, advance, diagnose, state, fed, checkpoints, notice)
+            checkpoints.wait()
+        after = resume.fingerprints(frozen)
+        if moved := [path for path in after if after[path] != begun.frozen[path]]:
+            raise TrainingStopped(f"Frozen parameters changed during training: {', '.join(moved)}. That is a bug in "
+                                  f"mmjax; please report it with {out / loaded.RUN_CARD}.")
         scores = None
-        if config.data.scenes and config.score:
-            scores = score(config, source, mesh, trees.merge(state.params, frozen))
+        if config.data.scenes and config.score and jax.process_count() > 1:
+            console.print("Scores are given by runs of one process: the same command on one host makes them now.")
+        elif config.data.scenes and config.score:
+            params = trees.merge(state.params, frozen)
+            if stored:
+                params |= loaded.read_params(source, module, mesh, kind, None, earlier, of_encoder)
+            scores = score(config, source, mesh, params)
     return Run(out, int(state.step), loss, scores)
 
 
@@ -151,6 +185,8 @@ def check(config: RunConfig) -> None:
              f"optim.accumulate = {o.accumulate}: with optim.average at most optim.steps_per_epoch = "
              f"{o.steps_per_epoch}, because a window ends with its epoch"),
             (d.length_multiple > 0, f"data.length_multiple = {d.length_multiple}: at least 1"),
+            (d.pack_length is None or d.pack_length > 1, f"data.pack_length = {d.pack_length}: at least 2"),
+            (d.pack_pictures > 0, f"data.pack_pictures = {d.pack_pictures}: at least 1"),
             (config.log_every > 0 and config.save_every > 0 and config.keep > 0,
              "log_every, save_every and keep: at least 1"),
             (0 <= config.drop_path < 1, f"drop_path = {config.drop_path}: at least 0, below 1"),
@@ -162,6 +198,8 @@ def check(config: RunConfig) -> None:
             (o.schedule in optim.SCHEDULES, f"optim.schedule = {o.schedule!r}: one of {', '.join(optim.SCHEDULES)}"),
             (config.weights.family in CONVERSIONS,
              f"weights.family = {config.weights.family!r}: one of {', '.join(CONVERSIONS)}"),
+            (config.weights.frozen_dtype in (None, "int8"),
+             f"weights.frozen_dtype = {config.weights.frozen_dtype!r}: int8, or None for the same as weights.dtype"),
             (config.weights.dtype in ("float32", "bfloat16"), f"weights.dtype = {config.weights.dtype!r}: "
                                                               "float32 or bfloat16"),
         ) if not holds
@@ -224,65 +262,86 @@ def architecture(source: loaded.Checkpoint, config: RunConfig) -> Any:
     return changed
 
 
-def resume(state: steps.TrainState, checkpoints: checkpoint.Checkpoints, mesh: Any) -> tuple[steps.TrainState, int]:
-    """The newest checkpoint's state and step; the given state and 0 if there is none."""
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-
-    def on_mesh(leaf: jax.Array) -> jax.Array:
-        return leaf if isinstance(leaf.sharding, jax.sharding.NamedSharding) else jax.device_put(leaf, everywhere)
-
-    state = jax.tree.map(on_mesh, state)
-    if checkpoints.latest is None:
-        return state, 0
-    state = checkpoints.restore(state)
-    return state, int(state.step)
-
-
 def loop(
     config: RunConfig,
     started: int,
+    progress: checkpoint.Progress,
     advance: Callable[[steps.TrainState, Batch], tuple[steps.TrainState, dict[str, Any]]],
     diagnose: Callable[[float, steps.TrainState], None],
     state: steps.TrainState,
-    batches: Iterator[pipeline.Step],
+    fed: Iterator[tuple[pipeline.Step, Batch]],
     checkpoints: checkpoint.Checkpoints,
+    notice: preemption.Notice,
 ) -> tuple[steps.TrainState, float | None]:
-    """The steps from `started` on: the state and the last loss. See `TrainingStopped`.
+    """The steps from `started` on, to the last one or to that behind which the run is told to end: the state and the
+    last loss. See `TrainingStopped`.
 
+    progress: how far the run is
     advance:  one training step
+    fed:      batches as they were read, and the same on the devices
     diagnose: looks at the first loss of a run
     """
     loss = None
     columns = (TextColumn(config.phase or "training"), BarColumn(), MofNCompleteColumn(),
                TextColumn("{task.fields[loss]}"), TimeElapsedColumn(), TimeRemainingColumn())
     out = Path(config.out)
-    with (Log(out / "metrics.jsonl", started, config) as log,
-          BadData(out / "data_errors.jsonl", started, config) as bad, Progress(*columns, console=console) as bar):
+    with (journal.Metrics(out / "metrics.jsonl", started, progress.position, config) as log,
+          journal.BadData(out / "data_errors.jsonl", progress.position, config) as bad,
+          Progress(*columns, console=console) as bar):
         task = bar.add_task("", total=config.optim.steps, completed=started, loss="")
-        for item in itertools.islice(batches, config.optim.steps - started):
-            samples = f"Its samples: {', '.join(item.names)}. {last_good(checkpoints)}"
+        asked = time.monotonic()
+        for item, batch in fed:
+            waited = time.monotonic() - asked
             if bad.add(item):
                 raise TrainingStopped(
                     f"{bad.count} of the first {bad.tried} records that were tried cannot be used, more than "
                     f"data.max_bad_share = {config.data.max_bad_share} allows. {out / 'data_errors.jsonl'} names them. "
                     f"Mend them, or raise data.max_bad_share. {last_good(checkpoints)}")
-            if not np.any(item.batch.loss_mask[:, 1:]):
+            if not hosts.totals(item.batch.loss_mask[:, 1:].any())[0]:
                 raise TrainingStopped(
                     f"Batch {item.number} has no token to learn: all its answers are empty or cut away "
-                    f"(text.max_txt_len = {config.text.max_txt_len}). {samples}")
-            state, metrics = advance(state, item.batch)
+                    f"(text.max_txt_len = {config.text.max_txt_len}). {samples(item)} "
+                    f"{last_good(checkpoints)}")
+            first = item.number == started
+            with compilation.told("the training step", console) if first else contextlib.nullcontext():
+                state, metrics = advance(state, batch)
             loss = float(metrics["loss"])
             if not bool(metrics["finite"]):
                 raise TrainingStopped(
                     f"The loss, a gradient or the update of batch {item.number} is not finite (loss {loss}, gradient "
-                    f"norm {float(metrics['grad_norm'])}). The update was not made. {samples}")
+                    f"norm {float(metrics['grad_norm'])}). The update was not made. {samples(item)} "
+                    f"{last_good(checkpoints)}")
             if item.number == 0 and config.check_first_loss:
                 diagnose(loss, state)
-            log.add(item, metrics, loss, state.params)
+            log.add(item, metrics, state.params, waited)
             bar.update(task, advance=1, loss=f"loss {loss:.3f}")
-            if (item.number + 1) % config.save_every == 0:
-                checkpoints.save(item.number + 1, state)
+            checkpoints.check()
+            done, progress = item.number + 1, progress.after(loss, item.end)
+            if due := done % config.save_every == 0 or done == config.optim.steps:
+                progress = progress.due()
+            if (told := notice.told(done)) or due:
+                log.sync()
+                bad.sync()
+                checkpoints.save(done, state, progress)
+            if told:
+                break
+            asked = time.monotonic()
     return state, loss
+
+
+def ahead(batches: Iterator[pipeline.Step], mesh: Any, rows: int) -> Iterator[tuple[pipeline.Step, Batch]]:
+    """Each batch beside the same on the devices, the next one already on its way there. rows: of all processes"""
+    last = None
+    for item in batches:
+        if last is not None:
+            yield last
+        last = item, sharding.put(item.batch, mesh, rows)
+    if last is not None:
+        yield last
+
+
+def samples(item: pipeline.Step) -> str:
+    return f"Its samples: {', '.join(item.names)}."
 
 
 def last_good(checkpoints: checkpoint.Checkpoints) -> str:
@@ -295,8 +354,9 @@ def check_first_loss(loss: float, vocab: int, parts: dict[str, Any]) -> None:
     """Raises TrainingStopped if the first loss is that of a model that holds every word for equally likely."""
     if abs(loss - math.log(vocab)) > 0.01 * math.log(vocab):
         return
-    dead = [f"{part}/{path}" for part, tree in parts.items() for path, leaf in _named(tree)
-            if path.startswith("llama/") and not path.endswith("lora_b") and float(jnp.abs(leaf).max()) == 0]
+    leaves = {f"{part}/{path}": leaf for part, tree in parts.items() for path, leaf in trees.flatten(tree).items()
+              if leaf is not None and path.startswith("llama/") and not path.endswith("lora_b")}
+    dead = [path for path, leaf in leaves.items() if not any(float(jnp.abs(a).max()) for a in jax.tree.leaves(leaf))]
     raise TrainingStopped(
         f"The first loss is {loss:.4f}, which is ln({vocab}) = {math.log(vocab):.4f}: the language model holds every "
         "word for equally likely. Its weights are missing or broken, or an unmerged delta was converted as if it were "
@@ -305,92 +365,8 @@ def check_first_loss(loss: float, vocab: int, parts: dict[str, Any]) -> None:
         "purpose set check_first_loss=False.")
 
 
-def _named(tree: Any) -> Iterator[tuple[str, Any]]:
-    yield from ((path, leaf) for path, leaf in trees.flatten(tree).items() if leaf is not None)
-
-
-def keep_lines(path: Path, field: str, below: int) -> int:
-    """Of a file of JSON lines keeps those whose field is below a number: what an interrupted run wrote beyond its last
-    checkpoint will be written again. Returns how many it kept."""
-    if not path.exists():
-        return 0
-    kept = [line for line in path.read_text().splitlines() if line and json.loads(line)[field] < below]
-    path.write_text("".join(line + "\n" for line in kept))
-    return len(kept)
-
-
-class BadData:
-    """`data_errors.jsonl`: one line each time that a record could not be used.
-
-    count: such times since the run began, before an interruption too
-    tried: records tried since then
-    """
-
-    def __init__(self, path: Path, started: int, config: RunConfig):
-        self._path, self._data = path, config.data
-        self.count, self.tried = keep_lines(path, "position", started * config.data.batch_size), 0
-
-    def __enter__(self) -> "BadData":
-        self._file = self._path.open("a", buffering=1)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._file.close()
-
-    def add(self, item: pipeline.Step) -> bool:
-        """Whether there are now more of them than the configuration allows."""
-        for record in item.bad:
-            self._file.write(json.dumps(dataclasses.asdict(record)) + "\n")
-        self.count += len(item.bad)
-        self.tried = (item.number + 1) * len(item.names) + self.count
-        return self._data.too_bad(self.count, self.tried)
-
-
-class Log:
-    """`metrics.jsonl`: one line each `log_every` steps, and the first and the last."""
-
-    def __init__(self, path: Path, started: int, config: RunConfig):
-        self._config, self._path = config, path
-        self._since, self._images, self._tokens = time.monotonic(), 0, 0
-        keep_lines(path, "step", started)
-
-    def __enter__(self) -> "Log":
-        self._file = self._path.open("a", buffering=1)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._file.close()
-
-    def add(self, item: pipeline.Step, metrics: dict[str, Any], loss: float, trained: Any) -> None:
-        self._images += len(item.names)
-        self._tokens += item.batch.tokens.size
-        last = item.number + 1 == self._config.optim.steps
-        if item.number % self._config.log_every and not last:
-            return
-        seconds = time.monotonic() - self._since
-        line = {
-            "step": item.number,
-            "loss": loss,
-            "lr": float(optim.learning_rate(self._config.optim, item.number)),
-            "grad_norm": float(metrics["grad_norm"]),
-            "targets": int(metrics["tokens"]),
-            "samples_per_second": round(self._images / seconds, 2),
-            "tokens_per_second": round(self._tokens / seconds, 1),
-        }
-        if gates := open_gates(trained):
-            line["gates"] = gates
-        self._file.write(json.dumps(line) + "\n")
-        self._since, self._images, self._tokens = time.monotonic(), 0, 0
-
-
-def open_gates(trained: Any) -> list[float]:
-    """How far each layer's gate is open, as the mean of |tanh|; nothing if no gate is trained."""
-    gates = [leaf for path, leaf in _named(trained) if re.fullmatch(r"llama/layers/(attn/)?gate", path)]
-    return [round(float(layer), 6) for gate in gates for layer in np.abs(np.tanh(np.asarray(gate))).mean(-1)]
-
-
-def write_card(config: RunConfig, source: loaded.Checkpoint, out: Path) -> None:
-    """`run.json`: what anyone needs to load, repeat or understand the run."""
+def write_card(config: RunConfig, source: loaded.Checkpoint, out: Path, stored: Features | None) -> None:
+    """`run.json`: what anyone needs to load, repeat or understand the run. stored: the features it reads, if any."""
     start = config.weights.start_from
     card = {
         "format": FORMAT,
@@ -400,31 +376,21 @@ def write_card(config: RunConfig, source: loaded.Checkpoint, out: Path) -> None:
         "trained": list(trained_rules(config, source.family)),
         "start_from": start and os.path.relpath(os.path.abspath(start), out.absolute()),
         "config": dataclasses.asdict(config),
+        "features": stored and dataclasses.asdict(stored.card),
         "versions": {name: importlib.metadata.version(name) for name in ("mmjax", "jax", "flax", "optax")}
         | {"python": platform.python_version()},
         "devices": [str(device) for device in jax.devices()],
     }
-    partial = out / (loaded.RUN_CARD + ".partial")
-    partial.write_text(json.dumps(card, indent=2) + "\n")
-    partial.rename(out / loaded.RUN_CARD)
-
-
-def differences(config: RunConfig, out: Path) -> str:
-    """In what the configuration differs from that of the run so far, in words."""
-    before = trees.flatten(loaded.read_card(out / loaded.RUN_CARD)["config"])
-    now = trees.flatten(json.loads(json.dumps(dataclasses.asdict(config))))
-    changed = [f"{path.replace('/', '.')} {before.get(path)!r} -> {now.get(path)!r}"
-               for path in sorted(before.keys() | now.keys()) if before.get(path) != now.get(path)]
-    return f"Changed since it began: {', '.join(changed)}." if changed else ""
+    files.replace(out / loaded.RUN_CARD, json.dumps(card, indent=2) + "\n")
 
 
 def announce(source, params, mask, mesh, config: RunConfig) -> None:
     """What is about to happen, in two lines."""
     sizes = {True: 0, False: 0}
-    for leaf, is_trained in zip(jax.tree.leaves(params), jax.tree.leaves(mask), strict=True):
+    for leaf, is_trained in zip(trees.flatten(params).values(), trees.flatten(mask).values(), strict=True):
         sizes[is_trained] += leaf.size
     console.print(f"[bold]{source.family}[/bold] from {source.folder}: {sizes[True]:,} parameters trained, "
-                  f"{sizes[False]:,} frozen ({config.weights.dtype})")
+                  f"{sizes[False]:,} frozen ({config.weights.frozen_dtype or config.weights.dtype})")
     console.print(f"mesh {dict(mesh.shape)} of {mesh.size} {mesh.devices.flat[0].platform} device(s); "
                   f"run folder {config.out}")
 
@@ -433,10 +399,15 @@ def score(config: RunConfig, source: loaded.Checkpoint, mesh: Any, params: Any) 
     """Scores a run on scenes it never saw, beside the same model before any training; see `evaluate.report_scenes`."""
     dtype = jnp.dtype(config.weights.dtype)
     module = FAMILIES[source.family].Model(source.config, dtype)
-    untrained = loaded.read_params(source, module, mesh, lambda _: dtype, config.seed)
+    rules = trained_rules(config, source.family)
+
+    def kind(path: str) -> Any:
+        return dtype if trees.matches(path, rules) else loaded.frozen_kind(path, dtype, config.weights.frozen_dtype)
+
+    untrained = loaded.read_params(source, module, mesh, kind, config.seed)
     model = source.loaded(module, params, mesh)
     sizes = {path: leaf.size for path, leaf in trees.flatten(params).items()}
-    trained = sum(size for path, size in sizes.items() if trees.matches(path, trained_rules(config, source.family)))
+    trained = sum(size for path, size in sizes.items() if trees.matches(path, rules))
     facts = {"trained parameters": f"{trained:,} of {sum(sizes.values()):,}", "steps": f"{config.optim.steps:,}"}
     return evaluate.report_scenes(model, dataclasses.replace(model, params=untrained), config.data.scenes,
                                   Path(config.out), loaded.lineage(Path(config.out)), facts)

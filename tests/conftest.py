@@ -6,4 +6,4 @@
 import os
 
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ["MMJAX_TAR_INDEX"] = "off"  # nothing is left in the user's cache folder
+os.environ["MMJAX_TAR_INDEX"] = os.environ["MMJAX_COMPILATION_CACHE"] = "off"  # the user's cache folder stays as it is

@@ -9,17 +9,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = (
-    {"trees", "batch", "pixels", "tokenizer"},
+    {"trees", "batch", "files", "preemption", "pixels", "tokenizer", "hlo", "topology", "compilation"},
+    {"int8"},
     {"models.layers"},
     {"models"},
     {"families"},
     {"config"},
-    {"sharding", "optim", "weights", "checkpoint"},
+    {"hosts", "sharding", "optim", "weights", "checkpoint"},
     {"data", "convert"},
-    {"steps", "generate", "report"},
-    {"loaded"},
-    {"evaluate"},
+    {"steps", "generate", "report", "journal"},
+    {"loaded", "flops"},
+    {"evaluate", "features", "resume"},
     {"run"},
+    {"plan"},
     {"cli"},
     {"train", "convert_weights"},  # the scripts
 )

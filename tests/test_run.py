@@ -26,16 +26,30 @@ def finished(tmp_path_factory):
     return run.train(small.run_config(folder))
 
 
-def test_stopped_and_resumed_is_the_same_run(finished, tmp_path, monkeypatch):
+def packed(config):
+    """The same run with several samples in a row."""
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, pack_length=192, pack_pictures=3))
+
+
+@pytest.fixture(scope="module")
+def finished_packed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished_packed") / "run"
+    return run.train(packed(small.run_config(folder)))
+
+
+@pytest.mark.parametrize("rows", ["apart", "packed"])
+def test_stopped_and_resumed_is_the_same_run(rows, request, tmp_path, monkeypatch):
     config = small.run_config(tmp_path / "run")
-    add = run.Log.add
+    finished = request.getfixturevalue("finished" if rows == "apart" else "finished_packed")
+    config = config if rows == "apart" else packed(config)
+    add = run.journal.Metrics.add
 
     def interrupted(self, item, *rest):
         add(self, item, *rest)
         if item.number == 2:  # one step beyond the checkpoint
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run.Log, "add", interrupted)
+    monkeypatch.setattr(run.journal.Metrics, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.train(config)
     monkeypatch.undo()
@@ -48,6 +62,22 @@ def test_stopped_and_resumed_is_the_same_run(finished, tmp_path, monkeypatch):
         np.testing.assert_array_equal(first[path], second[path])
     assert [line["loss"] for line in metrics(resumed.folder)] == [line["loss"] for line in metrics(finished.folder)]
     assert [line["step"] for line in metrics(resumed.folder)] == [0, 1, 2, 3]
+
+
+def test_packed_rows_hold_more_samples_and_less_padding(finished, finished_packed):
+    share, packed_share = (np.mean([line["real_token_share"] for line in metrics(done.folder)])
+                           for done in (finished, finished_packed))
+    assert packed_share > share
+    ends = [checkpoint.Checkpoints(done.folder / "checkpoints").progress().position
+            for done in (finished, finished_packed)]
+    assert ends[0] == 8 < ends[1]
+
+
+def test_a_finished_run_may_go_on_with_packed_rows(finished, tmp_path):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    config = packed(small.run_config(tmp_path / "run"))
+    longer = dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps_per_epoch=5))
+    assert run.train(longer).step == 5
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +99,7 @@ def mixture(half_broken, max_bad_share):
 
 def test_bad_pictures_are_replaced_and_named(half_broken, tmp_path, monkeypatch):
     config = small.run_config(tmp_path / "run", data=mixture(half_broken, 0.5))
-    add, seen = run.Log.add, []
+    add, seen = run.journal.Metrics.add, []
 
     def interrupted(self, item, *rest):
         add(self, item, *rest)
@@ -77,7 +107,7 @@ def test_bad_pictures_are_replaced_and_named(half_broken, tmp_path, monkeypatch)
         if len(seen) == 3:  # one step beyond the checkpoint
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run.Log, "add", interrupted)
+    monkeypatch.setattr(run.journal.Metrics, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.train(config)
     assert run.train(config).step == 4

@@ -151,9 +151,10 @@ def batches(
     start, position: number of the first batch, and where in the sequence it begins
     rows:            which of every batch this process makes; it opens no other's pictures. None: all
 
-    Raises ValueError if there are fewer records than rows in a batch, and whatever `collator` raises for every one of a source's first records, with one of the configuration's prompts: that
-    is tried before the first batch, with blank pictures. While iterating: ValueError when nothing usable is found for
-    a position, and whatever `collator.batch` raises.
+    Raises ValueError if there are fewer records than rows in a batch, and whatever `collator` raises for every one of a
+    source's first records, with one of the configuration's prompts: that is tried before the first batch, with blank
+    pictures. While iterating: ValueError when nothing usable is found for a position, and whatever `collator.batch`
+    raises.
     """
     import grain
 

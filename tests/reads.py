@@ -1,0 +1,36 @@
+"""How much one of two processes reads of frozen weights that are cut into eight; started by test_hosts.py.
+
+    python tests/reads.py WEIGHTS PORT PROCESS
+
+Prints the bytes read from disk.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import tensorstore as ts
+
+jax.config.update("jax_num_cpu_devices", 4)
+
+from mmjax import hosts, sharding, weights  # noqa: E402
+from mmjax.config import HostsConfig, MeshConfig  # noqa: E402
+from mmjax.families import minigpt4  # noqa: E402
+
+folder, port, process = sys.argv[1:]
+hosts.join(HostsConfig(f"localhost:{port}", 2, int(process), timeout=120))
+mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1))
+stored = weights.metadata(folder)
+places = sharding.shardings(stored, minigpt4.AXES, mesh)
+wanted = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[path]) for path, leaf in stored.items()}
+
+
+def read() -> int:
+    found = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return sum(metric["values"][0]["value"] for metric in found)
+
+
+before = read()
+leaves = jax.block_until_ready(weights.restore(folder, wanted))
+assert all(bool(jnp.all(leaf == 1)) for leaf in jax.tree.leaves(leaves))
+print("read", read() - before)
