@@ -11,12 +11,14 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
+from flax import linen as nn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -64,6 +66,51 @@ class Run:
     scores: list[list[Any]] | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a run is made of, before any weight is read.
+
+    source:  the checkpoint, with the run's architecture and text settings
+    records: of each of the data's sources
+    rules:   what is trained
+    earlier: parameters that the run starts from, in place of the checkpoint's
+    stored:  what the encoder makes of the pictures, where the run does not encode them itself
+    """
+
+    config: RunConfig
+    source: loaded.Checkpoint
+    records: list[Sequence[formats.Record]]
+    mesh: jax.sharding.Mesh
+    module: nn.Module
+    rules: tuple[str, ...]
+    earlier: Mapping[str, Any] | None
+    stored: Features | None
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
+
+    def params(self, only: Callable[[str], bool]) -> dict[str, Any]:
+        """Parameters on the mesh, those whose path `only` takes; the trained ones as float32."""
+        config = self.config
+
+        def kind(path: str) -> Any:
+            if trees.matches(path, self.rules):
+                return jnp.float32
+            return loaded.frozen_kind(path, jnp.dtype(config.weights.dtype), config.weights.frozen_dtype)
+
+        return loaded.read_params(self.source, self.module, self.mesh, kind, config.seed, self.earlier, only)
+
+    def batches(self, started: int, position: int) -> Iterator[tuple[pipeline.Step, Batch]]:
+        """The batches that are left from step `started` on, see `ahead`."""
+        config, data = self.config, self.config.data
+        most = None if data.pack_length is None else data.pack_pictures
+        collator = Collator(self.source.tokenizer, config.text, self.source.config, most, self.stored)
+        read = pipeline.batches(self.records, data, collator, started, position,
+                                sharding.own_rows(self.mesh, data.batch_size))
+        return ahead(itertools.islice(read, config.optim.steps - started), self.mesh, data.batch_size)
+
+
 def train(config: RunConfig) -> Run:
     """Trains as configured, or goes on with the run in `config.out` where it stopped.
 
@@ -77,11 +124,42 @@ def train(config: RunConfig) -> Run:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     hosts.once(lambda: prepare(config), "prepare the run", config.hosts.timeout)
-    sources = pipeline.read(config.data)
+    job = set_up(config)
+    with (
+        files.alone(out) if hosts.first() else contextlib.nullcontext(),
+        sharding.use(job.mesh),
+        checkpoint.told_once(),
+        contextlib.closing(checkpoint.Checkpoints(out / "checkpoints", config.keep, config.keep_best)) as checkpoints,
+    ):
+        optimizer = optim.optimizer(config.optim)
+        state, frozen, progress = begin(job, optimizer, checkpoints)
+        started, step = int(state.step), steps.train_step(job.module, optimizer)
 
+        def advance(state: steps.TrainState, batch: Batch) -> tuple[steps.TrainState, dict[str, Any]]:
+            return step(state, frozen, batch)
+
+        def diagnose(loss: float, state: steps.TrainState) -> None:
+            check_first_loss(loss, job.source.config.llama.vocab, {"trained": state.params, "frozen": frozen})
+
+        fed = job.batches(started, progress.position)
+        with preemption.Notice(started) as notice:
+            state, loss = loop(config, started, progress, advance, diagnose, state, fed, checkpoints, notice)
+            checkpoints.wait()
+        after = resume.fingerprints(frozen)
+        if moved := [path for path in after if after[path] != progress.frozen[path]]:
+            raise TrainingStopped(f"Frozen parameters changed during training: {', '.join(moved)}. That is a bug in "
+                                  f"mmjax; please report it with {out / loaded.RUN_CARD}.")
+        scores = None
+        if config.data.scenes and config.score:
+            scores = score(job, trees.merge(state.params, frozen))
+    return Run(out, int(state.step), loss, scores)
+
+
+def set_up(config: RunConfig) -> Job:
+    """Raises ValueError for what does not go together: the checkpoint, the devices, the data and what is trained."""
+    records = pipeline.read(config.data)
     source = loaded.Checkpoint.open(config.weights.checkpoint)
     source = dataclasses.replace(source.of(architecture(source, config)), text=config.text)
-    family = FAMILIES[source.family]
     mesh = sharding.make_mesh(config.mesh)
     if config.data.batch_size % sharding.ways(mesh, "batch"):
         raise ValueError(f"data.batch_size = {config.data.batch_size} cannot be cut into "
@@ -90,74 +168,37 @@ def train(config: RunConfig) -> Run:
         raise ValueError("Only models that keep the aspect ratio of pictures (ImageBind-LLM, LLaMA-Adapter v2) are "
                          "trained with pictures cropped at random: set data.random_crop = False.")
     rules = trained_rules(config, source.family)
-    dtype = jnp.dtype(config.weights.dtype)
-    module = family.Model(source.config, dtype, config.remat)
+    module = FAMILIES[source.family].Model(source.config, jnp.dtype(config.weights.dtype), config.remat)
+    earlier = loaded.trained_params(Path(config.weights.start_from)) if config.weights.start_from else None
+    stored = features.load(config, source, rules, records, earlier) if config.data.features else None
+    return Job(config, source, records, mesh, module, rules, earlier, stored)
 
-    earlier = config.weights.start_from and loaded.trained_params(Path(config.weights.start_from))
-    of_encoder = features.rule(source.family)
-    stored = config.data.features and features.load(config, source, rules, sources, earlier)
-    packs = config.data.pack_length is not None
-    collator = Collator(source.tokenizer, config.text, source.config, config.data.pack_pictures if packs else None,
-                        stored)
 
-    def kind(path: str) -> Any:
-        if trees.matches(path, rules):
-            return jnp.float32
-        return loaded.frozen_kind(path, dtype, config.weights.frozen_dtype)
+def begin(job: Job, optimizer: optax.GradientTransformation,
+          checkpoints: checkpoint.Checkpoints) -> tuple[steps.TrainState, Any, checkpoint.Progress]:
+    """The state to train from, the frozen parameters, and how far the run is; says so, and writes the run's card.
 
-    with (
-        files.alone(out) if hosts.first() else contextlib.nullcontext(),
-        sharding.use(mesh),
-        checkpoint.told_once(),
-        contextlib.closing(checkpoint.Checkpoints(out / "checkpoints", config.keep, config.keep_best)) as checkpoints,
-    ):
-        changed = "" if checkpoints.latest is None else resume.differences(config, out)
-        params = loaded.read_params(source, module, mesh, kind, config.seed, earlier,
-                                    only=lambda path: not (stored and of_encoder(path)))
-        mask = trees.mask(params, rules)
-        trained, frozen = trees.split(params, mask)
-        optimizer = optim.optimizer(config.optim)
-        begun = checkpoint.Progress(records=tuple(map(len, sources)), frozen=resume.fingerprints(frozen))
-        state, progress = resume.restore(steps.start(trained, optimizer, config.seed), begun, checkpoints, mesh, out,
-                                         console)
-        started = int(state.step)
-        if started > config.optim.steps:
-            raise ValueError(f"{out} is at step {started}, beyond optim.epochs · optim.steps_per_epoch = "
-                             f"{config.optim.steps}. Name another `out`, or raise them.")
-        if started:
-            console.print(f"Going on at step {started} of {config.optim.steps}. {changed}")
-        if hosts.first():
-            write_card(config, source, out, stored)
-        announce(source, params, mask, mesh, config)
-        del params, trained
-
-        step = steps.train_step(module, optimizer)
-
-        def advance(state: steps.TrainState, batch: Batch) -> tuple[steps.TrainState, dict[str, Any]]:
-            return step(state, frozen, batch)
-
-        def diagnose(loss: float, state: steps.TrainState) -> None:
-            check_first_loss(loss, source.config.llama.vocab, {"trained": state.params, "frozen": frozen})
-
-        batches = pipeline.batches(sources, config.data, collator, started, progress.position,
-                                   sharding.own_rows(mesh, config.data.batch_size))
-        fed = ahead(itertools.islice(batches, config.optim.steps - started), mesh, config.data.batch_size)
-        with preemption.Notice(started) as notice:
-            state, loss = loop(config, started, progress, advance, diagnose, state, fed, checkpoints, notice)
-            checkpoints.wait()
-        after = resume.fingerprints(frozen)
-        if moved := [path for path in after if after[path] != begun.frozen[path]]:
-            raise TrainingStopped(f"Frozen parameters changed during training: {', '.join(moved)}. That is a bug in "
-                                  f"mmjax; please report it with {out / loaded.RUN_CARD}.")
-        scores = None
-        if config.data.scenes and config.score and jax.process_count() > 1:
-            console.print("Scores are given by runs of one process: the same command on one host makes them now.")
-        elif config.data.scenes and config.score:
-            params = trees.merge(state.params, frozen)
-            if stored:
-                params |= loaded.read_params(source, module, mesh, kind, None, earlier, of_encoder)
-            scores = score(config, source, mesh, params)
-    return Run(out, int(state.step), loss, scores)
+    Raises ValueError for a run that was begun with something else, or is beyond its end.
+    """
+    config, out = job.config, job.out
+    changed = "" if checkpoints.latest is None else resume.differences(config, out)
+    of_encoder = features.rule(job.source.family)
+    params = job.params(lambda path: not (job.stored and of_encoder(path)))
+    mask = trees.mask(params, job.rules)
+    trained, frozen = trees.split(params, mask)
+    begun = checkpoint.Progress(records=tuple(map(len, job.records)), frozen=resume.fingerprints(frozen))
+    state, progress = resume.restore(steps.start(trained, optimizer, config.seed), begun, checkpoints, job.mesh, out,
+                                     console)
+    started = int(state.step)
+    if started > config.optim.steps:
+        raise ValueError(f"{out} is at step {started}, beyond optim.epochs · optim.steps_per_epoch = "
+                         f"{config.optim.steps}. Name another `out`, or raise them.")
+    if started:
+        console.print(f"Going on at step {started} of {config.optim.steps}. {changed}")
+    if hosts.first():
+        write_card(job)
+    announce(job, params, mask)
+    return state, frozen, progress
 
 
 def train_phases(phases: Mapping[str, RunConfig]) -> Run:
@@ -365,18 +406,18 @@ def check_first_loss(loss: float, vocab: int, parts: dict[str, Any]) -> None:
         "purpose set check_first_loss=False.")
 
 
-def write_card(config: RunConfig, source: loaded.Checkpoint, out: Path, stored: Features | None) -> None:
-    """`run.json`: what anyone needs to load, repeat or understand the run. stored: the features it reads, if any."""
-    start = config.weights.start_from
+def write_card(job: Job) -> None:
+    """`run.json`: what anyone needs to load, repeat or understand the run."""
+    config, source, out, start = job.config, job.source, job.out, job.config.weights.start_from
     card = {
         "format": FORMAT,
         "family": source.family,
         "checkpoint": os.path.relpath(source.folder.absolute(), out.absolute()),
         "architecture": dataclasses.asdict(source.config),
-        "trained": list(trained_rules(config, source.family)),
+        "trained": list(job.rules),
         "start_from": start and os.path.relpath(os.path.abspath(start), out.absolute()),
         "config": dataclasses.asdict(config),
-        "features": stored and dataclasses.asdict(stored.card),
+        "features": job.stored and dataclasses.asdict(job.stored.card),
         "versions": {name: importlib.metadata.version(name) for name in ("mmjax", "jax", "flax", "optax")}
         | {"python": platform.python_version()},
         "devices": [str(device) for device in jax.devices()],
@@ -384,30 +425,34 @@ def write_card(config: RunConfig, source: loaded.Checkpoint, out: Path, stored: 
     files.replace(out / loaded.RUN_CARD, json.dumps(card, indent=2) + "\n")
 
 
-def announce(source, params, mask, mesh, config: RunConfig) -> None:
+def announce(job: Job, params: Any, mask: Any) -> None:
     """What is about to happen, in two lines."""
+    config, mesh = job.config, job.mesh
     sizes = {True: 0, False: 0}
     for leaf, is_trained in zip(trees.flatten(params).values(), trees.flatten(mask).values(), strict=True):
         sizes[is_trained] += leaf.size
-    console.print(f"[bold]{source.family}[/bold] from {source.folder}: {sizes[True]:,} parameters trained, "
+    console.print(f"[bold]{job.source.family}[/bold] from {job.source.folder}: {sizes[True]:,} parameters trained, "
                   f"{sizes[False]:,} frozen ({config.weights.frozen_dtype or config.weights.dtype})")
     console.print(f"mesh {dict(mesh.shape)} of {mesh.size} {mesh.devices.flat[0].platform} device(s); "
                   f"run folder {config.out}")
 
 
-def score(config: RunConfig, source: loaded.Checkpoint, mesh: Any, params: Any) -> list[list[Any]]:
-    """Scores a run on scenes it never saw, beside the same model before any training; see `evaluate.report_scenes`."""
-    dtype = jnp.dtype(config.weights.dtype)
-    module = FAMILIES[source.family].Model(source.config, dtype)
-    rules = trained_rules(config, source.family)
+def score(job: Job, params: dict[str, Any]) -> list[list[Any]] | None:
+    """Scores a run on scenes it never saw, beside the same model before any training; see `evaluate.report_scenes`.
 
-    def kind(path: str) -> Any:
-        return dtype if trees.matches(path, rules) else loaded.frozen_kind(path, dtype, config.weights.frozen_dtype)
-
-    untrained = loaded.read_params(source, module, mesh, kind, config.seed)
-    model = source.loaded(module, params, mesh)
+    None on several hosts, which is said. Parameters that the run did not load are read now.
+    """
+    if jax.process_count() > 1:
+        console.print("Scores are given by runs of one process: the same command on one host makes them now.")
+        return None
+    config, source = job.config, job.source
+    if job.stored:
+        params |= job.params(features.rule(source.family))
+    module = FAMILIES[source.family].Model(source.config, jnp.dtype(config.weights.dtype))
+    untrained = dataclasses.replace(job, earlier=None).params(lambda path: True)
+    model = source.loaded(module, params, job.mesh)
     sizes = {path: leaf.size for path, leaf in trees.flatten(params).items()}
-    trained = sum(size for path, size in sizes.items() if trees.matches(path, rules))
+    trained = sum(size for path, size in sizes.items() if trees.matches(path, job.rules))
     facts = {"trained parameters": f"{trained:,} of {sum(sizes.values()):,}", "steps": f"{config.optim.steps:,}"}
     return evaluate.report_scenes(model, dataclasses.replace(model, params=untrained), config.data.scenes,
                                   Path(config.out), loaded.lineage(Path(config.out)), facts)
