@@ -75,9 +75,11 @@ def floor(files: list[Path], threads: int) -> float:
 
 
 def speed(feed: Callable[[], Iterator[pipeline.Step]], count: int) -> tuple[float, float]:
-    """Samples a second over about `count` of them, from the second batch on; and the share of real tokens."""
+    """Samples a second over about `count` of them, once nothing is left that was read ahead; and the share of real
+    tokens."""
     steps = feed()
-    next(steps)
+    for _ in range(10):
+        next(steps)
     start, seen, real, places = time.perf_counter(), 0, 0, 0
     while seen < count:
         step = next(steps)

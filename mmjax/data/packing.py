@@ -80,8 +80,8 @@ def packed(rows: Sequence[Sequence[Sample]], tokenizer: Tokenizer, settings: Tex
         for segment, sample in enumerate(samples):
             piece = next(following)
             here = row, slice(start, start + len(piece))
-            grid[here] = [place._replace(soft_index=place.soft_index + first_soft) if place.soft_index >= 0 else place
-                          for place in piece]
+            grid[here] = piece
+            grid[(*here, text.SOFT)] += np.where(piece[:, text.SOFT] >= 0, first_soft, 0)
             positions[here], segments[here] = np.arange(len(piece)), segment
             start += len(piece)
             first_soft += len(sample.images) * image_tokens

@@ -7,6 +7,7 @@ where the originals drop what does not fit together, this raises.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -29,6 +30,9 @@ class Place(NamedTuple):
     soft_index: int = -1
     valid: bool = True
     loss_mask: bool = False
+
+
+SOFT = Place._fields.index("soft_index")
 
 
 def rows(samples: Sequence[Sample], tokenizer: Tokenizer, text: TextConfig, image_tokens: int,
@@ -57,15 +61,17 @@ def rows(samples: Sequence[Sample], tokenizer: Tokenizer, text: TextConfig, imag
 
 
 def row_places(samples: Sequence[Sample], tokenizer: Tokenizer, text: TextConfig,
-               image_tokens: int) -> tuple[list[list[Place]], int]:
-    """The places of each row, BOS first, without padding; and the length to which the original pads these rows.
+               image_tokens: int) -> tuple[list[np.ndarray], int]:
+    """The places of each row, int32[n, fields of Place], BOS first, without padding; and the length to which the
+    original pads these rows.
 
     Raises ValueError as `rows` does.
     """
     _check(samples, text, image_tokens)
+    words = [_Words.of(sample) for sample in samples]
     if text.joint:
-        return _joint_rows(samples, tokenizer, text)
-    return _separate_rows(samples, tokenizer, text, image_tokens)
+        return _joint_rows(words, tokenizer, text)
+    return _separate_rows(words, tokenizer, text, image_tokens)
 
 
 def empty_grid(count: int, length: int, tokenizer: Tokenizer) -> np.ndarray:
@@ -83,24 +89,62 @@ def batch(grid: np.ndarray, positions: np.ndarray, padded_length: int, segments:
         positions=positions, padded_length=np.full(len(grid), padded_length, np.int32), segments=segments)
 
 
-def _separate_rows(samples: Sequence[Sample], tokenizer: Tokenizer, text: TextConfig,
-                   image_tokens: int) -> tuple[list[list[Place]], int]:
+@dataclasses.dataclass(frozen=True)
+class _Words:
+    """What of a sample decides its places. A run asks twice, when a batch is planned and when it is made."""
+
+    prompt: str
+    input: str
+    answer: str | None
+    turns: tuple[tuple[str, str], ...]
+    pictures: int
+
+    @staticmethod
+    def of(sample: Sample) -> "_Words":
+        return _Words(sample.prompt, sample.input, sample.answer, tuple(map(tuple, sample.turns)), len(sample.images))
+
+    @property
+    def sample(self) -> Sample:
+        """The sample, without its pictures."""
+        return Sample([None] * self.pictures, {}, {}, self.prompt, self.input, self.answer, list(self.turns))
+
+
+@functools.lru_cache(maxsize=4096)
+def _separate(words: _Words, tokenizer: Tokenizer, text: TextConfig,
+              image_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    return (_array(prompt_places(words.sample, tokenizer, text, image_tokens)),
+            _array(answer_places(words.sample, tokenizer, text)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _joint(words: _Words, tokenizer: Tokenizer, text: TextConfig) -> np.ndarray:
+    return _array(joint_places(words.sample, tokenizer, text))
+
+
+def _array(places: list[Place]) -> np.ndarray:
+    """int32[n, fields of Place], which is only read."""
+    array = np.array(places, np.int32).reshape(-1, len(Place._fields))
+    array.flags.writeable = False
+    return array
+
+
+def _separate_rows(samples: Sequence[_Words], tokenizer: Tokenizer, text: TextConfig,
+                   image_tokens: int) -> tuple[list[np.ndarray], int]:
     """The rows' places, BOS first, and how long the original pads them; prompt and answer each tokenised alone."""
-    prompts = [prompt_places(sample, tokenizer, text, image_tokens) for sample in samples]
-    answers = [answer_places(sample, tokenizer, text) for sample in samples]
+    prompts, answers = zip(*(_separate(words, tokenizer, text, image_tokens) for words in samples), strict=True)
     made = []
     for sample, prompt, answer in zip(samples, prompts, answers, strict=True):
         # The original gives BOS the mask entry of the padded prompts' first place, so the BOS of an empty prompt is
         # hidden as soon as another row has a prompt. If none has one, there is no such place (the original fails) and
         # BOS is seen. A prompt to be continued keeps its BOS: get_context_emb masks nothing.
-        seen = bool(prompt) or not _learns(sample) or not any(prompts)
-        made.append([Place(tokenizer.bos, valid=seen), *prompt, *answer])
+        seen = len(prompt) > 0 or not _learns(sample) or not any(map(len, prompts))
+        made.append(np.concatenate([_array([Place(tokenizer.bos, valid=seen)]), prompt, answer]))
     return made, 1 + max(map(len, prompts)) + max(map(len, answers))
 
 
-def _joint_rows(samples: Sequence[Sample], tokenizer: Tokenizer, text: TextConfig) -> tuple[list[list[Place]], int]:
+def _joint_rows(samples: Sequence[_Words], tokenizer: Tokenizer, text: TextConfig) -> tuple[list[np.ndarray], int]:
     """The same with prompt and answer as one text; the original pads what is learnt from to max_txt_len."""
-    made = [joint_places(sample, tokenizer, text) for sample in samples]
+    made = [_joint(words, tokenizer, text) for words in samples]
     learning = text.max_txt_len if any(map(_learns, samples)) else 0
     return made, max(learning, *map(len, made))
 
@@ -206,7 +250,7 @@ def _questions(sample: Sample) -> list[str]:
     return [question for question, _ in sample.turns] or [sample.prompt]
 
 
-def _learns(sample: Sample) -> bool:
+def _learns(sample: Sample | _Words) -> bool:
     return bool(sample.turns) or sample.answer is not None
 
 
