@@ -217,7 +217,7 @@ def check(config: RunConfig) -> None:
             (config.out, "out: the run needs a folder"),
             (config.weights.checkpoint, "weights.checkpoint: name the converted checkpoint to start from"),
             (d.path or d.mixture, "data.path: name the folder with the pictures and captions"),
-            (not (d.path and d.mixture), "data.path and data.mixture: name one of them"),
+            (not ((d.path or d.root) and d.mixture), "data.path and data.root, or data.mixture: name one of them"),
             (not (d.scenes and d.mixture), "data.scenes: drawn into data.path, not into a mixture"),
             (d.batch_size > 0, f"data.batch_size = {d.batch_size}: at least 1"),
             (o.steps > 0, f"optim.epochs · optim.steps_per_epoch = {o.steps}: at least 1"),

@@ -107,3 +107,24 @@ def test_each_process_reads_its_part_of_the_frozen_weights(tmp_path):
         assert process.returncode == 0, printed
         found = int(next(line for line in printed.splitlines() if line.startswith("read ")).split()[1])
         assert 0.49 * whole < found < 0.55 * whole
+
+
+WAITING = """
+import sys, time
+from mmjax import hosts
+from mmjax.config import HostsConfig
+hosts.join(HostsConfig(sys.argv[1], 2, int(sys.argv[2]), timeout=120))
+if hosts.first():
+    hosts.wait("save the last state", 2)
+time.sleep(6)
+"""
+
+
+def test_who_waits_in_vain_says_for_what():
+    address = f"localhost:{free_port()}"
+    first, second = [subprocess.Popen([sys.executable, "-c", WAITING, address, n], cwd=ROOT, stderr=subprocess.PIPE,
+                                      text=True) for n in "01"]
+    errors = first.communicate(timeout=120)[1]
+    second.communicate(timeout=120)
+    assert first.returncode != 0
+    assert "Process 0 of 2 waited 2 s for the others (save the last state)" in errors

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -238,11 +239,35 @@ def test_what_xla_cannot_compile():
 
 # ---- TPUs ----
 
+# The plan in a config's docstring: the command, and what it found.
+TOLD = re.compile(r"mmjax (plan --config (configs/\w+\.py) .*)\n +([\d.]+) of ([\d.]+) GiB a device")
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if not path.name.startswith("tiny_"))
 PLANS = [  # config, options, topology, fits
     ("minigpt4_stage2.py", ("--data.batch-size", "4"), "v5e:1x1", True),
     ("minigpt4_stage2.py", ("--data.batch-size", "64"), "v5e:1x1", False),
     ("minigpt4_stage2.py", ("--data.batch-size", "16", "--mesh.fsdp", "16"), "v5e:4x4", True),
 ]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_pod_config_says_what_it_needs(path):
+    (found,) = TOLD.findall(path.read_text())
+    assert found[1] == f"configs/{path.name}" and float(found[2]) < float(found[3])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra `tpu`)")
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_what_a_config_says_is_true(path, tmp_path):
+    ((command, _, needed, limit),) = TOLD.findall(path.read_text())
+    out = tmp_path / "plan.json"
+    code = "from mmjax.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *command.split(), "--json", out], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    memory = json.loads(out.read_text())["memory"]
+    assert memory["limit"] / 2**30 == pytest.approx(float(limit), abs=0.005)
+    assert memory["total"] / 2**30 == pytest.approx(float(needed), rel=0.02)
 
 
 @pytest.mark.slow

@@ -31,7 +31,8 @@ def test_killed_in_a_save_then_told_to_end_then_without_room(bench):
     campaign.fault(out, "killed behind a seal", 1)
     assert harness.whole(out) == [3]
     campaign.fault(out, "SIGTERM storm", 1)
-    assert harness.whole(out) == [3, 5]
+    kept, last = harness.whole(out)
+    assert kept == 3 and last in (5, 6)  # the signals come from outside: behind this step, or behind the next
     campaign.fault(out, "full disk", 0)
     campaign.finish(out)
     check(campaign.counts)
