@@ -221,7 +221,7 @@ def test_first_loss_of_a_dead_language_model():
     ({"drop_path": 2.0}, "drop_path = 2.0"),
     ({"data": DataConfig(path="nowhere", length_multiple=0)}, r"data\.length_multiple = 0"),
     ({"data": DataConfig(path="nowhere", max_bad_share=1.0)}, r"data\.max_bad_share = 1\.0: at least 0, below 1"),
-    ({"data": DataConfig(path="nowhere", mixture=(Source("jsonl", "x"),))}, r"data\.path and data\.root, or data\.mixture: name one"),
+    ({"data": DataConfig(path="nowhere", mixture=(Source("jsonl", "x"),))}, r"root, or data\.mixture: name one"),
     ({"data": DataConfig(mixture=(Source("jsonl", "x", 0.0), Source("odd", "")))},
      r"(?s)data\.format = 'odd'.*format 'odd' has no path.*ratio = 0\.0 of x: above 0"),
     ({"data": DataConfig(path="nowhere", batch_size=2)}, "nowhere is not in the CC-SBU-align layout"),
