@@ -7,6 +7,11 @@ GPUs, 1e-4 to 8e-5. The data are webdataset shards as img2dataset writes them, L
 headers are read when the first run starts, some 16,000 pictures a second: minutes for CC and SBU, two hours for all of
 LAION. Where the pictures are is then kept in ~/.cache/mmjax/tars (the environment variable MMJAX_TAR_INDEX names
 another folder), and later runs start within minutes.
+
+What it needs (compiled with libtpu 0.0.42):
+
+    mmjax plan --config configs/minigpt4_stage1.py --topology v5e:4x4 --mesh.fsdp 16
+        2.36 of 15.75 GiB a device; a step takes 329 ms at least (arithmetic)
 """
 
 from mmjax.config import DataConfig, OptimConfig, RunConfig, Source, TextConfig, WeightsConfig
