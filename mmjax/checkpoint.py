@@ -98,7 +98,7 @@ def seal(folder: Path, progress: Progress) -> None:
     for path in [*found, *(path for path in folder.rglob("*") if path.is_dir())]:
         files.sync(path)
     content = {"progress": dataclasses.asdict(progress),
-               "files": {path.relative_to(folder).as_posix(): _sha256(path) for path in found}}
+               "files": {path.relative_to(folder).as_posix(): files.sha256(path) for path in found}}
     files.replace(folder / SEAL, json.dumps({"sha256": _sha256_of(content)} | content, indent=1) + "\n")
 
 
@@ -108,7 +108,7 @@ def verify(folder: Path) -> Progress:
     content = _read_seal(folder)
     wrong = [f"{name} {'has changed' if (folder / name).is_file() else 'is missing'}"
              for name, expected in content["files"].items()
-             if not (folder / name).is_file() or _sha256(folder / name) != expected]
+             if not (folder / name).is_file() or files.sha256(folder / name) != expected]
     if wrong:
         raise Damaged(f"{folder} is damaged: {', '.join(wrong)}.")
     return _progress(content)
@@ -130,11 +130,6 @@ def _read_seal(folder: Path) -> dict[str, Any]:
 def _progress(content: dict[str, Any]) -> Progress:
     told = content["progress"]
     return Progress(**(told | {"records": tuple(told["records"])}))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sha256_of(content: Any) -> str:

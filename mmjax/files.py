@@ -2,17 +2,19 @@
 
 import contextlib
 import fcntl
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
-def replace(path: Path, content: str) -> None:
-    """Writes a text file that nobody ever sees half-written. Raises OSError naming it; then the old one is there."""
+def replace(path: Path, content: str | Iterable[str]) -> None:
+    """Writes a text file, whole or line by line, that nobody ever sees half-written. Raises OSError naming it; then the
+    old one is there."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            file.write(content)
+            file.writelines([content] if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -31,8 +33,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sha256(path: str | Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, doing: str = "at work") -> Iterator[None]:
     """Nobody else is in a folder meanwhile. Raises BlockingIOError if somebody is, which the end of their process, of
     whatever kind, changes. A file system that cannot lock folders lets everybody in."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -40,7 +48,7 @@ def alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise BlockingIOError(f"Another process is at work in {folder}. Wait until it has ended, or name another "
+            raise BlockingIOError(f"Another process is {doing} in {folder}. Wait until it has ended, or name another "
                                   "folder.") from error
         except OSError:
             pass

@@ -5,13 +5,14 @@ shard, and is written when the shard lies there whole; a shard that is made agai
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from mmjax import files
 
 FILE = "prepare.jsonl"
 PARTIAL = ".partial"  # ends the name of what is being written
@@ -111,21 +112,11 @@ def read(folder: str | Path) -> Manifest | None:
 def write(folder: str | Path, manifest: Manifest) -> None:
     """Puts a manifest in the place of the folder's, if it has one."""
     lines = [manifest.making, *manifest.shards.values()]
-    replace(Path(folder) / FILE, (line_of(line) for line in lines))
+    files.replace(Path(folder) / FILE, (line_of(line) for line in lines))
 
 
 def line_of(line: Making | Shard | dict[str, Any]) -> str:
     return json.dumps(line if isinstance(line, dict) else dataclasses.asdict(line)) + "\n"
-
-
-def replace(path: Path, lines: Iterable[str]) -> None:
-    """Writes a file that is there as it was, or whole, whenever this is stopped."""
-    beside = path.with_name(path.name + PARTIAL)
-    with open(beside, "w", encoding="utf-8") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def append(path: Path, lines: Iterable[str]) -> None:
@@ -136,11 +127,6 @@ def append(path: Path, lines: Iterable[str]) -> None:
         os.fsync(file.fileno())
 
 
-def sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def trouble(folder: str | Path, shard: Shard, checksum: bool = False) -> str | None:
     """What is wrong with a shard's file: that it is not there, or has another size, or, if wanted, checksum."""
     path = Path(folder) / shard.file
@@ -148,7 +134,7 @@ def trouble(folder: str | Path, shard: Shard, checksum: bool = False) -> str | N
         return f"{shard.file} is not there"
     if (size := path.stat().st_size) != shard.size:
         return f"{shard.file} has {size} bytes, but was written with {shard.size}"
-    if checksum and (found := sha256(path)) != shard.sha256:
+    if checksum and (found := files.sha256(path)) != shard.sha256:
         return f"{shard.file} has the SHA-256 {found}, but was written with {shard.sha256}"
     return None
 

@@ -7,9 +7,7 @@ it is stopped: what has a line is kept, all else is made anew. The source is rea
 
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
-import fcntl
 import io
 import json
 import os
@@ -24,6 +22,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mmjax import files
 from mmjax.data import images, manifest
 from mmjax.data.formats import FORMATS, Record
 from mmjax.data.formats.tfds import example, features
@@ -75,7 +74,7 @@ def prepare(
     making = Making(format, local, root and os.path.abspath(root), name, shard_size, decode, len(records))
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with files.alone(folder, "preparing data"):
         shards = dict(_begin(folder, making, records).shards)
         missing = [number for number in range(making.shards) if number not in shards]
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -122,21 +121,6 @@ def _check_arguments(format: str, name: str, shard_size: int) -> None:
         raise ValueError("Nothing can be prepared like this:\n  " + "\n  ".join(problems))
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Raises OSError if another process is preparing data in this folder."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OSError(f"Another process is preparing data in {folder}: wait for it, or name another folder."
-                          ) from error
-        yield
-    finally:
-        os.close(handle)
-
-
 def _begin(folder: Path, making: Making, records: Sequence[Record]) -> Manifest:
     """What a folder has already, without what was not finished. Raises ValueError if it is of another making."""
     made = manifest.read(folder)
@@ -156,7 +140,7 @@ def _begin(folder: Path, making: Making, records: Sequence[Record]) -> Manifest:
         shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
     kept = {number: shard for number, shard in made.shards.items() if manifest.trouble(folder, shard) is None}
     if (folder / ERRORS).is_file():
-        manifest.replace(folder / ERRORS, _lines_of(folder / ERRORS, kept))
+        files.replace(folder / ERRORS, _lines_of(folder / ERRORS, kept))
     made = Manifest(making, kept)
     manifest.write(folder, made)
     return made
@@ -261,9 +245,8 @@ def _write(folder: Path, making: Making, number: int, looks: Iterable[_Look], ad
                 advance()
         finally:
             writer.close()
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        shard = Shard(number, path.name, count, len(errors), beside.stat().st_size, manifest.sha256(beside),
+        files.sync(beside)
+        shard = Shard(number, path.name, count, len(errors), beside.stat().st_size, files.sha256(beside),
                       first or "", last)
         if errors:
             manifest.append(folder / ERRORS, map(manifest.line_of, errors))
