@@ -1,0 +1,59 @@
+"""`mmjax plan`: what a run needs of devices."""
+
+import argparse
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmjax.cli.train import overridden
+from mmjax.config import RunConfig
+
+
+def plan(args: Sequence[str]) -> None:
+    """Say what a run needs of devices that nobody has rented yet, and whether it fits; exit status 1 if it does not.
+
+    plan --config FILE --topology NAME [--preset NAME] [--length TOKENS] [--json FILE] [--FIELD VALUE ...]
+
+    --topology  a TPU slice, chip:grid, such as v5e:4x4 or v5p:2x2x2; or local, the devices of this machine
+    --preset    an architecture of the config's family (minigpt4-13b) in place of the checkpoint's, which need not exist
+    --length    tokens of a row; otherwise the longest that the text settings allow
+    --json      a file for everything that was found
+    Every field of the config can be overridden, as in `train`.
+    """
+    import json
+
+    import jax
+    from rich.console import Console
+
+    if args[:1] in ([], ["--help"], ["-h"]):
+        print(inspect.cleandoc(plan.__doc__))
+        return
+    parser = argparse.ArgumentParser(prog="plan", add_help=False, allow_abbrev=False)
+    for name in ("--config", "--topology"):
+        parser.add_argument(name, required=True)
+    for name, kind in (("--preset", str), ("--length", int), ("--json", Path)):
+        parser.add_argument(name, type=kind)
+    options, rest = parser.parse_known_args(args)
+    if options.length is not None and options.length < 2:
+        raise ValueError(f"--length {options.length}: a number of tokens, at least 2")
+    built = overridden(options.config, rest, "plan")
+    if options.topology != "local":
+        jax.config.update("jax_enable_compilation_cache", False)  # a program for devices elsewhere is never read back
+        if not jax.config.jax_platforms:
+            jax.config.update("jax_platforms", "cpu")  # else JAX looks for a TPU because libtpu is there
+
+    from mmjax import plan as planning
+
+    console, made = Console(), {}
+    for name, config in ({"": built} if isinstance(built, RunConfig) else built).items():
+        if name:
+            console.rule(name)
+        with Console(stderr=True).status(f"Compiling for {options.topology}"):
+            made[name] = planning.plan(config, options.topology, options.preset, options.length)
+        planning.show(made[name], console)
+    if options.json:
+        told = {name: one.to_json() for name, one in made.items()}
+        options.json.write_text(json.dumps(told.get("", told), indent=2) + "\n")
+    if not all(one.memory.fits for one in made.values()):
+        sys.exit(1)

@@ -1,0 +1,42 @@
+"""`mmjax train`, and a config file with the fields that the command line changes."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import tyro
+
+from mmjax.config import RunConfig
+from mmjax.config import load as load_config
+
+
+def train(args: Sequence[str]) -> None:
+    """Train as a config file says; every field of it can be overridden: --config FILE [--optim.init-lr 1e-5 ...].
+
+    Where a file has several phases, a field is behind its phase's name: --finetune.optim.init-lr 1e-5.
+    Exit status 75: told to end (SIGTERM); its state is saved, and the same command goes on.
+    """
+    from mmjax import compilation, run
+
+    if args[:1] in (["--help"], ["-h"]):
+        print("usage: train --config FILE [--FIELD VALUE ...]\n\n" + train.__doc__
+              + "\n`--config FILE --help` lists the fields with the file's values; the shipped files are in configs/.")
+        return
+    if "--config" not in args[:1] or len(args) < 2:
+        raise ValueError("Name a config file first: train --config configs/tiny_minigpt4.py [--FIELD VALUE ...]")
+    built = overridden(args[1], args[2:], "train")
+    compilation.enable()
+    if isinstance(built, RunConfig):
+        run.train(built)
+    else:
+        run.train_phases(built)
+
+
+def overridden(path: str, args: Sequence[str], command: str) -> RunConfig | dict[str, RunConfig]:
+    """What a config file says, with the fields that the command line changes."""
+    built, options = load_config(path), {"args": args, "prog": f"{command} --config {path}",
+                                         "config": (tyro.conf.AvoidSubcommands,)}
+    if isinstance(built, RunConfig):
+        return tyro.cli(RunConfig, default=built, **options)
+    # each phase's fields are behind its name: --pretrain.optim.init-lr
+    phases = dataclasses.make_dataclass("Phases", [(name, RunConfig) for name in built])
+    return vars(tyro.cli(phases, default=phases(**built), **options))
