@@ -1,7 +1,5 @@
 """Things in pictures and where they are: RefCOCO, RefCOCO+ and RefCOCOg in MiniGPT-v2's words.
 
-A box is written `{<x1><y1><x2><y2>}`, whole hundredths of the picture's sides, cut down.
-
 The original draws a sentence and an instruction anew in every pass. Here every sentence is a record, and record n has
 instruction n modulo their number.
 """
@@ -14,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmjax.boxes import box_text
 from mmjax.data.formats.coco import by_id
 from mmjax.data.formats.record import Record, clean_caption
 from mmjax.data.formats.rows import (
@@ -24,12 +23,10 @@ from mmjax.data.formats.rows import (
     picture,
     picture_root,
     read_json,
-    shown,
     the_file,
     words,
 )
 
-GRID = 100
 SPLIT = "train2014"
 REFER = (  # coco_dataset.py: ReferCOCODataset
     "[refer] {}",
@@ -69,26 +66,11 @@ def invrefcoco(path: str, root: str | None = None) -> Sequence[Record]:
     return _references(path, root, inverse=True)
 
 
-def box_text(box: Sequence[float], width: float, height: float) -> str:
-    """A box (left, top, width, height) in pixels as MiniGPT-v2 writes it; raises ValueError if it is not inside."""
-    try:
-        left, top, wide, high = map(float, box)
-        ends = left / width, top / height, (left + wide) / width, (top + high) / height
-        x1, y1, x2, y2 = (int(end * GRID) for end in ends)
-    except (TypeError, ValueError, ArithmeticError) as error:  # not four numbers, or NaN, infinite, a side of 0
-        raise ValueError(f"{shown(box)} is no box in a picture of {shown(width)} x "
-                         f"{shown(height)}: {error}") from error
-    if not (0 <= x1 <= x2 <= GRID and 0 <= y1 <= y2 <= GRID and min(wide, high, width, height, left + 1, top + 1) > 0):
-        raise ValueError(f"the box {shown(box)} is not inside its picture of {width} x {height}")
-    return f"{{<{x1}><{y1}><{x2}><{y2}>}}"
+def instances(file: Path) -> tuple[dict[int, Any], dict[int, Any]]:
+    """(pictures, boxes) by their ids, from `instances.json` beside a file of references.
 
-
-def _references(path: str, root: str | None, inverse: bool) -> Sequence[Record]:
-    file = the_file(path, "refs(*).p", "RefCOCO's refs(SPLITTER).p")
-    if file.suffix == ".json":
-        rows = read_json(file, list, expected='a list of {"img_id", "sents", "bbox", "height", "width"}')
-        return Rows(file, picture_root(file, root), rows, functools.partial(_evaluation, inverse))
-    root = str(file.absolute().parent.parent) if root is None else root
+    Raises FileNotFoundError or ValueError if it cannot be used.
+    """
     beside = file.with_name("instances.json")
     if not beside.is_file():
         raise FileNotFoundError(f"{file} has references; their boxes are expected in {beside.name} beside it, which is "
@@ -98,8 +80,18 @@ def _references(path: str, root: str | None, inverse: bool) -> Sequence[Record]:
     if not all(isinstance(part, list) for part in parts):
         raise ValueError(f'{beside} must hold {{"images": [...], "annotations": [...]}}.')
     images, boxes = map(by_id, parts)
+    return images, boxes
+
+
+def _references(path: str, root: str | None, inverse: bool) -> Sequence[Record]:
+    file = the_file(path, "refs(*).p", "RefCOCO's refs(SPLITTER).p")
+    if file.suffix == ".json":
+        rows = read_json(file, list, expected='a list of {"img_id", "sents", "bbox", "height", "width"}')
+        return Rows(file, picture_root(file, root), rows, functools.partial(_evaluation, inverse))
+    root = str(file.absolute().parent.parent) if root is None else root
+    images, boxes = instances(file)
     rows = []  # a reference that is not as expected stays one row, so that it is named
-    for ref in _plain_pickle(file):
+    for ref in plain_pickle(file):
         if isinstance(ref, dict) and isinstance(ref.get("sentences"), list) and ref["sentences"]:
             if ref.get("split") == "train":
                 rows += [(ref, sentence) for sentence in ref["sentences"]]
@@ -146,7 +138,7 @@ class _Plain(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
-def _plain_pickle(file: Path) -> list[Any]:
+def plain_pickle(file: Path) -> list[Any]:
     """The list in a pickle of plain values. Raises ValueError for any other, before anything of it is made.
 
     Pickles can run programs and ask for any amount of memory; RefCOCO's are lists of dictionaries of text and numbers.

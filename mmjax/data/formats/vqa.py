@@ -7,6 +7,7 @@ their number, and the answer that most people gave (VQAv2's `multiple_choice_ans
 import collections
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mmjax.data.formats.record import Record, clean_caption
@@ -43,18 +44,7 @@ def vqa(path: str, root: str | None = None) -> Sequence[Record]:
     root = picture_root(file, root)
     if isinstance(content, list):
         return Rows(file, root, content, functools.partial(_listed, ""))
-    questions, split = content.get("questions"), content.get("data_subtype")
-    if not isinstance(questions, list) or not isinstance(split, str):
-        raise ValueError(f'{file} must hold {{"data_subtype": "train2014", "questions": [...]}}.')
-    beside = file.with_name(file.name.replace("OpenEnded_", "").replace("_questions", "_annotations"))
-    if beside == file or not beside.is_file():
-        raise FileNotFoundError(f"{file} has questions; their answers are expected in {beside.name} beside it, which "
-                                "is not there.")
-    given = read_json(beside, dict, expected='{"annotations": [...]}').get("annotations")
-    if not isinstance(given, list):
-        raise ValueError(f'{beside} must hold {{"annotations": [{{"question_id", "answers"}}, ...]}}.')
-    answers = {row["question_id"]: row for row in given
-               if isinstance(row, dict) and isinstance(row.get("question_id"), (int, str))}
+    questions, split, answers = with_answers(file, content)
     return Rows(file, root, questions, functools.partial(_question, split, answers))
 
 
@@ -73,6 +63,26 @@ def gqa(path: str, root: str | None = None) -> Sequence[Record]:
     if isinstance(content, list):
         return Rows(file, root, content, functools.partial(_listed, "images/"))
     return Rows(file, root, list(content.values()), _gqa)
+
+
+def with_answers(file: Path, content: dict[str, Any]) -> tuple[list[Any], str, dict[int | str, Any]]:
+    """(questions, the folder of their pictures, annotations by question) of what a file of questions holds.
+
+    Raises FileNotFoundError if there is no file of annotations beside it, ValueError if one of them holds something
+    else.
+    """
+    questions, split = content.get("questions"), content.get("data_subtype")
+    if not isinstance(questions, list) or not isinstance(split, str):
+        raise ValueError(f'{file} must hold {{"data_subtype": "train2014", "questions": [...]}}.')
+    beside = file.with_name(file.name.replace("OpenEnded_", "").replace("_questions", "_annotations"))
+    if beside == file or not beside.is_file():
+        raise FileNotFoundError(f"{file} has questions; their answers are expected in {beside.name} beside it, which "
+                                "is not there.")
+    given = read_json(beside, dict, expected='{"annotations": [...]}').get("annotations")
+    if not isinstance(given, list):
+        raise ValueError(f'{beside} must hold {{"annotations": [{{"question_id", "answers"}}, ...]}}.')
+    return questions, split, {row["question_id"]: row for row in given
+                              if isinstance(row, dict) and isinstance(row.get("question_id"), (int, str))}
 
 
 def _question(split: str, answers: dict[Any, Any], root: str, name: str, number: int, row: Any) -> Record:
