@@ -1,13 +1,16 @@
-"""Prompts in, words out: one prefill, then one compiled loop that writes a word of every row per step.
+"""Prompts in, ids out: a prefill, then a compiled loop that writes an id of every row per step.
 
 The settings mean what they mean in Hugging Face's `generate` (4.30) when it is given vectors instead of ids, which is
 how MiniGPT-4 calls it: the ids of a row begin with one dummy `bos` that the model never sees. It is returned and
 counts for the repetition penalty, for `min_length` and for the length in beam scores; the prompt counts for none of
-them.
+them. `GenerateConfig.dummy` False gives what transformers 5 does with vectors.
+
+The loop stops wherever the caller wants to look at the ids so far, which is how words are streamed. Numbers such as
+the temperature are operands, so that another one needs no compilation.
 
 Left out: beam sampling, several results per row.
 
-B rows   T prompt places   S cache slots, T + max_new_tokens   W ids of a row, 1 + max_new_tokens
+B rows   T prompt places   R places for new ids   S cache slots, T + R   W ids of a row, 1 + R
 J beams of a row   A candidates of a row (beam search)   V vocabulary
 """
 
@@ -17,14 +20,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from mmjax.batch import Batch
 
+ROWS, SLOTS = -4, -3  # axes of a cache's leaves, [..., rows, slots, heads, head]
+
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """How to continue prompts. Every value is compiled in: one config and one row length make one compiled function.
+    """How to continue prompts.
 
     max_new_tokens:     ids written per row, `eos` or stop ids included
     num_beams:          above 1: beam search
@@ -38,10 +44,15 @@ class GenerateConfig:
     length_penalty:     a finished beam scores its summed log-probability / length ** length_penalty
     min_length:         no `eos` while a row has fewer ids than this, the dummy first id included
     early_stopping:     beam search ends a row as soon as it has `num_beams` finished beams
+    dummy:              the first id counts (see the top of this file). False: the new ids alone do, and the last step
+                        of a beam search finishes its best beams as if they had ended, as in transformers 5
     bos, eos, pad:      the dummy first id; the id that ends a row (-1: none does); what fills finished rows (any
                         number: it is never fed to the model)
     stop:               id sequences that end a row once its new ids end with one of them; they stay in the result. In
                         beam search the beam is finished as by `eos`, but its length counts the stop ids
+
+    max_new_tokens, temperature, top_p, repetition_penalty and min_length are operands of what is compiled, though
+    whether the last three are on at all is not; the other settings are compiled in.
 
     Raises ValueError naming every value out of range.
     """
@@ -57,6 +68,7 @@ class GenerateConfig:
     length_penalty: float = 1.0
     min_length: int = 1
     early_stopping: bool = False
+    dummy: bool = True
     bos: int = 1
     eos: int = 2
     pad: int = 0
@@ -87,12 +99,56 @@ class GenerateConfig:
         return self.do_sample and self.temperature > 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """What is compiled in: fields of `GenerateConfig`, which of the others are on, and R."""
+
+    room: int
+    num_beams: int
+    sampling: bool
+    repetition: bool
+    minimum: bool
+    top_k: int
+    nucleus: bool
+    top_p_inclusive: bool
+    length_penalty: float
+    early_stopping: bool
+    dummy: bool
+    bos: int
+    eos: int
+    pad: int
+    stop: tuple[tuple[int, ...], ...]
+
+
+class Numbers(NamedTuple):
+    """What is not: fields of `GenerateConfig`."""
+
+    max_new_tokens: int | jax.Array
+    temperature: float | jax.Array
+    top_p: float | jax.Array
+    repetition_penalty: float | jax.Array
+    min_length: int | jax.Array
+
+
+def compiled(config: GenerateConfig, room: int | None = None) -> tuple[Strategy, Numbers]:
+    """The two halves of a config. `room` is R, `max_new_tokens` if it is not given; ValueError if it is less."""
+    room = config.max_new_tokens if room is None else room
+    if room < config.max_new_tokens:
+        raise ValueError(f"room = {room} is less than max_new_tokens = {config.max_new_tokens}.")
+    return Strategy(
+        room, config.num_beams, config.sampling, config.repetition_penalty != 1,
+        config.min_length > config.dummy, config.top_k, config.top_p < 1, config.top_p_inclusive,
+        config.length_penalty, config.early_stopping, config.dummy, config.bos, config.eos, config.pad, config.stop,
+    ), Numbers(config.max_new_tokens, config.temperature, config.top_p, config.repetition_penalty, config.min_length)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Generated:
     """What `generate` wrote.
 
-    sequences:   int32[B,W]  the dummy `bos`, the new ids with their `eos` or stop ids, then `pad`
+    sequences:   int32[B,W]  the dummy `bos`, the new ids with their `eos` or stop ids, then `pad`; W = 1 +
+                 max_new_tokens
     lengths:     int32[B]  ids before the padding, the dummy included; Hugging Face returns max(lengths) columns
     scores:      float32[B]  the winning beam's score; None without beam search
     step_scores: float32[max_new_tokens,B·J,V]  what each step chose from, after penalties and filters (beam search:
@@ -112,34 +168,123 @@ def generate(module: nn.Module, params: Any, batch: Batch, config: GenerateConfi
     key: for sampling, one key, or keys [B]; a row with its own key draws the same ids in any batch.
     Raises ValueError when sampling without a key.
     """
-    rows = batch.tokens.shape[0]
-    if not config.sampling:
-        key = None
-    elif key is None:
-        raise ValueError("Sampling (do_sample with a temperature above 0) needs a key: pass key=jax.random.key(seed).")
-    elif key.ndim == 0:
-        key = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(rows))
-    return _generate(module, config, return_scores, params, batch, key)
+    writing = Writing(module, params, batch, config, key, return_scores=return_scores)
+    writing.advance()
+    return writing.result()
+
+
+class Writing:
+    """Rows that are being continued: as `generate`, with a look at what is written wherever one is wanted.
+
+    room: R, at least `max_new_tokens` and that if it is not given. Batches of one shape whose R is equal share what is
+          compiled, whatever their `max_new_tokens`.
+    """
+
+    def __init__(self, module: nn.Module, params: Any, batch: Batch, config: GenerateConfig,
+                 key: jax.Array | None = None, room: int | None = None, return_scores: bool = False):
+        rows = batch.tokens.shape[0]
+        if not config.sampling:
+            key = None
+        elif key is None:
+            raise ValueError("Sampling (do_sample with a temperature above 0) needs a key: pass "
+                             "key=jax.random.key(seed).")
+        elif key.ndim == 0:
+            key = row_keys(key, np.arange(rows))
+        self._config, self._module, self._params = config, module, params
+        self._strategy, self._numbers = compiled(config, room)
+        self._state = _prefill(module, self._strategy, return_scores, params, batch, key, self._numbers)
+
+    def advance(self, until: int | None = None) -> None:
+        """Writes on until the rows have `until` new ids (at most `max_new_tokens`, which None stands for), or end."""
+        most = self._config.max_new_tokens
+        self._state = _decode(self._module, self._strategy, self._params, self._state, self._numbers,
+                              most if until is None else min(until, most))
+
+    @property
+    def step(self) -> int:
+        """How many new ids an open row has."""
+        return int(self._state.search.step)
+
+    @property
+    def beams(self) -> bool:
+        """Whether it is a beam search, in which nothing is decided before its end."""
+        return self._strategy.num_beams > 1
+
+    @property
+    def ids(self) -> list[list[int]]:
+        """Each row's new ids so far, its `eos` or stop ids included; not of a beam search."""
+        search = self._state.search
+        return [row[1:length].tolist()
+                for row, length in zip(np.asarray(search.sequences), np.asarray(search.lengths), strict=True)]
+
+    @property
+    def done(self) -> np.ndarray:
+        """bool[B]: which rows write nothing more."""
+        return np.asarray(self._state.search.done) | (self.step >= self._config.max_new_tokens)
+
+    def close(self, rows: np.ndarray) -> None:
+        """Ends rows, bool[B], where they are."""
+        search = self._state.search
+        self._state = self._state._replace(search=search._replace(done=search.done | rows))
+
+    def result(self) -> Generated:
+        """What is written so far; of a beam search, the best beam of each row, finished or not."""
+        search, new = self._state.search, self._config.max_new_tokens
+        record = None if search.record is None else search.record[:new]
+        if isinstance(search, _Rows):
+            return Generated(search.sequences[:, :1 + new], search.lengths, step_scores=record)
+        sequences, lengths, scores = _best(self._strategy, search)
+        return Generated(sequences[:, :1 + new], lengths, scores, record)
+
+
+def row_keys(key: jax.Array, rows: np.ndarray) -> jax.Array:
+    """The keys of rows with these numbers, from one for all: keys [B]."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
+
+
+class _State(NamedTuple):
+    """Between two steps; what stays as it is is here too, so that the loop's memory is given back to it."""
+
+    search: Any  # _Rows or _Beams
+    cache: Any
+    prompt: jax.Array  # bool[B·J,S]  the slots of the prompt that are seen
+    injection: Any  # [L,B·J,P,D] or None
+    keys: Any  # [B] or None
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(module, config, return_scores, params, batch, keys):
+def _prefill(module, strategy, return_scores, params, batch, keys, numbers):
+    """Reads the prompts and writes the first id of every row."""
     call = functools.partial(module.apply, {"params": params})
     B, T = batch.tokens.shape
-    J, S = config.num_beams, T + config.max_new_tokens
-    slots = jnp.arange(S)
+    J, R = strategy.num_beams, strategy.room
+    S = T + R
 
     positions = jnp.maximum(jnp.cumsum(batch.valid, axis=1) - 1, 0)
-    prompt = jnp.pad(batch.valid, ((0, 0), (0, S - T)))
-    mask = prompt[:, None, :] & (slots <= jnp.arange(T)[:, None])
+    prompt = jnp.pad(batch.valid, ((0, 0), (0, R)))
+    mask = prompt[:, None, :] & (jnp.arange(S) <= jnp.arange(T)[:, None])
     x, injection = call(batch, method="encode")
     hidden, cache = call(x, positions, mask, module.empty_cache(B, S), 0, injection, method="decode")
     last = T - 1 - jnp.argmax(batch.valid[:, ::-1], axis=1)
     logits = call(jnp.take_along_axis(hidden, last[:, None, None], axis=1), method="logits")[:, 0]
 
-    prompt = jnp.repeat(prompt, J, axis=0)
-    injection = None if injection is None else jnp.repeat(injection, J, axis=1)
-    prompt_length = prompt.sum(axis=1)
+    record = jnp.zeros((R, B * J, logits.shape[-1])) if return_scores else None
+    if J > 1:
+        prompt = jnp.repeat(prompt, J, axis=0)
+        injection = None if injection is None else jnp.repeat(injection, J, axis=1)
+        cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, J, axis=ROWS), cache)
+        return _State(_first_beams(strategy, numbers, logits, record), cache, prompt, injection, keys)
+    return _State(_first_ids(strategy, numbers, logits, keys, record), cache, prompt, injection, keys)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _decode(module, strategy, params, state, numbers, until):
+    """Writes on until there are `until` new ids in every row that is not done."""
+    call = functools.partial(module.apply, {"params": params})
+    prompt, injection = state.prompt, state.injection
+    S = prompt.shape[1]
+    T = S - strategy.room
+    slots, prompt_length = jnp.arange(S), prompt.sum(axis=1)
 
     def forward(tokens, step, cache):
         """(logits [B·J,V] behind the `step`-th new ids, int32[B·J], cache)"""
@@ -150,11 +295,22 @@ def _generate(module, config, return_scores, params, batch, keys):
         hidden, cache = call(words, positions, mask[:, None, :], cache, T + step, injection, method="decode")
         return call(hidden, method="logits")[:, 0], cache
 
-    record = jnp.zeros((config.max_new_tokens, B * J, logits.shape[-1])) if return_scores else None
-    if J == 1:
-        return _search(config, logits, cache, forward, keys, record)
-    cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, J, axis=1), cache)
-    return _beam_search(config, logits, cache, forward, record, T)
+    def open_rows(carry):
+        search, _ = carry
+        return (search.step < until) & ~search.done.all()
+
+    def advance(carry):
+        search, cache = carry
+        if strategy.num_beams > 1:
+            cache = jax.tree.map(lambda leaf: _reorder(leaf, search.parents, T), cache)
+            logits, cache = forward(search.sequences[:, :, search.step].reshape(-1), search.step - 1, cache)
+            return _next_beams(strategy, numbers, logits, search), cache
+        tokens = jnp.where(search.done, 0, search.sequences[:, search.step])  # pad may not be in the vocabulary
+        logits, cache = forward(tokens, search.step - 1, cache)
+        return _next_ids(strategy, numbers, logits, state.keys, search), cache
+
+    search, cache = jax.lax.while_loop(open_rows, advance, (state.search, state.cache))
+    return state._replace(search=search, cache=cache)
 
 
 # Scores [...,V] of the next id, one setting at a time.
@@ -200,23 +356,26 @@ def top_p_inclusive(scores: jax.Array, p: float) -> jax.Array:
     return jnp.where(kept, scores, -jnp.inf)
 
 
-def penalised(config: GenerateConfig, scores: jax.Array, sequences: jax.Array, length: jax.Array) -> jax.Array:
+def penalised(strategy: Strategy, numbers: Numbers, scores: jax.Array, sequences: jax.Array,
+              length: jax.Array | int) -> jax.Array:
     """What every strategy does to scores [...,V], given the first `length` ids of sequences [...,W]."""
-    if config.repetition_penalty != 1:
+    if not strategy.dummy:
+        sequences, length = sequences[..., 1:], length - 1
+    if strategy.repetition:
         seen = seen_ids(sequences, length, scores.shape[-1])
-        scores = repetition_penalty(scores, seen, config.repetition_penalty)
-    if config.min_length > 1:  # the dummy first id is one
-        scores = min_length(scores, length, config.min_length, config.eos)
+        scores = repetition_penalty(scores, seen, numbers.repetition_penalty)
+    if strategy.minimum:
+        scores = min_length(scores, length, numbers.min_length, strategy.eos)
     return scores
 
 
-def filtered(config: GenerateConfig, scores: jax.Array) -> jax.Array:
+def filtered(strategy: Strategy, numbers: Numbers, scores: jax.Array) -> jax.Array:
     """What sampling does next."""
-    scores = scores / config.temperature
-    if config.top_k > 0:
-        scores = top_k(scores, config.top_k)
-    if config.top_p < 1:
-        scores = (top_p_inclusive if config.top_p_inclusive else top_p)(scores, config.top_p)
+    scores = scores / numbers.temperature
+    if strategy.top_k > 0:
+        scores = top_k(scores, strategy.top_k)
+    if strategy.nucleus:
+        scores = (top_p_inclusive if strategy.top_p_inclusive else top_p)(scores, numbers.top_p)
     return scores
 
 
@@ -234,6 +393,8 @@ def ends_with(sequences: jax.Array, length: jax.Array | int, stop: tuple[tuple[i
 # Strategies. `step` counts the new ids so far, so a row has step + 1 ids and the next one goes to place step + 1.
 
 class _Rows(NamedTuple):
+    """Greedy search and sampling."""
+
     step: jax.Array
     sequences: jax.Array  # int32[B,W]
     lengths: jax.Array  # int32[B]
@@ -241,37 +402,25 @@ class _Rows(NamedTuple):
     record: jax.Array | None
 
 
-def _search(config, logits, cache, forward, keys, record):
-    """Greedy search and sampling."""
-    B = logits.shape[0]
-
-    def choose(logits, rows):
-        step, length = rows.step, rows.step + 1
-        scores = penalised(config, logits, rows.sequences, length)
-        if config.sampling:
-            scores = filtered(config, scores)
-            tokens = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row))(keys, scores)
-        else:
-            tokens = jnp.argmax(scores, axis=-1)
-        sequences = rows.sequences.at[:, length].set(jnp.where(rows.done, config.pad, tokens))
-        ended = (tokens == config.eos) | ends_with(sequences, length + 1, config.stop)
-        return _Rows(step + 1, sequences, rows.lengths + ~rows.done, rows.done | ended,
-                     None if record is None else rows.record.at[step].set(scores))
-
-    def open_rows(carry):
-        rows, _ = carry
-        return (rows.step < config.max_new_tokens) & ~rows.done.all()
-
-    def advance(carry):
-        rows, cache = carry
-        tokens = jnp.where(rows.done, 0, rows.sequences[:, rows.step])  # the pad id may not be in the vocabulary
-        logits, cache = forward(tokens, rows.step - 1, cache)
-        return choose(logits, rows), cache
-
-    start = jnp.full((B, 1 + config.max_new_tokens), config.pad, jnp.int32).at[:, 0].set(config.bos)
+def _first_ids(strategy, numbers, logits, keys, record):
+    B = len(logits)
+    start = jnp.full((B, 1 + strategy.room), strategy.pad, jnp.int32).at[:, 0].set(strategy.bos)
     rows = _Rows(jnp.int32(0), start, jnp.ones(B, jnp.int32), jnp.zeros(B, bool), record)
-    rows, _ = jax.lax.while_loop(open_rows, advance, (choose(logits, rows), cache))
-    return Generated(rows.sequences, rows.lengths, step_scores=rows.record)
+    return _next_ids(strategy, numbers, logits, keys, rows)
+
+
+def _next_ids(strategy, numbers, logits, keys, rows):
+    step, length = rows.step, rows.step + 1
+    scores = penalised(strategy, numbers, logits, rows.sequences, length)
+    if strategy.sampling:
+        scores = filtered(strategy, numbers, scores)
+        tokens = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row))(keys, scores)
+    else:
+        tokens = jnp.argmax(scores, axis=-1)
+    sequences = rows.sequences.at[:, length].set(jnp.where(rows.done, strategy.pad, tokens))
+    ended = (tokens == strategy.eos) | ends_with(sequences, length + 1, strategy.stop)
+    return _Rows(step + 1, sequences, rows.lengths + ~rows.done, rows.done | ended,
+                 None if rows.record is None else rows.record.at[step].set(scores))
 
 
 class _Beams(NamedTuple):
@@ -291,70 +440,76 @@ def _take(beams, index):
     return jax.vmap(lambda row, chosen: row[chosen])(beams, index)
 
 
-def _beam_search(config, logits, cache, forward, record, prompt_slots):
-    (B, V), J, W = logits.shape, config.num_beams, 1 + config.max_new_tokens
-    # Of one beam's continuations, eos and the last id of each stop sequence finish it. With that many candidates to
-    # spare, J always go on.
-    endings = 1 + len({ids[-1] for ids in config.stop})
-    A = min((1 + endings) * J, J * V)
+def _reorder(leaf, parents, prompt_slots):
+    """A leaf of the cache with the rows' beams as `parents` says. They share their prompt: only what is behind it
+    moves."""
+    B, J = parents.shape
+    index = (jnp.arange(B)[:, None] * J + parents).reshape(-1)
+    words = jax.lax.slice_in_dim(leaf, prompt_slots, leaf.shape[SLOTS], axis=SLOTS)
+    moved = jnp.take(words, index, axis=ROWS, mode="clip")
+    return jax.lax.dynamic_update_slice_in_dim(leaf, moved, prompt_slots, axis=SLOTS)
 
-    def normalised(sums, lengths):
-        return sums / lengths**config.length_penalty
 
-    def choose(logits, beams):
-        step, length = beams.step, beams.step + 1
-        scores = penalised(config, jax.nn.log_softmax(logits), beams.sequences, length)  # [B,J,V]
-        sums, index = jax.lax.top_k((scores + beams.sums[..., None]).reshape(B, J * V), A)
-        parents, tokens = index // V, index % V
-        candidates = _take(beams.sequences, parents).at[:, :, length].set(tokens)
-        ended = tokens == config.eos
-        finished = ended | ends_with(candidates, length + 1, config.stop)
+def _normalised(strategy, sums, lengths):
+    return sums / lengths**strategy.length_penalty
 
-        # Only the J best candidates may finish; the pool keeps the J best of old and new.
-        new_scores = normalised(sums, jnp.where(ended, length, length + 1).astype(jnp.float32))
-        new_scores = jnp.where(finished & ~beams.done[:, None], new_scores, -jnp.inf)
-        pool_scores, kept = jax.lax.top_k(jnp.concatenate([beams.pool_scores, new_scores[:, :J]], axis=1), J)
-        pool = _take(jnp.concatenate([beams.pool, candidates[:, :J]], axis=1), kept)
-        pool_lengths = jnp.concatenate([beams.pool_lengths, jnp.full((B, J), length + 1)], axis=1)
 
-        worst = pool_scores[:, -1]
-        attainable = normalised(sums[:, 0], (length + 1).astype(jnp.float32))
-        done = beams.done | (worst > -jnp.inf) & (config.early_stopping | (worst >= attainable))
-
-        going = jnp.argsort(finished, axis=1, stable=True)[:, :J]
-        return _Beams(step + 1, _take(candidates, going), _take(sums, going), _take(parents, going), pool,
-                      _take(pool_lengths, kept), pool_scores, done,
-                      None if record is None else beams.record.at[step].set(scores.reshape(B * J, V)))
-
-    def reorder(leaf, parents):
-        # [L,B·J,S,...]; the beams of a row share its prompt, so only the slots behind it move.
-        words = leaf[:, :, prompt_slots:]
-        moved = jax.vmap(_take, in_axes=(0, None))(words.reshape(-1, B, J, *words.shape[2:]), parents)
-        return leaf.at[:, :, prompt_slots:].set(moved.reshape(words.shape))
-
-    def open_rows(carry):
-        beams, _ = carry
-        return (beams.step < config.max_new_tokens) & ~beams.done.all()
-
-    def advance(carry):
-        beams, cache = carry
-        cache = jax.tree.map(lambda leaf: reorder(leaf, beams.parents), cache)
-        logits, cache = forward(beams.sequences[:, :, beams.step].reshape(B * J), beams.step - 1, cache)
-        return choose(logits.reshape(B, J, V), beams), cache
-
-    start = jnp.full((B, J, W), config.pad, jnp.int32).at[:, :, 0].set(config.bos)
+def _first_beams(strategy, numbers, logits, record):
+    (B, V), J, W = logits.shape, strategy.num_beams, 1 + strategy.room
+    start = jnp.full((B, J, W), strategy.pad, jnp.int32).at[:, :, 0].set(strategy.bos)
     beams = _Beams(
         jnp.int32(0), start,
         sums=jnp.full((B, J), -1e9).at[:, 0].set(0.0),  # the beams start equal: only the first may continue
         parents=jnp.zeros((B, J), jnp.int32), pool=start, pool_lengths=jnp.ones((B, J), jnp.int32),
         pool_scores=jnp.full((B, J), -jnp.inf), done=jnp.zeros(B, bool), record=record)
-    first = choose(jnp.broadcast_to(logits[:, None], (B, J, V)), beams)
-    beams, _ = jax.lax.while_loop(open_rows, advance, (first, cache))
+    return _next_beams(strategy, numbers, jnp.broadcast_to(logits[:, None], (B, J, V)), beams)
 
-    # Beams still open in a row that is not done have all W ids; they compete with the finished ones.
-    open_scores = jnp.where(beams.done[:, None], -jnp.inf, normalised(beams.sums, float(W)))
-    scores = jnp.concatenate([beams.pool_scores, open_scores], axis=1)
-    lengths = jnp.concatenate([beams.pool_lengths, jnp.full((B, J), W)], axis=1)
+
+def _next_beams(strategy, numbers, logits, beams):
+    (B, J, _), V = beams.sequences.shape, logits.shape[-1]
+    # Of one beam's continuations, eos and the last id of each stop sequence finish it. With that many candidates to
+    # spare, J always go on.
+    endings = 1 + len({ids[-1] for ids in strategy.stop})
+    A = min((1 + endings) * J, J * V)
+
+    step, length = beams.step, beams.step + 1
+    scores = penalised(strategy, numbers, jax.nn.log_softmax(logits.reshape(B, J, V)), beams.sequences, length)
+    sums, index = jax.lax.top_k((scores + beams.sums[..., None]).reshape(B, J * V), A)
+    parents, tokens = index // V, index % V
+    candidates = _take(beams.sequences, parents).at[:, :, length].set(tokens)
+    ended = tokens == strategy.eos
+    finished = ended | ends_with(candidates, length + 1, strategy.stop)
+    going = jnp.argsort(finished, axis=1, stable=True)[:, :J]
+
+    # Only the J best candidates may finish; the pool keeps the J best of old and new.
+    if strategy.dummy:
+        lengths, best, reached = jnp.where(ended, length, length + 1), sums[:, 0], length + 1
+    else:
+        finished |= length == numbers.max_new_tokens
+        lengths, best, reached = jnp.full((B, A), length), _take(sums, going)[:, 0], length
+    new_scores = _normalised(strategy, sums, lengths.astype(jnp.float32))
+    new_scores = jnp.where(finished & ~beams.done[:, None], new_scores, -jnp.inf)
+    pool_scores, kept = jax.lax.top_k(jnp.concatenate([beams.pool_scores, new_scores[:, :J]], axis=1), J)
+    pool = _take(jnp.concatenate([beams.pool, candidates[:, :J]], axis=1), kept)
+    pool_lengths = jnp.concatenate([beams.pool_lengths, jnp.full((B, J), length + 1)], axis=1)
+
+    worst = pool_scores[:, -1]
+    attainable = _normalised(strategy, best, reached.astype(jnp.float32))
+    done = beams.done | (worst > -jnp.inf) & (strategy.early_stopping | (worst >= attainable))
+    return _Beams(step + 1, _take(candidates, going), _take(sums, going), _take(parents, going), pool,
+                  _take(pool_lengths, kept), pool_scores, done,
+                  None if beams.record is None else beams.record.at[step].set(scores.reshape(B * J, V)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _best(strategy, beams):
+    """(sequences [B,W], lengths [B], scores [B]) of the best beams."""
+    # Beams still open in a row that is not done have step + 1 ids; they compete with the finished ones.
+    length = beams.step + 1
+    open_scores = _normalised(strategy, beams.sums, length.astype(jnp.float32))
+    closed = beams.done[:, None] | ((not strategy.dummy) & (beams.pool_scores[:, :1] > -jnp.inf))
+    scores = jnp.concatenate([beams.pool_scores, jnp.where(closed, -jnp.inf, open_scores)], axis=1)
+    lengths = jnp.concatenate([beams.pool_lengths, jnp.broadcast_to(length, beams.sums.shape)], axis=1)
     best = jnp.argmax(scores, axis=1, keepdims=True)
     sequences = _take(jnp.concatenate([beams.pool, beams.sequences], axis=1), best)[:, 0]
-    return Generated(sequences, _take(lengths, best)[:, 0], _take(scores, best)[:, 0], beams.record)
+    return sequences, _take(lengths, best)[:, 0], _take(scores, best)[:, 0]

@@ -270,8 +270,11 @@ def test_each_step_draws_anew():
     indifferent = jnp.zeros((2, V))
     config = GenerateConfig(max_new_tokens=20, do_sample=True, top_k=0, eos=-1)
     keys = jax.random.split(jax.random.key(0), 2)
-    drawn = g._search(config, indifferent, None, lambda tokens, step, cache: (indifferent, cache), keys, None)
-    assert all(len(set(ids[1:].tolist())) > 5 for ids in np.asarray(drawn.sequences))
+    strategy, numbers = g.compiled(config)
+    rows = g._first_ids(strategy, numbers, indifferent, keys, None)
+    for _ in range(19):
+        rows = g._next_ids(strategy, numbers, indifferent, keys, rows)
+    assert all(len(set(ids[1:].tolist())) > 5 for ids in np.asarray(rows.sequences))
 
 
 def test_sampling_without_a_key_is_refused():
@@ -295,7 +298,7 @@ def test_minimum_length_and_filters_by_hand():
     np.testing.assert_array_equal(g.top_p_inclusive(scores, 0.0), [[-inf, 3, -inf, -inf]])
     for inclusive, kept in ((False, 1), (True, 2)):
         config = GenerateConfig(do_sample=True, top_k=0, top_p=0.5, top_p_inclusive=inclusive)
-        assert (g.filtered(config, tied) > -inf).sum() == kept
+        assert (g.filtered(*g.compiled(config), tied) > -inf).sum() == kept
     seen = g.seen_ids(jnp.array([[2, 0, 3], [1, 1, 0]]), 2, 4)
     np.testing.assert_array_equal(seen, [[1, 0, 1, 0], [0, 1, 0, 0]])
     np.testing.assert_array_equal(g.repetition_penalty(jnp.array([2.0, -2.0, 2.0]), jnp.array([True, True, False]), 2),

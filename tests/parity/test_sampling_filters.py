@@ -20,6 +20,6 @@ def test_each_filter_and_their_order(case):
         np.testing.assert_allclose(stages[name], case.arrays[name], rtol=1e-6, atol=1e-7, err_msg=name)
 
     names = ("repetition_penalty", "temperature", "top_k", "top_p")
-    config = generate.GenerateConfig(do_sample=True, **{name: spec[name] for name in names})
-    chained = generate.filtered(config, generate.penalised(config, logits, ids, ids.shape[1]))
+    halves = generate.compiled(generate.GenerateConfig(do_sample=True, **{name: spec[name] for name in names}))
+    chained = generate.filtered(*halves, generate.penalised(*halves, logits, ids, ids.shape[1]))
     np.testing.assert_array_equal(chained, stages["after_top_p"])
