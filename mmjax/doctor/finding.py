@@ -1,0 +1,54 @@
+"""What a check found, and how it is told."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+Verdict = Literal["ok", "warning", "wrong"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    name:    of the check
+    words:   what is so, and where something is wrong, what to do
+    figures: numbers and names behind it
+    """
+
+    name: str
+    verdict: Verdict
+    words: str
+    figures: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def some(names: Iterable[Any], most: int = 4) -> str:
+    """A few names for a sentence."""
+    names = [str(name) for name in names]
+    return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "")
+
+
+def worst(findings: Sequence[Finding]) -> Verdict:
+    return max((finding.verdict for finding in findings), key=("ok", "warning", "wrong").index, default="ok")
+
+
+def show(findings: Sequence[Finding], console: Console) -> None:
+    table = Table("check", "", "finding", show_lines=True)
+    for finding in findings:
+        style = {"ok": "green", "warning": "yellow", "wrong": "bold red"}[finding.verdict]
+        table.add_row(finding.name, f"[{style}]{finding.verdict}[/]", finding.words.replace("[", r"\["))
+    console.print(table)
+    wrong = [finding.name for finding in findings if finding.verdict == "wrong"]
+    console.print({"ok": "Nothing wrong was found.", "warning": "Nothing is surely wrong; see the warnings.",
+                   "wrong": f"Wrong: {', '.join(dict.fromkeys(wrong))}."}[worst(findings)], highlight=False)
+
+
+def to_json(folder: Path, findings: Sequence[Finding]) -> str:
+    told = {"checkpoint": str(folder), "verdict": worst(findings),
+            "findings": [dataclasses.asdict(finding) for finding in findings]}
+    return json.dumps(told, indent=2) + "\n"

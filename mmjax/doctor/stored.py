@@ -1,0 +1,236 @@
+"""Checks of the stored numbers; none of them loads the model."""
+
+import collections
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from mmjax.convert.llama import DELTA_SCALE
+from mmjax.doctor.finding import Finding, some
+from mmjax.doctor.patient import Moments, Patient, Rows
+
+NOISE = 2.0  # how much more word vectors' lengths vary than chance makes them: fresh ones 1, trained ones 9 and more
+OUTLIER = 30.0  # factor between the size of a layer's matrix and the median layer's
+SATURATED = 0.999  # of tanh(gate)
+MATRIX = r".*/(w|embedding|pos|cls|query_tokens|query)|query"
+NORM = r".*norm\d?/scale"
+GATE = r"llama/(layers/)?(attn/)?gate"
+LORA_B = r"llama/.*/lora_b"
+
+
+def finite(patient: Patient) -> Iterator[Finding]:
+    """NaN and infinity in stored tensors."""
+    bad = {path: tensor for path, tensor in patient.tensors.items() if tensor.whole.bad}
+    for path, tensor in bad.items():
+        where = [i for i, layer in enumerate(tensor.layers) if layer.bad]
+        yield Finding("finite", "wrong", f"{path} holds {tensor.whole.bad} numbers that are not finite"
+                      + (f", in layer {some(where)}" if where else "") + f". It came from {patient.comes_from(path)}: "
+                      "that file is damaged, or was trained in float16 until it overflowed; get it again.",
+                      {"tensor": path, "numbers": tensor.whole.bad, "layers": where})
+    if not bad:
+        yield Finding("finite", "ok", "No stored number is NaN or infinite.")
+
+
+def empty(patient: Patient) -> Iterator[Finding]:
+    """Tensors and layers that are all zeros, or one number throughout."""
+    known, wrong = patient.card.get("constant", {}), False
+    for path, tensor in patient.matching(f"{MATRIX}|{NORM}").items():
+        if path in known or path in patient.fresh or tensor.whole.count < 2:
+            continue
+        of_norm = re.fullmatch(NORM, path)
+        layers = [i for i, layer in enumerate(tensor.layers) if layer.zero or (layer.constant and not of_norm)]
+        if tensor.whole.zero or (tensor.whole.constant and not of_norm) or layers:
+            wrong = True
+            where = "" if tensor.whole.constant else f" in layer {some(layers)}"
+            what = "zeros" if tensor.whole.zero or where else f"the number {tensor.whole.low:g}"
+            yield Finding("empty", "wrong", f"{path} is nothing but {what}{where}. It came from "
+                          f"{patient.comes_from(path)}: there it was absent, or never filled; get that file again and "
+                          "convert anew.", {"tensor": path, "layers": layers})
+    ones = [path for path, tensor in patient.matching(NORM).items()
+            if path not in known and path not in patient.fresh and tensor.whole.low == tensor.whole.high == 1]
+    if ones:
+        yield Finding("empty", "warning", f"The scales of {some(ones)} are 1 throughout, as before any training.",
+                      {"tensors": ones})
+    if not wrong and not ones:
+        yield Finding("empty", "ok", "No matrix, table or layer is empty.")
+
+
+def layers(patient: Patient) -> Iterator[Finding]:
+    """Layers that are copies of each other, or of another order of magnitude."""
+    copies: dict[tuple[str, int, int], list[str]] = collections.defaultdict(list)
+    strange, compared = [], collections.Counter()
+    for name, group in _groups(patient).items():
+        tower = name.split("/")[0]
+        if not re.fullmatch(r".*/w", name):
+            continue
+        compared[tower] += 1
+        for i, j in _alike(group):
+            if np.array_equal(_layer(patient, *group[i][1:]), _layer(patient, *group[j][1:])):
+                copies[tower, i, j].append(name)
+        sizes = {i: moments.rms for i, (moments, *_) in group.items() if not moments.constant}
+        middle = float(np.median(list(sizes.values()))) if sizes else 0.0
+        strange += [(name, i, rms / middle) for i, rms in sizes.items()
+                    if not 1 / OUTLIER < rms / middle < OUTLIER]
+    for (tower, i, j), names in copies.items():
+        yield Finding("layers", "wrong", f"Layers {i} and {j} of {tower} are bit for bit the same in {len(names)} of "
+                      f"{compared[tower]} matrices ({some(names)}). No training does that: shards were mixed up or a "
+                      f"merge repeated a layer; get {patient.comes_from(names[0])} again.",
+                      {"tower": tower, "layers": [i, j], "tensors": names})
+    for name, i, factor in strange:
+        yield Finding("layers", "warning", f"{name} of layer {i} is {factor:.2g} times as large as that of the median "
+                      f"layer. It came from {patient.comes_from(name)}; a shard of another dtype or a wrong merge does "
+                      "that.", {"tensor": name, "layer": i, "factor": factor})
+    if compared and not copies and not strange:
+        yield Finding("layers", "ok", f"No two layers are the same, and all are of one order of magnitude "
+                      f"({sum(compared.values())} kinds of matrices).")
+
+
+def _groups(patient: Patient) -> dict[str, dict[int, tuple[Moments, str, int | None]]]:
+    """`{name: {layer: (moments, path, place along the first axis or None)}}`: what layers have in common."""
+    groups: dict[str, dict[int, tuple[Moments, str, int | None]]] = collections.defaultdict(dict)
+    for path, tensor in patient.tensors.items():
+        for i, moments in enumerate(tensor.layers):
+            groups[path][i] = (moments, path, i)
+        if match := re.fullmatch(r"(.*/(?:layer|block)_)(\d+)(/.*)", path):
+            groups[f"{match[1]}N{match[3]}"][int(match[2])] = (tensor.whole, path, None)
+    return groups
+
+
+def _alike(group: Mapping[int, tuple[Moments, str, int | None]]) -> Iterator[tuple[int, int]]:
+    """Pairs of layers that have the same moments, so that only these need be compared number by number."""
+    first: dict[Moments, int] = {}
+    for i, (moments, *_) in group.items():
+        if not moments.constant and first.setdefault(moments, i) != i:
+            yield first[moments], i
+
+
+def _layer(patient: Patient, path: str, place: int | None) -> np.ndarray:
+    return patient.array(path) if place is None else patient.read[path](place, place + 1)
+
+
+def delta(patient: Patient) -> Iterator[Finding]:
+    """A delta in place of the language model: its norm scales lie around 0."""
+    scales = {path: patient.array(path) for path in patient.matching(r"llama/.*norm/scale")}
+    if not scales:
+        return
+    middle = float(np.median(np.concatenate([np.abs(np.atleast_2d(x)).mean(-1) for x in scales.values()])))
+    negative = float((np.concatenate([x.reshape(-1) for x in scales.values()]) < 0).mean())
+    figures = {"median norm scale": middle, "negative": negative}
+    if middle < DELTA_SCALE:
+        yield Finding(
+            "delta", "wrong", f"The language model is a delta, not a model: the scales of its norms are {middle:.2g} "
+            f"in the median ({negative:.0%} of them negative); a model's are 0.1 to 1, and positive. Convert the base "
+            f"model as --llama, and what was given here ({patient.comes_from('llama/norm/scale')}) as --delta.",
+            figures)
+    else:
+        yield Finding("delta", "ok", f"The language model is no delta: norm scales are {middle:.2g} in the median, "
+                      f"{negative:.1%} of them negative.", figures)
+
+
+def word_vectors(patient: Patient) -> Iterator[Finding]:
+    """Do the embedding table and the head look trained? Lengths of fresh random vectors hardly differ."""
+    for path, axis in (("llama/embedding", 0), ("llama/head/w", 1)):
+        tensor = patient.tensors.get(path)
+        if tensor is None or tensor.whole.bad or tensor.whole.constant:
+            continue
+        spread, blank = _spread(patient.read[path], axis)
+        figures = {"tensor": path, "rms": tensor.whole.rms, "spread": spread, "zero words": blank}
+        vocab = tensor.shape[axis]
+        if blank > 0.05 * vocab:
+            yield Finding("word vectors", "wrong", f"{path}: {blank} of {vocab} words are zeros. It came from "
+                          f"{patient.comes_from(path)}; a merge or a resized vocabulary left them empty.", figures)
+        elif spread < NOISE:
+            yield Finding("word vectors", "wrong", f"{path} looks like fresh random numbers: the lengths of its words "
+                          f"differ {spread:.1f} times as much as chance makes them ({NOISE:g} at least in what was "
+                          f"trained). It came from {patient.comes_from(path)}: there it is absent or was never "
+                          "trained.", figures)
+        else:
+            yield Finding("word vectors", "ok", f"{path} looks trained: the lengths of its words differ "
+                          f"{spread:.0f} times as much as chance makes them.", figures)
+
+
+def _spread(rows: Rows, axis: int) -> tuple[float, int]:
+    """(variance of the words' squared lengths over that of independent numbers of the same moments, words of zeros).
+
+    For independent numbers x a squared length of D of them has the variance D·(E[x⁴] - E[x²]²).
+    """
+    lengths = np.zeros(rows.shape[axis])
+    fourth, width = 0.0, math.prod(rows.shape) // rows.shape[axis]
+    for first, end in rows.ranges():
+        square = np.square(rows(first, end), dtype=np.float64)
+        fourth += float(np.square(square).sum())
+        if axis:
+            lengths += square.sum(0)
+        else:
+            lengths[first:end] = square.sum(1)
+    written = lengths[lengths > 0]
+    second = written.sum() / (len(written) * width)
+    chance = width * (fourth / (len(written) * width) - second**2)
+    return float(written.var() / chance) if chance > 0 else math.inf, int((lengths == 0).sum())
+
+
+def never_trained(patient: Patient) -> Iterator[Finding]:
+    """Parameters that no file held."""
+    if patient.fresh:
+        yield Finding("never trained", "warning", f"{len(patient.fresh)} parameters were in no file and start anew: "
+                      f"{some(patient.fresh)}. Until they are trained, what they are there for does nothing useful: "
+                      "convert with the trained file (--projector, --lora, --adapter), or train.",
+                      {"parameters": list(patient.fresh)})
+
+
+def gates(patient: Patient) -> Iterator[Finding]:
+    """Gates through which pictures and prompts reach the language model."""
+    cfg = patient.source.config
+    for path in patient.matching(GATE):
+        if patient.tensors[path].whole.bad:
+            continue
+        values = np.abs(patient.array(path))
+        values = values.reshape(len(values), -1)
+        if by_head := cfg.llama.injection == "head":
+            values = values[len(values) - cfg.query_layers :]  # the layers below read no prompts
+            values = np.tanh(values) if cfg.llama.gate_tanh else values
+        widest = values.max(1)
+        closed, figures = int((widest == 0).sum()), {"tensor": path, "widest of each layer": widest.tolist()}
+        if closed == len(widest):
+            yield Finding(
+                "gates", "wrong", f"Every gate of {path} is closed (0): what the model sees never reaches the language "
+                f"model. It came from {patient.comes_from(path)}, which was never trained or lacks the gates; give the "
+                "trained file, or train.", figures)
+        elif closed:
+            yield Finding("gates", "warning", f"{closed} of the {len(widest)} layers of {path} that read prompts have "
+                          "closed gates (0): they were never trained.", figures)
+        elif by_head and cfg.llama.gate_tanh and (values > SATURATED).mean() > 0.5:
+            yield Finding("gates", "warning", f"More than half of {path} is as wide open as tanh allows, where no "
+                          "gradient moves it any more: the learning rate was too high.", figures)
+        else:
+            yield Finding("gates", "ok", f"{path} is open in every layer: the widest gates are {widest.min():.2g} to "
+                          f"{widest.max():.2g}.", figures)
+
+
+def lora(patient: Patient) -> Iterator[Finding]:
+    """LoRA of which either matrix is zero adds nothing."""
+    idle, total = {}, 0
+    for path, second in patient.matching(LORA_B).items():
+        first = patient.tensors.get(path.removesuffix("b") + "a", second)
+        total += len(second.layers)
+        if zero := [i for i, pair in enumerate(zip(first.layers, second.layers, strict=True))
+                    if any(moments.zero for moments in pair)]:
+            idle[path] = zero
+    if not total:
+        return
+    count, figures = sum(map(len, idle.values())), {"idle": idle, "of": total}
+    if count == 0:
+        yield Finding("LoRA", "ok", f"All {total} LoRA matrices add something.", figures)
+        return
+    source = patient.comes_from(next(iter(idle)))
+    if count == total:
+        yield Finding("LoRA", "wrong", f"LoRA adds nothing: {some(idle)} are zero in every layer, as before any "
+                      f"training. They came from {source}; give the trained file, or train.", figures)
+    else:
+        yield Finding("LoRA", "warning", f"LoRA adds nothing in {count} of {total} matrices, layers of {some(idle)}. "
+                      f"They came from {source}.", figures)
+
+
+CHECKS = (finite, empty, layers, delta, word_vectors, never_trained, gates, lora)
