@@ -4,6 +4,7 @@ It lies in the user's cache folder; the environment variable MMJAX_COMPILATION_C
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import time
@@ -17,6 +18,7 @@ VARIABLE = "MMJAX_COMPILATION_CACHE"
 OFF = "off"
 LEAST_SECONDS = 1.0  # what compiles quicker is not kept
 _HIT, _MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
+_COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def folder() -> Path | None:
@@ -70,6 +72,34 @@ def told(what: str, console: Console) -> Iterator[None]:
     console.print(f"{what[0].upper()}{what[1:]} "
                   + (f"came from there in {seconds:.1f} s." if found else f"took {seconds:.1f} s to compile."),
                   highlight=False)
+
+
+@dataclasses.dataclass
+class Compiled:
+    """What was compiled inside a `counted`, by whichever thread: how many programs, the seconds that took, and the
+    names of their functions. One that came from the cache counts as well."""
+
+    programs: int = 0
+    seconds: float = 0.0
+    names: list[str] = dataclasses.field(default_factory=list)
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Compiled]:
+    """Counts the programs that are compiled inside; what it gives grows meanwhile."""
+    compiled = Compiled()
+
+    def listen(event: str, seconds: float, **about: object) -> None:
+        if event == _COMPILED:
+            compiled.programs += 1
+            compiled.seconds += seconds
+            compiled.names.append(str(about.get("fun_name", "")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @functools.cache

@@ -49,7 +49,7 @@ def alone(folder: Path, doing: str = "at work") -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BlockingIOError(f"Another process is {doing} in {folder}. Wait until it has ended, or name another "
-                                  "folder.") from error
+                                  "one.") from error
         except OSError:
             pass
         yield

@@ -1,4 +1,4 @@
-"""A page about a finished run: scores, the loss curve, and pictures with the model's words under them.
+"""Pages about a model: scores, and pictures with its words under them; of a finished run the loss curve as well.
 
 Plain inputs only (arrays, texts, numbers); what they are about is the caller's business.
 """
@@ -10,19 +10,25 @@ import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 
 class Example(NamedTuple):
-    """One picture and what was said about it. `right` None leaves the mark out."""
+    """One picture and what was said about it. `right` None leaves the mark out.
 
-    picture: np.ndarray  # uint8[H,W,3]
+    note:    stands small below, such as the name and the score of the item
+    choices: (words, loss in nats) of the answers that were ranked
+    """
+
+    picture: np.ndarray | None  # uint8[H,W,3]; None where there is none
     question: str
     said: str
     truth: str
     right: bool | None = None
+    note: str = ""
+    choices: tuple[tuple[str, float], ...] = ()
 
 
 LIGHT = {"ink": "#1c2128", "muted": "#667080", "grid": "#e3e6ea", "line": "#2563c9", "good": "#1a7f4b",
@@ -31,6 +37,7 @@ DARK = {"ink": "#e6e9ee", "muted": "#98a2b0", "grid": "#343b46", "line": "#7db0f
         "bad": "#ff8f85", "page": "#1c2027"}
 MARKS = {True: "✓", False: "✗", None: ""}
 NOTHING = "(nothing)"
+PHOTO = 128  # pixels; pictures with a longer side are photographs, smaller ones show their pixels
 
 
 class Curves(NamedTuple):
@@ -60,9 +67,7 @@ def write(folder: str | Path, title: str, metrics: Sequence[str | Path], example
     """
     folder = Path(folder)
     curves = _curves(list(map(Path, metrics)))
-    uneven = [number for number, row in enumerate(table) if len(row) != len(table[0])]
-    if uneven:
-        raise ValueError(f"The table's heading has {len(table[0])} columns; these rows have another number: {uneven}.")
+    _check_table(table)
     folder.mkdir(parents=True, exist_ok=True)
     plots = {"Loss": ("loss", "training loss by step", _draw_loss)}
     if curves.gates:
@@ -74,8 +79,63 @@ def write(folder: str | Path, title: str, metrics: Sequence[str | Path], example
         pictures.append((heading, words, light, dark))
     (folder / "pictures.png").write_bytes(_draw_sheet(title, examples))
     page = folder / "report.html"
-    page.write_text(_page(title, pictures, examples, table, facts or {}), encoding="utf-8")
+    page.write_text(_page(title, pictures, {"Pictures and words": examples}, table, facts or {}, {}), encoding="utf-8")
     return page
+
+
+def write_scores(folder: str | Path, title: str, table: Sequence[Sequence[str | float | None]],
+                 sections: Mapping[str, Sequence[Example]], facts: Mapping[str, str] | None = None,
+                 notes: Mapping[str, Sequence[str]] | None = None) -> Path:
+    """Writes `report.html` (self-contained) about a model that was tested; its path.
+
+    sections: pictures and words by their heading
+    notes:    lines of text by their heading, below everything else
+    The others as in `write`, which raises the same for the table.
+    """
+    _check_table(table)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    page = folder / "report.html"
+    page.write_text(_page(title, [], sections, table, facts or {}, notes or {}), encoding="utf-8")
+    return page
+
+
+def thumbnail(picture: Any, side: int) -> np.ndarray:
+    """uint8[H,W,3] of a PIL picture, its long side no longer than that."""
+    small = picture.convert("RGB")
+    small.thumbnail((side, side))
+    return np.asarray(small)
+
+
+def boxed(picture: np.ndarray, size: tuple[int, int],
+          boxes: Mapping[str, tuple[float, float, float, float]]) -> np.ndarray:
+    """A picture uint8[H,W,3] with boxes drawn on it, each with its name: "truth" in green, others in blue.
+
+    size:  (width, height) of the picture that the boxes' pixels (x1, y1, x2, y2) are of
+    """
+    from PIL import Image, ImageDraw
+
+    image = Image.fromarray(picture)
+    draw, (across, down) = ImageDraw.Draw(image), (image.width / size[0], image.height / size[1])
+    wide = max(2, round(max(image.size) / 120))
+    labels = []
+    for name, (x1, y1, x2, y2) in boxes.items():
+        color = LIGHT["good" if name == "truth" else "line"]
+        left, right = sorted((x1 * across, x2 * across))  # what a model says may have its ends in the wrong order
+        top, bottom = sorted((y1 * down, y2 * down))
+        draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline="white")
+        draw.rectangle((left, top, right, bottom), outline=color, width=wide)
+        labels.append((f" {name} ", (left, top if name == "truth" else max(top, bottom - 14)), color))
+    for words, corner, color in labels:  # over all boxes
+        draw.rectangle(draw.textbbox(corner, words, font_size=12), fill=color)
+        draw.text(corner, words, fill="white", font_size=12)
+    return np.asarray(image)
+
+
+def _check_table(table: Sequence[Sequence[str | float | None]]) -> None:
+    uneven = [number for number, row in enumerate(table) if len(row) != len(table[0])]
+    if uneven:
+        raise ValueError(f"The table's heading has {len(table[0])} columns; these rows have another number: {uneven}.")
 
 
 def _curves(paths: Sequence[Path]) -> Curves:
@@ -239,16 +299,26 @@ thead th { color: var(--muted); font-weight: 500; font-size: 13px; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 16px; }
 figure { margin: 0; overflow: hidden; }
 figure img { display: block; width: 100%; image-rendering: pixelated; }
+figure img.photo { aspect-ratio: 4 / 3; object-fit: contain; background: var(--grid); image-rendering: auto; }
+.none { aspect-ratio: 4 / 3; display: grid; place-items: center; color: var(--muted); background: var(--grid);
+  font-size: 13px; }
 figcaption { padding: 11px 14px 14px; overflow-wrap: anywhere; }
 .asked, .truth { color: var(--muted); font-size: 13px; margin: 0; }
 .said { margin: 3px 0 0; font-weight: 600; }
 .truth { margin-top: 6px; }
+.choices { list-style: none; margin: 8px 0 0; padding: 0; font-size: 13px; }
+.choices li { display: flex; justify-content: space-between; gap: 12px; padding: 3px 0; color: var(--muted);
+  border-top: 1px solid var(--grid); font-variant-numeric: tabular-nums; }
+.choices .taken { color: var(--ink); font-weight: 600; }
+.note { color: var(--muted); font-size: 12px; margin: 8px 0 0; }
+.lines { margin: 0; padding: 12px 16px 12px 34px; font-size: 13px; overflow-wrap: anywhere; }
 .mark.good { color: var(--good); } .mark.bad, .said.bad { color: var(--bad); }
 """
 
 
-def _page(title: str, plots: Sequence[tuple[str, str, bytes, bytes]], examples: Sequence[Example],
-          table: Sequence[Sequence[str | float | None]], facts: Mapping[str, str]) -> str:
+def _page(title: str, plots: Sequence[tuple[str, str, bytes, bytes]], sections: Mapping[str, Sequence[Example]],
+          table: Sequence[Sequence[str | float | None]], facts: Mapping[str, str],
+          notes: Mapping[str, Sequence[str]]) -> str:
     text = html.escape
     heading, *rows = table or [[]]
     head = "".join(f'<th scope="col">{text(_cell(cell))}</th>' for cell in heading)
@@ -256,6 +326,11 @@ def _page(title: str, plots: Sequence[tuple[str, str, bytes, bytes]], examples: 
     drawn = "\n".join(f'''<h2>{heading}</h2>
 <div class="card curve"><picture><source media="(prefers-color-scheme: dark)" srcset="{_inline(dark)}">
 <img src="{_inline(light)}" alt="{words}"></picture></div>''' for heading, words, light, dark in plots)
+    shown = "\n".join(f"""<h2>{text(name)}</h2>
+<div class="pictures">
+{"".join(map(_figure, examples))}</div>""" for name, examples in sections.items())
+    told = "\n".join(f"""<h2>{text(name)}</h2>
+<ul class="card lines">{"".join(f"<li>{text(line)}</li>" for line in lines)}</ul>""" for name, lines in notes.items())
     tiles = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in facts.items())
     return f"""<!doctype html>
 <html lang="en">
@@ -274,9 +349,8 @@ def _page(title: str, plots: Sequence[tuple[str, str, bytes, bytes]], examples: 
 {body}
 </tbody></table></div>
 {drawn}
-<h2>Pictures and words</h2>
-<div class="pictures">
-{"".join(map(_figure, examples))}</div>
+{shown}
+{told}
 </main>
 </body>
 </html>
@@ -284,22 +358,34 @@ def _page(title: str, plots: Sequence[tuple[str, str, bytes, bytes]], examples: 
 
 
 def _figure(example: Example) -> str:
-    from PIL import Image
-
-    out = io.BytesIO()
-    Image.fromarray(example.picture).save(out, format="png")
+    text = html.escape
     kind = {True: "good", False: "bad", None: ""}[example.right]
     mark = f'<span class="mark {kind}">{MARKS[example.right]}</span> ' if kind else ""
-    truth = "" if example.right else f'<p class="truth">truth: {html.escape(example.truth)}</p>'
-    return f"""<figure class="card"><img src="{_inline(out.getvalue())}" alt="{html.escape(example.truth)}">
-<figcaption><p class="asked">{html.escape(example.question)}</p>
-<p class="said {kind}">{mark}{html.escape(example.said or NOTHING)}</p>{truth}</figcaption></figure>
+    truth = "" if example.right else f'<p class="truth">truth: {text(example.truth)}</p>'
+    options = "".join(f'<li{" class=taken" if words == example.said else ""}><span>{text(words)}</span>'
+                      f'<span title="loss in nats">{loss:.2f}</span></li>' for words, loss in example.choices)
+    below = (f'<ul class="choices">{options}</ul>' if options else "") + (
+        f'<p class="note">{text(example.note)}</p>' if example.note else "")
+    return f"""<figure class="card">{_image(example)}
+<figcaption><p class="asked">{text(example.question)}</p>
+<p class="said {kind}">{mark}{text(example.said or NOTHING)}</p>{truth}{below}</figcaption></figure>
 """
+
+
+def _image(example: Example) -> str:
+    from PIL import Image
+
+    if example.picture is None:
+        return '<div class="none">no picture</div>'
+    out, photo = io.BytesIO(), max(example.picture.shape[:2]) > PHOTO
+    Image.fromarray(example.picture).save(out, format="jpeg" if photo else "png", **{"quality": 85} if photo else {})
+    source = _inline(out.getvalue(), "jpeg" if photo else "png")
+    return f'<img{" class=photo" if photo else ""} src="{source}" alt="{html.escape(example.truth)}">'
 
 
 def _cell(value: str | float | None) -> str:
     return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def _inline(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def _inline(content: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64," + base64.b64encode(content).decode()

@@ -6,15 +6,19 @@ A mistake in what the user gave ends with one message and exit status 2, without
 import sys
 from collections.abc import Callable, Sequence
 
-from mmjax.cli import convert, data, generate, plan, train
+from mmjax.cli import chat, convert, data, doctor, evaluate, generate, parity, plan, train
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train.train,
     "convert": convert.convert,
     "export": convert.export,
     "generate": generate.generate,
+    "evaluate": evaluate.evaluate,
+    "chat": chat.chat,
     "data": data.data,
     "plan": plan.plan,
+    "doctor": doctor.doctor,
+    "parity": parity.parity,
 }
 
 
@@ -37,5 +41,6 @@ def main(command: str | None = None) -> None:
         print(f"mmjax {command}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("Interrupted. A training run goes on from its last checkpoint with the same command.", file=sys.stderr)
+        print("Interrupted. The same command goes on: a run from its last checkpoint, answers behind their last line.",
+              file=sys.stderr)
         sys.exit(130)

@@ -1,7 +1,4 @@
-"""Scores of a model: choices ranked by their loss, and what it says about the scenes of the embedded default.
-
-B rows   A candidate answers
-"""
+"""What a model says about the scenes of the embedded default, held against what they show."""
 
 import dataclasses
 import json
@@ -11,41 +8,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
 from rich.console import Console
 from rich.table import Table
 
-from mmjax import report, steps
-from mmjax.batch import Batch, Sample
+from mmjax import report
+from mmjax.batch import Sample
 from mmjax.config import ScenesConfig
 from mmjax.data import scenes
 from mmjax.data.conversation import PICTURE
 from mmjax.data.neighbours import Recall
 from mmjax.loaded import Loaded
 from mmjax.report import Example
-
-NO_CHOICE = 9999.0  # the loss of a candidate that a row does not have, as in the original
-
-
-def rank(
-    module: nn.Module, params: Any, candidates: Sequence[Batch], counts: Sequence[int] | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """(losses float32[B,A], ranks int[B,A] best first) of A answers to the same B prompts.
-
-    candidates: for each answer the batch that scores it; its loss is each row's sum over the padded length - 1, so a
-                rank depends on the other rows of the batch, as in the original (minigpt_base.py: multi_select)
-    counts:     how many of the candidates each row really has; the others come last
-    """
-
-    @jax.jit
-    def score(params: Any, batch: Batch) -> jax.Array:
-        return steps.loss(module, params, batch, reduction="none")[0]
-
-    losses = np.stack([np.asarray(score(params, batch)) for batch in candidates], axis=1)
-    if counts is not None:
-        absent = np.arange(losses.shape[1]) >= np.asarray(counts)[:, None]
-        losses = np.where(absent, np.float32(NO_CHOICE), losses)
-    return losses, np.argsort(losses, axis=1, kind="stable")
 
 
 @dataclasses.dataclass(frozen=True)

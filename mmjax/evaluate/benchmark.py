@@ -1,0 +1,289 @@
+"""A benchmark from its files to its scores: items are asked one by one, their answers kept, and scored from the file.
+
+    OUT/predictions.jsonl            the answers, see `mmjax.predictions`
+    OUT/predictions.jsonl.card.json  of which model and with which settings
+    OUT/scores.json                  the figures with their intervals, and what they are of
+    OUT/report.html                  the figures, and the worst and the best pictures
+
+Every item is a conversation of its own, so the answers do not depend on the order of the items or on what else is
+asked. An item that could not be answered counts as wrong, and is counted.
+"""
+
+import collections
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mmjax import boxes, files, loaded, predictions, report
+from mmjax.data import images
+from mmjax.data.asked import Ask, digest
+from mmjax.data.benchmarks import BENCHMARKS, Figure, Item, Scores
+from mmjax.data.text import bare
+from mmjax.evaluate.rank import Choices, Rule, chosen
+from mmjax.loaded import Loaded
+from mmjax.metrics.grounding import answered_box
+from mmjax.report import Example
+
+PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"
+TOP = 24  # worst pictures of a page, and best ones
+SIDE = 480  # pixels of the long side of a picture on a page, at most
+PACKAGES = ("mmjax", "jax", "flax", "numpy", "pillow")
+
+
+@dataclasses.dataclass(frozen=True)
+class Test:
+    """What is asked of which benchmark, and how it is scored.
+
+    name:     one of BENCHMARKS
+    data:     the folder or file of that benchmark
+    root:     the folder below which its pictures lie, where that is not the data file's own
+    prompt:   put around what an item asks at its {}; None for the benchmark's own
+    limit:    items to ask, evenly spread over all of them; None for all
+    in_words: have choices answered in words, too, and read from them, in place of ranking them by their loss
+    rank_by:  the rule by which choices are ranked; see `mmjax.evaluate.rank.chosen`
+    """
+
+    name: str
+    data: str
+    root: str | None = None
+    prompt: str | None = None
+    limit: int | None = None
+    in_words: bool = False
+    rank_by: Rule = "sum"
+
+    def __post_init__(self):
+        if self.name not in BENCHMARKS:
+            raise ValueError(f"There is no benchmark {self.name!r}; there are {', '.join(BENCHMARKS)}.")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit = {self.limit}: at least 1")
+
+    @property
+    def ranked(self) -> bool:
+        return BENCHMARKS[self.name].kind == "choice" and not self.in_words
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the answers depend on, for the card; how they are scored may change."""
+        return {"benchmark": self.name, "prompt": self.prompt, "limit": self.limit, "in_words": self.in_words}
+
+    def items(self) -> list[Item]:
+        """Raises FileNotFoundError or ValueError naming what of the benchmark cannot be used."""
+        items = BENCHMARKS[self.name].read(self.data, self.root, self.prompt)
+        count = len(items) if self.limit is None else min(self.limit, len(items))
+        return [items[number * len(items) // count] for number in range(count)]
+
+
+def asks(items: Sequence[Item]) -> list[Ask]:
+    return [Ask(item.id, item.sample, item.choices) for item in items]
+
+
+def answerer(test: Test, model: Loaded, decoding: predictions.Decoding, batch_size: int, recall: Any = None,
+             text: Mapping[str, Any] | None = None) -> Choices | predictions.Words:
+    """What answers a benchmark's items: by rank, or in words of the length that the benchmark says unless told another.
+
+    Raises ValueError for settings that have no meaning where choices are ranked.
+    """
+    if not test.ranked:
+        if decoding.max_new_tokens is None:
+            decoding = dataclasses.replace(decoding, max_new_tokens=BENCHMARKS[test.name].max_new_tokens)
+        return predictions.Words(model, decoding, batch_size, recall, text or {})
+    unused = [field.name for field in dataclasses.fields(decoding)
+              if getattr(decoding, field.name) != field.default] + ["recall"] * (recall is not None)
+    if unused:
+        raise ValueError(f"{', '.join(unused)}: the choices of {test.name} are ranked by their loss and nothing is "
+                         "generated. Leave them out, or have the answers in words (in_words).")
+    return Choices(model, batch_size, text or {})
+
+
+def evaluate(test: Test, items: Sequence[Item], answers: Choices | predictions.Words, checkpoint: str | Path,
+             out: str | Path, console: Console | None = None) -> predictions.Done:
+    """Answers what OUT/predictions.jsonl does not hold yet. Raises what `predictions.predict` does."""
+    made = predictions.card(asks(items), answers, predictions.identity(checkpoint), **test.settings)
+    made |= {"checkpoint": str(checkpoint), "data": test.data, "root": test.root}
+    return predictions.predict(Path(out) / PREDICTIONS, asks(items), answers, made, console)
+
+
+def begun(out: str | Path, test: Test) -> Test:
+    """The test whose answers lie in OUT, scored by the rule of the given one.
+
+    Raises FileNotFoundError if there are none, ValueError if they are of another benchmark.
+    """
+    settings = _card(Path(out))["settings"]
+    if settings.get("benchmark") != test.name:
+        raise ValueError(f"{Path(out) / PREDICTIONS} has the answers to {settings.get('benchmark')}, not to "
+                         f"{test.name}.")
+    return dataclasses.replace(test, **{name: settings[name] for name in test.settings if name != "benchmark"})
+
+
+def _card(out: Path) -> dict[str, Any]:
+    path = predictions.card_of(out / PREDICTIONS)
+    if not path.is_file():
+        raise FileNotFoundError(f"There are no answers to score: no {path}.")
+    card = loaded.read_card(path)
+    loaded.require(path, card, *predictions.COMPARED)
+    return card
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What the answers in a folder are worth.
+
+    answers: the line of each item
+    taken:   what of each was scored: words, or the place of a choice; of an item without an answer something wrong
+    """
+
+    test: Test
+    items: list[Item]
+    answers: list[dict[str, Any]]
+    taken: list[str | int]
+    scores: Scores
+    card: dict[str, Any]
+
+    @property
+    def errors(self) -> list[dict[str, Any]]:
+        return [line for line in self.answers if "error" in line]
+
+
+def scored(test: Test, items: Sequence[Item], out: str | Path) -> Scored:
+    """The scores of the answers in OUT/predictions.jsonl.
+
+    Raises FileNotFoundError or ValueError if they are not there, not all there, or of other items.
+    """
+    out, path = Path(out), Path(out) / PREDICTIONS
+    card = _card(out)
+    if card["samples"].get("sha256") != digest(asks(items)):
+        raise ValueError(f"{path} has answers to {card['samples'].get('count')} items, but not to the {len(items)} of "
+                         f"{test.data}: the data, or how they are asked, have changed since.")
+    lines, _ = predictions.kept(path.read_bytes(), [item.id for item in items], path)
+    if len(lines) < len(items):
+        raise ValueError(f"{path} has {len(lines)} of {len(items)} answers. Without score_only the same command makes "
+                         "the others.")
+    taken = [_taken(*pair, test) for pair in zip(items, lines, strict=True)]
+    return Scored(test, list(items), lines, taken, BENCHMARKS[test.name].score(items, taken), card)
+
+
+def _taken(item: Item, line: Mapping[str, Any], test: Test) -> str | int:
+    """What of a line is scored."""
+    if "error" not in line:
+        return chosen(line, test.rank_by) if test.ranked else line["answer"]
+    if not item.choices:
+        return ""
+    wrong = next(place for place in range(len(item.choices)) if place != item.right)
+    return wrong if test.ranked else item.choices[wrong]
+
+
+# ---- what people read ----
+
+
+def show(result: Scored, console: Console) -> None:
+    """The figures as a table."""
+    test = result.test
+    table = Table(title=f"{test.name}, {len(result.items):,} items")
+    for heading in ("", "score", "95 % interval"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, figure in result.scores.figures.items():
+        table.add_row(name, f"{figure.value:.4f}", _interval(figure))
+    if result.scores.groups:
+        table.add_section()
+        for name, figure in result.scores.groups.items():
+            table.add_row(name, f"{figure.value:.4f}", _interval(figure))
+    console.print(table)
+    if result.errors:
+        console.print(f"{len(result.errors):,} items could not be answered and count as wrong; their lines in "
+                      f"{PREDICTIONS} say why.", highlight=False, style="yellow")
+
+
+def _interval(figure: Figure) -> str:
+    return f"{figure.low:.4f} to {figure.high:.4f}"
+
+
+def write(result: Scored, out: str | Path) -> Path:
+    """Writes scores.json and report.html into OUT; the path of the page."""
+    out, test, card = Path(out), result.test, result.card
+    empty = sum(line.get("answer") == "" for line in result.answers)
+    told = {
+        "benchmark": test.name,
+        "figures": {name: dataclasses.asdict(figure) for name, figure in result.scores.figures.items()},
+        "groups": {name: dataclasses.asdict(figure) for name, figure in result.scores.groups.items()},
+        "items": len(result.items), "errors": len(result.errors), "empty_answers": empty,
+        "data": test.data, "root": test.root, "rank_by": test.rank_by if test.ranked else None,
+        "checkpoint": card.get("checkpoint"), "model": card["model"], "settings": card["settings"],
+        "samples": card["samples"], "answered_with": card.get("versions"),
+        "scored_with": {name: importlib.metadata.version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+    }
+    files.replace(out / SCORES, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+    return _page(result, out, empty)
+
+
+def _page(result: Scored, out: Path, empty: int) -> Path:
+    test, card, scores = result.test, result.card, result.scores
+    table = [["", "score", "95 % from", "to"], *([name, figure.value, figure.low, figure.high]
+             for name, figure in [*scores.figures.items(), *scores.groups.items()])]
+    how = f"choices ranked by loss ({test.rank_by})" if test.ranked else "in words"
+    first, figure = next(iter(scores.figures.items()))
+    facts = {first: f"{figure.value:.3f}", "items": f"{len(result.items):,}", "answers": how,
+             "not answered": f"{len(result.errors):,}"}
+    if not test.ranked:
+        facts["said nothing"] = f"{empty:,}"
+    worst, best = _ends(scores.each, [n for n, line in enumerate(result.answers) if "error" not in line])
+    sections = {"Worst answers": [example(result, place) for place in worst],
+                "Best answers": [example(result, place) for place in best]}
+    notes = [f"{line['id']}: {line['error']}" for line in result.errors]
+    named = Path(str(card.get("checkpoint", ""))).name
+    return report.write_scores(out, f"{named} on {test.name}" if named else test.name, table, sections, facts,
+                               {"Not answered, counted as wrong": notes} if notes else {})
+
+
+def _ends(each: Sequence[float], places: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Items with the lowest and with the highest scores, no item twice. Those that are equally good are drawn."""
+    order = list(places)
+    random.Random(0).shuffle(order)
+    order.sort(key=lambda place: each[place])
+    count = min(TOP, (len(order) + 1) // 2)
+    return order[:count], order[count:][-TOP:][::-1]
+
+
+def example(result: Scored, place: int) -> Example:
+    """One item with what was said about it."""
+    item, line, taken, each = (column[place] for column in
+                               (result.items, result.answers, result.taken, result.scores.each))
+    said = item.choices[taken] if isinstance(taken, int) else taken
+    note = f"{item.id} · score {each:.3f}" + (f" · {item.group}" if item.group else "")
+    right = {0.0: False, 1.0: True}.get(float(each))
+    truth, picture = _truth(item), _picture(item)
+    if item.box is not None:
+        found = answered_box(said, item.size)
+        drawn = {"truth": item.box} | ({} if found is None else {"said": found})
+        picture, right = report.boxed(picture, item.size, drawn), each > 0.5
+    options = []
+    if isinstance(taken, int):
+        options = zip(item.choices, line["losses"], strict=True)
+    return Example(picture, bare(item.sample.prompt), said, truth, right, note, tuple(options))
+
+
+def _truth(item: Item) -> str:
+    if item.right is not None:
+        return item.choices[item.right]
+    if item.box is not None:
+        width, height = item.size  # some boxes lie over the edge of their picture
+        x1, x2 = (min(max(x, 0), width) for x in item.box[::2])
+        y1, y2 = (min(max(y, 0), height) for y in item.box[1::2])
+        return boxes.box_text((x1, y1, x2 - x1, y2 - y1), width, height)
+    counts = collections.Counter(item.references)
+    return " · ".join(words if times == 1 else f"{words} × {times}" for words, times in counts.most_common())
+
+
+def _picture(item: Item) -> Any:
+    """uint8[H,W,3] of the item's first picture, at most SIDE long; None without one."""
+    if not item.sample.images:
+        return None
+    return report.thumbnail(images.rgb(item.sample.images[0]), SIDE)

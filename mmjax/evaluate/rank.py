@@ -1,0 +1,139 @@
+"""Choices ranked by their loss: multiple choice, yes or no, A to E.
+
+B rows   A candidate answers
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from mmjax import sharding, steps
+from mmjax.batch import Batch
+from mmjax.data import text
+from mmjax.data.asked import Ask
+from mmjax.families import FAMILIES
+from mmjax.loaded import Loaded
+from mmjax.predictions import Opened, read, rows
+
+NO_CHOICE = 9999.0  # the loss of a candidate that a row does not have, as in the original
+MULTIPLE = 32  # of the places that rows are padded to, so that few lengths are compiled
+UNCUT = 1_000_000  # tokens, more than any row has: an answer that is cut would look likelier than it is
+Rule = Literal["sum", "mean", "original"]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def losses(module: nn.Module, params: Any, batch: Batch) -> jax.Array:
+    """float32[B]: each row's sum over its padded length - 1."""
+    return steps.loss(module, params, batch, reduction="none")[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def seen(module: nn.Module, params: Any, batch: Batch) -> jax.Array:
+    """What the encoder makes of a batch's pictures and other senses, float32 or as the module computes."""
+    return module.apply({"params": params}, batch, method="feature")
+
+
+def rank(
+    module: nn.Module, params: Any, candidates: Sequence[Batch], counts: Sequence[int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(losses float32[B,A], ranks int[B,A] best first) of A answers to the same B prompts.
+
+    candidates: for each answer the batch that scores it; its loss is each row's sum over the padded length - 1, so a
+                rank depends on the other rows of the batch, as in the original (minigpt_base.py: multi_select)
+    counts:     how many of the candidates each row really has; the others come last
+    """
+    found = np.stack([np.asarray(losses(module, params, batch)) for batch in candidates], axis=1)
+    if counts is not None:
+        absent = np.arange(found.shape[1]) >= np.asarray(counts)[:, None]
+        found = np.where(absent, np.float32(NO_CHOICE), found)
+    return found, np.argsort(found, axis=1, kind="stable")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """Chooses among each sample's answers by their losses; see `mmjax.predictions.Answerer`.
+
+    batch_size: rounded up to what the mesh can divide
+    text:       fields of `TextConfig` that differ from the model's
+
+    Of every sample a line holds, by choice, the "losses" in nats (summed over the answer and the end symbol), the
+    "tokens" that is of, and the "padded" length by which the original divides; so that every rule of `chosen` can be
+    applied later. "answer" is the choice with the lowest loss. Samples stay in their order, for the padded length is
+    that of the batch's longest row. What the encoder sees is computed once for all choices.
+    """
+
+    model: Loaded
+    batch_size: int = 16
+    text: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    window = 1
+
+    @property
+    def rows(self) -> int:
+        return rows(self.model, self.batch_size)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"ranked": True, "batch_size": self.rows, **dataclasses.asdict(self._text)}
+
+    @property
+    def _text(self) -> Any:
+        return dataclasses.replace(self.model.text, **{"max_txt_len": UNCUT, "max_context_len": UNCUT, **self.text})
+
+    def open(self, ask: Ask) -> Opened:
+        """Raises ValueError for what is wrong with the sample, and if it has no choices."""
+        if not ask.choices:
+            raise ValueError("there are no choices")
+        ask = read(ask, self.model)
+        batch = self.model.batch([ask.sample], **dataclasses.asdict(self._text))
+        return Opened(ask, batch.tokens.shape[1])
+
+    def answer(self, asks: Sequence[Ask], first: int) -> list[dict[str, Any]]:
+        filled = [*asks, *[asks[-1]] * (self.rows - len(asks))]
+        with sharding.use(self.model.mesh):
+            shown = self._shown(filled)
+            columns = [self._column(filled, place, shown) for place in range(max(len(ask.choices) for ask in asks))]
+        found = []
+        for ask, *scores in zip(asks, *(column[:len(asks)] for column in columns), strict=True):
+            own = scores[:len(ask.choices)]
+            line = dict(zip(("losses", "tokens", "padded"), map(list, zip(*own, strict=True)), strict=True))
+            found.append({"answer": ask.choices[chosen(line)], **line})
+        return found
+
+    def _shown(self, asks: Sequence[Ask]) -> dict[str, Any]:
+        """`Batch.media` and the like of these samples, seen by the encoder where the family has one; or pixels."""
+        model, place = self.model, sharding.batch_sharding(self.model.mesh)
+        batch = model.batch([ask.sample for ask in asks], **dataclasses.asdict(self._text))
+        if not FAMILIES[model.family].ENCODER or batch.images is None and batch.media is None:
+            return {"images": jax.device_put(batch.images, place)}
+        feature = seen(model.module, model.params, jax.device_put(batch, place))
+        weights = {"feature": jax.device_put(np.ones(len(asks), np.float32), place)} if model.config.senses else None
+        return {"media": {"feature": feature}, "weights": weights}
+
+    def _column(self, asks: Sequence[Ask], place: int, shown: Mapping[str, Any]) -> list[tuple[float, int, int]]:
+        """(loss in nats, tokens it is of, padded length) of each row's choice at that place; of one with fewer choices,
+        its last."""
+        answers = [ask.choices[min(place, len(ask.choices) - 1)] for ask in asks]
+        samples = [dataclasses.replace(ask.sample, answer=answer) for ask, answer in zip(asks, answers, strict=True)]
+        batch = text.rows(samples, self.model.tokenizer, self._text, self.model.config.image_tokens, multiple=MULTIPLE)
+        whole = dataclasses.replace(jax.device_put(batch, sharding.batch_sharding(self.model.mesh)), **shown)
+        found = np.asarray(losses(self.model.module, self.model.params, whole), np.float64)
+        found *= batch.padded_length - 1
+        tokens = batch.loss_mask[:, 1:].sum(axis=1)
+        return [(float(loss), int(count), int(length))
+                for loss, count, length in zip(found, tokens, batch.padded_length, strict=True)]
+
+
+def chosen(line: Mapping[str, Sequence[float]], rule: Rule = "sum") -> int:
+    """The place of the best choice of a line that `Choices` made; the first of those that are equally good.
+
+    sum:      the likeliest answer as a whole: the lowest sum of its tokens' losses
+    mean:     the lowest loss a token, which does not favour short answers
+    original: the sum over the padded length - 1 of the batch that scored it (minigpt_base.py: multi_select)
+    """
+    per = {"sum": [1] * len(line["losses"]), "mean": line["tokens"], "original": [n - 1 for n in line["padded"]]}[rule]
+    return int(np.argmin(np.divide(line["losses"], per)))
