@@ -7,11 +7,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-from mmjax import checkpoint, int8, optim, sharding, steps, trees  # noqa: E402
+import mmjax  # noqa: E402
+from mmjax import checkpoint, generate, int8, optim, sharding, steps, trees  # noqa: E402
 from mmjax.config import MeshConfig, OptimConfig  # noqa: E402
+from mmjax.data import scenes  # noqa: E402
 from mmjax.families import minigpt4  # noqa: E402
 from mmjax.int8 import Int8  # noqa: E402
-from tests import tiny  # noqa: E402
+from tests import small, tiny  # noqa: E402
 from tests.test_int8 import held, test_restoring_quantises_what_is_stored  # noqa: E402, F401
 
 ADAMW = optim.optimizer(OptimConfig(init_lr=1e-3, min_lr=1e-3, warmup_steps=0))
@@ -103,3 +105,25 @@ def test_a_checkpoint_moves_to_another_mesh(tmp_path):
         np.testing.assert_array_equal(*map(jax.random.key_data, (restored.key, saved.key)))
     checkpoints.close()
     np.testing.assert_array_equal(checkpoint.trained(tmp_path)["projector/w"], flat["projector/w"])
+
+
+def test_eight_devices_write_what_one_writes():
+    """Greedy search, drawing and beams, of fewer rows than there are devices, from shards of the weights."""
+    one = mmjax.load(small.checkpoint(), dtype="float32")
+    eight = mmjax.load(small.checkpoint(), sharding.make_mesh(MeshConfig(2, 4, 1)), dtype="float32")
+    samples = [mmjax.Sample(images=[scenes.draw(scene)], prompt=f"<Img><ImageHere></Img> {words}")
+               for scene, words in zip(scenes.scenes("train", 3), ("Where?", "What is it?", "Which"), strict=True)]
+    for settings in ({}, {"temperature": 1.0, "seed": 2}, {"num_beams": 2, "repetition_penalty": 1.3}):
+        assert eight.generate(samples, 12, **settings) == one.generate(samples, 12, **settings)
+
+
+def test_heads_on_different_devices_write_what_one_writes():
+    batch, made = tiny.batch(), []
+    for cfg, devices in ((MeshConfig(), jax.devices()[:1]), (MeshConfig(2, 2, 2), jax.devices())):
+        mesh = sharding.make_mesh(cfg, devices)
+        with sharding.use(mesh):
+            params = on(mesh, trees.flatten(tiny.params("minigpt4", tiny.MINIGPT4)))
+            rows = jax.device_put(batch, sharding.batch_sharding(mesh))
+            made.append([generate.generate(MODULE, params, rows, config).sequences for config in (
+                generate.GenerateConfig(6, eos=-1), generate.GenerateConfig(6, eos=-1, num_beams=2))])
+    np.testing.assert_array_equal(*made)

@@ -53,7 +53,7 @@ def minigpt4(tmp_path_factory):
     (folder / "config.py").write_text(CONFIG.format(out=str(folder / "run")))
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        cli.data(["features", "--config", str(folder / "config.py"), "--out", str(folder / "features")])
+        cli.COMMANDS["data"](["features", "--config", str(folder / "config.py"), "--out", str(folder / "features")])
     assert f"{folder / 'features'}: 8 pictures, 8 of them new, 1 x 8 x 48 float32 each: 0.002 MB" in said.getvalue()
     return small.run_config(folder / "run"), folder / "features"
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import mmjax
+from mmjax import compilation, loaded
 from mmjax.convert import convert
 from mmjax.data import scenes
 from mmjax.data.neighbours import Recall
@@ -53,8 +54,125 @@ def test_words_end_before_the_stop_string(model, samples):
     assert cut[0] == whole[0][: whole[0].index(stop)].strip()
 
 
+def test_a_stop_string_is_found_in_the_words(model, samples, monkeypatch):
+    """It may begin inside one id and end inside another, which no sequence of ids tells; the row ends all the same,
+    soon after it."""
+    [whole] = model.generate(samples[1:2], max_new_tokens=60)
+    stop, made = "al", []
+
+    class Watched(loaded.Writing):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(loaded, "stop_ids", lambda tokenizer, words: [])
+    monkeypatch.setattr(loaded, "Writing", Watched)
+    assert stop in whole
+    assert model.generate(samples[1:2], max_new_tokens=60, stop=[stop]) == [whole[: whole.index(stop)].strip()]
+    assert made[0].step < 60
+
+
+def test_pieces_join_to_the_words(model, samples):
+    seen = samples[1]
+    [whole] = model.generate([seen], 60)
+    pieces = list(model.stream(seen, 60))
+    assert "".join(pieces) == whole
+    assert len(pieces) > 20 and all(pieces)
+    assert "".join(model.stream(seen, 60, stop=["al"])) == whole[: whole.index("al")].strip()
+    assert "".join(model.stream(seen, 60, temperature=1.0, seed=3)) == model.generate(
+        [seen], 60, temperature=1.0, seed=3)[0]
+    assert list(model.stream(seen, 60, num_beams=2)) == model.generate([seen], 60, num_beams=2)
+
+
+def test_a_mistake_is_told_before_the_first_piece(model, samples):
+    with pytest.raises(ValueError, match="top_p = 2"):
+        model.stream(samples[0], top_p=2.0)
+    with pytest.raises(ValueError, match=r"stop = '###': a list of strings, such as \['###'\]"):
+        model.generate(samples, stop="###")
+
+
+def test_what_was_said_stays(model):
+    """Of any ids, broken characters and all: what counts as settled is never taken back."""
+    tokenizer, random = model.tokenizer, np.random.default_rng(0)
+    every = range(tokenizer.vocab_size)
+    parts = [i for i in every if loaded.BROKEN in tokenizer.decode([i])]
+    for _ in range(300):
+        ids = [int(random.choice(pool)) for pool in random.choice([0, 1], 12) for pool in [(every, parts)[pool]]]
+        text = tokenizer.decode(ids)
+        stop = [text[place : place + 2] for place in random.integers(0, len(text), 2)]
+        stop = [words for words in stop if loaded.BROKEN not in words]
+        end = loaded.cut(text, stop).strip()
+        for count in range(len(ids)):
+            begun = tokenizer.decode(ids[:count])
+            if loaded.cut(begun, stop) != begun:
+                break
+            settled = loaded.unchanging(begun, stop)
+            assert end.startswith(settled)
+
+
+def test_characters_of_several_bytes_come_whole(model):
+    ids = model.tokenizer.encode("naïve 猫 ✓")
+    said = [loaded.unchanging(model.tokenizer.decode(ids[:count]), []) for count in range(len(ids) + 1)]
+    assert said[-1] == "naïve 猫 ✓"
+    assert not any("\ufffd" in text for text in said)
+
+
+def test_prompts_of_about_one_length_share_what_is_compiled(model, samples):
+    picture = samples[0].images
+
+    def asked(count):
+        return [mmjax.Sample(images=picture, prompt="<Img><ImageHere></Img>" + " a" * count)]
+
+    model.generate(asked(1), 5, temperature=0.7, top_p=0.9)
+    with compilation.counted() as compiled:
+        model.generate(asked(3), 9, temperature=0.9, top_p=0.8)
+        model.generate(asked(6), 32, temperature=0.5, top_p=0.3, seed=4)
+        list(model.stream(asked(5)[0], 20, temperature=0.4, top_p=0.2))
+    assert not [name for name in compiled.names if "prefill" in name or "decode" in name]
+    with compilation.counted() as compiled:
+        model.generate(asked(40), 5, temperature=0.7, top_p=0.9)
+    assert len([name for name in compiled.names if "prefill" in name or "decode" in name]) == 2
+
+
+@pytest.mark.parametrize(("length", "common"), [(1, 32), (32, 32), (33, 48), (48, 48), (49, 64), (65, 96), (100, 128),
+                                                (128, 128), (129, 192), (1000, 1024), (1025, 1536)])
+def test_common_lengths(length, common):
+    assert loaded.common_length(length) == common
+
+
+@pytest.mark.parametrize("frozen_dtype", [None, "int8"])
+def test_layers_taken_apart_write_what_stacked_ones_write(model, samples, frozen_dtype):
+    apart = model if frozen_dtype is None else mmjax.load(small.checkpoint(), dtype="float32", frozen_dtype="int8")
+    stacked = dataclasses.replace(apart)
+    stacked.__dict__["_decoder"] = (apart.module, apart.params)
+    assert apart._decoder[0].unrolled
+    for settings in ({}, {"num_beams": 3}):
+        assert apart.generate(samples, 12, **settings) == stacked.generate(samples, 12, **settings)
+
+
+def test_draws_depend_on_the_number_of_the_sample(model, samples):
+    together = model.generate(samples, 8, temperature=1.0, seed=5)
+    assert model.generate(samples[1:], 8, temperature=1.0, seed=5, first=1) == together[1:]
+    assert model.generate(samples, 8, temperature=1.0, seed=5, batch_size=2) == together
+
+
 def test_no_samples_make_no_words(model):
     assert model.generate([]) == []
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"batch_size": 0}, "batch_size = 0: at least 1"), ({"batch_size": -1}, "batch_size = -1: at least 1"),
+    ({"stop": "###"}, "a list of strings"), ({"stop": [3]}, "a list of strings"),
+    ({"max_new_tokens": 2_048}, "row 0: .* tokens\n.*row 1: .* tokens\n.*lower max_new_tokens"),
+])
+def test_what_cannot_be_generated_is_refused(model, samples, settings, words):
+    with pytest.raises(ValueError, match=f"(?s){words}"):
+        model.generate(samples[:2], **settings)
+
+
+def test_prompts_that_hold_no_text_are_named(model, samples):
+    with pytest.raises(ValueError, match=r"rows \[1\] hold characters that are no text"):
+        model.generate([samples[0], mmjax.Sample(prompt="caf\udce9?")])
 
 
 def test_sampling_follows_the_seed(model, samples):

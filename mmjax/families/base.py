@@ -37,14 +37,17 @@ class LanguageModel(nn.Module):
 
     dtype: of the activations; parameters of another dtype are cast where they are used
     remat: recompute the layers in the backward pass
+    unrolled, turned: LLaMA's layers have weights of their own, as `mmjax.models.llama.unstack` gives them
     """
 
     cfg: Any
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
+    unrolled: bool = False
+    turned: bool = False
 
     def setup(self):
-        self.llama = Llama(self.cfg.llama, self.dtype, self.remat)
+        self.llama = Llama(self.cfg.llama, self.dtype, self.remat, self.unrolled, self.turned)
 
     def encode(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         """-> [B,T,D]: words embedded, soft tokens placed; and what is injected into each layer, [L,B,P,D] or None."""
@@ -62,18 +65,22 @@ class LanguageModel(nn.Module):
         """[B,T,D] -> float32[B,T,V]."""
         return self.llama.logits(hidden)
 
-    def __call__(self, batch: Batch) -> jax.Array:
-        """-> float32 logits [B,T,V]. Raises ValueError for packed rows where something is injected, one a row."""
+    def hidden(self, batch: Batch) -> jax.Array:
+        """-> [B,T,D], what `logits` takes. Raises ValueError for packed rows where something is injected, one a row."""
         x, injection = self.encode(batch)
         if injection is not None and batch.segments is not None:
             raise ValueError("These rows are packed, but what is injected into the layers is one a row: every sample "
                              "of a row would read the same. Give one sample a row.")
         hidden, _ = self.decode(x, batch.positions, causal_mask(batch.valid, batch.segments), injection=injection)
-        return self.logits(hidden)
+        return hidden
+
+    def __call__(self, batch: Batch) -> jax.Array:
+        """-> float32 logits [B,T,V]; raises as `hidden` does."""
+        return self.logits(self.hidden(batch))
 
     def empty_cache(self, rows: int, length: int):
         """A zero key-value cache for `decode`."""
-        return Llama(self.cfg.llama, self.dtype, parent=None).empty_cache(rows, length)
+        return Llama(self.cfg.llama, self.dtype, unrolled=self.unrolled, parent=None).empty_cache(rows, length)
 
 
 def example_batch(image_size: int | None = None, media: dict[str, jax.Array] | None = None, rows: int = 1,

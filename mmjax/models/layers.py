@@ -9,6 +9,7 @@ frozen part stays in evaluation mode by not being given one.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -56,25 +57,44 @@ class Project(nn.Module):
 
     shape:     the weight's axes, inputs first, `contracted` of them
     zero_bias: the bias starts from zero instead of as torch.nn.Linear's
+    turned:    the weight is held as a plain matrix [outputs, inputs] (see `turn`); the axes of the product are then
+               those of `x` that are not summed over, followed by the outputs
     """
 
     shape: tuple[int, ...]
     contracted: int = 1
     use_bias: bool = False
     zero_bias: bool = False
+    turned: bool = False
 
     def setup(self):
-        fan_in = 1
-        for size in self.shape[: self.contracted]:
-            fan_in *= size
-        self.w = self.param("w", uniform_fan_in(fan_in), self.shape)
+        fan_in = math.prod(self.shape[: self.contracted])
+        held = (math.prod(self.shape) // fan_in, fan_in) if self.turned else self.shape
+        self.w = self.param("w", uniform_fan_in(fan_in), held)
         if self.use_bias:
             start = nn.initializers.zeros_init() if self.zero_bias else uniform_fan_in(fan_in)
             self.b = self.param("b", start, self.shape[self.contracted :])
 
     def __call__(self, letters: str, x: jax.Array) -> jax.Array:
-        y = einsum(letters, x, self.w)
+        y = self.bare(letters, x)
         return y + self.b.astype(y.dtype) if self.use_bias else y
+
+    def bare(self, letters: str, x: jax.Array) -> jax.Array:
+        """The product with the matrix, and nothing that is added to it."""
+        if not self.turned:
+            return einsum(letters, x, self.w)
+        kept = x.shape[: x.ndim - self.contracted]
+        y = einsum("XI,OI->XO", x.reshape(math.prod(kept), -1), self.w)
+        return y.reshape(*kept, *self.shape[self.contracted :])
+
+
+def turn(w: jax.Array | Int8, inputs: int) -> jax.Array | Int8:
+    """A weight whose first axes, `inputs` of them, are summed over, as a matrix [outputs, inputs].
+
+    XLA on a CPU multiplies a few rows with such a matrix up to 1.5 times as fast as with one that begins with the
+    inputs (float32, 8 rows: 10 to 15 GB/s of weights against 7 to 11), and one row, or many, as fast.
+    """
+    return jax.tree.map(lambda leaf: leaf.reshape(math.prod(leaf.shape[:inputs]), -1).T, w)
 
 
 class LayerNorm(nn.Module):
@@ -137,12 +157,14 @@ def attend(
     """
     B, T, N, H = q.shape
     K = k.shape[2]
-    q = q.reshape(B, T, K, N // K, H) * H**-0.5
-    scores = einsum("BTKGH,BSKH->BKGTS", q, k).astype(jnp.float32)
+    # Heads go before places first: XLA on a CPU multiplies quicker so, and elsewhere it makes no difference.
+    q = jnp.moveaxis(q.reshape(B, T, K, N // K, H) * H**-0.5, 1, 3)
+    k, v = (jnp.swapaxes(x, 1, 2) for x in (k, v))
+    scores = einsum("BKGTH,BKSH->BKGTS", q, k).astype(jnp.float32)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = drop(jax.nn.softmax(scores, axis=-1).astype(v.dtype))
-    return einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
+    return jnp.moveaxis(einsum("BKGTS,BKSH->BKGTH", weights, v), 3, 1).reshape(B, T, N, H)
 
 
 class SelfAttention(nn.Module):

@@ -3,9 +3,9 @@
 B batch   T query tokens   S key tokens   P prompts   L layers   D model   F feed-forward
 N query heads   K key and value heads   G = N/K   H head   V vocabulary   R LoRA rank
 
-The layers are one module scanned over stacked weights. The key-value cache is an argument and a result, and so is what
-is injected into each layer: prompts that attention reads beside its keys, or one vector that is added to every token.
-Both pass gates that start closed.
+The layers are one module scanned over stacked weights, or, to decode on a CPU, a module each with weights of its own
+(see `unstack`). The key-value cache is an argument and a result, and so is what is injected into each layer: prompts
+that attention reads beside its keys, or one vector that is added to every token. Both pass gates that start closed.
 
     "head":             attention += tanh(gate)[head] · softmax(q·k(prompts))·v(prompts)
     "layer", "shared":  x += gate · vector            at the input of each layer
@@ -15,13 +15,17 @@ imagebind_LLM/llama/llama.py (Zhang et al. 2023; Gao et al. 2023; Han et al. 202
 """
 
 import dataclasses
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
-from mmjax.models.layers import Project, RMSNorm, attend, einsum, look_up, uniform_fan_in
+from mmjax import int8, trees
+from mmjax.models.layers import Project, RMSNorm, attend, einsum, look_up, turn, uniform_fan_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,40 +122,73 @@ class LoraProject(Project):
         return super().__call__(letters, x) + (self.alpha / self.rank) * update
 
 
-def projection(cfg: LlamaConfig, name: str, shape: tuple[int, ...], contracted: int = 1) -> Project:
+def projection(cfg: LlamaConfig, turned: bool, name: str, shape: tuple[int, ...], contracted: int = 1) -> Project:
     """A layer's linear map with what the config adds to it."""
-    common = {"contracted": contracted, "use_bias": name in cfg.bias_on, "zero_bias": True, "name": name}
+    common = {"contracted": contracted, "use_bias": name in cfg.bias_on, "zero_bias": True, "turned": turned,
+              "name": name}
     if cfg.lora_rank and name in cfg.lora_on:
         return LoraProject(shape, rank=cfg.lora_rank, alpha=cfg.lora_alpha, dropout=cfg.lora_dropout, **common)
     return Project(shape, **common)
+
+
+def written(cache: dict[str, jax.Array], start: int | jax.Array, axis: int, **new: jax.Array) -> dict[str, jax.Array]:
+    """The cache with new keys and values in its slots from `start` on; the slots are an `axis`."""
+    return {name: jax.lax.dynamic_update_slice_in_dim(cache[name], x.astype(cache[name].dtype), start, axis)
+            for name, x in new.items()}
+
+
+def heads_to_front(x: jax.Array) -> jax.Array:
+    """[B,T,K,H] -> [K,B,T,1,H]."""
+    return jnp.moveaxis(x, 2, 0)[..., None, :]
+
+
+def attend_heads_first(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """`attend` for keys and values [K,B,S,1,H], on a CPU 2 to 4 times as fast for one token a row.
+
+    XLA there multiplies a batch of matrices without copying them first only if the batch is one axis, the first.
+    """
+    (B, T, N, H), (K, _, S, _, _) = q.shape, k.shape
+    G = N // K
+    q = jnp.moveaxis(q.reshape(B, T, K, G, H) * H**-0.5, 2, 0).reshape(K * B, T * G, H)
+    scores = einsum("ZQH,ZSH->ZQS", q, k.reshape(K * B, S, H)).astype(jnp.float32).reshape(K, B, T, G, S)
+    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(K * B, T * G, S)
+    out = einsum("ZQS,ZSH->ZQH", weights, v.reshape(K * B, S, H))
+    return jnp.moveaxis(out.reshape(K, B, T, G, H), 0, 2).reshape(B, T, N, H)
 
 
 class Attention(nn.Module):
     """Self-attention with rotary positions over this call's keys, or over a cache that they are written into."""
 
     cfg: LlamaConfig
+    turned: bool = False
 
     @nn.compact
     def __call__(self, x, injection, positions, mask, cache, start):
-        # x [B,T,D]  injection [B,P,D]  positions int[B,T]  mask bool[B,T,S]  cache {"k", "v": [B,S,K,H]} or None
+        # x [B,T,D]  injection [B,P,D]  positions int[B,T]  mask bool[B,T,S]
+        # cache None or {"k", "v": [B,S,K,H]}, or of an unrolled layer [K,B,S,1,H]
         c = self.cfg
-        to_q = projection(c, "q", (c.dim, c.heads, c.head_dim))
-        to_k = projection(c, "k", (c.dim, c.kv_heads, c.head_dim))
-        to_v = projection(c, "v", (c.dim, c.kv_heads, c.head_dim))
+        project = functools.partial(projection, c, self.turned)
+        to_q = project("q", (c.dim, c.heads, c.head_dim))
+        to_k = project("k", (c.dim, c.kv_heads, c.head_dim))
+        to_v = project("v", (c.dim, c.kv_heads, c.head_dim))
         q, k, v = to_q("BTD,DNH->BTNH", x), to_k("BTD,DKH->BTKH", x), to_v("BTD,DKH->BTKH", x)
         q, k = rope(q, positions, c.rope_theta), rope(k, positions, c.rope_theta)
-        if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache["k"], k.astype(cache["k"].dtype), start, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache["v"], v.astype(cache["v"].dtype), start, axis=1)
-            cache = {"k": k, "v": v}
-        out = attend(q, k, v, mask)
+        if cache is None:
+            out = attend(q, k, v, mask)
+        elif cache["k"].ndim == 5:
+            cache = written(cache, start, 2, k=heads_to_front(k), v=heads_to_front(v))
+            out = attend_heads_first(q, cache["k"], cache["v"], mask)
+        else:
+            cache = written(cache, start, 1, k=k, v=v)
+            out = attend(q, cache["k"], cache["v"], mask)
         if c.injection == "head":
             gate = self.param("gate", nn.initializers.zeros_init(), (c.heads,))
             factor = self.param("new_gate", nn.initializers.ones_init(), (1,)) if c.new_gate else 1.0
             if injection is not None:
                 gate = (jnp.tanh(gate.astype(jnp.float32)) if c.gate_tanh else gate) * factor
                 out = out + gate[:, None].astype(out.dtype) * self.read(q, injection, to_k, to_v)
-        return projection(c, "o", (c.heads, c.head_dim, c.dim), contracted=2)("BTNH,NHD->BTD", out), cache
+        return project("o", (c.heads, c.head_dim, c.dim), contracted=2)("BTNH,NHD->BTD", out), cache
 
     @staticmethod
     def read(q, prompts, to_k, to_v):
@@ -159,27 +196,29 @@ class Attention(nn.Module):
 
         Prompts have no positions, are not normalised and pass the bare matrices, without LoRA (as in the original).
         """
-        v = einsum("BPD,DKH->BPKH", prompts, to_v.w)
+        v = to_v.bare("BPD,DKH->BPKH", prompts)
         if prompts.shape[1] == 1:  # a softmax over one key is 1
             return jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
-        return attend(q, einsum("BPD,DKH->BPKH", prompts, to_k.w), v)
+        return attend(q, to_k.bare("BPD,DKH->BPKH", prompts), v)
 
 
 class FeedForward(nn.Module):
     """down(silu(gate(x)) · up(x))."""
 
     cfg: LlamaConfig
+    turned: bool = False
 
     @nn.compact
     def __call__(self, x):
         D, F = self.cfg.dim, self.cfg.hidden
-        gate = projection(self.cfg, "gate", (D, F))("BTD,DF->BTF", x)
-        up = projection(self.cfg, "up", (D, F))("BTD,DF->BTF", x)
-        return projection(self.cfg, "down", (F, D))("BTF,FD->BTD", jax.nn.silu(gate) * up)
+        project = functools.partial(projection, self.cfg, self.turned)
+        gate, up = (project(name, (D, F))("BTD,DF->BTF", x) for name in ("gate", "up"))
+        return project("down", (F, D))("BTF,FD->BTD", jax.nn.silu(gate) * up)
 
 
 class Block(nn.Module):
     cfg: LlamaConfig
+    turned: bool = False
 
     @nn.compact
     def __call__(self, x, cache, injection, positions, mask, start, shared_gate):
@@ -191,26 +230,52 @@ class Block(nn.Module):
                 x = x + gate.astype(x.dtype) * injection
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
         normed = RMSNorm(c.eps, name="attn_norm")(x)
-        out, cache = Attention(c, name="attn")(normed, injection, positions, mask, cache, start)
+        out, cache = Attention(c, self.turned, name="attn")(normed, injection, positions, mask, cache, start)
         x = x + out
-        return x + FeedForward(c, name="mlp")(RMSNorm(c.eps, name="mlp_norm")(x)), cache
+        return x + FeedForward(c, self.turned, name="mlp")(RMSNorm(c.eps, name="mlp_norm")(x)), cache
+
+
+class Unrolled(nn.Module):
+    """The layers "0", "1" ... one after the other. Called as the scanned ones are, the cache a tuple of one a layer."""
+
+    cfg: LlamaConfig
+    turned: bool = False
+
+    @nn.compact
+    def __call__(self, x, cache, injection, *others):
+        caches = []
+        for layer in range(self.cfg.depth):
+            here = (None if each is None else each[layer] for each in (cache, injection))
+            x, written = Block(self.cfg, self.turned, name=str(layer))(x, *here, *others)
+            caches.append(written)
+        return x, None if cache is None else tuple(caches)
+
+
+# Of a layer, for the backward pass: its products with weights. Attention and what is done to single numbers is quickly
+# computed again, and would take more memory than all those products.
+KEPT = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
 
 class Llama(nn.Module):
     """Vectors in, hidden states out; `embed` and `logits` are its two ends.
 
-    remat: recompute each layer in the backward pass instead of keeping its activations
+    remat:    recompute each layer in the backward pass instead of keeping its products with weights
+    unrolled: every layer has its own weights, as `unstack` gives them, and its own cache; to read only: such layers
+              have no `remat`
+    turned:   of unrolled layers and of the head, the matrices are [outputs, inputs]
     """
 
     cfg: LlamaConfig
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
+    unrolled: bool = False
+    turned: bool = False
 
     def setup(self):
         c = self.cfg
         self.embedding = self.param("embedding", nn.initializers.normal(0.02), (c.vocab, c.dim))
-        self.layers = nn.scan(
-            nn.remat(Block, prevent_cse=False) if self.remat else Block,
+        self.layers = Unrolled(c, self.turned) if self.unrolled else nn.scan(
+            nn.remat(Block, prevent_cse=False, policy=None if self.remat else KEPT),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "llama": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
@@ -220,7 +285,7 @@ class Llama(nn.Module):
         shared = c.injection == "shared"
         self.gate = self.param("gate", nn.initializers.zeros_init(), (1,)) if shared else None
         if not c.tied:
-            self.head = Project((c.dim, c.vocab))
+            self.head = Project((c.dim, c.vocab), turned=self.turned)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int[B,T] -> [B,T,D]; no scaling."""
@@ -233,7 +298,7 @@ class Llama(nn.Module):
     def __call__(self, x, positions, mask, cache=None, start=0, injection=None):
         """x [B,T,D], positions int[B,T], mask bool[B,T,S] -> (hidden [B,T,D] after the final norm, cache).
 
-        With a cache ({"k", "v": [L,B,S,K,H]}) this call's keys and values go to the slots start .. start+T-1, and the
+        With a cache (see `empty_cache`) this call's keys and values go to the slots start .. start+T-1, and the
         queries read all S slots through the mask.
         injection: [L,B,P,D], for every layer its prompts, or its vector (P = 1); zeros are nothing; None is none at all
         """
@@ -248,6 +313,51 @@ class Llama(nn.Module):
             return einsum("BTD,VD->BTV", hidden, self.embedding).astype(jnp.float32)
         return self.head("BTD,DV->BTV", hidden).astype(jnp.float32)
 
-    def empty_cache(self, rows: int, length: int) -> dict[str, jax.Array]:
-        shape = (self.cfg.depth, rows, length, self.cfg.kv_heads, self.cfg.head_dim)
-        return {"k": jnp.zeros(shape, self.dtype), "v": jnp.zeros(shape, self.dtype)}
+    def empty_cache(self, rows: int, length: int) -> Any:
+        """Zeros for B = `rows`, S = `length`: {"k", "v": [L,B,S,K,H]}, or L times {"k", "v": [K,B,S,1,H]} if unrolled.
+
+        Rows and slots are the same axes in both, so that who repeats or reorders them need not know which it is.
+        """
+        L, K, H = self.cfg.depth, self.cfg.kv_heads, self.cfg.head_dim
+
+        def zeros(*shape: int) -> dict[str, jax.Array]:
+            return {name: jnp.zeros(shape, self.dtype) for name in "kv"}
+
+        if self.unrolled:
+            return tuple(zeros(K, rows, length, 1, H) for _ in range(L))
+        return zeros(L, rows, length, K, H)
+
+
+def unstack(params: dict[str, Any], turned: bool = False) -> dict[str, Any]:
+    """A family's parameters for its module with `unrolled=True`: "llama/layers/attn/q/w" as ".../0/attn/q/w" and so on.
+
+    XLA on a CPU copies the weights of each layer out of the stack, in every step, at a fifth of the speed of reading
+    them where they are. A layer's arrays are views into the stacked ones (save a few small ones that begin off the 64
+    bytes that XLA wants), so this costs no memory as long as both are kept or dropped together.
+
+    turned: for the module with `turned=True` too: the matrices of the layers and of the head are turned copies, which
+            take as much memory as the originals and are faster for several rows (see `mmjax.models.layers.turn`)
+
+    Raises ValueError for arrays that are not on one CPU device, which nothing can look into.
+    """
+    llama = params["llama"]
+    stacks = jax.tree.leaves(llama["layers"])
+    if wrong := {str(stack.sharding) for stack in stacks if not on_one_cpu(stack)}:
+        raise ValueError(f"Layers can be unstacked on one CPU device; these are on {', '.join(sorted(wrong))}. Decode "
+                         "with them as they are, scanned.")
+    layers = {str(layer): jax.tree.map(functools.partial(view, layer), llama["layers"])
+              for layer in range(len(stacks[0]))}
+    flat = trees.flatten(params | {"llama": llama | {"layers": layers}})
+    if turned:
+        flat |= {path: turn(leaf, len(int8.summed(path, len(leaf.shape)))) for path, leaf in flat.items()
+                 if path.startswith("llama/") and path.endswith("/w")}
+    return trees.unflatten(flat)
+
+
+def on_one_cpu(x: jax.Array) -> bool:
+    return [device.platform for device in x.devices()] == ["cpu"]
+
+
+def view(layer: int, stack: jax.Array) -> jax.Array:
+    """`stack[layer]`, in the same memory where it may be."""
+    return jax.device_put(np.asarray(stack)[layer], *stack.devices(), may_alias=True)

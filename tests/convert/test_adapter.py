@@ -204,10 +204,10 @@ def test_training_checkpoint(adapted, tmp_path):
 
 def test_command_line(adapted, tmp_path):
     options = [part for name, path in IMAGEBIND_LLM.items() for part in (f"--{name}", str(path))]
-    cli.convert(["imagebind-llm", *options, "--adapter", str(PRETRAIN), "--out", str(tmp_path / "out")])
+    cli.COMMANDS["convert"](["imagebind-llm", *options, "--adapter", str(PRETRAIN), "--out", str(tmp_path / "out")])
     assert_same(params(tmp_path / "out"), params(adapted / "pretrain"))
     options = [part for name, path in ADAPTER_V1.items() for part in (f"--{name}", str(path))]
-    cli.convert(["llama-adapter", *options, "--out", str(tmp_path / "v1")])
+    cli.COMMANDS["convert"](["llama-adapter", *options, "--out", str(tmp_path / "v1")])
     assert_same(params(tmp_path / "v1"), params(adapted / "v1"))
 
 

@@ -2,17 +2,19 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax import trees
+from mmjax import int8, trees
+from mmjax.families import FAMILIES
 from mmjax.families import llama as family
 from mmjax.families.base import causal_mask
 from mmjax.families.imagebind_llm import adapted
-from mmjax.models.llama import TINY, Llama, LlamaConfig, LoraProject, rope
+from mmjax.models.llama import TINY, Llama, LlamaConfig, LoraProject, rope, unstack
 from tests import tiny
 
 B, T = 2, 7
@@ -291,3 +293,96 @@ def test_logits_are_float32_whatever_the_activations():
 
     made = jax.eval_shape(run, params(TINY), hidden)
     assert [part.dtype for part in made] == [jnp.bfloat16, jnp.float32]
+
+
+# Layers with weights of their own
+
+BIASED = dataclasses.replace(adapted(HEAD, 3), new_gate=True)
+APART = {**CACHED, "LoRA and biases": (BIASED, 3), "tied": (dataclasses.replace(TINY, tied=True), 0)}
+
+
+def apart(params, turned=False):
+    return unstack({"llama": params}, turned)["llama"]
+
+
+def in_steps(model, params, injection):
+    """Logits [B,T,V] of a prefill of 4 and single steps, over a cache that held rubbish, one row padded on the left."""
+
+    @tiny.jit
+    def step(params, x, positions, mask, cache, start):
+        hidden, cache = model.apply({"params": params}, x, positions, mask, cache, start, injection)
+        return model.apply({"params": params}, hidden, method="logits"), cache
+
+    cache = jax.tree.map(lambda slots: slots + 100, model.empty_cache(B, T))
+    valid = ALL.copy()
+    valid[1, :2] = False
+    mask, found = np.tri(T, dtype=bool) & valid[:, None], []
+    for start, stop in ((0, 4), (4, 5), (5, 6), (6, 7)):
+        here = slice(start, stop)
+        words, cache = step(params, vectors()[:, here], POSITIONS[:, here], mask[:, here], cache, start)
+        found.append(words)
+    assert {slots.shape[1:3] for slots in jax.tree.leaves(cache)} == {(B, T)}
+    return np.concatenate(found, axis=1)
+
+
+@pytest.mark.parametrize(("cfg", "count"), APART.values(), ids=APART)
+def test_unrolled_layers_equal_scanned_ones(cfg, count):
+    injection = injected(count) if count else None
+    expected = in_steps(Llama(cfg), params(cfg), injection)
+    for turned in (False, True):
+        found = in_steps(Llama(cfg, unrolled=True, turned=turned), apart(params(cfg), turned), injection)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_unrolled_layers_without_a_cache():
+    inputs = vectors(), POSITIONS, causal_mask(ALL)
+    hidden, cache = tiny.jit(Llama(TINY, unrolled=True).apply)({"params": apart(params(TINY))}, *inputs)
+    assert cache is None
+    np.testing.assert_allclose(hidden, Llama(TINY).apply({"params": params(TINY)}, *inputs)[0], atol=1e-5)
+
+
+def test_unrolled_layers_of_int8():
+    held = trees.unflatten({path: int8.quantise(leaf, int8.summed(path, leaf.ndim)) if int8.holds(path) else leaf
+                            for path, leaf in trees.flatten({"llama": params(LORA)}).items()})["llama"]
+    expected = in_steps(Llama(LORA), held, None)
+    for turned in (False, True):
+        weights = apart(held, turned)
+        assert isinstance(weights["layers"]["1"]["mlp"]["up"]["w"], int8.Int8)
+        found = in_steps(Llama(LORA, unrolled=True, turned=turned), weights, None)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family_name", FAMILIES)
+def test_unstacked_parameters_are_those_of_the_unrolled_module(family_name):
+    family = FAMILIES[family_name]
+    cfg = family.PRESETS["tiny"]
+    stacked = tiny.params(family_name, cfg)
+    for turned in (True, False):
+        module = family.Model(cfg, unrolled=True, turned=turned)
+        expected = jax.eval_shape(module.init, jax.random.key(0), family.example(cfg))["params"]
+        found = trees.flatten(unstack(stacked, turned))
+        assert not trees.compare(trees.flatten(expected), found)
+    for path, stack in trees.flatten(stacked["llama"]["layers"]).items():
+        for layer in range(cfg.llama.depth):
+            np.testing.assert_array_equal(found[f"llama/layers/{layer}/{path}"], stack[layer])
+    assert {path for path, leaf in trees.flatten(stacked).items() if found.get(path) is leaf} == {
+        path for path in trees.flatten(stacked) if not path.startswith("llama/layers/")}
+
+
+def test_matrices_of_unstacked_layers_are_views():
+    stack = params(TINY)["layers"]["mlp"]["up"]["w"]
+    addresses = [apart(params(TINY))["layers"][str(layer)]["mlp"]["up"]["w"].unsafe_buffer_pointer()
+                 for layer in range(TINY.depth)]
+    step = stack.nbytes // TINY.depth
+    assert addresses == [stack.unsafe_buffer_pointer() + layer * step for layer in range(TINY.depth)]
+
+
+def test_layers_that_cannot_be_looked_into_are_refused():
+    class Elsewhere:
+        sharding = "a TPU"
+
+        def devices(self):
+            return [types.SimpleNamespace(platform="tpu")]
+
+    with pytest.raises(ValueError, match="one CPU device; these are on a TPU. Decode"):
+        apart({"layers": {"attn": {"q": {"w": Elsewhere()}}}})
