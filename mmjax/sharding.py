@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mmjax import trees
 from mmjax.config import MeshConfig
@@ -42,10 +42,16 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.asarray(devices).reshape(shape), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
-def ways(mesh: Mesh, axis: str) -> int:
+def ways(mesh: Mesh | AbstractMesh, axis: str) -> int:
     """How many pieces a dimension of this kind is cut into."""
     placed = PLACEMENT.get(axis) or ()
     return math.prod(mesh.shape[name] for name in ((placed,) if isinstance(placed, str) else placed))
+
+
+def batch_ways() -> int:
+    """Into how many pieces the rows are cut where `use` is in force; 1 elsewhere."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else ways(mesh, "batch")
 
 
 def shardings(shapes: Mapping[str, Any], axes: Sequence[tuple[str, tuple[str, ...]]], mesh: Mesh) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from mmjax import trees
+from mmjax import losses, sharding, trees
 from mmjax.batch import Batch
 
 
@@ -37,10 +37,23 @@ def loss(
     A batch without any target has the loss 0, and gradients of 0.
     """
     logits = module.apply({"params": params}, batch, rngs=rngs)
-    losses = token_losses(logits, batch)
+    each = token_losses(logits, batch)
     tokens = batch.loss_mask[:, 1:].sum()
-    total = losses.sum() / jnp.maximum(tokens, 1) if reduction == "mean" else losses.sum(-1) / (batch.padded_length - 1)
-    return total, {"logits": logits, "tokens": tokens, "token_losses": losses}
+    total = each.sum() / jnp.maximum(tokens, 1) if reduction == "mean" else each.sum(-1) / (batch.padded_length - 1)
+    return total, {"logits": logits, "tokens": tokens, "token_losses": each}
+
+
+def mean_loss(module: nn.Module, params: Any, batch: Batch, rngs: dict[str, jax.Array] | None = None) -> jax.Array:
+    """The "mean" of `loss`, to be differentiated: without the logits of all places (`mmjax.losses`)."""
+    hidden = module.apply({"params": params}, batch, rngs=rngs, method="hidden")
+    targets = batch.loss_mask[:, 1:]
+    weights = targets / jnp.maximum(targets.sum(), 1).astype(jnp.float32)
+
+    def to_logits(hidden: jax.Array) -> jax.Array:
+        return module.apply({"params": params}, hidden, method="logits")
+
+    ids, weights = (jnp.pad(x, ((0, 0), (0, 1))) for x in (batch.tokens[:, 1:], weights))  # the last tells nothing
+    return losses.weighted_sum(to_logits, hidden, ids, weights, sharding.batch_ways())
 
 
 @jax.tree_util.register_dataclass
@@ -74,18 +87,17 @@ def train_step(module: nn.Module, optimizer: optax.GradientTransformation) -> Ca
         parts = [part for part, leaves in state.params.items() if jax.tree.leaves(leaves)]
         rngs = dict(zip(parts, jax.random.split(jax.random.fold_in(state.key, state.step), len(parts)), strict=True))
 
-        def objective(trained: Any) -> tuple[jax.Array, jax.Array]:
-            value, aux = loss(module, trees.merge(trained, frozen), batch, rngs=rngs)
-            return value, aux["tokens"]
+        def objective(trained: Any) -> jax.Array:
+            return mean_loss(module, trees.merge(trained, frozen), batch, rngs)
 
-        (value, tokens), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        value, grads = jax.value_and_grad(objective)(state.params)
         norm = optax.global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
         params = optax.apply_updates(state.params, updates)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state))
-        metrics = {"loss": value, "tokens": tokens, "grad_norm": norm, "finite": finite}
+        metrics = {"loss": value, "tokens": batch.loss_mask[:, 1:].sum(), "grad_norm": norm, "finite": finite}
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return jax.jit(step, donate_argnums=0)

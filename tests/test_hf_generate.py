@@ -89,8 +89,8 @@ def test_ids_are_those_of_transformers(pair):
             batch, new = batch_of(prompts), int(random.integers(1, R + 1))
             penalty = float(random.uniform(0.7, 1.8)) if repeats else 1.0
             minimum = int(random.integers(1, new + 1)) if least else 0
-            config = g.GenerateConfig(new, repetition_penalty=penalty, min_length=minimum, dummy=False, eos=eos, pad=PAD,
-                                      **search)
+            config = g.GenerateConfig(new, repetition_penalty=penalty, min_length=minimum, dummy=False, eos=eos,
+                                      pad=PAD, **search)
             writing = g.Writing(ours.module, ours.params, batch, config, room=R)
             writing.advance()
             made = writing.result()
