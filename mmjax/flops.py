@@ -9,13 +9,14 @@ to a trained parameter, so with N parameters a token the usual figures come out 
     6N  any other trained part
 
 Attention is in it, with the whole square of places though half of it is masked. What `remat` computes a second time is
-counted apart: it keeps the device busy, but a model's utilisation (MFU) is measured without it.
+counted apart: it keeps the device busy, but a model's utilisation (MFU) is measured without it. The logits are counted
+at every place, as a plain model computes them; `Flops.useful` leaves out those that training does not make.
 """
 
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -34,16 +35,23 @@ class Flops:
     """Operations of one step over the whole batch, of all devices together; by part, such as "vit" or "llama".
 
     recomputed: what `remat` does a second time
+    logits:     of forward and backward, what makes logits, at all `places` of the batch
     """
 
     forward: Mapping[str, int]
     backward: Mapping[str, int]
     recomputed: Mapping[str, int]
+    logits: int = 0
+    places: int = 1
 
     @property
     def model(self) -> int:
         """What the step is about: forward and backward."""
         return sum(self.forward.values()) + sum(self.backward.values())
+
+    def useful(self, targets: int) -> int:
+        """`model` with logits at so many places alone: what a step cannot do without (see `mmjax.losses`)."""
+        return self.model - self.logits + self.logits * targets // self.places
 
     @property
     def executed(self) -> int:
@@ -69,11 +77,36 @@ def train_step(module: nn.Module, trained: Any, frozen: Any, batch: Batch) -> Fl
 
     jaxpr = jax.make_jaxpr(jax.value_and_grad(objective))(trained, frozen, batch)
     counts = {"forward": Counter(), "backward": Counter(), "recomputed": Counter()}
+    logits = 0
     for scope, operations in products(jaxpr.jaxpr):
         kind = "recomputed" if RECOMPUTED in scope else "backward" if "transpose(" in scope else "forward"
         names = (name.split(".")[0] for name in scope.split("/"))
         counts[kind][next((name for name in names if name in parts), OTHER)] += operations
-    return Flops(**{kind: dict(count) for kind, count in counts.items()})
+        logits += operations if "llama.logits/" in scope else 0
+    return Flops(**{kind: dict(count) for kind, count in counts.items()}, logits=logits, places=batch.tokens.size)
+
+
+def by_shape(module: nn.Module, trained: Any, frozen: Any) -> Callable[[Batch], Flops | None]:
+    """`train_step` for batches of these parameters, counted once for each shape of a batch; None where it cannot be."""
+    trained, frozen = _shapes((trained, frozen))
+    found: dict[Any, Flops | None] = {}
+
+    def count(batch: Batch) -> Flops | None:
+        batch = _shapes(batch)
+        leaves, structure = jax.tree.flatten(batch)
+        key = structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
+        if key not in found:
+            try:
+                found[key] = train_step(module, trained, frozen, batch)
+            except ValueError:  # an operation whose work is not known beforehand
+                found[key] = None
+        return found[key]
+
+    return count
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 def products(jaxpr: Any, scope: str = "", times: int = 1) -> Iterator[tuple[str, int]]:

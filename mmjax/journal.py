@@ -98,19 +98,26 @@ class Metrics(Lines):
 
     Speeds and the share of waiting are of the steps since the line before, or since the run went on; everything else
     is of this step alone. Of several processes, real tokens and waiting are the first one's.
+
+    peak: operations a second of all devices, if known: then "mfu" is the share of them that the model used, else
+          "gflops_per_second" says how many those were
     """
 
-    def __init__(self, path: Path, started: int, position: int, config: RunConfig):
+    def __init__(self, path: Path, started: int, position: int, config: RunConfig, peak: float | None = None):
         super().__init__(path, "step", started)
-        self._config = config
+        self._config, self._peak = config, peak
         self._begin(position)
 
     def _begin(self, position: int) -> None:
         self._since, self._waited, self._from, self._real = time.monotonic(), 0.0, position, 0
+        self._operations: int | None = 0
 
-    def add(self, item: Step, metrics: dict[str, Any], trained: Any, waited: float) -> None:
-        """waited: seconds that the step had to wait for its batch"""
+    def add(self, item: Step, metrics: dict[str, Any], trained: Any, waited: float, operations: int | None) -> None:
+        """waited:     seconds that the step had to wait for its batch
+        operations: of the step, see `mmjax.flops.Flops.useful`; None if they cannot be told
+        """
         self._waited += waited
+        self._operations = None if None in (operations, self._operations) else self._operations + operations
         real = int(item.batch.valid.sum())
         self._real += real
         last = item.number + 1 == self._config.optim.steps
@@ -128,10 +135,17 @@ class Metrics(Lines):
             "real_token_share": round(real / item.batch.tokens.size, 4),
             "waiting_share": round(self._waited / seconds, 4),
         }
+        if self._operations:
+            line |= used(self._operations / seconds, self._peak)
         if gates := open_gates(trained):
             line["gates"] = gates
         self.write(line)
         self._begin(item.end)
+
+
+def used(speed: float, peak: float | None) -> dict[str, float]:
+    """Operations a second as their share of the devices' peak, if that is known."""
+    return {"gflops_per_second": round(speed / 1e9, 1)} if peak is None else {"mfu": round(speed / peak, 4)}
 
 
 def open_gates(trained: Any) -> list[float]:

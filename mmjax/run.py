@@ -28,6 +28,7 @@ from mmjax import (
     evaluate,
     features,
     files,
+    flops,
     hosts,
     journal,
     loaded,
@@ -36,6 +37,7 @@ from mmjax import (
     resume,
     sharding,
     steps,
+    topology,
     trees,
 )
 from mmjax.batch import Batch
@@ -111,6 +113,35 @@ class Job:
         return ahead(itertools.islice(read, config.optim.steps - started), self.mesh, data.batch_size)
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a step asks of the devices, to tell how much of what they can do it uses.
+
+    count: the operations of a step for a batch; None where they cannot be told
+    peak:  operations a second of all devices; None if not known
+    """
+
+    count: Callable[[Batch], flops.Flops | None]
+    peak: float | None
+
+    @staticmethod
+    def of(job: Job, trained: Any, frozen: Any) -> "Work":
+        peak = topology.peak(job.mesh.devices.flat[0])
+        return Work(flops.by_shape(job.module, trained, frozen), None if peak is None else peak * job.mesh.size)
+
+    def operations(self, batch: Batch, metrics: dict[str, Any]) -> int | None:
+        """Of the step that gave these metrics."""
+        count = self.count(batch)
+        return None if count is None else count.useful(int(metrics["tokens"]))
+
+    def told(self, operations: int | None, seconds: float) -> str:
+        """For the progress line, such as "  mfu 0.52"; nothing if it cannot be told."""
+        if operations is None:
+            return ""
+        (name, value), = journal.used(operations / seconds, self.peak).items()
+        return f"  mfu {value:.2f}" if name == "mfu" else f"  {value:,.0f} GFLOP/s"
+
+
 def train(config: RunConfig) -> Run:
     """Trains as configured, or goes on with the run in `config.out` where it stopped.
 
@@ -142,8 +173,9 @@ def train(config: RunConfig) -> Run:
             check_first_loss(loss, job.source.config.llama.vocab, {"trained": state.params, "frozen": frozen})
 
         fed = job.batches(started, progress.position)
+        work = Work.of(job, state.params, frozen)
         with preemption.Notice(started) as notice:
-            state, loss = loop(config, started, progress, advance, diagnose, state, fed, checkpoints, notice)
+            state, loss = loop(config, started, progress, advance, diagnose, work, state, fed, checkpoints, notice)
             checkpoints.wait()
         after = resume.fingerprints(frozen)
         if moved := [path for path in after if after[path] != progress.frozen[path]]:
@@ -309,6 +341,7 @@ def loop(
     progress: checkpoint.Progress,
     advance: Callable[[steps.TrainState, Batch], tuple[steps.TrainState, dict[str, Any]]],
     diagnose: Callable[[float, steps.TrainState], None],
+    work: Work,
     state: steps.TrainState,
     fed: Iterator[tuple[pipeline.Step, Batch]],
     checkpoints: checkpoint.Checkpoints,
@@ -321,12 +354,13 @@ def loop(
     advance:  one training step
     fed:      batches as they were read, and the same on the devices
     diagnose: looks at the first loss of a run
+    work:     what the steps ask of the devices
     """
     loss = None
     columns = (TextColumn(config.phase or "training"), BarColumn(), MofNCompleteColumn(),
                TextColumn("{task.fields[loss]}"), TimeElapsedColumn(), TimeRemainingColumn())
     out = Path(config.out)
-    with (journal.Metrics(out / "metrics.jsonl", started, progress.position, config) as log,
+    with (journal.Metrics(out / "metrics.jsonl", started, progress.position, config, work.peak) as log,
           journal.BadData(out / "data_errors.jsonl", progress.position, config) as bad,
           Progress(*columns, console=console) as bar):
         task = bar.add_task("", total=config.optim.steps, completed=started, loss="")
@@ -354,8 +388,10 @@ def loop(
                     f"{last_good(checkpoints)}")
             if item.number == 0 and config.check_first_loss:
                 diagnose(loss, state)
-            log.add(item, metrics, state.params, waited)
-            bar.update(task, advance=1, loss=f"loss {loss:.3f}")
+            operations = work.operations(batch, metrics)
+            log.add(item, metrics, state.params, waited, operations)
+            speed = "" if first else work.told(operations, time.monotonic() - asked)  # the first one compiles
+            bar.update(task, advance=1, loss=f"loss {loss:.3f}{speed}")
             checkpoints.check()
             done, progress = item.number + 1, progress.after(loss, item.end)
             if due := done % config.save_every == 0 or done == config.optim.steps:

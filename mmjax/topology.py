@@ -1,4 +1,4 @@
-"""Devices that need not be here: TPU slices by name, and what their chips can do.
+"""Devices that need not be here: TPU slices by name, and what their chips and some GPUs can do.
 
 The figures are those that Google publishes for a chip (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e): peak bfloat16
 operations, memory bandwidth, and the interconnect, which is a chip's total in both directions there and what one link
@@ -52,6 +52,18 @@ CHIPS = {chip.name: chip for chip in (
     Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, int(95.73 * GIB), 2765e9, 100e9, 3, 4, True),
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, int(31.24 * GIB), 1638e9, 100e9, 2, 16),
 )}
+
+# Dense bfloat16 operations a second with float32 sums, from NVIDIA's data sheets; the first whose words JAX's name of a
+# GPU has.
+GPUS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+        "L4": 121e12, "4090": 165e12}
+
+
+def peak(device: Any) -> float | None:
+    """bfloat16 operations a second of a `jax.Device`; None where mmjax has no figure, such as for a CPU."""
+    chip = next((chip for chip in CHIPS.values() if device.device_kind in chip.kinds), None)
+    words = set(re.split(r"[\s-]", device.device_kind))
+    return chip.flops if chip else next((flops for name, flops in GPUS.items() if words >= set(name.split())), None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,7 +60,8 @@ def test_a_trained_language_model_is_6N():
     found = count("llama", c, ("llama/.*",), tiny.batch(B, T, pictures=0))
     forward = sum(layers(c.llama, B, T)) + head(c.llama, B, T)
     assert found.forward == {"llama": forward} and found.backward == {"llama": 2 * forward}
-    assert found.model == found.executed == 3 * forward
+    assert found.model == 3 * forward
+    assert found.executed == 3 * forward + layers(c.llama, B, T)[1]  # attention is not kept for the backward pass
 
 
 def test_a_frozen_language_model_is_4N_and_a_tower_below_it_2N():
@@ -75,7 +76,7 @@ def test_a_frozen_language_model_is_4N_and_a_tower_below_it_2N():
     patches = 2 * B * S * 3 * v.patch**2 * v.dim
     blocks = 2 * B * (S + 1) * (4 * v.dim**2 + 2 * v.dim * v.hidden) + 2 * 2 * B * (S + 1) ** 2 * v.dim
     assert found.forward["vit"] == patches + v.depth * blocks
-    assert found.backward.keys() == {"llama", "projector"} and not found.recomputed
+    assert found.backward.keys() == {"llama", "projector"} and found.recomputed.keys() == {"llama"}
     assert found.parts[0] == "llama" and set(found.parts) == {"llama", "vit", "qformer", "projector"}
 
 
@@ -118,3 +119,35 @@ def test_packed_rows_and_features_are_counted():
     feature = jnp.zeros((B, 1, c.image_tokens, c.soft_width))
     ready = dataclasses.replace(batch, images=None, media={"feature": feature})
     assert count("minigpt4", c, minigpt4.TRAINED, ready).forward.keys() == {"llama", "projector"}
+
+
+def test_only_the_logits_of_targets_are_useful():
+    c = tiny.MINIGPT4
+    found = count("minigpt4", c, minigpt4.TRAINED, tiny.batch(B, T))
+    assert found.logits == 2 * head(c.llama, B, T) and found.places == B * T
+    assert found.useful(B * T) == found.model
+    assert found.model - found.useful(6) == found.logits * (B * T - 6) // (B * T)
+    tied = dataclasses.replace(FAMILIES["llama"].PRESETS["tiny"].llama, tied=True)
+    words = count("llama", dataclasses.replace(FAMILIES["llama"].PRESETS["tiny"], llama=tied), ("llama/norm/.*",),
+                  tiny.batch(B, T, pictures=0))
+    assert words.logits == 2 * head(tied, B, T)
+
+
+def test_each_shape_of_batch_is_counted_once(monkeypatch):
+    c, calls = tiny.MINIGPT4, []
+    params = trees.unflatten(shapes("minigpt4", c))
+    trained, frozen = trees.split(params, trees.mask(params, minigpt4.TRAINED))
+    plain = flops.train_step
+    monkeypatch.setattr(flops, "train_step", lambda *args: calls.append(args) or plain(*args))
+    counted = flops.by_shape(minigpt4.Model(c, jnp.bfloat16), trained, frozen)
+    first, longer = counted(tiny.batch(B, T)), counted(tiny.batch(B, T + 4))
+    assert counted(tiny.batch(B, T, seed=1)) == first and len(calls) == 2
+    assert longer.model > first.model == count("minigpt4", c, minigpt4.TRAINED, tiny.batch(B, T)).model
+
+
+def test_what_cannot_be_counted_is_told_as_nothing(monkeypatch):
+    def unknown(*_):
+        raise ValueError("The operations of a ragged_dot are not counted")
+
+    monkeypatch.setattr(flops, "train_step", unknown)
+    assert flops.by_shape(None, {}, {})(tiny.batch(B, T)) is None

@@ -140,6 +140,22 @@ def test_pictures_that_are_squashed_are_not_cropped(tmp_path):
         run.train(small.run_config(tmp_path / "run", data=data))
 
 
+def test_metrics_tell_how_much_the_model_computes(finished):
+    assert all(line["gflops_per_second"] > 0 and "mfu" not in line for line in metrics(finished.folder))
+
+
+@pytest.mark.parametrize(("peak", "operations", "told"), [
+    (1e12, 5 * 10**11, "  mfu 0.25"), (None, 5 * 10**11, "  250 GFLOP/s"), (1e12, None, ""), (None, None, "")])
+def test_progress_line_tells_how_much_of_the_devices_is_used(peak, operations, told):
+    assert run.Work(lambda batch: None, peak).told(operations, seconds=2.0) == told
+
+
+def test_operations_are_those_of_the_targets():
+    count = run.flops.Flops({"llama": 600}, {"llama": 600}, {"llama": 99}, logits=200, places=10)
+    work = run.Work(lambda batch: count, None)
+    assert work.operations(None, {"tokens": jnp.int32(4)}) == 1000 + 80
+
+
 def test_finished_run_has_nothing_left_to_do(finished, capsys):
     again = run.train(small.run_config(finished.folder, log_every=3))
     assert again.step == finished.step

@@ -1,6 +1,7 @@
 """Slices by name, and how fast their corners are."""
 
 import importlib.util
+import types
 
 import jax
 import pytest
@@ -59,3 +60,12 @@ def test_slices(name, count):
 def test_a_slice_that_does_not_exist():
     with pytest.raises(ValueError, match="v5e:3x3.*libtpu knows no such slice"):
         topology.find("v5e:3x3")
+
+
+@pytest.mark.parametrize(("kind", "peak"), [
+    ("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("NVIDIA H200", 989e12), ("NVIDIA H100 80GB HBM3", 989e12),
+    ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12),
+    ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA L40", None),
+    ("cpu", None)])
+def test_peak_by_kind_of_device(kind, peak):
+    assert topology.peak(types.SimpleNamespace(device_kind=kind)) == peak

@@ -24,7 +24,8 @@ PATIENCE = 300  # seconds for a run
 KILLS = ("killed behind a step", "killed in a line", "killed as a save begins", "killed before a seal",
          "killed with half a seal", "killed behind a seal", "killed behind a save", "killed in a removal",
          "killed as the card is written")
-TIMES = ("samples_per_second", "tokens_per_second", "waiting_share")  # of metrics.jsonl: no two runs have the same
+# Of metrics.jsonl: no two runs have the same.
+TIMES = ("samples_per_second", "tokens_per_second", "waiting_share", "gflops_per_second")
 
 
 @dataclasses.dataclass(frozen=True)
