@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=600, help="pictures")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path, help="where to write the figures too; without waiting")
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
@@ -151,6 +152,10 @@ def main() -> None:
             most = statistics.median(speed(own[name], 4 * args.count)[0] for _ in range(args.turns))
             print(f"{name:18} {rate:6.1f} samples/s, {ratio:.3f} of the floor; {pairs[0][1]:.3f} real tokens; "
                   f"Python's own work allows {most:.0f} samples/s")
+        if args.json:
+            speeds = {name: statistics.median(rate for rate, _ in pairs) for name, pairs in found.items()}
+            args.json.write_text(json.dumps({"floor": lowest, "pipeline": speeds}) + "\n")
+            return
         for slack in (1.1, 1.5, 2.0):
             seconds = slack * apart.batch_size / lowest
             share = waiting(feeds["one sample a row"], seconds, apart.batch_size, 2 + args.count // apart.batch_size)

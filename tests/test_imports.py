@@ -9,17 +9,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = (
-    {"trees", "batch", "files", "preemption", "pixels", "tokenizer", "hlo", "topology", "compilation"},
+    {"trees", "batch", "boxes", "files", "preemption", "pixels", "tokenizer", "hlo", "topology", "compilation",
+     "losses"},
     {"int8"},
     {"models.layers"},
     {"models"},
     {"families"},
     {"config"},
-    {"hosts", "sharding", "optim", "weights", "checkpoint"},
+    {"hosts", "sharding", "optim", "weights", "checkpoint", "metrics"},
     {"data", "convert"},
     {"steps", "generate", "report", "journal"},
     {"loaded", "flops"},
-    {"evaluate", "features", "resume"},
+    {"features", "resume", "chat", "predictions", "parity"},
+    {"evaluate", "demo", "doctor"},
     {"run"},
     {"plan"},
     {"cli"},

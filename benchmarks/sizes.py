@@ -1,0 +1,120 @@
+"""The models that are timed, and what they are fed.
+
+`small` is for a CPU.
+`7b` is the released MiniGPT-4 and ImageBind-LLM, in bfloat16 on one GPU. `toy` is for the tests of the benchmarks.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax import trees
+from mmjax.batch import Batch
+from mmjax.families import imagebind_llm, minigpt4, shapes
+from mmjax.models import bind, eva_vit, imagebind, llama, qformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """name:          as it is asked for
+    rows, length:  of a batch of equal rows
+    dtype:         of activations and frozen weights
+    pack_...:      of packed rows
+    matmul, stream: side of the matrices and bytes of the array that the ceilings are measured with
+    turns:         that each side takes
+    """
+
+    name: str
+    minigpt4: minigpt4.Config
+    imagebind: imagebind_llm.Config
+    rows: int
+    length: int
+    dtype: str
+    pack_length: int
+    pack_rows: int
+    pack_pictures: int
+    matmul: int
+    stream: int
+    turns: int
+
+
+def _bound(cfg: Any, feature: int) -> imagebind_llm.Config:
+    """ImageBind-LLM whose features are ready: no tower but the smallest, and gates on every layer."""
+    towers = imagebind.ImageBindConfig(imagebind.TINY.vision, None, None, None, None, None, feature)
+    return imagebind_llm.Config(towers, bind.BindConfig(feature, cfg.dim, 4 * cfg.dim),
+                                dataclasses.replace(cfg, injection="head"), query_layers=cfg.depth)
+
+
+_LLAMA = llama.LlamaConfig(depth=12, dim=768, heads=12, kv_heads=12, head_dim=64, hidden=2_048)
+SIZES = {size.name: size for size in (
+    Size(
+        "small",
+        minigpt4.Config(eva_vit.VitConfig(dim=384, depth=12, heads=6, hidden=1_536),
+                        qformer.QFormerConfig(dim=384, depth=6, heads=6, hidden=1_536), _LLAMA),
+        _bound(_LLAMA, 1_024), rows=8, length=128, dtype="float32", pack_length=512, pack_rows=2, pack_pictures=5,
+        matmul=2_048, stream=2**28, turns=5),
+    Size(
+        "7b", minigpt4.PRESETS["minigpt4-7b"], imagebind_llm.PRESETS["imagebind-llm-7b"], rows=16, length=256,
+        dtype="bfloat16", pack_length=1_024, pack_rows=8, pack_pictures=8, matmul=8_192, stream=2**31, turns=20),
+    Size(
+        "toy", minigpt4.PRESETS["tiny"], _bound(llama.TINY, 20), rows=2, length=40, dtype="float32", pack_length=512,
+        pack_rows=1, pack_pictures=5, matmul=64, stream=2**16, turns=1),
+)}
+
+
+def params(family: str, cfg: Any, dtype: str, rules: tuple[str, ...], seed: int = 0) -> dict[str, np.ndarray]:
+    """Random weights by path: norms' scales near 1, everything else small; the trained ones float32."""
+    random = np.random.default_rng(seed)
+
+    def drawn(path: str, shape: Any) -> np.ndarray:
+        values = random.standard_normal(shape.shape, np.float32)
+        values *= 0.02
+        if path.endswith("scale"):
+            values += 1
+        return values.astype(np.float32 if trees.matches(path, rules) else jnp.dtype(dtype))
+
+    return {path: drawn(path, shape) for path, shape in shapes(family, cfg).items()}
+
+
+BEFORE, PROMPT = 6, 16  # words before the picture, and between it and the answer
+PAD = 2
+
+
+def batch(cfg: Any, rows: Sequence[Sequence[int]], length: int, pictures: int | None = None, seed: int = 0) -> Batch:
+    """Random words around random pictures: `[words][soft tokens][words][answer]` of the given lengths, one after the
+    other in each row, then padding to `length`.
+
+    cfg:      a family's; without `image_tokens` there is no picture
+    pictures: a row has places for; None for one sample a row, which is then not packed
+    """
+    random, Q = np.random.default_rng(seed), cfg.image_tokens
+    shape, most = (len(rows), length), pictures or 1
+    tokens, soft_index = np.full(shape, PAD, np.int32), np.full(shape, -1, np.int32)
+    segments, positions = np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
+    loss_mask = np.zeros(shape, bool)
+    for row, samples in enumerate(rows):
+        start = 0
+        for number, size in enumerate(samples):
+            here, picture = slice(start, start + size), start + BEFORE
+            tokens[row, here] = random.integers(PAD + 1, cfg.llama.vocab, size)
+            soft_index[row, picture:picture + Q] = number * Q + np.arange(Q)
+            loss_mask[row, picture + Q + PROMPT:start + size] = True
+            segments[row, here], positions[row, here] = number, np.arange(size)
+            start += size
+    tokens[soft_index >= 0] = PAD
+    if pictures is None:
+        positions = np.tile(np.arange(length, dtype=np.int32), (len(rows), 1))
+    side = cfg.image_size
+    images = random.integers(0, 256, (len(rows), most, side, side, 3), np.uint8) if Q else None
+    return Batch(tokens, soft_index, segments >= 0, loss_mask, positions, np.full(len(rows), length, np.int32), images,
+                 segments=None if pictures is None else segments)
+
+
+def lengths(cfg: Any, count: int, seed: int = 0) -> list[int]:
+    """Tokens of samples whose captions are as long as those that docs/decisions/0011-packing.md packs: log-normal with
+    median 80 and deviation 0.6, 8 to 400."""
+    captions = np.random.default_rng(seed).lognormal(np.log(80), 0.6, count).clip(8, 400).astype(int)
+    return [int(caption) + BEFORE + PROMPT + cfg.image_tokens for caption in captions]

@@ -1,0 +1,319 @@
+"""Training steps of both sides, on the same weights and batches.
+
+    python -m benchmarks.run --only step cached captions imagebind vit
+
+mmjax trains as `mmjax train` does: `mmjax.steps.train_step` and its AdamW. PyTorch trains as the original
+(`baseline.py`), with torch's AdamW. Before anything is timed, both give the loss of the same batch, and must agree.
+`python -m benchmarks.training --peak ours` is the process whose memory is told.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import machine, sizes
+from benchmarks.rows import Row
+from benchmarks.sizes import SIZES, Size
+from mmjax import flops, optim, steps, trees
+from mmjax.batch import Batch
+from mmjax.config import OptimConfig
+from mmjax.data import packing
+from mmjax.families import FAMILIES
+from mmjax.models import eva_vit
+from mmjax.pixels import normalise
+
+AGREE = 1e-4  # of the loss; in bfloat16 100 times that
+OPTIM = OptimConfig(init_lr=1e-4, min_lr=1e-5, warmup_steps=0)
+Step = Callable[[Batch], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What both sides train."""
+
+    family: str
+    cfg: Any
+    dtype: str
+    remat: bool = False
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        return FAMILIES[self.family].TRAINED
+
+    def params(self) -> dict[str, np.ndarray]:
+        return sizes.params(self.family, self.cfg, self.dtype, self.rules)
+
+    @property
+    def module(self) -> Any:
+        return FAMILIES[self.family].Model(self.cfg, jnp.dtype(self.dtype), self.remat)
+
+
+class Ours:
+    """mmjax's training: a batch -> the loss before its update."""
+
+    def __init__(self, model: Model, params: Mapping[str, np.ndarray]):
+        held = trees.unflatten({path: jnp.asarray(leaf) for path, leaf in params.items()})
+        self.trained, self.frozen = trees.split(held, trees.mask(held, model.rules))
+        self.model, optimizer = model, optim.optimizer(OPTIM)
+        self.state = steps.start(jax.tree.map(jnp.copy, self.trained), optimizer, seed=0)
+        self.step = steps.train_step(model.module, optimizer)
+
+    def __call__(self, batch: Batch) -> float:
+        self.state, metrics = self.step(self.state, self.frozen, batch)
+        return float(metrics["loss"])
+
+    def flops(self, batch: Batch) -> int:
+        """Operations of a step, the head's only where there are targets."""
+        count = flops.train_step(self.model.module, self.trained, self.frozen, batch)
+        return count.useful(int(batch.loss_mask[:, 1:].sum()))
+
+
+class Theirs:
+    """PyTorch's training: the same."""
+
+    def __init__(self, model: Model, params: Mapping[str, np.ndarray]):
+        import torch
+
+        from benchmarks import baseline
+
+        torch.set_num_threads(machine.cores())
+        self.torch, self.device = torch, device()
+        kind = {"minigpt4": baseline.MiniGPT4, "imagebind_llm": baseline.ImageBindLLM}[model.family]
+        self.module = baseline.build(kind, model.cfg, params, model.dtype, self.device)
+        trained = [one for one in self.module.parameters() if one.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=OPTIM.init_lr, betas=(OPTIM.beta1, OPTIM.beta2),
+                                           eps=OPTIM.eps, weight_decay=OPTIM.weight_decay)
+
+    def __call__(self, batch: Batch) -> float:
+        loss = self.module(self.tensors(batch))
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+    def tensors(self, batch: Batch) -> dict[str, Any]:
+        """What the module takes; pictures normalised, which its data loader does."""
+        found = {name: np.array(getattr(batch, name), np.int64) for name in ("tokens", "soft_index", "positions")}
+        found |= {"valid": np.array(batch.valid), "loss_mask": np.array(batch.loss_mask)}
+        if batch.images is not None:
+            found["images"] = np.array(normalise(np.asarray(batch.images).reshape(-1, *batch.images.shape[2:])))
+        if batch.media is not None:
+            found["feature"] = np.array(batch.media["feature"], np.float32)
+        return {name: self.torch.from_numpy(array).to(self.device) for name, array in found.items()}
+
+
+def device() -> str:
+    """torch's name of what JAX computes on."""
+    return "cpu" if jax.default_backend() == "cpu" else "cuda"
+
+
+def agree(model: Model, sides: Mapping[str, Any], batch: Batch) -> None:
+    """Raises ValueError if the sides give different losses."""
+    losses = {name: side(batch) for name, side in sides.items()}
+    allowed = AGREE if model.dtype == "float32" else 100 * AGREE
+    if max(losses.values()) - min(losses.values()) > allowed:
+        raise ValueError(f"The sides do not compute the same: their first losses are {losses}, which must agree within "
+                         f"{allowed}. Nothing was timed.")
+
+
+def sides(model: Model, names: Sequence[str]) -> dict[str, Any]:
+    """{"ours", "theirs"}, or one of them, with the same weights."""
+    params, kinds = model.params(), {"ours": Ours, "theirs": Theirs}
+    return {name: kinds[name](model, params) for name in names}
+
+
+PRODUCTS = 5  # one after the other, in each turn
+
+
+def race(size: Size, calls: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """(median seconds of each side's call, the operations a second of the best of the products that took turns with
+    them: a machine that others use too is not always equally fast)."""
+    single = machine.products(size.matmul, size.dtype, device(), list(calls))
+    best = dict.fromkeys(calls, float("inf"))
+
+    def several(name: str) -> Callable[[], None]:
+        def multiply() -> None:
+            best[name] = min(best[name], *(machine.seconds(single[name]) for _ in range(PRODUCTS)))
+
+        return multiply
+
+    took = machine.medians(machine.turns({**calls, **{f"product, {name}": several(name) for name in calls}}, rounds))
+    return {name: took[name] for name in calls}, {name: 2 * size.matmul**3 / best[name] for name in calls}
+
+
+def train(size: Size, model: Model, batches: Mapping[str, Sequence[Batch]], common: Batch,
+          rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """(median seconds that each side takes for its own batches, the share of its ceiling that mmjax reaches, and
+    PyTorch, where it trains on the same), after both gave the loss of `common`."""
+    racing = sides(model, list(batches))
+    agree(model, racing, common)
+
+    def epoch(name: str) -> Callable[[], None]:
+        def all_batches() -> None:
+            for batch in batches[name]:
+                racing[name](batch)
+
+        return all_batches
+
+    took, top = race(size, {name: epoch(name) for name in batches}, rounds)
+    count = sum(map(racing["ours"].flops, batches["ours"]))
+    same = [name for name in batches if batches[name] is batches["ours"]]
+    return took, {name: count / took[name] / top[name] for name in same}
+
+
+# ---- what is timed ----
+
+
+def equal_rows(size: Size, cfg: Any) -> Batch:
+    """Full rows, as long as each other."""
+    return sizes.batch(cfg, [[size.length]] * size.rows, size.length)
+
+
+def with_features(batch: Batch, cfg: Any, seed: int = 0) -> Batch:
+    """What the encoder makes of the pictures in place of them: random here."""
+    shape = (*batch.images.shape[:2], cfg.image_tokens, cfg.soft_width)
+    feature = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    return dataclasses.replace(batch, images=None, media={"feature": feature})
+
+
+def step(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
+    """MiniGPT-4, the encoder included, equal rows."""
+    model = Model("minigpt4", size.minigpt4, size.dtype)
+    batch = equal_rows(size, model.cfg)
+    took, shares = train(size, model, dict.fromkeys(names, [batch]), batch, rounds)
+    memory = {name: machine.told_by("benchmarks.training", "--peak", name, "--size", size.name)["peak"]
+              for name in names}
+    return [Row("training step", "samples/s", **speeds(took, size.rows), target=1.0, memory=memory, ceiling=shares)]
+
+
+def cached(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
+    """The same with features that were encoded once; the original encodes in every step."""
+    model = Model("minigpt4", size.minigpt4, size.dtype)
+    batch = equal_rows(size, model.cfg)
+    ready = with_features(batch, model.cfg)
+    batches = {name: [ready if name == "ours" else batch] for name in names}
+    took, shares = train(size, model, batches, ready, rounds)
+    return [Row("training step, cached features", "samples/s", **speeds(took, size.rows), ceiling=shares)]
+
+
+def natural(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
+    """Captions of natural lengths: packed rows, with pictures and with cached features, against one a row, padded to
+    the longest of the batch."""
+    model = Model("minigpt4", size.minigpt4, size.dtype)
+    cfg, taken = model.cfg, sizes.lengths(model.cfg, 4 * size.pack_rows * size.pack_length // 100)
+    room = packing.Size(size.pack_length, size.pack_pictures)
+    placed = packing.pack([packing.Size(length, 1) for length in taken], room, size.pack_rows)
+    taken = taken[:sum(map(len, placed))]
+    packed = sizes.batch(cfg, [[taken[number] for number in row] for row in placed], size.pack_length,
+                         size.pack_pictures)
+    padded = [sizes.batch(cfg, [[length] for length in group], max(group))
+              for group in (taken[start:start + size.rows] for start in range(0, len(taken), size.rows))]
+    note = (f"{len(taken)} captions; real tokens {packed.valid.mean():.2f} of packed rows, "
+            f"{np.mean(np.concatenate([batch.valid.ravel() for batch in padded])):.2f} of padded ones")
+    found = []
+    for name, target, batch in (("captions, packed", 1.6, packed),
+                                ("captions, packed, cached features", 3.0, with_features(packed, cfg))):
+        batches = {side: [batch] if side == "ours" else padded for side in names}
+        took, shares = train(size, model, batches, padded[0], rounds)
+        found.append(Row(name, "samples/s", **speeds(took, len(taken)), target=target, note=note, ceiling=shares))
+    return found
+
+
+def bound(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
+    """ImageBind-LLM: bind network, query and gates trained, features ready."""
+    model = Model("imagebind_llm", size.imagebind, size.dtype)
+    words = equal_rows(size, model.cfg)
+    feature = np.random.default_rng(0).standard_normal((size.rows, model.cfg.bind.inputs), np.float32)
+    feature /= np.linalg.norm(feature, axis=-1, keepdims=True)
+    batch = dataclasses.replace(words, media={"feature": feature}, weights=None)
+    took, shares = train(size, model, dict.fromkeys(names, [batch]), batch, rounds)
+    return [Row("ImageBind-LLM step", "samples/s", **speeds(took, size.rows), target=1.0, ceiling=shares)]
+
+
+def speeds(took: Mapping[str, float], count: int) -> dict[str, float]:
+    return {name: count / seconds for name, seconds in took.items()}
+
+
+def block(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
+    """One block of EVA ViT-G, forward: what the encoder is made of at full size."""
+    cfg = dataclasses.replace(eva_vit.EVA_VIT_G if size.name != "toy" else eva_vit.TINY, depth=1)
+    random = np.random.default_rng(0)
+    params = {path: leaf for path, leaf in sizes.params(
+        "minigpt4", dataclasses.replace(size.minigpt4, vit=cfg), size.dtype, ()).items() if path.startswith("vit/")}
+    x = random.standard_normal((size.rows, 1 + cfg.grid**2, cfg.dim), np.float32)
+    calls = {"ours": _our_block(cfg, params, x, size.dtype)}
+    if "theirs" in names:
+        calls["theirs"] = _their_block(cfg, params, x, size.dtype)
+        ours, theirs = (np.asarray(call(), np.float32) for call in calls.values())
+        allowed = AGREE if size.dtype == "float32" else 100 * AGREE
+        if (off := np.abs(ours - theirs).max()) > allowed * np.abs(theirs).max():
+            raise ValueError(f"A block of ViT-G gives other numbers in PyTorch: they differ by {off}.")
+    took, top = race(size, calls, rounds)
+    places = x.shape[0] * x.shape[1]
+    count = 2 * places * (4 * cfg.dim**2 + 2 * cfg.dim * cfg.hidden) + 4 * places * x.shape[1] * cfg.dim
+    return [Row("ViT-G block, forward", "pictures/s", **speeds(took, size.rows),
+                ceiling={name: count / seconds / top[name] for name, seconds in took.items()})]
+
+
+def _our_block(cfg: Any, params: Mapping[str, np.ndarray], x: np.ndarray, dtype: str) -> Callable[[], Any]:
+    held = {"params": trees.unflatten({path.removeprefix("vit/blocks/"): jnp.asarray(leaf[0])
+                                       for path, leaf in params.items() if "/blocks/" in path})}
+    module, x = eva_vit.Block(cfg), jnp.asarray(x, dtype)
+    forward = jax.jit(lambda held, x: module.apply(held, x, jnp.float32(0))[0])
+    return lambda: forward(held, x).block_until_ready()
+
+
+def _their_block(cfg: Any, params: Mapping[str, np.ndarray], x: np.ndarray, dtype: str) -> Callable[[], Any]:
+    import torch
+
+    from benchmarks import baseline
+
+    torch.set_num_threads(machine.cores())
+    module, there = baseline.vision_block(cfg, params, dtype, device()), torch.from_numpy(x).to(device())
+    there = there.to(getattr(torch, dtype))
+
+    @torch.no_grad()
+    def forward() -> np.ndarray:
+        return module(there).float().cpu().numpy()
+
+    return forward
+
+
+PARTS = {"step": step, "cached": cached, "captions": natural, "imagebind": bound, "vit": block}
+
+
+def peak(size: Size, name: str) -> int:
+    """Bytes that a process needs at most for two steps of a side, once its weights are there."""
+    model = Model("minigpt4", size.minigpt4, size.dtype)
+    batch = equal_rows(size, model.cfg)
+    side = sides(model, [name])[name]
+    machine.forget_peak()
+    for _ in range(2):
+        side(batch)
+    return machine.peak() if device() == "cpu" else _device_peak(name)
+
+
+def _device_peak(name: str) -> int:
+    if name == "ours":
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    import torch
+
+    return torch.cuda.max_memory_allocated()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--peak", choices=("ours", "theirs"), required=True)
+    args = parser.parse_args()
+    print(json.dumps({"peak": peak(SIZES[args.size], args.peak)}))
+
+
+if __name__ == "__main__":
+    main()
