@@ -27,6 +27,7 @@ import numpy as np
 from mmjax.batch import Sample
 from mmjax.config import ALPACA, ScenesConfig, TextConfig
 from mmjax.data import conversation, images, senses, text
+from mmjax.data.asked import is_text
 from mmjax.generate import GenerateConfig
 from mmjax.loaded import RUN_CARD, Loaded, read_card
 from mmjax.models.imagebind import sense_of
@@ -138,6 +139,8 @@ class Conversation:
         question = question.strip()
         if not question:
             raise ValueError("There is no question.")
+        if not is_text(question):
+            raise ValueError("The question holds bytes that are not UTF-8. Save or type it as UTF-8.")
         if text.PLACEHOLDER in question:
             raise ValueError(f"A question cannot hold {text.PLACEHOLDER}: show a picture instead, and it gets its "
                              "place in front of the question.")

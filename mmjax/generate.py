@@ -16,6 +16,7 @@ J beams of a row   A candidates of a row (beam search)   V vocabulary
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from flax import linen as nn
 
 from mmjax.batch import Batch
 
+COLDEST = 1e-6  # temperature: what float32 scores can be divided by
 ROWS, SLOTS = -4, -3  # axes of a cache's leaves, [..., rows, slots, heads, head]
 
 
@@ -83,10 +85,12 @@ class GenerateConfig:
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("num_beams", self.num_beams >= 1, "at least 1"),
             ("num_beams", self.num_beams == 1 or not self.sampling, "1 when sampling (beam sampling is not supported)"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("temperature", self.temperature == 0 or COLDEST <= self.temperature < math.inf,
+             f"0 (greedy), or {COLDEST} and more"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0 (1 is off)"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 is off)"),
+            ("length_penalty", math.isfinite(self.length_penalty), "a number (above 0 favours long answers)"),
             ("min_length", self.min_length >= 0, "0 or more"),
             ("stop", stops, "a tuple of non-empty tuples of ids"),
         )

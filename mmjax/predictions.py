@@ -151,8 +151,10 @@ class Words:
 
     def open(self, ask: Ask) -> Opened:
         ask = read(ask, self.model)
-        batch = self.model.batch([ask.sample], **self.text)  # raises for what else is wrong with the sample
-        return Opened(ask, batch.tokens.shape[1])
+        new = self.decoding.settings(self.model)["max_new_tokens"]
+        [length] = self.model.prompt_lengths([ask.sample], new, **self.text)
+        self.model.batch([ask.sample], **self.text)  # raises for what else is wrong with the sample
+        return Opened(ask, length)
 
     def answer(self, asks: Sequence[Ask], first: int) -> list[dict[str, Any]]:
         words = self.model.generate([ask.sample for ask in asks], **self.decoding.settings(self.model), first=first,

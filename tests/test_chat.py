@@ -191,10 +191,10 @@ def test_a_question_that_does_not_fit_is_taken_back(model):
     assert (len(talk.turns), len(talk.pictures)) == (0, 1)
 
 
-@pytest.mark.parametrize("question", ["  ", "What is <ImageHere>?"])
+@pytest.mark.parametrize("question", ["  ", "What is <ImageHere>?", "caf\udce9?"])
 def test_what_cannot_be_asked(question):
     talk = Conversation("plain")
-    with pytest.raises(ValueError, match="no question|cannot hold"):
+    with pytest.raises(ValueError, match="no question|cannot hold|not UTF-8"):
         talk.ask(question)
     assert talk.turns == []
 

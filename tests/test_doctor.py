@@ -119,6 +119,7 @@ def test_its_own_sentences_are_known():
     assert text.figures["loss"] < text.figures["uniform"] - 2 < text.figures["shuffled"]
 
 
+@pytest.mark.slow  # the same of random weights, for another family, in the test below
 def test_random_weights_are_as_good_as_uniform():
     """The reference set's weights are random: its losses are those of nobody who knows anything."""
     found = wrong(doctor.examine(small.checkpoint()))
@@ -129,6 +130,7 @@ def test_random_weights_are_as_good_as_uniform():
 def test_other_families_are_tried():
     found = doctor.examine(imagebind_llm())
     assert set(wrong(found)) == {"plain text", "word vectors"}  # random weights, but nothing else
+    assert "As good as uniform" in wrong(found)["plain text"] and "llama/embedding" in wrong(found)["plain text"]
     ok = wrong(found, "ok")
     assert "open in every layer" in ok["gates"] and "add something" in ok["LoRA"]
     assert "stages of seeing are finite" in ok["outputs"] and "moves the logits" in ok["pictures"]

@@ -82,7 +82,7 @@ def lines(out):
     return {line["id"]: line for line in map(json.loads, (out / "predictions.jsonl").read_text().splitlines())}
 
 
-@pytest.mark.parametrize("name", ["captions", "pope", "refer", "jsonl_choices"])
+@pytest.mark.parametrize("name", ["captions", "pope", "refer", pytest.param("jsonl_choices", marks=pytest.mark.slow)])
 def test_a_benchmark_end_to_end(tmp_path, monkeypatch, capsys, data, name):
     command = ["mmjax", "evaluate", "--checkpoint", str(small.checkpoint()), "--benchmark", name, "--data",
                str(data / PLACES[name]), "--out", str(tmp_path), "--batch-size", "2"]
@@ -161,6 +161,8 @@ def test_what_was_asked_is_remembered_for_scoring(tmp_path, model, data):
     test = asked_of(data, "vqa", prompt="Q: {} A:", limit=2)
     run(test, model, tmp_path, max_new_tokens=4)
     assert benchmark.begun(tmp_path, asked_of(data, "vqa")) == test
+    with pytest.raises(ValueError, match="limit = 3, but the answers are with 2"):
+        benchmark.begun(tmp_path, asked_of(data, "vqa", limit=3))
 
 
 def test_items_are_spread_evenly(data):

@@ -5,6 +5,7 @@ The references run the whole model on every prefix, without cache, one row and o
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -313,6 +314,8 @@ def test_every_wrong_setting_is_named_at_once():
                  "repetition_penalty = 0.0", "min_length = -1", "stop = ((),)"):
         assert name in str(error.value)
     for wrong, words in (({"top_p": 1.5}, "top_p = 1.5"), ({"stop": [[1]]}, "stop"), ({"stop": (1,)}, "stop"),
+                         ({"temperature": 1e-40}, "temperature = 1e-40"), ({"temperature": math.inf}, "temperature"),
+                         ({"length_penalty": math.nan}, "length_penalty"), ({"repetition_penalty": math.inf}, "repet"),
                          ({"do_sample": True, "num_beams": 2}, "beam sampling is not supported")):
         with pytest.raises(ValueError, match=words):
             GenerateConfig(**wrong)

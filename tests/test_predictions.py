@@ -221,6 +221,13 @@ def test_answers_do_not_depend_on_order_or_batch(tmp_path, model, shown):
     assert len({line.get("answer") for line in first.values()}) > 2
 
 
+def test_a_sample_that_is_too_long_is_an_error_of_its_own(model):
+    answerer = predictions.Words(model, predictions.Decoding(max_new_tokens=2_000))
+    with pytest.raises(ValueError, match="more than the 2048 positions"):
+        answerer.open(Ask("long", mmjax.Sample(prompt="Why? " * 100)))
+    assert answerer.open(Ask("short", mmjax.Sample(prompt="Why?"))).length > 1
+
+
 def test_draws_depend_on_the_number_of_the_sample_alone(tmp_path, model, shown):
     first, again, other = (answered(tmp_path / f"{n}.jsonl", shown, model, batch_size, temperature=1.0, seed=seed)
                            for n, (batch_size, seed) in enumerate([(2, 1), (4, 1), (2, 2)]))

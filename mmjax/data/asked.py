@@ -76,7 +76,8 @@ def lines(path: str | Path, root: str | Path | None = None) -> list[Ask]:
 
 def pictures(folder: str | Path, prompt: str) -> list[Ask]:
     """Every picture of a folder and those in it, in the order of their names, each with the same prompt and known by
-    its name. Raises FileNotFoundError if there is none, ValueError for a prompt that shows several."""
+    its name. Raises FileNotFoundError if there is none, ValueError for a prompt that shows several and for names that
+    are no text."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
@@ -84,9 +85,21 @@ def pictures(folder: str | Path, prompt: str) -> list[Ask]:
                    if path.suffix.lower() in SUFFIXES and path.is_file())
     if not names:
         raise FileNotFoundError(f"{folder} has no pictures ({', '.join(SUFFIXES)}).")
+    if strange := [ascii(name) for name in names if not is_text(name)]:
+        raise ValueError(f"{len(strange)} pictures in {folder} have names that are not UTF-8 and cannot be written "
+                         f"down: {', '.join(strange[:MOST_NAMED])}. Rename them.")
     if prompt.count(PLACEHOLDER) > 1:
         raise ValueError(f"The prompt shows {prompt.count(PLACEHOLDER)} pictures, but is asked about one at a time.")
     return [Ask(name, Sample(images=[str(folder / name)], prompt=prompt)) for name in names]
+
+
+def is_text(words: str) -> bool:
+    """Whether UTF-8 can write it: bytes that were none become surrogates on their way in."""
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def placed(sample: Sample, image_tokens: int) -> Sample:

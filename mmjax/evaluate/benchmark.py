@@ -114,13 +114,20 @@ def evaluate(test: Test, items: Sequence[Item], answers: Choices | predictions.W
 def begun(out: str | Path, test: Test) -> Test:
     """The test whose answers lie in OUT, scored by the rule of the given one.
 
-    Raises FileNotFoundError if there are none, ValueError if they are of another benchmark.
+    Raises FileNotFoundError if there are none, ValueError if they are of another benchmark, or to what was asked in
+    another way.
     """
     settings = _card(Path(out))["settings"]
     if settings.get("benchmark") != test.name:
         raise ValueError(f"{Path(out) / PREDICTIONS} has the answers to {settings.get('benchmark')}, not to "
                          f"{test.name}.")
-    return dataclasses.replace(test, **{name: settings[name] for name in test.settings if name != "benchmark"})
+    then = {name: settings[name] for name in test.settings if name != "benchmark"}
+    other = [f"{name} = {getattr(test, name)!r}, but the answers are with {value!r}" for name, value in then.items()
+             if getattr(test, name) not in (None, False, value)]
+    if other:
+        raise ValueError(f"{Path(out) / PREDICTIONS} has answers to other questions:\n  " + "\n  ".join(other)
+                         + "\nLeave that out, or have it answered anew into another folder.")
+    return dataclasses.replace(test, **then)
 
 
 def _card(out: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a model is asked: lines and folders, and everything that is wrong with them at once."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -89,6 +90,13 @@ def test_pictures_of_a_folder_in_order(tmp_path):
     assert found[0].sample == Sample(images=[str(tmp_path / "a" / "c.png")], prompt="What?")
     with pytest.raises(ValueError, match="shows 2 pictures"):
         asked.pictures(tmp_path, "<ImageHere><ImageHere>")
+
+
+def test_names_that_cannot_be_written_down_are_refused(tmp_path):
+    put(tmp_path / "a.jpg", jpeg())
+    put(tmp_path / os.fsdecode(b"\xff.jpg"), jpeg())
+    with pytest.raises(ValueError, match=r"1 pictures .* not UTF-8.*'.udcff.jpg'"):
+        asked.pictures(tmp_path, "What?")
 
 
 def test_pictures_are_placed_where_the_prompt_does_not_say(tmp_path):
