@@ -386,7 +386,6 @@ class Loaded:
         while not (writing.done[0] or writing.beams):
             text = self.tokenizer.decode(writing.ids[0])
             if cut(text, stop) != text:
-                writing.close(np.ones(1, bool))
                 break
             settled = unchanging(text, stop)
             if len(settled) > len(said):
@@ -394,6 +393,8 @@ class Loaded:
                 said = settled
             with sharding.use(self.mesh):
                 writing.advance(writing.step + 1)
+        if not writing.beams:
+            writing.close(np.ones(1, bool))  # the rows that fill a mesh too
         if (rest := self._finish(writing, stop)[0]) != said:
             yield rest[len(said) :]
 

@@ -183,6 +183,7 @@ def test_settings_of_words_are_refused_where_choices_are_ranked(model, data):
     (("--benchmark", "vqb", "--checkpoint", "nowhere", "--data", "x"), "no benchmark 'vqb'; there are captions, "),
     (("--benchmark", "vqa", "--checkpoint", "nowhere", "--data", "nowhere"), "nowhere"),
     (("--benchmark", "scenes", "--checkpoint", "nowhere"), "is for runs"),
+    (("--benchmark", "scenes", "--checkpoint", "x", "--limit", "5", "--in-words"), "leave out --limit, --in-words."),
     (("--benchmark", "vqa", "--data", "x", "--score-only"), "no answers to score"),
 ])
 def test_mistakes_are_one_message(tmp_path, monkeypatch, capsys, args, message):
@@ -222,6 +223,15 @@ def test_choices_are_scored_as_the_loss_scores_them(model):
             np.testing.assert_allclose(loss, float(loss_of(model.params, batch)) * count, rtol=1e-4)
             assert count == int(batch.loss_mask.sum())
         assert line["answer"] == ask.choices[int(np.argmin(line["losses"]))]
+
+
+def test_a_broken_model_chooses_nothing(model, monkeypatch):
+    monkeypatch.setattr("mmjax.evaluate.rank.losses", lambda module, params, batch: np.array([np.nan, 1.0]))
+    samples = [mmjax.Sample(images=[np.zeros((9, 9, 3), np.uint8)], prompt=small.PROMPT)] * 2
+    broken, whole = Choices(model, batch_size=2).answer(
+        [predictions.Ask("", sample, ("red", "green")) for sample in samples], 0)
+    assert "mmjax doctor" in broken["error"] and "answer" not in broken
+    assert whole["answer"] in ("red", "green")
 
 
 def test_original_rule_is_multi_select(model):

@@ -72,7 +72,12 @@ def score(
     if checkpoint is None and not score_only:
         raise ValueError("--checkpoint is missing: the converted checkpoint or run to score.")
     if benchmark == SCENES:
-        _scenes(checkpoint, out, mesh)
+        given = {"data": data, "root": root, "prompt": prompt, "limit": limit, "recall": recall,
+                 "prompt-template": prompt_template, "score-only": score_only, "in-words": in_words}
+        if unfit := [f"--{name}" for name, value in given.items() if value not in (None, False)]:
+            raise ValueError(f"--benchmark {SCENES} draws its own pictures and asks its own questions: leave out "
+                             f"{', '.join(unfit)}.")
+        _scenes(checkpoint, out, mesh, dtype, frozen_dtype)
         return
     if data is None:
         raise ValueError("--data is missing: the benchmark's folder or file.")
@@ -109,19 +114,19 @@ def _cache(recall: Path | None) -> Any:
     return None if recall is None else neighbours.Recall(neighbours.read(recall))
 
 
-def _scenes(checkpoint: Path | None, out: Path, mesh: MeshConfig) -> None:
+def _scenes(checkpoint: Path | None, out: Path, mesh: MeshConfig, dtype: str | None,
+            frozen_dtype: Literal["int8"] | None) -> None:
     """What training does at its end, for a run that is there: `evaluate.report_scenes`."""
-    from mmjax import compilation, loaded, sharding
+    from mmjax import loaded
     from mmjax.config import ScenesConfig
     from mmjax.evaluate import report_scenes
 
     if checkpoint is None or not (checkpoint / loaded.RUN_CARD).is_file():
         raise ValueError(f"--benchmark {SCENES} is for runs, which {checkpoint} is not: it has no {loaded.RUN_CARD}.")
-    compilation.enable()
     made = loaded.read_card(checkpoint / loaded.RUN_CARD)["config"]
     if not made["data"].get("scenes"):
         raise ValueError(f"The run {checkpoint} was not trained on scenes. Other benchmarks are for it.")
-    model = loaded.load(checkpoint, sharding.make_mesh(mesh))
+    model = _load(checkpoint, mesh, dtype, frozen_dtype)
     untrained = dataclasses.replace(model, params=loaded.read_params(
         loaded.read_run(checkpoint), model.module, model.mesh, lambda path: model.module.dtype, made["seed"]))
     facts = {"run": checkpoint.name, "steps": f"{made['optim']['epochs'] * made['optim']['steps_per_epoch']:,}"}

@@ -100,6 +100,10 @@ class Choices:
         found = []
         for ask, *scores in zip(asks, *(column[:len(asks)] for column in columns), strict=True):
             own = scores[:len(ask.choices)]
+            if not np.isfinite([loss for loss, *_ in own]).all():
+                found.append({"error": "a choice has no finite loss: `mmjax doctor` tells which part of the model is "
+                                       "broken"})
+                continue
             line = dict(zip(("losses", "tokens", "padded"), map(list, zip(*own, strict=True)), strict=True))
             found.append({"answer": ask.choices[chosen(line)], **line})
         return found
