@@ -144,8 +144,9 @@ class Metrics(Lines):
 
 
 def used(speed: float, peak: float | None) -> dict[str, float]:
-    """Operations a second as their share of the devices' peak, if that is known."""
-    return {"gflops_per_second": round(speed / 1e9, 1)} if peak is None else {"mfu": round(speed / peak, 4)}
+    """Operations a second as their share of the devices' peak, if that is known; in three digits."""
+    name, value = ("gflops_per_second", speed / 1e9) if peak is None else ("mfu", speed / peak)
+    return {name: float(f"{value:.3g}")}
 
 
 def open_gates(trained: Any) -> list[float]:

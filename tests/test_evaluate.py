@@ -226,7 +226,7 @@ def test_choices_are_scored_as_the_loss_scores_them(model):
 
 
 def test_a_broken_model_chooses_nothing(model, monkeypatch):
-    monkeypatch.setattr("mmjax.evaluate.rank.losses", lambda module, params, batch: np.array([np.nan, 1.0]))
+    monkeypatch.setattr(sys.modules[Choices.__module__], "losses", lambda *_: np.array([np.nan, 1.0]))
     samples = [mmjax.Sample(images=[np.zeros((9, 9, 3), np.uint8)], prompt=small.PROMPT)] * 2
     broken, whole = Choices(model, batch_size=2).answer(
         [predictions.Ask("", sample, ("red", "green")) for sample in samples], 0)
