@@ -376,7 +376,7 @@ class Loaded:
             while not writing.done.all():  # ids may spell a stop string in ways that the loop does not look for
                 writing.advance(writing.step + LOOK)
                 texts = map(self.tokenizer.decode, writing.ids)
-                writing.close(np.array([any(end in text for end in stop if end) for text in texts]))
+                writing.close(np.array([cut(text, stop) != text for text in texts]))
             made = writing.result()
         rows = zip(np.asarray(made.sequences), np.asarray(made.lengths), strict=True)
         return [cut(self.tokenizer.decode(row[1:length].tolist()), stop).strip() for row, length in rows]

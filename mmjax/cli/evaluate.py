@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import tyro
 
-from mmjax.cli.generate import EVERY_DEVICE, GREEDY
+from mmjax.cli.generate import EVERY_DEVICE, GREEDY, visual_cache
 from mmjax.config import MeshConfig
 from mmjax.predictions import Decoding
 
@@ -88,7 +88,7 @@ def score(
     if not score_only:
         model = _load(checkpoint, mesh, dtype, frozen_dtype)
         text = {} if prompt_template is None else {"prompt_template": prompt_template}
-        answers = benchmarks.answerer(test, model, decoding, batch_size, _cache(recall), text)
+        answers = benchmarks.answerer(test, model, decoding, batch_size, visual_cache(recall), text)
         done = benchmarks.evaluate(test, items, answers, checkpoint, out)
         for line in predictions.summary(done):
             Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
@@ -106,12 +106,6 @@ def _load(checkpoint: Path, mesh: MeshConfig, dtype: str | None, frozen_dtype: s
 
     compilation.enable()
     return loaded.load(checkpoint, sharding.make_mesh(mesh), dtype, frozen_dtype=frozen_dtype)
-
-
-def _cache(recall: Path | None) -> Any:
-    from mmjax.data import neighbours
-
-    return None if recall is None else neighbours.Recall(neighbours.read(recall))
 
 
 def _scenes(checkpoint: Path | None, out: Path, mesh: MeshConfig, dtype: str | None,

@@ -64,7 +64,7 @@ def answer(
         frozen_dtype: int8 holds the large matrices in half the memory of bfloat16
     """
     from mmjax import compilation, loaded, sharding
-    from mmjax.data import asked, neighbours
+    from mmjax.data import asked
 
     _check_form(prompt, samples, pictures, out, image or media or weights)
     asks: list[asked.Ask] = []
@@ -73,13 +73,20 @@ def answer(
     elif pictures is not None:
         asks = asked.pictures(pictures, prompt)
     compilation.enable()
-    cache = None if recall is None else neighbours.Recall(neighbours.read(recall))
+    cache = visual_cache(recall)
     model = loaded.load(checkpoint, sharding.make_mesh(mesh) if out else None, dtype, frozen_dtype=frozen_dtype)
     text = {} if prompt_template is None else {"prompt_template": prompt_template}
     if out is None:
         print(_one(model, prompt, image, media or {}, weights or {}, decoding, cache, text))
     else:
         _many(model, checkpoint, asks, out, decoding, batch_size, cache, text)
+
+
+def visual_cache(recall: Path | None) -> Any:
+    """The `mmjax.data.neighbours.Recall` of a file of vectors; None without one."""
+    from mmjax.data import neighbours
+
+    return None if recall is None else neighbours.Recall(neighbours.read(recall))
 
 
 def _check_form(prompt: str | None, samples: Path | None, pictures: Path | None, out: Path | None, shown: Any) -> None:
