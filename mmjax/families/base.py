@@ -37,17 +37,16 @@ class LanguageModel(nn.Module):
 
     dtype: of the activations; parameters of another dtype are cast where they are used
     remat: recompute the layers in the backward pass
-    unrolled, turned: LLaMA's layers have weights of their own, as `mmjax.models.llama.unstack` gives them
+    form:  of LLaMA's layers, see `mmjax.models.llama.Llama`
     """
 
     cfg: Any
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
-    unrolled: bool = False
-    turned: bool = False
+    form: str = "stacked"
 
     def setup(self):
-        self.llama = Llama(self.cfg.llama, self.dtype, self.remat, self.unrolled, self.turned)
+        self.llama = Llama(self.cfg.llama, self.dtype, self.remat, self.form)
 
     def encode(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         """-> [B,T,D]: words embedded, soft tokens placed; and what is injected into each layer, [L,B,P,D] or None."""
@@ -80,7 +79,7 @@ class LanguageModel(nn.Module):
 
     def empty_cache(self, rows: int, length: int):
         """A zero key-value cache for `decode`."""
-        return Llama(self.cfg.llama, self.dtype, unrolled=self.unrolled, parent=None).empty_cache(rows, length)
+        return Llama(self.cfg.llama, self.dtype, form=self.form, parent=None).empty_cache(rows, length)
 
 
 def example_batch(image_size: int | None = None, media: dict[str, jax.Array] | None = None, rows: int = 1,

@@ -28,7 +28,17 @@ def einsum(letters: str, x: jax.Array, w: jax.Array | Int8) -> jax.Array:
     """
     if isinstance(w, Int8):
         return _einsum_int8(letters, x, w)
-    return jnp.einsum(letters, x, w.astype(x.dtype), precision="highest" if x.dtype == jnp.float32 else None)
+    if x.dtype == jnp.float32:
+        return jnp.einsum(letters, x, w.astype(x.dtype), precision="highest")
+    # Every XLA adds a bfloat16 product up in float32. On a CPU it must be told so, or it widens both matrices first.
+    sums = jnp.float32 if on_cpu() else None
+    return jnp.einsum(letters, x, w.astype(x.dtype), preferred_element_type=sums).astype(x.dtype)
+
+
+def on_cpu() -> bool:
+    """Whether what is traced now is for a CPU: the mesh's, or where there is none JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device.platform if device else jax.default_backend()) == "cpu"
 
 
 # What the backward pass keeps of a product is its inputs: left alone, jax would keep the matrix in the dtype of `x`.
@@ -81,9 +91,11 @@ class Project(nn.Module):
 
     def bare(self, letters: str, x: jax.Array) -> jax.Array:
         """The product with the matrix, and nothing that is added to it."""
+        kept = x.shape[: x.ndim - self.contracted]
+        if math.prod(kept) == 1 and x.dtype != jnp.float32 and on_cpu():
+            return self.bare(letters, jnp.concatenate([x, x]))[:1]  # XLA there multiplies one row ten times slower
         if not self.turned:
             return einsum(letters, x, self.w)
-        kept = x.shape[: x.ndim - self.contracted]
         y = einsum("XI,OI->XO", x.reshape(math.prod(kept), -1), self.w)
         return y.reshape(*kept, *self.shape[self.contracted :])
 

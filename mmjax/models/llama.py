@@ -256,25 +256,29 @@ class Unrolled(nn.Module):
 KEPT = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
 
+FORMS = ("stacked", "apart", "turned")
+
+
 class Llama(nn.Module):
     """Vectors in, hidden states out; `embed` and `logits` are its two ends.
 
     remat:    recompute each layer in the backward pass instead of keeping its products with weights
-    unrolled: every layer has its own weights, as `unstack` gives them, and its own cache; to read only: such layers
-              have no `remat`
-    turned:   of unrolled layers and of the head, the matrices are [outputs, inputs]
+    form:     "stacked": layers scanned over stacked weights. "apart": each has weights of its own, as `unstack` gives
+              them, and its own cache; to read only: such layers have no `remat`. "turned": likewise, and their matrices
+              and the head's are [outputs, inputs]
     """
 
     cfg: LlamaConfig
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
-    unrolled: bool = False
-    turned: bool = False
+    form: str = "stacked"
 
     def setup(self):
-        c = self.cfg
+        if self.form not in FORMS:
+            raise ValueError(f"form = {self.form!r}: {', '.join(FORMS)}")
+        c, turned = self.cfg, self.form == "turned"
         self.embedding = self.param("embedding", nn.initializers.normal(0.02), (c.vocab, c.dim))
-        self.layers = Unrolled(c, self.turned) if self.unrolled else nn.scan(
+        self.layers = Unrolled(c, turned) if self.form != "stacked" else nn.scan(
             nn.remat(Block, prevent_cse=False, policy=None if self.remat else KEPT),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "llama": True},
@@ -285,7 +289,7 @@ class Llama(nn.Module):
         shared = c.injection == "shared"
         self.gate = self.param("gate", nn.initializers.zeros_init(), (1,)) if shared else None
         if not c.tied:
-            self.head = Project((c.dim, c.vocab), turned=self.turned)
+            self.head = Project((c.dim, c.vocab), turned=turned)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int[B,T] -> [B,T,D]; no scaling."""
@@ -314,7 +318,7 @@ class Llama(nn.Module):
         return self.head("BTD,DV->BTV", hidden).astype(jnp.float32)
 
     def empty_cache(self, rows: int, length: int) -> Any:
-        """Zeros for B = `rows`, S = `length`: {"k", "v": [L,B,S,K,H]}, or L times {"k", "v": [K,B,S,1,H]} if unrolled.
+        """Zeros for B = `rows`, S = `length`: {"k", "v": [L,B,S,K,H]}, or L times {"k", "v": [K,B,S,1,H]} if apart.
 
         Rows and slots are the same axes in both, so that who repeats or reorders them need not know which it is.
         """
@@ -323,19 +327,19 @@ class Llama(nn.Module):
         def zeros(*shape: int) -> dict[str, jax.Array]:
             return {name: jnp.zeros(shape, self.dtype) for name in "kv"}
 
-        if self.unrolled:
+        if self.form != "stacked":
             return tuple(zeros(K, rows, length, 1, H) for _ in range(L))
         return zeros(L, rows, length, K, H)
 
 
 def unstack(params: dict[str, Any], turned: bool = False) -> dict[str, Any]:
-    """A family's parameters for its module with `unrolled=True`: "llama/layers/attn/q/w" as ".../0/attn/q/w" and so on.
+    """A family's parameters for its module of the form "apart": "llama/layers/attn/q/w" as ".../0/attn/q/w" and so on.
 
     XLA on a CPU copies the weights of each layer out of the stack, in every step, at a fifth of the speed of reading
     them where they are. A layer's arrays are views into the stacked ones (save a few small ones that begin off the 64
     bytes that XLA wants), so this costs no memory as long as both are kept or dropped together.
 
-    turned: for the module with `turned=True` too: the matrices of the layers and of the head are turned copies, which
+    turned: for the form "turned": the matrices of the layers and of the head are turned copies, which
             take as much memory as the originals and are faster for several rows (see `mmjax.models.layers.turn`)
 
     Raises ValueError for arrays that are not on one CPU device, which nothing can look into.

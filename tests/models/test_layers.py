@@ -101,7 +101,45 @@ def test_fresh_projections_are_those_of_torch_linear():
 @pytest.mark.parametrize(("dtype", "precision"), [(jnp.float32, "HIGHEST"), (jnp.bfloat16, "None")])
 def test_products_keep_their_dtype_and_float32_its_digits(dtype, precision):
     x, w = jnp.ones((2, 3), dtype), jnp.ones((3, 4), jnp.float32)
-    (product,) = (equation for equation in jax.make_jaxpr(lambda x, w: einsum("BD,DF->BF", x, w))(x, w).eqns
-                  if equation.primitive.name == "dot_general")
-    assert product.outvars[0].aval.dtype == dtype
+    traced = jax.make_jaxpr(lambda x, w: einsum("BD,DF->BF", x, w))(x, w)
+    (product,) = (equation for equation in traced.eqns if equation.primitive.name == "dot_general")
+    assert traced.out_avals[0].dtype == dtype
     assert precision in str(product.params["precision"])
+
+
+def test_a_cpu_sums_bfloat16_products_in_float32_without_widening_the_matrices():
+    x, w = jnp.ones((4, 8), jnp.bfloat16), jnp.ones((8, 6), jnp.bfloat16)
+
+    def product(platform):
+        device = jax.sharding.AbstractDevice(device_kind=platform, num_cores=1, platform=platform)
+        mesh = jax.sharding.AbstractMesh((1,), ("data",), (jax.sharding.AxisType.Auto,), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            return jax.make_jaxpr(lambda x, w: einsum("BD,DF->BF", x, w))(x, w).eqns[0]
+
+    assert {variable.aval.dtype for variable in product("cpu").invars} == {jnp.dtype(jnp.bfloat16)}
+    assert product("cpu").outvars[0].aval.dtype == jnp.float32
+    assert product("tpu").outvars[0].aval.dtype == jnp.bfloat16
+
+
+def test_one_row_of_bfloat16_is_the_row_that_it_is_among_others():
+    project = Project((32, 4, 8))
+    variables = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16),
+                             project.init(jax.random.key(0), "BTD,DNH->BTNH", jnp.ones((1, 2, 32))))
+    x = jax.random.normal(jax.random.key(1), (3, 1, 32), jnp.bfloat16)
+    alone = jnp.concatenate([project.apply(variables, "BTD,DNH->BTNH", row[None]) for row in x])
+    together = project.apply(variables, "BTD,DNH->BTNH", x)
+    assert alone.shape == together.shape == (3, 1, 4, 8)
+    np.testing.assert_array_equal(alone, together)
+
+
+def test_gradients_of_bfloat16_products_are_bfloat16_and_those_of_float32():
+    random = np.random.default_rng(0)
+    x, w = (random.standard_normal(shape, np.float32) for shape in ((4, 8), (8, 6)))
+
+    def gradients(dtype):
+        return jax.grad(lambda x, w: jnp.square(einsum("BD,DF->BF", x, w).astype(jnp.float32)).sum(), (0, 1))(
+            jnp.asarray(x, dtype), jnp.asarray(w, dtype))
+
+    for low, high in zip(gradients(jnp.bfloat16), gradients(jnp.float32), strict=True):
+        assert low.dtype == jnp.bfloat16
+        np.testing.assert_allclose(low.astype(np.float32), high, rtol=0.05, atol=0.05 * np.abs(high).max())

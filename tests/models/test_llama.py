@@ -330,13 +330,13 @@ def test_unrolled_layers_equal_scanned_ones(cfg, count):
     injection = injected(count) if count else None
     expected = in_steps(Llama(cfg), params(cfg), injection)
     for turned in (False, True):
-        found = in_steps(Llama(cfg, unrolled=True, turned=turned), apart(params(cfg), turned), injection)
+        found = in_steps(Llama(cfg, form="turned" if turned else "apart"), apart(params(cfg), turned), injection)
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_unrolled_layers_without_a_cache():
     inputs = vectors(), POSITIONS, causal_mask(ALL)
-    hidden, cache = tiny.jit(Llama(TINY, unrolled=True).apply)({"params": apart(params(TINY))}, *inputs)
+    hidden, cache = tiny.jit(Llama(TINY, form="apart").apply)({"params": apart(params(TINY))}, *inputs)
     assert cache is None
     np.testing.assert_allclose(hidden, Llama(TINY).apply({"params": params(TINY)}, *inputs)[0], atol=1e-5)
 
@@ -348,7 +348,7 @@ def test_unrolled_layers_of_int8():
     for turned in (False, True):
         weights = apart(held, turned)
         assert isinstance(weights["layers"]["1"]["mlp"]["up"]["w"], int8.Int8)
-        found = in_steps(Llama(LORA, unrolled=True, turned=turned), weights, None)
+        found = in_steps(Llama(LORA, form="turned" if turned else "apart"), weights, None)
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -358,7 +358,7 @@ def test_unstacked_parameters_are_those_of_the_unrolled_module(family_name):
     cfg = family.PRESETS["tiny"]
     stacked = tiny.params(family_name, cfg)
     for turned in (True, False):
-        module = family.Model(cfg, unrolled=True, turned=turned)
+        module = family.Model(cfg, form="turned" if turned else "apart")
         expected = jax.eval_shape(module.init, jax.random.key(0), family.example(cfg))["params"]
         found = trees.flatten(unstack(stacked, turned))
         assert not trees.compare(trees.flatten(expected), found)
@@ -386,3 +386,8 @@ def test_layers_that_cannot_be_looked_into_are_refused():
 
     with pytest.raises(ValueError, match="one CPU device; these are on a TPU. Decode"):
         apart({"layers": {"attn": {"q": {"w": Elsewhere()}}}})
+
+
+def test_a_form_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="form = 'unrolled': stacked, apart, turned"):
+        Llama(TINY, form="unrolled").init(jax.random.key(0), jnp.zeros((1, 2, TINY.dim)), jnp.zeros((1, 2), int), None)
