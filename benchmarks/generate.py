@@ -2,13 +2,14 @@
 
     python benchmarks/generate.py                       a LLaMA of 134 million parameters, random, about two minutes
     python benchmarks/generate.py --llama smollm2       a folder of transformers, such as scripts/smollm2.py writes
+    python benchmarks/generate.py --dtype bfloat16      both sides, from the same files
     python benchmarks/generate.py --json generate.json
 
 Needs the extra `bench`. The weights are written as transformers saves them and converted, so both sides read the same
-files; both work in float32, greedily, in as many threads as the machine has. Their ids are compared before anything is
-timed. Then `Loaded.generate` and `LlamaForCausalLM.generate` (torch.inference_mode, scaled_dot_product_attention, with
-its dynamic cache and with its static one, of which the faster counts) take turns in one process; medians of the turns.
-The prefill is a call for one new token, a step is what each further token adds.
+files; both work greedily, in as many threads as the machine has. Before anything is timed their ids are compared, in
+bfloat16 the logits after the prompts. Then `Loaded.generate` and `LlamaForCausalLM.generate` (torch.inference_mode,
+scaled_dot_product_attention, with its dynamic cache and with its static one, of which the faster counts) take turns in
+one process; medians of the turns. The prefill is a call for one new token, a step is what each further token adds.
 
 Floor: a step reads every weight of the layers and of the head once. Their bytes, by the speed at which this machine
 reads an array that no cache holds, measured in the same run, is the least a step can take; the share of it is that
@@ -76,21 +77,21 @@ def samples(loaded: mmjax.Loaded, rows: int, count: int) -> list[Sample]:
     return [longest(Sample(prompt="")) for _ in range(rows)]
 
 
-def endless(folder: Path) -> mmjax.Loaded:
+def endless(folder: Path, dtype: str) -> mmjax.Loaded:
     """The converted model, with no id that ends a row."""
-    loaded = mmjax.load(folder, dtype="float32")
+    loaded = mmjax.load(folder, dtype=dtype)
     return dataclasses.replace(loaded, generation=loaded.generation | {"eos_token_id": -1})
 
 
 class Theirs:
     """The same model in transformers, fed the same ids."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, dtype: str):
         import torch
         import transformers
 
         self.torch = torch
-        self.model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32,
+        self.model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype),
                                                                    attn_implementation="sdpa").eval()
         self.model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
 
@@ -104,6 +105,11 @@ class Theirs:
         with self.torch.inference_mode():
             made = self.model.generate(tokens, attention_mask=seen, max_new_tokens=count, cache_implementation=cache)
         return made[:, tokens.shape[1]:].numpy()
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        """float32[T,V] of the tokens of one row, int[T]."""
+        with self.torch.inference_mode():
+            return self.model(self.torch.from_numpy(tokens[None].astype(np.int64))).logits[0].float().numpy()
 
 
 def reading_speed() -> float:
@@ -137,11 +143,28 @@ def compare(loaded: mmjax.Loaded, theirs: Theirs, prompts: list[Sample], count: 
         raise ValueError(f"The two sides differ: {(found != expected).sum()} of {found.size} ids. Nothing is timed.")
 
 
+def compare_logits(loaded: mmjax.Loaded, theirs: Theirs, prompts: list[Sample]) -> None:
+    """For bfloat16, where of two nearly equal words either may come out. Raises ValueError unless the logits after the
+    prompts agree within a twentieth of the largest."""
+    import jax
+
+    batch = loaded.batch(prompts)
+    tokens, valid = np.asarray(batch.tokens), np.asarray(batch.valid)
+    ours = np.asarray(jax.jit(loaded.module.apply)({"params": loaded.params}, batch))
+    for mine, row, real in zip(ours, tokens, valid, strict=True):
+        expected = theirs.logits(row[real])[-1]
+        if (off := np.abs(mine[real][-1] - expected).max()) > 0.05 * np.abs(expected).max():
+            raise ValueError(f"The two sides differ: logits by {off}. Nothing is timed.")
+
+
 def measure(loaded: mmjax.Loaded, theirs: Theirs, rows: int, prompt: int, count: int, turns: int,
             speed: float) -> dict[str, Any]:
     """Tokens a second of both sides, and what follows from them, for one batch size."""
     prompts = samples(loaded, rows, prompt)
-    compare(loaded, theirs, prompts, count)
+    if loaded.module.dtype == np.float32:
+        compare(loaded, theirs, prompts, count)
+    else:
+        compare_logits(loaded, theirs, prompts)
     batch = loaded.batch(prompts)
 
     def both(new: int) -> dict[str, Callable[[], Any]]:
@@ -182,6 +205,7 @@ def table(results: list[dict[str, Any]]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama", type=Path, help="a language model as transformers saves it (default: a random one)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=32, help="steps that are timed")
@@ -194,7 +218,7 @@ def main() -> None:
         if not args.llama:
             make(source)
         convert.llama(source, out)
-        loaded, theirs = endless(out), Theirs(source)
+        loaded, theirs = endless(out, args.dtype), Theirs(source, args.dtype)
         speed = reading_speed()
         results = [measure(loaded, theirs, rows, args.prompt, args.new, args.turns, speed) for rows in args.rows]
 

@@ -1,10 +1,11 @@
 """The models that are timed, and what they are fed.
 
-`small` is for a CPU.
-`7b` is the released MiniGPT-4 and ImageBind-LLM, in bfloat16 on one GPU. `toy` is for the tests of the benchmarks.
+`small` is for a CPU. `7b` is the released MiniGPT-4 and ImageBind-LLM, in bfloat16 on one GPU. `toy` is for the tests
+of the benchmarks.
 """
 
 import dataclasses
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,7 +55,7 @@ SIZES = {size.name: size for size in (
         "small",
         minigpt4.Config(eva_vit.VitConfig(dim=384, depth=12, heads=6, hidden=1_536),
                         qformer.QFormerConfig(dim=384, depth=6, heads=6, hidden=1_536), _LLAMA),
-        _bound(_LLAMA, 1_024), rows=8, length=128, dtype="float32", pack_length=512, pack_rows=2, pack_pictures=5,
+        _bound(_LLAMA, 1_024), rows=8, length=128, dtype="float32", pack_length=512, pack_rows=5, pack_pictures=4,
         matmul=2_048, stream=2**28, turns=5),
     Size(
         "7b", minigpt4.PRESETS["minigpt4-7b"], imagebind_llm.PRESETS["imagebind-llm-7b"], rows=16, length=256,
@@ -115,6 +116,8 @@ def batch(cfg: Any, rows: Sequence[Sequence[int]], length: int, pictures: int | 
 
 def lengths(cfg: Any, count: int, seed: int = 0) -> list[int]:
     """Tokens of samples whose captions are as long as those that docs/decisions/0011-packing.md packs: log-normal with
-    median 80 and deviation 0.6, 8 to 400."""
-    captions = np.random.default_rng(seed).lognormal(np.log(80), 0.6, count).clip(8, 400).astype(int)
-    return [int(caption) + BEFORE + PROMPT + cfg.image_tokens for caption in captions]
+    median 80 and deviation 0.6, 8 to 400. A few are as varied as many: each stands for an equal share of them."""
+    normal = statistics.NormalDist(np.log(80), 0.6)
+    captions = np.exp([normal.inv_cdf((number + 0.5) / count) for number in range(count)]).clip(8, 400).astype(int)
+    return [int(caption) + BEFORE + PROMPT + cfg.image_tokens
+            for caption in np.random.default_rng(seed).permutation(captions)]

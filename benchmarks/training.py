@@ -1,6 +1,6 @@
 """Training steps of both sides, on the same weights and batches.
 
-    python -m benchmarks.run --only step cached captions imagebind vit
+    python -m benchmarks.run --only step captions imagebind vit
 
 mmjax trains as `mmjax train` does: `mmjax.steps.train_step` and its AdamW. PyTorch trains as the original
 (`baseline.py`), with torch's AdamW. Before anything is timed, both give the loss of the same batch, and must agree.
@@ -132,10 +132,11 @@ PRODUCTS = 5  # one after the other, in each turn
 
 
 def race(size: Size, calls: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """(median seconds of each side's call, the operations a second of the best of the products that took turns with
-    them: a machine that others use too is not always equally fast)."""
-    single = machine.products(size.matmul, size.dtype, device(), list(calls))
-    best = dict.fromkeys(calls, float("inf"))
+    """(median seconds of each call, by side the operations a second of the best of the products that took turns with
+    them: a machine that others use too is not always equally fast). The calls of PyTorch are named "theirs"."""
+    names = ("ours", "theirs") if "theirs" in calls else ("ours",)
+    single = machine.products(size.matmul, size.dtype, device(), names)
+    best = dict.fromkeys(names, float("inf"))
 
     def several(name: str) -> Callable[[], None]:
         def multiply() -> None:
@@ -143,28 +144,39 @@ def race(size: Size, calls: Mapping[str, Callable[[], Any]], rounds: int) -> tup
 
         return multiply
 
-    took = machine.medians(machine.turns({**calls, **{f"product, {name}": several(name) for name in calls}}, rounds))
-    return {name: took[name] for name in calls}, {name: 2 * size.matmul**3 / best[name] for name in calls}
+    took = machine.medians(machine.turns({**calls, **{f"product, {name}": several(name) for name in names}}, rounds))
+    return {name: took[name] for name in calls}, {name: 2 * size.matmul**3 / best[name] for name in names}
 
 
-def train(size: Size, model: Model, batches: Mapping[str, Sequence[Batch]], common: Batch,
-          rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """(median seconds that each side takes for its own batches, the share of its ceiling that mmjax reaches, and
-    PyTorch, where it trains on the same), after both gave the loss of `common`."""
-    racing = sides(model, list(batches))
-    agree(model, racing, common)
+def train(size: Size, model: Model, ours: Mapping[str, Batch], theirs: Sequence[Batch], names: Sequence[str],
+          rounds: int, count: int, **further: Any) -> list[Row]:
+    """A row for each batch of `ours`, by its name, all against PyTorch's batches, which hold the same `count` samples.
+    Both sides gave the loss of the first of those before.
 
-    def epoch(name: str) -> Callable[[], None]:
+    further: fields of the rows, by the row's name
+    """
+    racing = sides(model, names)
+    agree(model, racing, theirs[0])
+
+    def epoch(side: str, batches: Sequence[Batch]) -> Callable[[], None]:
         def all_batches() -> None:
-            for batch in batches[name]:
-                racing[name](batch)
+            for batch in batches:
+                racing[side](batch)
 
         return all_batches
 
-    took, top = race(size, {name: epoch(name) for name in batches}, rounds)
-    count = sum(map(racing["ours"].flops, batches["ours"]))
-    same = [name for name in batches if batches[name] is batches["ours"]]
-    return took, {name: count / took[name] / top[name] for name in same}
+    calls = {name: epoch("ours", [batch]) for name, batch in ours.items()}
+    if "theirs" in names:
+        calls["theirs"] = epoch("theirs", theirs)
+    took, top = race(size, calls, rounds)
+
+    def share(name: str, batches: Sequence[Batch]) -> float:
+        return sum(map(racing["ours"].flops, batches)) / took[name] / top["theirs" if name == "theirs" else "ours"]
+
+    ceiling = {"theirs": share("theirs", theirs)} if "theirs" in names else {}
+    return [Row(name, "samples/s", count / took[name], count / took["theirs"] if "theirs" in names else None,
+                ceiling={"ours": share(name, [batch])} | ceiling, **{key: of[name] for key, of in further.items()})
+            for name, batch in ours.items()]
 
 
 # ---- what is timed ----
@@ -183,30 +195,25 @@ def with_features(batch: Batch, cfg: Any, seed: int = 0) -> Batch:
 
 
 def step(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
-    """MiniGPT-4, the encoder included, equal rows."""
+    """MiniGPT-4, equal rows: the encoder included, and with features that were encoded once; the original encodes in
+    every step."""
     model = Model("minigpt4", size.minigpt4, size.dtype)
     batch = equal_rows(size, model.cfg)
-    took, shares = train(size, model, dict.fromkeys(names, [batch]), batch, rounds)
     memory = {name: machine.told_by("benchmarks.training", "--peak", name, "--size", size.name)["peak"]
               for name in names}
-    return [Row("training step", "samples/s", **speeds(took, size.rows), target=1.0, memory=memory, ceiling=shares)]
+    whole, cached = "training step", "training step, cached features"
+    return train(size, model, {whole: batch, cached: with_features(batch, model.cfg)}, [batch], names, rounds,
+                 size.rows, target={whole: 1.0, cached: None}, memory={whole: memory, cached: {}})
 
 
-def cached(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
-    """The same with features that were encoded once; the original encodes in every step."""
-    model = Model("minigpt4", size.minigpt4, size.dtype)
-    batch = equal_rows(size, model.cfg)
-    ready = with_features(batch, model.cfg)
-    batches = {name: [ready if name == "ours" else batch] for name in names}
-    took, shares = train(size, model, batches, ready, rounds)
-    return [Row("training step, cached features", "samples/s", **speeds(took, size.rows), ceiling=shares)]
+MEAN = 160  # tokens of a sample of natural length, and what stays free of a packed row for each
 
 
 def natural(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
     """Captions of natural lengths: packed rows, with pictures and with cached features, against one a row, padded to
     the longest of the batch."""
     model = Model("minigpt4", size.minigpt4, size.dtype)
-    cfg, taken = model.cfg, sizes.lengths(model.cfg, 4 * size.pack_rows * size.pack_length // 100)
+    cfg, taken = model.cfg, sizes.lengths(model.cfg, size.pack_rows * size.pack_length // MEAN)
     room = packing.Size(size.pack_length, size.pack_pictures)
     placed = packing.pack([packing.Size(length, 1) for length in taken], room, size.pack_rows)
     taken = taken[:sum(map(len, placed))]
@@ -216,13 +223,9 @@ def natural(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
               for group in (taken[start:start + size.rows] for start in range(0, len(taken), size.rows))]
     note = (f"{len(taken)} captions; real tokens {packed.valid.mean():.2f} of packed rows, "
             f"{np.mean(np.concatenate([batch.valid.ravel() for batch in padded])):.2f} of padded ones")
-    found = []
-    for name, target, batch in (("captions, packed", 1.6, packed),
-                                ("captions, packed, cached features", 3.0, with_features(packed, cfg))):
-        batches = {side: [batch] if side == "ours" else padded for side in names}
-        took, shares = train(size, model, batches, padded[0], rounds)
-        found.append(Row(name, "samples/s", **speeds(took, len(taken)), target=target, note=note, ceiling=shares))
-    return found
+    whole, cached = "captions, packed", "captions, packed, cached features"
+    return train(size, model, {whole: packed, cached: with_features(packed, cfg)}, padded, names, rounds, len(taken),
+                 target={whole: 1.6, cached: 3.0}, note=dict.fromkeys((whole, cached), note))
 
 
 def bound(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
@@ -232,12 +235,8 @@ def bound(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
     feature = np.random.default_rng(0).standard_normal((size.rows, model.cfg.bind.inputs), np.float32)
     feature /= np.linalg.norm(feature, axis=-1, keepdims=True)
     batch = dataclasses.replace(words, media={"feature": feature}, weights=None)
-    took, shares = train(size, model, dict.fromkeys(names, [batch]), batch, rounds)
-    return [Row("ImageBind-LLM step", "samples/s", **speeds(took, size.rows), target=1.0, ceiling=shares)]
-
-
-def speeds(took: Mapping[str, float], count: int) -> dict[str, float]:
-    return {name: count / seconds for name, seconds in took.items()}
+    name = "ImageBind-LLM step"
+    return train(size, model, {name: batch}, [batch], names, rounds, size.rows, target={name: 1.0})
 
 
 def block(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
@@ -257,8 +256,9 @@ def block(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
     took, top = race(size, calls, rounds)
     places = x.shape[0] * x.shape[1]
     count = 2 * places * (4 * cfg.dim**2 + 2 * cfg.dim * cfg.hidden) + 4 * places * x.shape[1] * cfg.dim
-    return [Row("ViT-G block, forward", "pictures/s", **speeds(took, size.rows),
-                ceiling={name: count / seconds / top[name] for name, seconds in took.items()})]
+    ceiling = {name: count / seconds / top[name] for name, seconds in took.items()}
+    return [Row("ViT-G block, forward", "pictures/s", size.rows / took["ours"],
+                size.rows / took["theirs"] if "theirs" in names else None, ceiling=ceiling)]
 
 
 def _our_block(cfg: Any, params: Mapping[str, np.ndarray], x: np.ndarray, dtype: str) -> Callable[[], Any]:
@@ -285,14 +285,15 @@ def _their_block(cfg: Any, params: Mapping[str, np.ndarray], x: np.ndarray, dtyp
     return forward
 
 
-PARTS = {"step": step, "cached": cached, "captions": natural, "imagebind": bound, "vit": block}
+PARTS = {"step": step, "captions": natural, "imagebind": bound, "vit": block}
 
 
 def peak(size: Size, name: str) -> int:
-    """Bytes that a process needs at most for two steps of a side, once its weights are there."""
+    """Bytes that a process needs at most for two steps of a side, after a first one, in which mmjax compiles."""
     model = Model("minigpt4", size.minigpt4, size.dtype)
     batch = equal_rows(size, model.cfg)
     side = sides(model, [name])[name]
+    side(batch)
     machine.forget_peak()
     for _ in range(2):
         side(batch)
