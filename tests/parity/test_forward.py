@@ -30,23 +30,22 @@ def stages(name: str) -> dict[str, np.ndarray]:
     case = golden.load(name)
     m = model(case)
     batch = batch_of(case, m)
-    found = {}
-    (found["inputs_embeds"], _), _ = capture(m, batch, method="encode")
-    found["logits"], inner = capture(m, batch)
-    found |= {"llama_layers": inner["llama/layers"][0], "llama_final_norm": inner["llama/norm"]}
+    logits, inner = capture(m, batch)
+    found = {"inputs_embeds": inner["encode"][0], "logits": logits, "llama_layers": inner["llama/layers"][0],
+             "llama_final_norm": inner["llama/norm"]}
     pictures = golden.pictures(case)
     if pictures is None:
         return found
-    # all pictures of the case, those too that an image train leaves out
-    alone = dataclasses.replace(batch, images=pictures.reshape(1, -1, *pictures.shape[-3:]))
-    _, inner = capture(m, alone, method="soft_tokens")
+    if pictures.ndim == 5:  # all pictures of the case, those too that an image train leaves out
+        alone = dataclasses.replace(batch, images=pictures.reshape(1, -1, *pictures.shape[-3:]))
+        _, inner = capture(m, alone, method="soft_tokens")
     patches = inner["vit/patch"]
     found |= {
         "vit_patch_embed": patches.reshape(len(patches), -1, patches.shape[-1]),
         "vit_blocks": inner["vit/blocks"][0],
         "vit_out": inner["vit"],
         "ln_vision_out": inner["ln_vision"],
-        "proj_out": inner["projector"][0],
+        "proj_out": inner["projector"].reshape(-1, *inner["projector"].shape[-2:]),
     }
     if m.config.qformer:
         layers = [inner[f"qformer/layer_{i}"] for i in range(m.config.qformer.depth)]
@@ -55,12 +54,22 @@ def stages(name: str) -> dict[str, np.ndarray]:
     return found
 
 
-def capture(m, *arguments, **options):
-    """(result, {module's path: what it returned}) of the model called with these arguments."""
-    call = functools.partial(m.module.apply, capture_intermediates=True, mutable=["intermediates"], **options)
-    result, variables = jax.jit(call)({"params": m.params}, *arguments)
+def capture(m, batch, method="__call__"):
+    """(result, {path of a module, or `encode`: what it returned}) of a method of the model."""
+    result, variables = _captured(m.module, method)(m.params, batch)
     calls = trees.flatten(variables.get("intermediates", {}))
     return result, {path.removesuffix("/__call__"): value[0] for path, value in calls.items()}
+
+
+@functools.cache
+def _captured(module, method):
+    """Compiled once for a module and for batches of one shape."""
+
+    def told(_, called):
+        return called in ("__call__", "encode")
+
+    return jax.jit(lambda params, batch: module.apply(
+        {"params": params}, batch, method=method, capture_intermediates=told, mutable=["intermediates"]))
 
 
 STAGES = {  # in the order in which the data passes through them: the first that fails is the part to look at
@@ -89,7 +98,12 @@ def test_wrapped_prompt(case):
 
 
 def loss(m, batch, reduction):
-    return jax.jit(lambda params, batch: steps.loss(m.module, params, batch, reduction))(m.params, batch)
+    return _loss(m.module, reduction)(m.params, batch)
+
+
+@functools.cache
+def _loss(module, reduction):
+    return jax.jit(lambda params, batch: steps.loss(module, params, batch, reduction))
 
 
 @golden.each("forward")
@@ -102,22 +116,36 @@ def test_loss(case):
         assert_close(name, value, case.arrays[name], relative=LOSS)
 
 
+ROUND = 96  # tokens; few lengths, so that what several cases need is compiled once
+
+
 @golden.each("forward")
 def test_loss_does_not_depend_on_padding(case):
     m = model(case)
     batch = batch_of(case, m)
     settings = dataclasses.asdict(golden.text_config(case))
-    longer = m.batch(golden.samples(case), length=batch.tokens.shape[1] + 9, **settings)
+    longer = m.batch(golden.samples(case), length=(batch.tokens.shape[1] // ROUND + 1) * ROUND, **settings)
     expected, _ = loss(m, batch, case.spec["reduction"])
     got, _ = loss(m, longer, case.spec["reduction"])
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
+@functools.cache
+def slopes(module):
+    """(params, batch) -> gradients of the projector and of LoRA, which are all that is recorded."""
+
+    def run(params, batch):
+        rules = (r"projector/.*", *[r"llama/.*/lora_[ab]"] * bool(module.cfg.llama.lora_rank))
+        moved, rest = trees.split(params, trees.mask(params, rules))
+        return jax.grad(lambda moved: steps.loss(module, trees.merge(moved, rest), batch)[0])(moved)
+
+    return jax.jit(run)
+
+
 @golden.each("forward", where=lambda case: any(name.startswith("grad.") for name in case.arrays))
 def test_gradients(case):
     m = model(case)
-    batch = batch_of(case, m)
-    gradients = jax.jit(jax.grad(lambda params: steps.loss(m.module, params, batch)[0]))(m.params)
+    gradients = slopes(m.module)(m.params, batch_of(case, m))
     entries = [*minigpt4_tables.projector_entries(m.config.soft_width, m.config.llama.dim),
                *llama_tables.lora_entries(m.config.llama)]
     named = backward(entries, trees.flatten(gradients))
