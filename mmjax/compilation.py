@@ -16,7 +16,6 @@ from rich.console import Console
 
 VARIABLE = "MMJAX_COMPILATION_CACHE"
 OFF = "off"
-LEAST_SECONDS = 1.0  # what compiles quicker is not kept
 _HIT, _MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -45,7 +44,7 @@ def enable() -> Path | None:
         place = None
     jax.config.update("jax_compilation_cache_dir", None if place is None else str(place))
     jax.config.update("jax_enable_compilation_cache", place is not None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a run's dozen small ones take half a second
     return place
 
 

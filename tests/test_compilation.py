@@ -17,7 +17,6 @@ CODE = """
 import sys, jax
 from rich.console import Console
 from mmjax import compilation
-compilation.LEAST_SECONDS = 0.0
 print(compilation.enable())
 with compilation.told("the step", Console(file=sys.stdout, width=300)):
     jax.jit(lambda x: x * 2 + 1)(3.0).block_until_ready()

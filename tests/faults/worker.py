@@ -19,7 +19,7 @@ import grain  # noqa: F401  imported here once for all runs
 import orbax.checkpoint  # noqa: F401
 import transformers  # noqa: F401
 
-from mmjax import checkpoint, cli, compilation, evaluate, files, journal, run  # noqa: F401
+from mmjax import checkpoint, cli, evaluate, files, journal, run  # noqa: F401
 
 
 def die(*_: Any, **__: Any) -> None:
@@ -114,7 +114,6 @@ def child(task: dict[str, Any], tell: int) -> None:
 
 def main() -> None:
     warnings.simplefilter("ignore")  # JAX has no threads yet, so it can be forked
-    compilation.LEAST_SECONDS = 0.0
     for line in sys.stdin:
         pid = os.fork()
         if not pid:
