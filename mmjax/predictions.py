@@ -38,7 +38,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from mmjax import checkpoint, compilation, files, loaded, sharding
+from mmjax import checkpoint, compilation, files, folders, sharding
 from mmjax import generate as generation
 from mmjax.data import asked, images
 from mmjax.data.asked import Ask
@@ -109,12 +109,19 @@ class Decoding:
             do_sample=self.temperature > 0, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
             repetition_penalty=self.repetition_penalty, length_penalty=self.length_penalty, min_length=self.min_length)
 
+    @property
+    def changed(self) -> list[str]:
+        """The names of what differs from the defaults."""
+        return [field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
+
+    def at_most(self, tokens: int) -> "Decoding":
+        """With that longest answer, unless another was asked for."""
+        return self if self.max_new_tokens is not None else dataclasses.replace(self, max_new_tokens=tokens)
+
     def settings(self, model: Loaded) -> dict[str, Any]:
         """The arguments of `Loaded.generate` that they stand for."""
-        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        given["max_new_tokens"] = 64 if self.max_new_tokens is None else self.max_new_tokens
-        given["stop"] = [model.text.end_sym] if self.stop is None else list(self.stop)
-        return given
+        stop = [model.text.end_sym] if self.stop is None else list(self.stop)
+        return vars(self.at_most(64)) | {"stop": stop}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,10 +199,10 @@ def identity(path: str | Path) -> dict[str, Any]:
     Raises FileNotFoundError or ValueError as `mmjax.load` does.
     """
     folder = Path(path)
-    if not (folder / loaded.RUN_CARD).is_file():
-        source, runs = loaded.Checkpoint.open(folder), []
+    if not (folder / folders.RUN_CARD).is_file():
+        source, runs = folders.Checkpoint.open(folder), []
     else:
-        source, runs = loaded.read_run(folder), loaded.lineage(folder)
+        source, runs = folders.read_run(folder), folders.lineage(folder)
     return {"family": source.family, "config": files.sha256(source.folder / "config.json"),
             "architecture": _sha256(dataclasses.asdict(source.config)), "trained": [_seal(run) for run in runs]}
 
@@ -248,7 +255,7 @@ def _held(out: Path, made: Mapping[str, Any]) -> Iterator[Any]:
     with out.open("a+b", buffering=0) as file, files.alone(out, "answering"):
         beside = card_of(out)
         if beside.is_file():
-            if differ := differences(loaded.read_card(beside), made):
+            if differ := differences(folders.read_card(beside), made):
                 raise ValueError(f"{out} has answers of something else:\n  " + "\n  ".join(differ)
                                  + "\nGive what it had; or name another file, or delete it and its card to begin anew.")
         elif out.stat().st_size:

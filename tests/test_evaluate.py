@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -165,6 +166,20 @@ def test_what_was_asked_is_remembered_for_scoring(tmp_path, model, data):
         benchmark.begun(tmp_path, asked_of(data, "vqa", limit=3))
 
 
+def test_scoring_refuses_what_is_for_answering(tmp_path, monkeypatch, capsys, model, data):
+    run(asked_of(data, "vqa"), model, tmp_path, max_new_tokens=4)
+    monkeypatch.setattr("sys.argv", [
+        "mmjax", "evaluate", "--score-only", "--benchmark", "vqa", "--data", str(data / PLACES["vqa"]), "--out",
+        str(tmp_path), "--num-beams", "2", "--checkpoint", "nowhere", "--batch-size", "4", "--mesh.tensor", "2",
+        "--rank-by", "mean"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    error = capsys.readouterr().err
+    assert "--rank-by: vqa has no choices" in error
+    assert "--checkpoint, --num-beams, --batch-size, --mesh: --score-only scores answers that are there" in error
+    assert not (tmp_path / "scores.json").exists()
+
+
 def test_items_are_spread_evenly(data):
     assert [item.id for item in asked_of(data, "vqa", limit=2).items()] == ["10", "12"]
     assert len(asked_of(data, "vqa", limit=99).items()) == 5
@@ -177,13 +192,25 @@ def test_settings_of_words_are_refused_where_choices_are_ranked(model, data):
     assert words.decoding.max_new_tokens == 20
 
 
+def test_settings_of_ranking_are_refused_where_answers_are_in_words(model, data):
+    with pytest.raises(ValueError, match="rank_by, in_words: vqa has no choices"):
+        benchmark.answerer(asked_of(data, "vqa", in_words=True, rank_by="mean"), model, predictions.Decoding(), 2)
+    with pytest.raises(ValueError, match=r"^rank_by: the answers are in words"):
+        benchmark.answerer(asked_of(data, "pope", in_words=True, rank_by="mean"), model, predictions.Decoding(), 2)
+
+
 @pytest.mark.parametrize(("args", "message"), [
-    (("--benchmark", "vqa"), "--checkpoint is missing"),
+    (("--benchmark", "vqa"), "--checkpoint is missing: the converted checkpoint or run to score\n  --data is missing"),
     (("--benchmark", "vqa", "--checkpoint", "nowhere"), "--data is missing"),
     (("--benchmark", "vqb", "--checkpoint", "nowhere", "--data", "x"), "no benchmark 'vqb'; there are captions, "),
     (("--benchmark", "vqa", "--checkpoint", "nowhere", "--data", "nowhere"), "nowhere"),
     (("--benchmark", "scenes", "--checkpoint", "nowhere"), "is for runs"),
-    (("--benchmark", "scenes", "--checkpoint", "x", "--limit", "5", "--in-words"), "leave out --limit, --in-words."),
+    (("--benchmark", "scenes", "--limit", "5", "--rank-by", "mean", "--in-words", "--score-only"),
+     "--limit, --rank-by, --in-words, --score-only: the pictures are drawn"),
+    (("--benchmark", "pope", "--checkpoint", "nowhere", "--num-beams", "2", "--recall", "a.npy"),
+     "--num-beams, --recall: the choices of pope are ranked"),
+    (("--benchmark", "refer", "--checkpoint", "nowhere", "--rank-by", "mean", "--in-words"),
+     "--rank-by, --in-words: refer has no choices"),
     (("--benchmark", "vqa", "--data", "x", "--score-only"), "no answers to score"),
 ])
 def test_mistakes_are_one_message(tmp_path, monkeypatch, capsys, args, message):
@@ -290,6 +317,23 @@ def test_ends_name_no_item_twice():
     assert benchmark._ends([1.0], [0]) == ([0], [])
 
 
+def test_scenes_are_answered_as_told(model, monkeypatch):
+    asked = []
+
+    def generate(self, samples, **settings):
+        asked.append(settings)
+        return [""] * len(samples)
+
+    monkeypatch.setattr(type(model), "generate", generate)
+    told = predictions.Decoding(max_new_tokens=5, num_beams=2, stop=("!",))
+    evaluate.score_scenes(model, scenes.scenes("held_out", 3))
+    evaluate.score_scenes(model, scenes.scenes("held_out", 3), decoding=told, batch_size=2)
+    as_usual, as_told = asked[0], asked[2]
+    assert (as_usual["max_new_tokens"], as_usual["num_beams"], as_usual["stop"], as_usual["batch_size"]) == (
+        48, 1, [model.text.end_sym], 3)
+    assert (as_told["max_new_tokens"], as_told["num_beams"], as_told["stop"], as_told["batch_size"]) == (5, 2, ["!"], 2)
+
+
 @pytest.mark.slow
 def test_scenes_are_scored_for_a_run_on_them(tmp_path, monkeypatch, capsys):
     """With the model that the run has made, and with the one it began with."""
@@ -298,14 +342,18 @@ def test_scenes_are_scored_for_a_run_on_them(tmp_path, monkeypatch, capsys):
     config = small.run_config(tmp_path / "run", steps=2, data=data, score=False)
     mmjax.train(config)
     given = []
-    monkeypatch.setattr(evaluate, "report_scenes", lambda *args: given.append(args))
+    monkeypatch.setattr(evaluate.scenes, "report_scenes", lambda *args: given.append(args))
     monkeypatch.setattr("sys.argv", ["mmjax", "evaluate", "--benchmark", "scenes", "--checkpoint",
-                                     str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+                                     str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--batch-size", "7",
+                                     "--num-beams", "2", "--frozen-dtype", "int8"])
     cli.main()
-    model, untrained, world, out, runs, _ = given[0]
+    model, untrained, world, out, runs, _, decoding, batch_size = given[0]
     assert (world, out, runs) == (data.scenes, tmp_path / "out", [tmp_path / "run"])
+    assert (decoding, batch_size) == (predictions.Decoding(num_beams=2), 7)
     before, after = (trees.flatten(each.params) for each in (untrained, model))
-    assert {path for path in after if not np.array_equal(before[path], after[path])} == {"projector/w", "projector/b"}
+    assert {path for path in after if not all(map(np.array_equal, *map(jax.tree.leaves, (before[path], after[path]))))
+            } == {"projector/w", "projector/b"}
+    assert before["llama/layers/mlp/up/w"].dtype == np.int8
 
     monkeypatch.setattr("sys.argv", sys.argv[:5] + [str(small.checkpoint()), *sys.argv[6:]])
     with pytest.raises(SystemExit):

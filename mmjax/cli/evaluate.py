@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,32 +13,15 @@ from mmjax.config import MeshConfig
 from mmjax.predictions import Decoding
 
 SCENES = "scenes"
+AT_ONCE = 16  # items, unless told another number
+# What has no use where scenes are scored, and where the answers are there already.
+NOT_OF_SCENES = ("data", "root", "prompt", "limit", "rank_by", "in_words", "score_only", "recall", "prompt_template")
+NOT_OF_ANSWERS = ("checkpoint", *(field.name for field in dataclasses.fields(Decoding)), "recall", "prompt_template",
+                  "batch_size", "mesh", "dtype", "frozen_dtype")
 
 
-def evaluate(args: Sequence[str]) -> None:
-    """Score a model on a benchmark: answers kept, figures with intervals, and a page of the worst and best pictures."""
-    tyro.cli(score, args=args, prog="mmjax evaluate")
-
-
-def score(
-    benchmark: str,
-    out: Path,
-    checkpoint: Path | None = None,
-    data: str | None = None,
-    root: str | None = None,
-    prompt: str | None = None,
-    limit: int | None = None,
-    rank_by: Literal["sum", "mean", "original"] = "sum",
-    in_words: bool = False,
-    score_only: bool = False,
-    decoding: tyro.conf.OmitArgPrefixes[Decoding] = GREEDY,
-    recall: Path | None = None,
-    prompt_template: str | None = None,
-    batch_size: int = 16,
-    mesh: MeshConfig = EVERY_DEVICE,
-    dtype: str | None = None,
-    frozen_dtype: Literal["int8"] | None = None,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Options:
     """Score a model on a benchmark: answers kept, figures with intervals, and a page of the worst and best pictures.
 
     Every item is asked in a conversation of its own. Stopped, the same command goes on. An item that could not be
@@ -59,70 +42,142 @@ def score(
         score_only: score the answers that out has, without a model
         recall: vectors that ImageBind-LLM's senses are drawn towards (its visual cache): .npy or a flat faiss index
         prompt_template: put around the prompt at its {} (default: the checkpoint's)
-        batch_size: items at once
+        batch_size: items at once (default: 16, of scenes 100)
         mesh: the devices; all of them share the items unless this says otherwise
         dtype: float32 or bfloat16 (default: what suits the device)
         frozen_dtype: int8 holds the large matrices in half the memory of bfloat16
     """
+
+    benchmark: str
+    out: Path
+    checkpoint: Path | None = None
+    data: str | None = None
+    root: str | None = None
+    prompt: str | None = None
+    limit: int | None = None
+    rank_by: Literal["sum", "mean", "original"] = "sum"
+    in_words: bool = False
+    score_only: bool = False
+    decoding: tyro.conf.OmitArgPrefixes[Decoding] = GREEDY
+    recall: Path | None = None
+    prompt_template: str | None = None
+    batch_size: int | None = None
+    mesh: MeshConfig = EVERY_DEVICE
+    dtype: str | None = None
+    frozen_dtype: Literal["int8"] | None = None
+
+    def given(self, names: Iterable[str]) -> list[str]:
+        """Those of the options, by name, that say something else than what they say unless given."""
+        every = {field.name: getattr(owner, field.name) != field.default for owner in (self, self.decoding)
+                 for field in dataclasses.fields(owner)}
+        return [name for name in names if every[name]]
+
+
+def evaluate(args: Sequence[str]) -> None:
+    """Score a model on a benchmark: answers kept, figures with intervals, and a page of the worst and best pictures."""
+    score(tyro.cli(Options, args=args, prog="mmjax evaluate"))
+
+
+def score(options: Options) -> None:
+    """What the command does. Raises ValueError naming all options that are missing or have no use."""
     from rich.console import Console
 
     from mmjax import predictions
     from mmjax.evaluate import benchmark as benchmarks
 
-    if checkpoint is None and not score_only:
-        raise ValueError("--checkpoint is missing: the converted checkpoint or run to score.")
-    if benchmark == SCENES:
-        given = {"data": data, "root": root, "prompt": prompt, "limit": limit, "recall": recall,
-                 "prompt-template": prompt_template, "score-only": score_only, "in-words": in_words}
-        if unfit := [f"--{name}" for name, value in given.items() if value not in (None, False)]:
-            raise ValueError(f"--benchmark {SCENES} draws its own pictures and asks its own questions: leave out "
-                             f"{', '.join(unfit)}.")
-        _scenes(checkpoint, out, mesh, dtype, frozen_dtype)
+    if options.benchmark == SCENES:
+        _scenes(options)
         return
-    if data is None:
-        raise ValueError("--data is missing: the benchmark's folder or file.")
-    test = benchmarks.Test(benchmark, data, root, prompt, limit, in_words, rank_by)
-    if score_only:
-        test = benchmarks.begun(out, test)
+    test = benchmarks.Test(options.benchmark, options.data or "", options.root, options.prompt, options.limit,
+                           options.in_words, options.rank_by)
+    if options.score_only:
+        test = benchmarks.begun(options.out, test)
+    _check(options, test)
     items, console = test.items(), Console()
-    if not score_only:
-        model = _load(checkpoint, mesh, dtype, frozen_dtype)
-        text = {} if prompt_template is None else {"prompt_template": prompt_template}
-        answers = benchmarks.answerer(test, model, decoding, batch_size, visual_cache(recall), text)
-        done = benchmarks.evaluate(test, items, answers, checkpoint, out)
+    if not options.score_only:
+        text = {} if options.prompt_template is None else {"prompt_template": options.prompt_template}
+        cache = visual_cache(options.recall)
+        answers = benchmarks.answerer(test, _load(options), options.decoding,
+                                      AT_ONCE if options.batch_size is None else options.batch_size, cache, text)
+        done = benchmarks.evaluate(test, items, answers, options.checkpoint, options.out)
         for line in predictions.summary(done):
             Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
-    result = benchmarks.scored(test, items, out)
-    page = benchmarks.write(result, out)
+    result = benchmarks.scored(test, items, options.out)
+    page = benchmarks.write(result, options.out)
     benchmarks.show(result, console)
-    console.print(f"{out / benchmarks.SCORES} has the figures, {page} the worst and best pictures.", highlight=False,
-                  markup=False, soft_wrap=True)
+    console.print(f"{options.out / benchmarks.SCORES} has the figures, {page} the worst and best pictures.",
+                  highlight=False, markup=False, soft_wrap=True)
     if result.errors:
         sys.exit(1)
 
 
-def _load(checkpoint: Path, mesh: MeshConfig, dtype: str | None, frozen_dtype: str | None) -> Any:
+def _check(options: Options, test: Any) -> None:
+    """Raises ValueError naming what a `mmjax.evaluate.benchmark.Test` lacks, and what was given that it cannot use."""
+    from mmjax.evaluate import benchmark as benchmarks
+
+    wrong = []
+    if options.checkpoint is None and not options.score_only:
+        wrong.append("--checkpoint is missing: the converted checkpoint or run to score")
+    if options.data is None:
+        wrong.append("--data is missing: the benchmark's folder or file")
+    unused, why = benchmarks.unused(test, options.decoding, options.recall)
+    if unused:
+        wrong.append(f"{_written(unused)}: {why}")
+    if options.score_only and (unused := options.given(NOT_OF_ANSWERS)):
+        wrong.append(f"{_written(unused)}: --score-only scores answers that are there; leave that out, or have them "
+                     "answered anew into another folder")
+    _refuse(options, wrong)
+
+
+def _written(names: Iterable[str]) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)
+
+
+def _refuse(options: Options, wrong: Sequence[str]) -> None:
+    if wrong:
+        raise ValueError(f"--benchmark {options.benchmark} cannot be scored like this:\n  " + "\n  ".join(wrong))
+
+
+def _load(options: Options) -> Any:
     from mmjax import compilation, loaded, sharding
 
     compilation.enable()
-    return loaded.load(checkpoint, sharding.make_mesh(mesh), dtype, frozen_dtype=frozen_dtype)
+    return loaded.load(options.checkpoint, sharding.make_mesh(options.mesh), options.dtype,
+                       frozen_dtype=options.frozen_dtype)
 
 
-def _scenes(checkpoint: Path | None, out: Path, mesh: MeshConfig, dtype: str | None,
-            frozen_dtype: Literal["int8"] | None) -> None:
+def _scenes(options: Options) -> None:
     """What training does at its end, for a run that is there: `evaluate.report_scenes`."""
-    from mmjax import loaded
+    from mmjax import folders, placing, trees
     from mmjax.config import ScenesConfig
-    from mmjax.evaluate import report_scenes
+    from mmjax.evaluate import scenes
 
-    if checkpoint is None or not (checkpoint / loaded.RUN_CARD).is_file():
-        raise ValueError(f"--benchmark {SCENES} is for runs, which {checkpoint} is not: it has no {loaded.RUN_CARD}.")
-    made = loaded.read_card(checkpoint / loaded.RUN_CARD)["config"]
+    made, run = _config_of_scenes(options), options.checkpoint
+    model = _load(options)
+    held = trees.flatten(model.params)
+    untrained = dataclasses.replace(model, params=placing.read_params(
+        folders.read_run(run), model.module, model.mesh, lambda path: held[path].dtype, made["seed"]))
+    facts = {"run": run.name, "steps": f"{made['optim']['epochs'] * made['optim']['steps_per_epoch']:,}"}
+    options.out.mkdir(parents=True, exist_ok=True)
+    scenes.report_scenes(model, untrained, ScenesConfig(**made["data"]["scenes"]), options.out, folders.lineage(run),
+                         facts, options.decoding,
+                         scenes.AT_ONCE if options.batch_size is None else options.batch_size)
+
+
+def _config_of_scenes(options: Options) -> dict[str, Any]:
+    """The config of the run to score. Raises ValueError if it is none on scenes, and for options that have no use."""
+    from mmjax import folders
+
+    run, wrong = options.checkpoint, []
+    if unused := options.given(NOT_OF_SCENES):
+        wrong.append(f"{_written(unused)}: the pictures are drawn, and the questions are their own, answered in words; "
+                     "leave that out")
+    if run is None:
+        wrong.append("--checkpoint is missing: the run to score")
+    elif not (run / folders.RUN_CARD).is_file():
+        wrong.append(f"--checkpoint: it is for runs, which {run} is not: it has no {folders.RUN_CARD}")
+    _refuse(options, wrong)
+    made = folders.read_card(run / folders.RUN_CARD)["config"]
     if not made["data"].get("scenes"):
-        raise ValueError(f"The run {checkpoint} was not trained on scenes. Other benchmarks are for it.")
-    model = _load(checkpoint, mesh, dtype, frozen_dtype)
-    untrained = dataclasses.replace(model, params=loaded.read_params(
-        loaded.read_run(checkpoint), model.module, model.mesh, lambda path: model.module.dtype, made["seed"]))
-    facts = {"run": checkpoint.name, "steps": f"{made['optim']['epochs'] * made['optim']['steps_per_epoch']:,}"}
-    out.mkdir(parents=True, exist_ok=True)
-    report_scenes(model, untrained, ScenesConfig(**made["data"]["scenes"]), out, loaded.lineage(checkpoint), facts)
+        raise ValueError(f"The run {run} was not trained on scenes. Other benchmarks are for it.")
+    return made

@@ -1,5 +1,6 @@
 """`mmjax generate`: the words of a model, for one prompt or for many samples."""
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,29 +14,8 @@ from mmjax.predictions import Decoding
 GREEDY, EVERY_DEVICE = Decoding(), MeshConfig()
 
 
-def generate(args: Sequence[str]) -> None:
-    """Print the model's answer to a prompt, or write those to many samples or a folder of pictures into a file."""
-    tyro.cli(answer, args=args, prog="mmjax generate")
-
-
-def answer(
-    checkpoint: Path,
-    prompt: str | None = None,
-    image: tuple[Path, ...] = (),
-    media: dict[str, str] | None = None,
-    weights: dict[str, float] | None = None,
-    samples: Path | None = None,
-    pictures: Path | None = None,
-    out: Path | None = None,
-    root: Path | None = None,
-    decoding: tyro.conf.OmitArgPrefixes[Decoding] = GREEDY,
-    recall: Path | None = None,
-    prompt_template: str | None = None,
-    batch_size: int = 16,
-    mesh: MeshConfig = EVERY_DEVICE,
-    dtype: str | None = None,
-    frozen_dtype: Literal["int8"] | None = None,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Options:
     """Print the model's answer to a prompt, or write those to many samples or a folder of pictures into a file.
 
     One prompt:     --prompt "What is this?" --image a.jpg
@@ -63,23 +43,54 @@ def answer(
         dtype: float32 or bfloat16 (default: what suits the device)
         frozen_dtype: int8 holds the large matrices in half the memory of bfloat16
     """
+
+    checkpoint: Path
+    prompt: str | None = None
+    image: tuple[Path, ...] = ()
+    media: dict[str, str] | None = None
+    weights: dict[str, float] | None = None
+    samples: Path | None = None
+    pictures: Path | None = None
+    out: Path | None = None
+    root: Path | None = None
+    decoding: tyro.conf.OmitArgPrefixes[Decoding] = GREEDY
+    recall: Path | None = None
+    prompt_template: str | None = None
+    batch_size: int = 16
+    mesh: MeshConfig = EVERY_DEVICE
+    dtype: str | None = None
+    frozen_dtype: Literal["int8"] | None = None
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """Fields of `TextConfig` that differ from the checkpoint's."""
+        return {} if self.prompt_template is None else {"prompt_template": self.prompt_template}
+
+
+def generate(args: Sequence[str]) -> None:
+    """Print the model's answer to a prompt, or write those to many samples or a folder of pictures into a file."""
+    answer(tyro.cli(Options, args=args, prog="mmjax generate"))
+
+
+def answer(options: Options) -> None:
+    """What the command does. Raises ValueError naming all options that do not go together."""
     from mmjax import compilation, loaded, sharding
     from mmjax.data import asked
 
-    _check_form(prompt, samples, pictures, out, image or media or weights)
+    _check_form(options)
     asks: list[asked.Ask] = []
-    if samples is not None:
-        asks = asked.lines(samples, root)
-    elif pictures is not None:
-        asks = asked.pictures(pictures, prompt)
+    if options.samples is not None:
+        asks = asked.lines(options.samples, options.root)
+    elif options.pictures is not None:
+        asks = asked.pictures(options.pictures, options.prompt)
     compilation.enable()
-    cache = visual_cache(recall)
-    model = loaded.load(checkpoint, sharding.make_mesh(mesh) if out else None, dtype, frozen_dtype=frozen_dtype)
-    text = {} if prompt_template is None else {"prompt_template": prompt_template}
-    if out is None:
-        print(_one(model, prompt, image, media or {}, weights or {}, decoding, cache, text))
+    recall = visual_cache(options.recall)
+    mesh = sharding.make_mesh(options.mesh) if options.out else None
+    model = loaded.load(options.checkpoint, mesh, options.dtype, frozen_dtype=options.frozen_dtype)
+    if options.out is None:
+        print(_one(model, options, recall))
     else:
-        _many(model, checkpoint, asks, out, decoding, batch_size, cache, text)
+        _many(model, options, asks, recall)
 
 
 def visual_cache(recall: Path | None) -> Any:
@@ -89,46 +100,49 @@ def visual_cache(recall: Path | None) -> Any:
     return None if recall is None else neighbours.Recall(neighbours.read(recall))
 
 
-def _check_form(prompt: str | None, samples: Path | None, pictures: Path | None, out: Path | None, shown: Any) -> None:
+def _check_form(options: Options) -> None:
     """Raises ValueError naming what does not go together."""
-    many, wrong = samples is not None or pictures is not None, []
-    if samples is not None and pictures is not None:
+    samples, pictures, out = (value is not None for value in (options.samples, options.pictures, options.out))
+    asked, many, wrong = options.prompt is not None, samples or pictures, []
+    if samples and pictures:
         wrong.append("--samples and --pictures: name one of them")
-    if samples is not None and prompt is not None:
+    if samples and asked:
         wrong.append("--prompt: every line of --samples has its own")
-    if samples is None and prompt is None:
+    if not samples and not asked:
         wrong.append("--prompt is missing; or name a file of --samples")
-    if many and out is None:
+    if not samples and options.root is not None:
+        wrong.append("--root is for --samples")
+    if many and not out:
         wrong.append("--out is missing: the file for the answers")
-    if many and shown:
+    if many and (options.image or options.media or options.weights):
         wrong.append("--image, --media and --weights are for one prompt")
-    if not many and out is not None:
+    if not many and out:
         wrong.append("--out is for --samples or --pictures; the answer to one prompt is printed")
+    if not many and (options.batch_size, options.mesh) != (Options.batch_size, EVERY_DEVICE):
+        wrong.append("--batch-size and --mesh are for --samples or --pictures; one prompt is answered on one device")
     if wrong:
         raise ValueError("These do not go together:\n  " + "\n  ".join(wrong))
 
 
-def _one(model: Any, prompt: str, image: Sequence[Path], media: dict[str, str], weights: dict[str, float],
-         decoding: Decoding, recall: Any, text: dict[str, Any]) -> str:
+def _one(model: Any, options: Options, recall: Any) -> str:
     from mmjax.batch import Sample
     from mmjax.data import asked
 
-    sample = Sample(images=list(image), prompt=prompt, weights=weights,
-                    media={name: asked.sense(name, value) for name, value in media.items()})
+    media = {name: asked.sense(name, value) for name, value in (options.media or {}).items()}
+    sample = Sample(images=list(options.image), prompt=options.prompt, weights=options.weights or {}, media=media)
     sample = asked.placed(sample, model.config.image_tokens)
-    return model.generate([sample], **decoding.settings(model), recall=recall, **text)[0]
+    return model.generate([sample], **options.decoding.settings(model), recall=recall, **options.text)[0]
 
 
-def _many(model: Any, checkpoint: Path, asks: Sequence[Any], out: Path, decoding: Decoding, batch_size: int,
-          recall: Any, text: dict[str, Any]) -> None:
+def _many(model: Any, options: Options, asks: Sequence[Any], recall: Any) -> None:
     from rich.console import Console
 
     from mmjax import predictions
 
     console = Console(stderr=True)
-    words = predictions.Words(model, decoding, batch_size, recall, text)
-    made = predictions.card(asks, words, predictions.identity(checkpoint))
-    done = predictions.predict(out, asks, words, made, console)
+    words = predictions.Words(model, options.decoding, options.batch_size, recall, options.text)
+    made = predictions.card(asks, words, predictions.identity(options.checkpoint))
+    done = predictions.predict(options.out, asks, words, made, console)
     for line in predictions.summary(done):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if done.errors:

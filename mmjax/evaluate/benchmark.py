@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mmjax import boxes, files, loaded, predictions, report
+from mmjax import boxes, files, folders, predictions, report
 from mmjax.data import images
 from mmjax.data.asked import Ask, digest
 from mmjax.data.benchmarks import BENCHMARKS, Figure, Item, Scores
@@ -89,18 +89,28 @@ def answerer(test: Test, model: Loaded, decoding: predictions.Decoding, batch_si
              text: Mapping[str, Any] | None = None) -> Choices | predictions.Words:
     """What answers a benchmark's items: by rank, or in words of the length that the benchmark says unless told another.
 
-    Raises ValueError for settings that have no meaning where choices are ranked.
+    Raises ValueError naming the `unused` settings.
     """
-    if not test.ranked:
-        if decoding.max_new_tokens is None:
-            decoding = dataclasses.replace(decoding, max_new_tokens=BENCHMARKS[test.name].max_new_tokens)
-        return predictions.Words(model, decoding, batch_size, recall, text or {})
-    unused = [field.name for field in dataclasses.fields(decoding)
-              if getattr(decoding, field.name) != field.default] + ["recall"] * (recall is not None)
-    if unused:
-        raise ValueError(f"{', '.join(unused)}: the choices of {test.name} are ranked by their loss and nothing is "
-                         "generated. Leave them out, or have the answers in words (in_words).")
-    return Choices(model, batch_size, text or {})
+    names, why = unused(test, decoding, recall)
+    if names:
+        raise ValueError(f"{', '.join(names)}: {why}")
+    if test.ranked:
+        return Choices(model, batch_size, text or {})
+    return predictions.Words(model, decoding.at_most(BENCHMARKS[test.name].max_new_tokens), batch_size, recall,
+                             text or {})
+
+
+def unused(test: Test, decoding: predictions.Decoding, recall: Any = None) -> tuple[list[str], str]:
+    """(the settings given that this test cannot use, by name; why not and what to do)"""
+    if test.ranked:
+        return (decoding.changed + ["recall"] * (recall is not None),
+                f"the choices of {test.name} are ranked by their loss and nothing is generated; leave that out, or "
+                "have the answers in words (in_words)")
+    ranking = ["rank_by"] * (test.rank_by != "sum")
+    if BENCHMARKS[test.name].kind == "choice":
+        return ranking, "the answers are in words (in_words) and not ranked; leave that out"
+    return (ranking + ["in_words"] * test.in_words,
+            f"{test.name} has no choices and is always answered in words; leave that out")
 
 
 def evaluate(test: Test, items: Sequence[Item], answers: Choices | predictions.Words, checkpoint: str | Path,
@@ -134,8 +144,8 @@ def _card(out: Path) -> dict[str, Any]:
     path = predictions.card_of(out / PREDICTIONS)
     if not path.is_file():
         raise FileNotFoundError(f"There are no answers to score: no {path}.")
-    card = loaded.read_card(path)
-    loaded.require(path, card, *predictions.COMPARED)
+    card = folders.read_card(path)
+    folders.require(path, card, *predictions.COMPARED)
     return card
 
 

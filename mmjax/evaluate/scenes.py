@@ -1,6 +1,7 @@
 """What a model says about the scenes of the embedded default, held against what they show."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,12 @@ from mmjax.data import scenes
 from mmjax.data.conversation import PICTURE
 from mmjax.data.neighbours import Recall
 from mmjax.loaded import Loaded
+from mmjax.predictions import Decoding
 from mmjax.report import Example
+
+GREEDY = Decoding()
+AT_ONCE = 100  # scenes, unless told another number
+LONGEST = 48  # answer in tokens, unless told another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,22 +46,24 @@ def look(model: Loaded, scene: scenes.Scene, sense: str, words: str) -> Sample:
 
 def score_scenes(
     model: Loaded, shown: Sequence[scenes.Scene], truth: Sequence[scenes.Scene] | None = None, sense: str = "image",
-    recall: Recall | None = None,
+    recall: Recall | None = None, decoding: Decoding = GREEDY, batch_size: int = AT_ONCE,
 ) -> ScenesScore:
     """Describes `shown` scenes and answers one question about each; holds the words against `truth`.
 
-    truth:  the scenes to score by; None for the ones shown. Other ones give the blind baseline: what a model gets right
-            that does not look.
-    sense:  what it is shown of them: "image", or one of `scenes.MEDIA`
-    recall: draws that towards known pictures
+    truth:      the scenes to score by; None for the ones shown. Other ones give the blind baseline: what a model gets
+                right that does not look.
+    sense:      what it is shown of them: "image", or one of `scenes.MEDIA`
+    recall:     draws that towards known pictures
+    decoding:   how it answers
+    batch_size: scenes at once
     """
     truth = shown if truth is None else truth
     asked = [scenes.questions(scene)[index % len(scenes.questions(scene))] for index, scene in enumerate(truth)]
 
     def answers(prompts: Sequence[str]) -> list[str]:
         samples = [look(model, scene, sense, words) for scene, words in zip(shown, prompts, strict=True)]
-        return model.generate(samples, max_new_tokens=48, stop=[model.text.end_sym],
-                              batch_size=min(100, len(samples)), recall=recall)
+        return model.generate(samples, **decoding.at_most(LONGEST).settings(model),
+                              batch_size=min(batch_size, len(samples)), recall=recall)
 
     captions = answers([scenes.PROMPTS[0]] * len(shown))
     replies = answers([question.text for question in asked])
@@ -75,12 +83,12 @@ def score_scenes(
     return ScenesScore(shares, examples)
 
 
-def picture_cache(model: Loaded, shown: Sequence[scenes.Scene]) -> Recall:
+def picture_cache(model: Loaded, shown: Sequence[scenes.Scene], batch_size: int = AT_ONCE) -> Recall:
     """The features of these scenes' pictures, for other senses to be drawn towards (ImageBind-LLM's visual cache)."""
     feature = jax.jit(lambda params, batch: model.module.apply({"params": params}, batch, method="feature"))
     samples = [look(model, scene, "image", "") for scene in shown]
-    return Recall(np.concatenate([feature(model.params, model.batch(samples[first : first + 100]))
-                                  for first in range(0, len(samples), 100)]))
+    return Recall(np.concatenate([feature(model.params, model.batch(samples[first : first + batch_size]))
+                                  for first in range(0, len(samples), batch_size)]))
 
 
 CACHED = 1000  # pictures that other senses are drawn towards
@@ -88,7 +96,8 @@ ROWS = {**{name: name for name in scenes.ATTRIBUTES}, "mean": "mean of the four"
         "one shape": "questions, one shape", "several": "questions, several"}
 
 
-def scenes_table(model: Loaded, cfg: ScenesConfig, untrained: Loaded) -> tuple[list[list[Any]], list[Example]]:
+def scenes_table(model: Loaded, cfg: ScenesConfig, untrained: Loaded, decoding: Decoding = GREEDY,
+                 batch_size: int = AT_ONCE) -> tuple[list[list[Any]], list[Example]]:
     """(table, heading first; examples of the held-out scenes).
 
     Rows: the four attributes in captions and their mean, captions that are wholly right, answers to one question a
@@ -101,34 +110,37 @@ def scenes_table(model: Loaded, cfg: ScenesConfig, untrained: Loaded) -> tuple[l
         ("train", CACHED), ("held_out", cfg.held_out), ("new_pairs", cfg.held_out)))
     tests = [("held-out", held_out, "image", None), ("new pairs", new_pairs, "image", None)]
     if further := [sense for sense in scenes.MEDIA if sense in model.config.senses]:
-        cache = picture_cache(model, train)
+        cache = picture_cache(model, train, batch_size)
         tests += [test for sense in further for test in (
             (sense, held_out, sense, None), (f"{sense}, cache", held_out, sense, cache))]
+    score = functools.partial(score_scenes, decoding=decoding, batch_size=batch_size)
     columns, examples = {}, []
     for name, truth, sense, recall in tests:
-        columns[name] = score_scenes(model, truth, truth, sense, recall)
+        columns[name] = score(model, truth, truth, sense, recall)
         if recall is None:
-            columns[f"{name}, blind"] = score_scenes(model, truth[1:] + truth[:1], truth, sense)
+            columns[f"{name}, blind"] = score(model, truth[1:] + truth[:1], truth, sense)
         if name != "new pairs":
             examples += columns[name].examples[:24]
-    columns["untrained"] = score_scenes(untrained, held_out[:100])
-    rows = [[label, *(score.shares[name] for score in columns.values())] for name, label in ROWS.items()
+    columns["untrained"] = score(untrained, held_out[:100])
+    rows = [[label, *(column.shares[name] for column in columns.values())] for name, label in ROWS.items()
             if name in columns["held-out"].shares]
     return [["", *columns], *rows], examples
 
 
 def report_scenes(model: Loaded, untrained: Loaded, cfg: ScenesConfig, folder: Path, runs: Sequence[Path],
-                  facts: dict[str, str]) -> list[list[Any]]:
+                  facts: dict[str, str], decoding: Decoding = GREEDY, batch_size: int = AT_ONCE) -> list[list[Any]]:
     """Prints `scenes_table` and writes it into `folder`: scores.json, and a page with curves, pictures and words.
 
-    runs:  the run folders whose metrics make the curves, in order
-    facts: short figures for the top of the page
+    runs:       the run folders whose metrics make the curves, in order
+    facts:      short figures for the top of the page, where what `decoding` changes is put too
+    batch_size: scenes at once
     """
     console = Console()
     console.print("Scoring held-out scenes, with the right and with the wrong picture")
-    rows, examples = scenes_table(model, cfg, untrained)
+    rows, examples = scenes_table(model, cfg, untrained, decoding, batch_size)
     mean = next(row for row in rows if row[0] == ROWS["mean"])
     facts |= {"attributes right on held-out scenes": f"{mean[1]:.3f}", "with the wrong picture": f"{mean[2]:.3f}"}
+    facts |= {name: str(getattr(decoding, name)) for name in decoding.changed}
     page = report.write(folder / "report", f"mmjax: {model.family} on scenes", [run / "metrics.jsonl" for run in runs],
                         examples, rows, facts)
     (folder / "scores.json").write_text(json.dumps(rows, indent=2) + "\n")
