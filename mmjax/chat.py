@@ -1,7 +1,7 @@
 """A conversation with a model: what was shown and said, the prompt that it makes, and the answer as it is written.
 
     talk = chat.Conversation(chat.template_of(model))
-    talk.add("image", chat.take(model, "image", "a.jpg"))
+    chat.add(model, talk, "image", chat.take(model, "image", "a.jpg"))
     talk.ask("What is this?")
     for piece in chat.reply(model, talk):
         print(piece, end="")
@@ -28,8 +28,9 @@ from mmjax.batch import Sample
 from mmjax.config import ALPACA, ScenesConfig, TextConfig
 from mmjax.data import conversation, images, senses, text
 from mmjax.data.asked import is_text
+from mmjax.folders import RUN_CARD, read_card
 from mmjax.generate import GenerateConfig
-from mmjax.loaded import RUN_CARD, Loaded, read_card
+from mmjax.loaded import Loaded
 from mmjax.models.imagebind import sense_of
 
 IMAGE = "image"  # the sense whose inputs go into `Sample.images`
@@ -308,7 +309,7 @@ def _with_history(talk: Conversation, earlier: Sequence[Turn], last: Turn, mute:
     A picture whose words are left out stands in front of the next words.
     """
     waiting = [picture for turn in earlier[:mute] for picture in turn.pictures][blind:]
-    written = conversation.Conversation(HISTORIES[talk.template])
+    written = conversation.Transcript(HISTORIES[talk.template])
     for turn in (*earlier[mute:], last):
         for picture in (*waiting, *turn.pictures):
             written = written.show(picture)

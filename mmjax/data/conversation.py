@@ -43,10 +43,10 @@ TEMPLATES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Conversation:
-    """What has been said and shown so far; every method returns a new one.
+class Transcript:
+    """A conversation as it is written down: what has been said and shown so far; every method returns a new one.
 
-        talk = Conversation(TEMPLATES["vicuna0"]).show(picture).ask("What is this?")
+        talk = Transcript(TEMPLATES["vicuna0"]).show(picture).ask("What is this?")
         talk = talk.answer(answer_of_chat(generated_ids, tokenizer)).ask("Which colour?")
 
     messages: `(role, words)` pairs, the roles being the template's
@@ -57,11 +57,11 @@ class Conversation:
     messages: tuple[tuple[str, str], ...] = ()
     images: tuple[Any, ...] = ()
 
-    def show(self, image: Any) -> "Conversation":
+    def show(self, image: Any) -> "Transcript":
         """The user uploads a picture."""
         return dataclasses.replace(self._say(0, PICTURE), images=(*self.images, image))
 
-    def ask(self, question: str) -> "Conversation":
+    def ask(self, question: str) -> "Transcript":
         """The user asks; right after a picture the question joins its message."""
         if self.messages:
             *before, (role, words) = self.messages
@@ -69,7 +69,7 @@ class Conversation:
                 return dataclasses.replace(self, messages=(*before, (role, f"{words} {question}")))
         return self._say(0, question)
 
-    def answer(self, words: str) -> "Conversation":
+    def answer(self, words: str) -> "Transcript":
         """The assistant has answered."""
         return self._say(1, words)
 
@@ -78,7 +78,7 @@ class Conversation:
         messages = (*self.messages, (self.template.roles[1], None))
         return Sample(images=list(self.images), prompt=self.template.prompt(messages))
 
-    def _say(self, who: int, words: str) -> "Conversation":
+    def _say(self, who: int, words: str) -> "Transcript":
         return dataclasses.replace(self, messages=(*self.messages, (self.template.roles[who], words)))
 
 

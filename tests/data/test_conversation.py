@@ -8,8 +8,8 @@ import pytest
 from mmjax.data.conversation import (
     PICTURE,
     TEMPLATES,
-    Conversation,
     Template,
+    Transcript,
     answer_of_chat,
     answer_of_generate,
 )
@@ -28,22 +28,22 @@ def test_shipped_templates_are_the_original_ones(name):
 
 
 def test_question_joins_the_picture_before_it_only():
-    talk = Conversation(TEMPLATES["minigptv2"]).ask("Hello").show("a").ask("What is it?")
+    talk = Transcript(TEMPLATES["minigptv2"]).ask("Hello").show("a").ask("What is it?")
     user, _ = TEMPLATES["minigptv2"].roles
     assert talk.messages == ((user, "Hello"), (user, f"{PICTURE} What is it?"))
     assert talk.answer(f"see {PICTURE}").ask("Sure?").messages[-1] == (user, "Sure?")
 
 
 def test_every_picture_has_its_placeholder():
-    talk = Conversation(TEMPLATES["vicuna0"]).show("a").ask("What?").answer("A dog.").show("b").ask("And this?")
+    talk = Transcript(TEMPLATES["vicuna0"]).show("a").ask("What?").answer("A dog.").show("b").ask("And this?")
     sample = talk.sample()
     assert sample.images == ["a", "b"]
     assert sample.prompt.count(PLACEHOLDER) == 2
     assert sample.answer is None
 
 
-def test_conversation_leaves_the_earlier_ones_as_they_were():
-    start = Conversation(TEMPLATES["vicuna0"]).show("a")
+def test_a_transcript_leaves_the_earlier_ones_as_they_were():
+    start = Transcript(TEMPLATES["vicuna0"]).show("a")
     one, other = start.ask("What?"), start.ask("Where?")
     assert one.sample().prompt.endswith(" What?###Assistant: ")
     assert other.sample().prompt.endswith(" Where?###Assistant: ")

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from mmjax.data.conversation import Conversation, Template, answer_of_chat, answer_of_generate
+from mmjax.data.conversation import Template, Transcript, answer_of_chat, answer_of_generate
 from mmjax.data.text import answer_places, crop_left, prompt_places, rows
 from tests.parity import golden
 
@@ -107,7 +107,7 @@ def test_answers_of_generate(case):
 @golden.each("chat")
 def test_chat_prompts_and_answers(case):
     spec = case.spec
-    talk = Conversation(Template(spec["system"], tuple(spec["roles"]), spec["sep"])).show("a picture")
+    talk = Transcript(Template(spec["system"], tuple(spec["roles"]), spec["sep"])).show("a picture")
     for number, turn in enumerate(spec["turns"]):
         talk = talk.ask(turn["question"])
         assert talk.sample().prompt == turn["prompt"]
@@ -121,7 +121,7 @@ def test_chat_prompts_and_answers(case):
 @golden.each("templates")
 def test_prompts_of_the_chat_templates(case):
     for given in case.spec["templates"]:
-        talk = Conversation(Template(given["system"], tuple(given["roles"]), given["sep"], given["sep2"]))
+        talk = Transcript(Template(given["system"], tuple(given["roles"]), given["sep"], given["sep2"]))
         prompts = []
         for step in given["flow"]:
             action, words = re.fullmatch(r"(upload image|ask|answer)(?: '(.*)')?", step).groups()
