@@ -8,7 +8,8 @@
 """
 
 from mmjax.batch import Batch, Sample
-from mmjax.loaded import Loaded, export, load
+from mmjax.folders import export
+from mmjax.loaded import Loaded, load
 from mmjax.run import train
 from mmjax.steps import loss
 

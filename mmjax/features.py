@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mmjax import loaded, sharding, trees
+from mmjax import folders, placing, sharding, trees
 from mmjax.batch import Batch, Sample
 from mmjax.config import RunConfig, WeightsConfig
 from mmjax.data import features as stored
@@ -68,7 +68,7 @@ def rule(family: str) -> Callable[[str], bool]:
     return lambda path: trees.matches(path, patterns)
 
 
-def encoder(source: loaded.Checkpoint, weights: WeightsConfig, earlier: dict[str, Any] | None) -> dict[str, Any]:
+def encoder(source: folders.Checkpoint, weights: WeightsConfig, earlier: dict[str, Any] | None) -> dict[str, Any]:
     """What a feature depends on beside its picture; known without reading a weight of the encoder.
 
     files:        SHA-256 of the released files that the encoder's parameters were converted from
@@ -83,7 +83,7 @@ def encoder(source: loaded.Checkpoint, weights: WeightsConfig, earlier: dict[str
         raise ValueError(f"The model of {source.folder} has no encoder of pictures whose features could be stored: set "
                          "data.features = None.")
     path = source.folder / "config.json"
-    files = loaded.read_card(path).get("sources", {})
+    files = folders.read_card(path).get("sources", {})
     used = {part: getattr(config, part) for part in parts}
     if unknown := [part for part, cfg in used.items() if cfg is not None and "sha256" not in files.get(part, {})]:
         raise ValueError(f"{path} does not say of which file {', '.join(unknown)} is, so that features cannot be told "
@@ -112,7 +112,7 @@ def transform(config: RunConfig, model: Any) -> dict[str, Any]:
     return {"size": model.image_size, "cut": cut}
 
 
-def load(config: RunConfig, source: loaded.Checkpoint, rules: Sequence[str], records: Sequence[Sequence[Record]],
+def load(config: RunConfig, source: folders.Checkpoint, rules: Sequence[str], records: Sequence[Sequence[Record]],
          earlier: dict[str, Any] | None = None) -> Features:
     """The features that `config.data.features` names, for a run.
 
@@ -142,7 +142,7 @@ def load(config: RunConfig, source: loaded.Checkpoint, rules: Sequence[str], rec
 # ---- making them ----
 
 
-def make(config: RunConfig, source: loaded.Checkpoint, folder: Path, crops: int | None = None,
+def make(config: RunConfig, source: folders.Checkpoint, folder: Path, crops: int | None = None,
          dtype: str | None = None, batch_size: int = 64) -> Made:
     """Runs a run's frozen encoder over every picture of its data and stores what `folder` does not hold yet.
 
@@ -212,14 +212,14 @@ def _earlier(config: RunConfig) -> dict[str, Any] | None:
     before = config.weights.start_from
     if before is None:
         return None
-    if not (Path(before) / loaded.RUN_CARD).is_file():
+    if not (Path(before) / folders.RUN_CARD).is_file():
         console.print(f"The run {before} is not there yet; its encoder is taken to be the checkpoint's.",
                       highlight=False)
         return None
-    return loaded.trained_params(Path(before))
+    return folders.trained_params(Path(before))
 
 
-def _shape(source: loaded.Checkpoint, module: Any) -> tuple[int, ...]:
+def _shape(source: folders.Checkpoint, module: Any) -> tuple[int, ...]:
     """Of one picture's feature."""
     blank = np.zeros((source.config.image_size, source.config.image_size, 3), np.uint8)
     params = trees.unflatten(shapes(source.family, source.config))
@@ -341,7 +341,7 @@ def _ahead(pool: concurrent.futures.Executor, reader: _Reader, places: np.ndarra
         yield waiting.popleft().result()
 
 
-def _encoder(config: RunConfig, source: loaded.Checkpoint, module: Any, earlier: dict[str, Any] | None, card: Card,
+def _encoder(config: RunConfig, source: folders.Checkpoint, module: Any, earlier: dict[str, Any] | None, card: Card,
              batch_size: int) -> tuple[int, Callable[[Sequence[_Opened]], np.ndarray]]:
     """How many rows are computed at once, and what computes the features [n,K,...] of no more pictures than that.
 
@@ -350,9 +350,9 @@ def _encoder(config: RunConfig, source: loaded.Checkpoint, module: Any, earlier:
     mesh, of_encoder, kind = sharding.make_mesh(config.mesh), rule(source.family), jnp.dtype(config.weights.dtype)
 
     def held(path: str) -> Any:
-        return loaded.frozen_kind(path, kind, config.weights.frozen_dtype)
+        return placing.frozen_kind(path, kind, config.weights.frozen_dtype)
 
-    params = trees.flatten(loaded.read_params(source, module, mesh, held, None, earlier, of_encoder))
+    params = trees.flatten(placing.read_params(source, module, mesh, held, None, earlier, of_encoder))
     # A module asks for the parameters that are its own, whichever of its methods is called. Nothing reads these.
     params |= {path: jnp.zeros(shape.shape, kind) for path, shape in shapes(source.family, source.config).items()
                if "/" not in path}

@@ -10,13 +10,14 @@ to a trained parameter, so with N parameters a token the usual figures come out 
 
 Attention is in it, with the whole square of places though half of it is masked. What `remat` computes a second time is
 counted apart: it keeps the device busy, but a model's utilisation (MFU) is measured without it. The logits are counted
-at every place, as a plain model computes them; `Flops.useful` leaves out those that training does not make.
+at every place, as a plain model computes them, or at whole chunks of places, as `mmjax.losses` has them; `Flops.useful`
+leaves out those that training does not make.
 """
 
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from flax import linen as nn
 
 from mmjax import steps, trees
 from mmjax.batch import Batch
+from mmjax.models.llama import LlamaConfig
 
 OTHER = "other"
 RECOMPUTED = "rematted_computation"  # as JAX names it
@@ -35,7 +37,7 @@ class Flops:
     """Operations of one step over the whole batch, of all devices together; by part, such as "vit" or "llama".
 
     recomputed: what `remat` does a second time
-    logits:     of forward and backward, what makes logits, at all `places` of the batch
+    logits:     of forward and backward, what makes logits, at so many `places`
     """
 
     forward: Mapping[str, int]
@@ -75,29 +77,24 @@ def train_step(module: nn.Module, trained: Any, frozen: Any, batch: Batch) -> Fl
     def objective(trained: Any, frozen: Any, batch: Batch) -> jax.Array:
         return steps.loss(module, trees.merge(trained, frozen), batch)[0]
 
-    jaxpr = jax.make_jaxpr(jax.value_and_grad(objective))(trained, frozen, batch)
-    counts = {"forward": Counter(), "backward": Counter(), "recomputed": Counter()}
-    logits = 0
-    for scope, operations in products(jaxpr.jaxpr):
-        kind = "recomputed" if RECOMPUTED in scope else "backward" if "transpose(" in scope else "forward"
-        names = (name.split(".")[0] for name in scope.split("/"))
-        counts[kind][next((name for name in names if name in parts), OTHER)] += operations
-        logits += operations if "llama.logits/" in scope else 0
-    return Flops(**{kind: dict(count) for kind, count in counts.items()}, logits=logits, places=batch.tokens.size)
+    return _counted(jax.make_jaxpr(jax.value_and_grad(objective))(trained, frozen, batch), parts, module.cfg.llama)
 
 
-def by_shape(module: nn.Module, trained: Any, frozen: Any) -> Callable[[Batch], Flops | None]:
-    """`train_step` for batches of these parameters, counted once for each shape of a batch; None where it cannot be."""
-    trained, frozen = _shapes((trained, frozen))
+def by_shape(trace: Callable[[steps.TrainState, Batch], jax.stages.Traced],
+             llama: LlamaConfig) -> Callable[[steps.TrainState, Batch], Flops | None]:
+    """The operations of `steps.train_step`, counted once for each shape of a batch; None where they cannot be.
+
+    trace: what the step's `trace` gives for them. JAX keeps that of a step that has run, so no model is traced again
+    llama: of the model
+    """
     found: dict[Any, Flops | None] = {}
 
-    def count(batch: Batch) -> Flops | None:
-        batch = _shapes(batch)
+    def count(state: steps.TrainState, batch: Batch) -> Flops | None:
         leaves, structure = jax.tree.flatten(batch)
         key = structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
         if key not in found:
             try:
-                found[key] = train_step(module, trained, frozen, batch)
+                found[key] = _counted(trace(state, batch).jaxpr, state.params.keys(), llama)
             except ValueError:  # an operation whose work is not known beforehand
                 found[key] = None
         return found[key]
@@ -105,8 +102,17 @@ def by_shape(module: nn.Module, trained: Any, frozen: Any) -> Callable[[Batch], 
     return count
 
 
-def _shapes(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+def _counted(jaxpr: Any, parts: Collection[str], llama: LlamaConfig) -> Flops:
+    """The operations of a loss and its gradient, or of a whole step, as a `jax.extend.core.ClosedJaxpr`."""
+    counts = {"forward": Counter(), "backward": Counter(), "recomputed": Counter()}
+    logits = Counter()
+    for scope, operations in products(jaxpr.jaxpr):
+        kind = "recomputed" if RECOMPUTED in scope else "backward" if "transpose(" in scope else "forward"
+        names = (name.split(".")[0] for name in scope.split("/"))
+        counts[kind][next((name for name in names if name in parts), OTHER)] += operations
+        logits[kind] += operations if "llama.logits/" in scope else 0
+    places = max(logits["forward"] // (2 * llama.dim * llama.vocab), 1)
+    return Flops(**{kind: dict(count) for kind, count in counts.items()}, logits=logits.total(), places=places)
 
 
 def products(jaxpr: Any, scope: str = "", times: int = 1) -> Iterator[tuple[str, int]]:

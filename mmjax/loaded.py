@@ -2,9 +2,8 @@
 
 import dataclasses
 import functools
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from mmjax import int8, sharding, trees, weights
+from mmjax import folders, placing, sharding
 from mmjax.batch import Batch, Sample
-from mmjax.checkpoint import trained as read_trained
 from mmjax.config import MeshConfig, TextConfig
-from mmjax.convert.convert import FORMAT
-from mmjax.convert.export import export as write_part
 from mmjax.data.asked import is_text
 from mmjax.data.collate import collate
 from mmjax.data.neighbours import Recall
 from mmjax.data.text import row_places
-from mmjax.families import FAMILIES, config_from_dict
-from mmjax.families import shapes as family_shapes
+from mmjax.families import FAMILIES
+from mmjax.folders import Checkpoint
 from mmjax.generate import GenerateConfig, Writing, row_keys
-from mmjax.int8 import Int8
 from mmjax.models import bind
 from mmjax.models.llama import unstack
 from mmjax.tokenizer import Tokenizer
 
-RUN_CARD = "run.json"
 BROKEN = "\ufffd"  # what the bytes of a character give that are not all there yet
 TURNED_BYTES = 4 * 2**30  # of a language model that is copied into another layout to be decoded on a CPU
 LOOK = 16  # ids between two looks at the words for a stop string
@@ -39,161 +33,8 @@ FURTHER = ("top_k", "top_p", "top_p_inclusive", "repetition_penalty", "length_pe
            "dummy")
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """The description of a converted checkpoint: `config.json` read and checked, no weights."""
-
-    folder: Path
-    family: str
-    config: Any
-    text: TextConfig
-    generation: dict[str, int]
-    fresh: tuple[str, ...]
-
-    @staticmethod
-    def open(folder: str | Path) -> "Checkpoint":
-        """Raises FileNotFoundError or ValueError naming the file and what is wrong with it."""
-        path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} is neither a converted checkpoint (no config.json) nor a finished run "
-                                    f"(no {RUN_CARD}). Make a checkpoint with convert_weights.py.")
-        card = read_card(path)
-        if card.get("format") != FORMAT or card.get("family") not in FAMILIES:
-            raise ValueError(
-                f"{path} is of format {card.get('format')!r} and family {card.get('family')!r}; this mmjax reads "
-                f"format {FORMAT} of {', '.join(FAMILIES)}. Is it a Hugging Face folder? Then convert it first.")
-        require(path, card, "architecture", "text", "generation", "fresh")
-        config = config_from_dict(FAMILIES[card["family"]].Config, card["architecture"])
-        return Checkpoint(Path(folder), card["family"], config, TextConfig(**card["text"]), card["generation"],
-                          tuple(card["fresh"]))
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_folder(self.folder / "tokenizer")
-
-    def of(self, config: Any) -> "Checkpoint":
-        """The same with another architecture; the parameters that only that one has are fresh."""
-        held, wanted = (family_shapes(self.family, c) for c in (self.config, config))
-        fresh = tuple(path for path in wanted if path in self.fresh or path not in held)
-        return dataclasses.replace(self, config=config, fresh=fresh)
-
-    def loaded(self, module: nn.Module, params: Any, mesh: jax.sharding.Mesh) -> "Loaded":
-        return Loaded(self.family, module, params, self.config, self.tokenizer, self.text, self.generation, mesh)
-
-
-def read_card(path: Path) -> dict[str, Any]:
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{path} is damaged, it is not JSON: {error}") from error
-    if not isinstance(card, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(card).__name__}.")
-    return card
-
-
-def require(path: Path, card: Mapping[str, Any], *fields: str) -> None:
-    if absent := [field for field in fields if field not in card]:
-        raise ValueError(f"{path} has no {', '.join(absent)}.")
-
-
-def read_params(
-    source: Checkpoint,
-    module: nn.Module,
-    mesh: jax.sharding.Mesh,
-    dtype: Callable[[str], Any],
-    init_fresh: int | None = None,
-    trained: Mapping[str, Any] | None = None,
-    only: Callable[[str], bool] = lambda path: True,
-) -> dict[str, Any]:
-    """All parameters of `module`, or some, each straight onto its place on the mesh.
-
-    dtype:      of the parameter at a path; int8 makes an `Int8` of it, which only some can be (see `frozen_kind`)
-    init_fresh: seed for the parameters that no source file held; None raises ValueError naming them
-    trained:    `{path: array}` that take the place of the checkpoint's, such as an earlier run's; ValueError names what
-                does not belong to this model
-    only:       which paths
-    """
-    trained = trained or {}
-    fresh = [path for path in source.fresh if path not in trained and only(path)]
-    if fresh and init_fresh is None:
-        raise ValueError(
-            f"{source.folder} was converted without {', '.join(fresh)}. Convert it with the trained "
-            "file (--projector, --lora, --adapter), load the run that trained them, or start them anew with "
-            "init_fresh=SEED.")
-    family = FAMILIES[source.family]
-    shapes = family_shapes(source.family, module.cfg)
-    placed = sharding.shardings(shapes, family.AXES, mesh)
-    wanted = {path: as_held(path, shape.shape, dtype(path), placed[path])
-              for path, shape in shapes.items() if only(path)}
-    places = {path: jax.tree.map(lambda leaf: leaf.format, held) for path, held in wanted.items()}
-    if wrong := trees.compare({path: shapes[path] for path in trained.keys() & shapes.keys()}, trained):
-        raise ValueError("The trained parameters are of another model:\n  " + "\n  ".join(wrong))
-    flat = trees.flatten(weights.restore(
-        source.folder / "weights", wanted, only=lambda path: path not in trained and path not in fresh))
-    flat |= {path: jax.device_put(cast(path, leaf, wanted[path]), places[path])
-             for path, leaf in trained.items() if only(path)}
-
-    def start() -> dict[str, jax.Array]:
-        variables = module.init(jax.random.key(init_fresh), family.example(module.cfg))
-        initial = trees.flatten(variables["params"])
-        return {path: cast(path, initial[path], wanted[path]) for path in fresh}
-
-    if fresh:
-        flat |= jax.jit(start, out_shardings={path: places[path] for path in fresh})()
-    return trees.unflatten(flat)
-
-
-def frozen_kind(path: str, dtype: Any, frozen_dtype: str | None) -> Any:
-    """The dtype of a frozen parameter: int8 if it is to be and `int8.MATRICES` has it, or `dtype`."""
-    return jnp.int8 if frozen_dtype == "int8" and int8.holds(path) else dtype
-
-
-def as_held(path: str, shape: tuple[int, ...], dtype: Any, place: Any) -> Any:
-    """What a parameter is to be on the devices: `jax.ShapeDtypeStruct`, or an `Int8` of two."""
-    if jnp.dtype(dtype) == jnp.int8:
-        return int8.shapes(shape, place, int8.summed(path, len(shape)))
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-
-def cast(path: str, leaf: jax.Array, held: Any) -> Any:
-    """A parameter as it is to be held."""
-    return int8.quantise(leaf, int8.summed(path, leaf.ndim)) if isinstance(held, Int8) else leaf.astype(held.dtype)
-
-
-def read_run(folder: Path) -> Checkpoint:
-    """The checkpoint that a run started from, with the run's architecture and text settings."""
-    card = read_card(folder / RUN_CARD)
-    require(folder / RUN_CARD, card, "checkpoint", "architecture", "config")
-    base = Path(card["checkpoint"])
-    if not base.is_absolute():
-        base = folder / base
-    if not base.is_dir():
-        raise FileNotFoundError(f"{folder} was trained on the checkpoint {base}, which is not there. Put it back, or "
-                                f"change `checkpoint` in {folder / RUN_CARD}.")
-    source = Checkpoint.open(base)
-    source = source.of(config_from_dict(FAMILIES[source.family].Config, card["architecture"]))
-    return dataclasses.replace(source, text=TextConfig(**card["config"]["text"]))
-
-
-def lineage(folder: Path) -> list[Path]:
-    """A run and those it started from, the oldest first. Raises FileNotFoundError naming one that is gone."""
-    card = read_card(folder / RUN_CARD)
-    if not card.get("start_from"):
-        return [folder]
-    before = folder / card["start_from"]
-    if not (before / RUN_CARD).is_file():
-        raise FileNotFoundError(f"{folder} started from the run {before}, which is not there. Put it back, or change "
-                                f"`start_from` in {folder / RUN_CARD}.")
-    return [*lineage(before), folder]
-
-
-def trained_params(folder: Path) -> dict[str, Any]:
-    """`{path: array}`: what a run, and the runs it started from, have trained; of each parameter the latest."""
-    return {path: leaf for run in lineage(folder) for path, leaf in read_trained(run / "checkpoints").items()}
-
-
 def default_dtype() -> str:
-    """bfloat16 on an accelerator; float32 on a CPU, where bfloat16 is no faster."""
+    """bfloat16 on an accelerator; float32 on a CPU, where not all are faster in bfloat16."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
@@ -219,17 +60,17 @@ def load(
         raise ValueError(f"frozen_dtype = {frozen_dtype!r}: int8, or None for the same as dtype")
     folder, kind = Path(path), jnp.dtype(dtype or default_dtype())
     mesh = mesh or sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    if (folder / RUN_CARD).is_file():
-        source, trained = read_run(folder), trained_params(folder)
+    if (folder / folders.RUN_CARD).is_file():
+        source, trained = folders.read_run(folder), folders.trained_params(folder)
     else:
         source, trained = Checkpoint.open(folder), {}
     module = FAMILIES[source.family].Model(source.config, kind)
 
     def held(path: str) -> Any:
-        return kind if path in trained or path in source.fresh else frozen_kind(path, kind, frozen_dtype)
+        return kind if path in trained or path in source.fresh else placing.frozen_kind(path, kind, frozen_dtype)
 
-    params = read_params(source, module, mesh, held, init_fresh, trained)
-    return source.loaded(module, params, mesh)
+    params = placing.read_params(source, module, mesh, held, init_fresh, trained)
+    return Loaded.of(source, module, params, mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,6 +85,12 @@ class Loaded:
     text: TextConfig
     generation: dict[str, int]
     mesh: jax.sharding.Mesh
+
+    @staticmethod
+    def of(source: Checkpoint, module: nn.Module, params: Any, mesh: jax.sharding.Mesh) -> "Loaded":
+        """The model that a checkpoint or run describes, with these parameters."""
+        return Loaded(source.family, module, params, source.config, source.tokenizer, source.text, source.generation,
+                      mesh)
 
     def batch(self, samples: Sequence[Sample], length: int | None = None, multiple: int = 1, **settings: Any) -> Batch:
         """Rows for `mmjax.loss` or the module, as numpy arrays.
@@ -405,7 +252,7 @@ class Loaded:
         if self.mesh.size > 1 or self.mesh.devices.flat[0].platform != "cpu":
             return self.module, self.params
         turned = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params["llama"])) <= TURNED_BYTES
-        return self.module.clone(unrolled=True, turned=turned), unstack(self.params, turned)
+        return self.module.clone(form="turned" if turned else "apart"), unstack(self.params, turned)
 
     def _recalled(self, batch: Batch, recall: Recall) -> Batch:
         """The same batch with the mix of each row's senses in place of the senses, after a look at known pictures."""
@@ -455,21 +302,3 @@ def stop_ids(tokenizer: Tokenizer, words: str) -> list[tuple[int, ...]]:
     if glued[: len(before)] == before:
         ways.append(tuple(glued[len(before) :]))
     return [way for way in dict.fromkeys(ways) if way]
-
-
-def export(checkpoint: Path, part: str, out: Path) -> None:
-    """Writes a part of a converted checkpoint or of a training run in its released PyTorch format.
-
-    Args:
-        checkpoint: converted checkpoint, or run folder (its newest trained parameters are written)
-        part: llama or llama-meta (a folder as transformers saves it, or as Meta ships it);
-            of MiniGPT-4 projector (with LoRA if there is one), vit, qformer;
-            of ImageBind-LLM adapter, bind, imagebind; of LLaMA-Adapter adapter, clip
-        out: file to write; a folder for llama and llama-meta
-    """
-    folder = Path(checkpoint)
-    if (folder / RUN_CARD).is_file():
-        run = read_run(folder)
-        write_part(run.folder, part, Path(out), trained=trained_params(folder), config=run.config)
-    else:
-        write_part(folder, part, Path(out))

@@ -21,14 +21,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
-from mmjax import features, flops, hlo, loaded, optim, run, sharding, steps, topology, trees
+from mmjax import features, flops, hlo, optim, placing, run, sharding, steps, topology, trees
 from mmjax.batch import Batch, Sample
 from mmjax.config import MeshConfig, RunConfig
 from mmjax.data import text
 from mmjax.families import FAMILIES, shapes
 from mmjax.flops import Flops
+from mmjax.folders import Checkpoint
 from mmjax.hlo import Collective
-from mmjax.loaded import Checkpoint
 from mmjax.topology import Topology
 
 GIB = topology.GIB
@@ -243,10 +243,10 @@ def parameters(config: RunConfig, source: Checkpoint, mesh: Any) -> dict[str, An
     def kind(path: str) -> Any:
         if trees.matches(path, rules):
             return jnp.float32
-        return loaded.frozen_kind(path, dtype, config.weights.frozen_dtype)
+        return placing.frozen_kind(path, dtype, config.weights.frozen_dtype)
 
     return trees.unflatten({
-        path: loaded.as_held(path, shape.shape, kind(path), places[path]) for path, shape in every.items()
+        path: placing.as_held(path, shape.shape, kind(path), places[path]) for path, shape in every.items()
         if not (config.data.features and of_encoder(path))})
 
 

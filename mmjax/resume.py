@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from mmjax import hosts, loaded, steps, trees
+from mmjax import folders, hosts, steps, trees
 from mmjax.checkpoint import Checkpoints, Damaged, Progress
 from mmjax.config import RunConfig
 
@@ -32,12 +32,12 @@ def differences(config: RunConfig, out: Path) -> str:
     Raises ValueError naming every difference that the run cannot go on with, FileNotFoundError or ValueError if the
     run's card is not there or damaged.
     """
-    path = out / loaded.RUN_CARD
+    path = out / folders.RUN_CARD
     if not path.is_file():
         raise FileNotFoundError(f"{out / 'checkpoints'} has checkpoints, but there is no {path} to tell what they are "
                                 "of. Put it back, or name another `out`.")
-    card = loaded.read_card(path)
-    loaded.require(path, card, "config")
+    card = folders.read_card(path)
+    folders.require(path, card, "config")
     changed = list(_changes(card["config"], json.loads(json.dumps(dataclasses.asdict(config)))))
     lines = {name: f"{name.replace('/', '.')} {before!r} -> {now!r}" for name, before, now in changed}
     if refused := [lines[name] for name, before, now in changed

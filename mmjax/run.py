@@ -29,10 +29,11 @@ from mmjax import (
     features,
     files,
     flops,
+    folders,
     hosts,
     journal,
-    loaded,
     optim,
+    placing,
     preemption,
     resume,
     sharding,
@@ -47,6 +48,7 @@ from mmjax.data import formats, pipeline, scenes
 from mmjax.data.collate import Collator
 from mmjax.data.features import Features
 from mmjax.families import FAMILIES
+from mmjax.loaded import Loaded
 
 CONVERSIONS = {"minigpt4": convert.minigpt4, "imagebind_llm": convert.imagebind_llm,
                "llama_adapter": convert.llama_adapter, "llama": convert.llama}
@@ -80,7 +82,7 @@ class Job:
     """
 
     config: RunConfig
-    source: loaded.Checkpoint
+    source: folders.Checkpoint
     records: list[Sequence[formats.Record]]
     mesh: jax.sharding.Mesh
     module: nn.Module
@@ -99,9 +101,9 @@ class Job:
         def kind(path: str) -> Any:
             if trees.matches(path, self.rules):
                 return jnp.float32
-            return loaded.frozen_kind(path, jnp.dtype(config.weights.dtype), config.weights.frozen_dtype)
+            return placing.frozen_kind(path, jnp.dtype(config.weights.dtype), config.weights.frozen_dtype)
 
-        return loaded.read_params(self.source, self.module, self.mesh, kind, config.seed, self.earlier, only)
+        return placing.read_params(self.source, self.module, self.mesh, kind, config.seed, self.earlier, only)
 
     def batches(self, started: int, position: int) -> Iterator[tuple[pipeline.Step, Batch]]:
         """The batches that are left from step `started` on, see `ahead`."""
@@ -117,21 +119,23 @@ class Job:
 class Work:
     """What a step asks of the devices, to tell how much of what they can do it uses.
 
-    count: the operations of a step for a batch; None where they cannot be told
+    count: the operations of a step for a state and a batch; None where they cannot be told
     peak:  operations a second of all devices; None if not known
     """
 
-    count: Callable[[Batch], flops.Flops | None]
+    count: Callable[[steps.TrainState, Batch], flops.Flops | None]
     peak: float | None
 
     @staticmethod
-    def of(job: Job, trained: Any, frozen: Any) -> "Work":
+    def of(job: Job, step: Any, frozen: Any) -> "Work":
+        """step: `steps.train_step` of the job, compiled"""
         peak = topology.peak(job.mesh.devices.flat[0])
-        return Work(flops.by_shape(job.module, trained, frozen), None if peak is None else peak * job.mesh.size)
+        count = flops.by_shape(lambda state, batch: step.trace(state, frozen, batch), job.source.config.llama)
+        return Work(count, None if peak is None else peak * job.mesh.size)
 
-    def operations(self, batch: Batch, metrics: dict[str, Any]) -> int | None:
-        """Of the step that gave these metrics."""
-        count = self.count(batch)
+    def operations(self, state: steps.TrainState, batch: Batch, metrics: dict[str, Any]) -> int | None:
+        """Of the step that gave this state and these metrics."""
+        count = self.count(state, batch)
         return None if count is None else count.useful(int(metrics["tokens"]))
 
     def told(self, operations: int | None, seconds: float) -> str:
@@ -173,14 +177,14 @@ def train(config: RunConfig) -> Run:
             check_first_loss(loss, job.source.config.llama.vocab, {"trained": state.params, "frozen": frozen})
 
         fed = job.batches(started, progress.position)
-        work = Work.of(job, state.params, frozen)
+        work = Work.of(job, step, frozen)
         with preemption.Notice(started) as notice:
             state, loss = loop(config, started, progress, advance, diagnose, work, state, fed, checkpoints, notice)
             checkpoints.wait()
         after = resume.fingerprints(frozen)
         if moved := [path for path in after if after[path] != progress.frozen[path]]:
             raise TrainingStopped(f"Frozen parameters changed during training: {', '.join(moved)}. That is a bug in "
-                                  f"mmjax; please report it with {out / loaded.RUN_CARD}.")
+                                  f"mmjax; please report it with {out / folders.RUN_CARD}.")
         scores = None
         if config.data.scenes and config.score:
             scores = score(job, trees.merge(state.params, frozen))
@@ -190,7 +194,7 @@ def train(config: RunConfig) -> Run:
 def set_up(config: RunConfig) -> Job:
     """Raises ValueError for what does not go together: the checkpoint, the devices, the data and what is trained."""
     records = pipeline.read(config.data)
-    source = loaded.Checkpoint.open(config.weights.checkpoint)
+    source = folders.Checkpoint.open(config.weights.checkpoint)
     source = dataclasses.replace(source.of(architecture(source, config)), text=config.text)
     mesh = sharding.make_mesh(config.mesh)
     if config.data.batch_size % sharding.ways(mesh, "batch"):
@@ -201,7 +205,7 @@ def set_up(config: RunConfig) -> Job:
                          "trained with pictures cropped at random: set data.random_crop = False.")
     rules = trained_rules(config, source.family)
     module = FAMILIES[source.family].Model(source.config, jnp.dtype(config.weights.dtype), config.remat)
-    earlier = loaded.trained_params(Path(config.weights.start_from)) if config.weights.start_from else None
+    earlier = folders.trained_params(Path(config.weights.start_from)) if config.weights.start_from else None
     stored = features.load(config, source, rules, records, earlier) if config.data.features else None
     return Job(config, source, records, mesh, module, rules, earlier, stored)
 
@@ -314,7 +318,7 @@ def trained_rules(config: RunConfig, name: str) -> tuple[str, ...]:
     return config.trained or (family.PHASES[config.phase] if config.phase else family.TRAINED)
 
 
-def architecture(source: loaded.Checkpoint, config: RunConfig) -> Any:
+def architecture(source: folders.Checkpoint, config: RunConfig) -> Any:
     """The checkpoint's, with what the run's phase adds and the run's picture size and drop path."""
     trained_rules(config, source.family)  # the phase exists
     base = FAMILIES[source.family].with_phase(source.config, config.phase) if config.phase else source.config
@@ -388,7 +392,7 @@ def loop(
                     f"{last_good(checkpoints)}")
             if item.number == 0 and config.check_first_loss:
                 diagnose(loss, state)
-            operations = work.operations(batch, metrics)
+            operations = work.operations(state, batch, metrics)
             log.add(item, metrics, state.params, waited, operations)
             speed = "" if first else work.told(operations, time.monotonic() - asked)  # the first one compiles
             bar.update(task, advance=1, loss=f"loss {loss:.3f}{speed}")
@@ -458,7 +462,7 @@ def write_card(job: Job) -> None:
         | {"python": platform.python_version()},
         "devices": [str(device) for device in jax.devices()],
     }
-    files.replace(out / loaded.RUN_CARD, json.dumps(card, indent=2) + "\n")
+    files.replace(out / folders.RUN_CARD, json.dumps(card, indent=2) + "\n")
 
 
 def announce(job: Job, params: Any, mask: Any) -> None:
@@ -486,9 +490,9 @@ def score(job: Job, params: dict[str, Any]) -> list[list[Any]] | None:
         params |= job.params(features.rule(source.family))
     module = FAMILIES[source.family].Model(source.config, jnp.dtype(config.weights.dtype))
     untrained = dataclasses.replace(job, earlier=None).params(lambda path: True)
-    model = source.loaded(module, params, job.mesh)
+    model = Loaded.of(source, module, params, job.mesh)
     sizes = {path: leaf.size for path, leaf in trees.flatten(params).items()}
     trained = sum(size for path, size in sizes.items() if trees.matches(path, job.rules))
     facts = {"trained parameters": f"{trained:,} of {sum(sizes.values()):,}", "steps": f"{config.optim.steps:,}"}
     return evaluate.report_scenes(model, dataclasses.replace(model, params=untrained), config.data.scenes,
-                                  Path(config.out), loaded.lineage(Path(config.out)), facts)
+                                  Path(config.out), folders.lineage(Path(config.out)), facts)

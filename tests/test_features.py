@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mmjax
-from mmjax import checkpoint, cli, evaluate, features, loaded, run, trees
+from mmjax import checkpoint, cli, evaluate, features, folders, placing, run, trees
 from mmjax.config import DataConfig, OptimConfig, RunConfig, ScenesConfig, TextConfig, WeightsConfig
 from mmjax.convert import convert
 from mmjax.data import images, pipeline, scenes
@@ -38,7 +38,7 @@ def with_features(config, folder, out):
 def opened(config):
     """The checkpoint with the run's architecture."""
     run.prepare(config)
-    source = loaded.Checkpoint.open(config.weights.checkpoint)
+    source = folders.Checkpoint.open(config.weights.checkpoint)
     return source.of(run.architecture(source, config))
 
 
@@ -304,14 +304,14 @@ def test_encoder_that_an_earlier_run_has_trained(minigpt4, tmp_path, monkeypatch
     load(with_features(config, folder, "run"), earlier={"projector/b": earlier["projector/b"]})
 
     (tmp_path / "run.json").write_text("{}")
-    monkeypatch.setattr(loaded, "trained_params", lambda folder: {path: earlier[path]})
-    read, restored = loaded.read_params, {}
+    monkeypatch.setattr(folders, "trained_params", lambda folder: {path: earlier[path]})
+    read, restored = placing.read_params, {}
 
     def stopped(*arguments):
         restored.update(trees.flatten(read(*arguments)))
         raise KeyboardInterrupt  # what follows is nothing new
 
-    monkeypatch.setattr(loaded, "read_params", stopped)
+    monkeypatch.setattr(placing, "read_params", stopped)
     config = dataclasses.replace(config, weights=dataclasses.replace(config.weights, start_from=str(tmp_path)))
     with pytest.raises(KeyboardInterrupt):
         features.make(config, opened(config), tmp_path / "features")

@@ -4,9 +4,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
-from mmjax import flops, trees
+from mmjax import flops, steps, trees
 from mmjax.batch import Batch
 from mmjax.families import FAMILIES, minigpt4, shapes
 from tests import tiny
@@ -133,21 +134,43 @@ def test_only_the_logits_of_targets_are_useful():
     assert words.logits == 2 * head(tied, B, T)
 
 
-def test_each_shape_of_batch_is_counted_once(monkeypatch):
-    c, calls = tiny.MINIGPT4, []
+def by_shape(monkeypatch, trained=minigpt4.TRAINED):
+    """(`flops.by_shape` of a training step, the step as a function of state and batch, a state, and what is traced)."""
+    c, looked, mean_loss = tiny.MINIGPT4, [], steps.mean_loss
+    monkeypatch.setattr(steps, "mean_loss", lambda *args: looked.append(args) or mean_loss(*args))
     params = trees.unflatten(shapes("minigpt4", c))
-    trained, frozen = trees.split(params, trees.mask(params, minigpt4.TRAINED))
-    plain = flops.train_step
-    monkeypatch.setattr(flops, "train_step", lambda *args: calls.append(args) or plain(*args))
-    counted = flops.by_shape(minigpt4.Model(c, jnp.bfloat16), trained, frozen)
-    first, longer = counted(tiny.batch(B, T)), counted(tiny.batch(B, T + 4))
-    assert counted(tiny.batch(B, T, seed=1)) == first and len(calls) == 2
-    assert longer.model > first.model == count("minigpt4", c, minigpt4.TRAINED, tiny.batch(B, T)).model
+    trained, frozen = trees.split(params, trees.mask(params, trained))
+    optimizer = optax.sgd(0.1)
+    step = steps.train_step(minigpt4.Model(c, jnp.bfloat16), optimizer)
+    state = jax.eval_shape(lambda trained: steps.start(trained, optimizer, 0), trained)
+
+    def trace(state, batch):
+        return step.trace(state, frozen, batch)
+
+    return flops.by_shape(trace, c.llama), trace, state, looked
 
 
-def test_what_cannot_be_counted_is_told_as_nothing(monkeypatch):
-    def unknown(*_):
-        raise ValueError("The operations of a ragged_dot are not counted")
+def test_each_shape_of_batch_is_counted_once_and_traced_with_its_step(monkeypatch):
+    counted, trace, state, looked = by_shape(monkeypatch)
+    trace(state, tiny.batch(B, T))  # as calling the step does
+    first, longer = counted(state, tiny.batch(B, T)), counted(state, tiny.batch(B, T + 4))
+    assert counted(state, tiny.batch(B, T, seed=1)) is first and len(looked) == 2
+    assert longer.model > first.model
 
-    monkeypatch.setattr(flops, "train_step", unknown)
-    assert flops.by_shape(None, {}, {})(tiny.batch(B, T)) is None
+
+@pytest.mark.parametrize(("length", "places"), [(T, B * T), (200, 512)])  # chunks of 256 places hold 400
+def test_a_step_does_what_its_loss_does(monkeypatch, length, places):
+    counted, _, state, _ = by_shape(monkeypatch)
+    batch = tiny.batch(B, length)
+    found, expected = counted(state, batch), count("minigpt4", tiny.MINIGPT4, minigpt4.TRAINED, batch)
+    assert (found.places, expected.places) == (places, B * length)
+    assert [found.useful(targets) for targets in (0, 6, B * length)] == [
+        expected.useful(targets) for targets in (0, 6, B * length)]
+    assert found.recomputed == expected.recomputed and found.forward["vit"] == expected.forward["vit"]
+
+
+def test_what_cannot_be_counted_is_told_as_nothing():
+    convolution = jax.jit(lambda x, w: jax.lax.conv(x, w, (1, 1), "VALID"))
+    traced = convolution.trace(jnp.zeros((1, 3, 8, 8)), jnp.zeros((4, 3, 2, 2)))
+    state = steps.TrainState(None, {"llama": {}}, None, None)
+    assert flops.by_shape(lambda state, batch: traced, tiny.MINIGPT4.llama)(state, tiny.batch(B, T)) is None

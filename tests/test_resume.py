@@ -12,7 +12,7 @@ import optax
 import pytest
 from rich.console import Console
 
-from mmjax import checkpoint, journal, loaded, preemption, resume, run, steps
+from mmjax import checkpoint, folders, journal, preemption, resume, run, steps
 from mmjax.checkpoint import Checkpoints, Damaged, Progress
 from mmjax.config import DataConfig, MeshConfig, OptimConfig, RunConfig, ScenesConfig, Source, TextConfig, WeightsConfig
 from tests import small
@@ -24,7 +24,7 @@ BEFORE = RunConfig(out="run", weights=WeightsConfig("checkpoint"), data=DataConf
 
 def difference(tmp_path, before, now):
     card = {"config": dataclasses.asdict(before)}
-    (tmp_path / loaded.RUN_CARD).write_text(json.dumps(card))
+    (tmp_path / folders.RUN_CARD).write_text(json.dumps(card))
     return resume.differences(now, tmp_path)
 
 
@@ -95,7 +95,7 @@ def test_a_field_that_mmjax_has_got_since_is_no_difference(tmp_path):
     card = {"config": dataclasses.asdict(BEFORE)}
     del card["config"]["keep_best"], card["config"]["text"]["joint"]
     card["config"]["forgotten"] = 1
-    (tmp_path / loaded.RUN_CARD).write_text(json.dumps(card))
+    (tmp_path / folders.RUN_CARD).write_text(json.dumps(card))
     assert resume.differences(BEFORE, tmp_path) == ""
 
 
@@ -227,11 +227,11 @@ def test_other_frozen_weights_are_refused_before_anything_is_written(finished, t
     assert progress.records == (8,) and len(progress.frozen) > 20
     (place / checkpoint.SEAL).unlink()
     checkpoint.seal(place, dataclasses.replace(progress, frozen=progress.frozen | {"llama/norm/scale": 1}))
-    before = (folder / loaded.RUN_CARD).read_text()
+    before = (folder / folders.RUN_CARD).read_text()
     with pytest.raises(ValueError, match="1 of the .* frozen parameters are not those .*: llama/norm/scale"):
         run.train(small.run_config(folder, log_every=2))
     with pytest.raises(ValueError, match=r"text\.max_txt_len 32 -> 9"):
         run.train(small.run_config(folder, text=TextConfig("###Human: {} ###Assistant: ", max_txt_len=9)))
     with pytest.raises(ValueError, match=r"optim\.accumulate 1 -> 2"):
         run.train(small.run_config(folder, optim=OptimConfig(accumulate=2)))
-    assert (folder / loaded.RUN_CARD).read_text() == before
+    assert (folder / folders.RUN_CARD).read_text() == before

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import mmjax
-from mmjax import checkpoint, run, trees
+from mmjax import checkpoint, run, steps, trees
 from mmjax.config import DataConfig, MeshConfig, Source, TextConfig
 from mmjax.convert import torch_file
 from tests import small
@@ -21,9 +21,17 @@ def metrics(folder):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    return run.train(small.run_config(folder))
+def looked():
+    """The shape of the batch each time that the model of the finished run below was traced to be trained."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, looked):
+    folder, mean_loss = tmp_path_factory.mktemp("finished") / "run", steps.mean_loss
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "mean_loss", lambda *args: looked.append(args[2].tokens.shape) or mean_loss(*args))
+        return run.train(small.run_config(folder))
 
 
 def packed(config):
@@ -144,16 +152,20 @@ def test_metrics_tell_how_much_the_model_computes(finished):
     assert all(line["gflops_per_second"] > 0 and "mfu" not in line for line in metrics(finished.folder))
 
 
+def test_operations_are_counted_from_the_trace_that_the_step_has(finished, looked):
+    assert looked and len(looked) == len(set(looked))
+
+
 @pytest.mark.parametrize(("peak", "operations", "told"), [
     (1e12, 5 * 10**11, "  mfu 0.25"), (None, 5 * 10**11, "  250 GFLOP/s"), (1e12, None, ""), (None, None, "")])
 def test_progress_line_tells_how_much_of_the_devices_is_used(peak, operations, told):
-    assert run.Work(lambda batch: None, peak).told(operations, seconds=2.0) == told
+    assert run.Work(lambda state, batch: None, peak).told(operations, seconds=2.0) == told
 
 
 def test_operations_are_those_of_the_targets():
     count = run.flops.Flops({"llama": 600}, {"llama": 600}, {"llama": 99}, logits=200, places=10)
-    work = run.Work(lambda batch: count, None)
-    assert work.operations(None, {"tokens": jnp.int32(4)}) == 1000 + 80
+    work = run.Work(lambda state, batch: count, None)
+    assert work.operations(None, None, {"tokens": jnp.int32(4)}) == 1000 + 80
 
 
 def test_finished_run_has_nothing_left_to_do(finished, capsys):

@@ -16,6 +16,6 @@ def convert(args: Sequence[str]) -> None:
 
 def export(args: Sequence[str]) -> None:
     """Write a part of a checkpoint or of a finished run in its released PyTorch format."""
-    from mmjax.loaded import export as write
+    from mmjax.folders import export as write
 
     tyro.cli(write, args=args, prog="mmjax export")

@@ -140,7 +140,7 @@ def data_features(
         batch_size: pictures that the encoder gets at once
     """
     from mmjax import features, run
-    from mmjax.loaded import Checkpoint
+    from mmjax.folders import Checkpoint
 
     built = load_config(str(config))
     phases = built if isinstance(built, dict) else {"": built}
@@ -160,7 +160,7 @@ def _rows(config: RunConfig, tokenizer: Path | None, console: Any) -> Any:
     """How a run makes rows, as `mmjax.data.check` wants to know it; None without a tokenizer."""
     from mmjax import run
     from mmjax.data.check import Rows
-    from mmjax.loaded import Checkpoint
+    from mmjax.folders import Checkpoint
     from mmjax.tokenizer import Tokenizer
 
     if tokenizer is not None:

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from mmjax import checkpoint, loaded, trees, weights
+from mmjax import checkpoint, folders, trees, weights
 from mmjax.convert.adapter import REPLACED
 from mmjax.doctor.finding import Finding, some
 from mmjax.families import FAMILIES, shapes
-from mmjax.loaded import Checkpoint
+from mmjax.folders import Checkpoint
 
 SLICE_BYTES = 16 * 2**20  # of a tensor, read at once
 SOURCES = (  # whose file a parameter comes from, by option of convert_weights.py; the first that matches and was given
@@ -138,9 +138,9 @@ def open_folder(folder: Path) -> tuple[Patient, list[Finding]]:
 
     Raises FileNotFoundError or ValueError if there is no checkpoint at all, or its config.json is damaged.
     """
-    run = folder if (folder / loaded.RUN_CARD).is_file() else None
-    source = loaded.read_run(folder) if run else Checkpoint.open(folder)
-    card = loaded.read_card(source.folder / "config.json")
+    run = folder if (folder / folders.RUN_CARD).is_file() else None
+    source = folders.read_run(folder) if run else Checkpoint.open(folder)
+    card = folders.read_card(source.folder / "config.json")
     wanted = shapes(source.family, source.config)
     trained, found = _trained(run) if run else ({}, [])
     try:
@@ -186,7 +186,7 @@ def _rows(array: np.ndarray, first: int, end: int) -> np.ndarray:
 def _trained(run: Path) -> tuple[dict[str, Any], list[Finding]]:
     """(what a run has trained, what can be said of its checkpoints)"""
     try:
-        trained = loaded.trained_params(run)
+        trained = folders.trained_params(run)
     except (ValueError, OSError) as error:
         return {}, [Finding("run", "wrong", str(error))]
     step = checkpoint.saved(run / "checkpoints")[-1]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax import checkpoint, loaded, parity, sharding, steps, trees
+from mmjax import checkpoint, folders, parity, placing, sharding, steps, trees
 from mmjax.batch import Batch, Sample
 from mmjax.config import MeshConfig
 from mmjax.data.conversation import PICTURE
@@ -38,21 +38,21 @@ FAINT, LOUD = 1 / 30, 1000.0  # lengths of soft tokens over those of words
 
 def base_weights(patient: Patient) -> Iterator[Finding]:
     """Are a run's frozen parameters those that it was trained with? A few are read at a time."""
-    told = loaded.read_card(patient.run / loaded.RUN_CARD)["config"]
+    told = folders.read_card(patient.run / folders.RUN_CARD)["config"]
     place = patient.run / "checkpoints"
     saved = checkpoint.verify(place / str(checkpoint.saved(place)[-1])).frozen
     mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    before = loaded.lineage(patient.run)[:-1]
-    earlier = loaded.trained_params(before[-1]) if before else {}
+    before = folders.lineage(patient.run)[:-1]
+    earlier = folders.trained_params(before[-1]) if before else {}
     module = FAMILIES[patient.source.family].Model(patient.source.config)
     known = [path for path in saved if path not in patient.source.fresh or path in earlier]
 
     def kind(path: str) -> Any:
-        return loaded.frozen_kind(path, jnp.dtype(told["weights"]["dtype"]), told["weights"]["frozen_dtype"])
+        return placing.frozen_kind(path, jnp.dtype(told["weights"]["dtype"]), told["weights"]["frozen_dtype"])
 
     other = []
     for paths in _together(known, patient):
-        read = loaded.read_params(patient.source, module, mesh, kind, told["seed"], earlier, paths.__contains__)
+        read = placing.read_params(patient.source, module, mesh, kind, told["seed"], earlier, paths.__contains__)
         other += [path for path, leaf in trees.flatten(read).items() if int(steps.fingerprint(leaf)) != saved[path]]
     if other:
         yield Finding(

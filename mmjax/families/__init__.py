@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import types
 import typing
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,11 +25,20 @@ def shapes(family: str, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:
     return dict(_shapes(family, cfg))
 
 
-@functools.lru_cache(maxsize=32)  # to trace a model takes seconds
+@functools.lru_cache(maxsize=32)
 def _shapes(family: str, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    key = jax.eval_shape(jax.random.key, 0)
+    return trees.flatten(jax.eval_shape(initial(family, cfg), key))
+
+
+@functools.lru_cache(maxsize=32)  # to trace a model takes seconds
+def initial(family: str, cfg: Any) -> Callable[[jax.Array], dict[str, Any]]:
+    """A compiled `key -> tree` of every parameter of a family at these sizes, in float32, as it starts.
+
+    JAX keeps its trace, so under one mesh the shapes and what is compiled of it cost one look at the model.
+    """
     module = FAMILIES[family]
-    variables = jax.eval_shape(module.Model(cfg).init, jax.random.key(0), module.example(cfg))
-    return trees.flatten(variables["params"])
+    return jax.jit(lambda key: module.Model(cfg).init(key, module.example(cfg))["params"])
 
 
 def config_from_dict(cls: type, values: dict[str, Any], where: str = "architecture") -> Any:
