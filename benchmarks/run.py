@@ -1,12 +1,13 @@
 """All benchmarks, or some: mmjax against PyTorch, side by side.
 
-    python -m benchmarks.run                               on a CPU, some minutes
+    python -m benchmarks.run                               on a CPU, ten minutes or so
     python -m benchmarks.run --only step captions          parts of it
     python -m benchmarks.run --size 7b                     at full size, in bfloat16, on one GPU
     python -m benchmarks.run --ours                        without PyTorch
 
 Needs the extra `bench`. Both sides compute the same from the same weights, which is looked at before anything is timed,
-and take turns in one process; figures are medians. Beside the table, `--out` gets benchmarks.json and benchmarks.png.
+and take turns in one process; figures are medians. Beside the table, `--out` gets benchmarks.json and benchmarks.png,
+which grow with every part.
 """
 
 import argparse
@@ -77,21 +78,30 @@ NEEDS_TORCH = ("generate",)
 LONG = ("convert", "data")  # minutes each: only when they are asked for
 
 
-def run(size: Size, only: Sequence[str], names: Sequence[str], console: Console) -> tuple[list[Row], dict[str, Any]]:
-    """(what was found, what about the machine and the run explains it)"""
+def run(size: Size, only: Sequence[str], names: Sequence[str], console: Console,
+        out: Path) -> tuple[list[Row], dict[str, Any]]:
+    """(what was found, what about the machine and the run explains it); in the folder `out` too, after every part, so
+    that what is ended early has not been for nothing."""
     begun = time.monotonic()
-    top = machine.ceiling(size.matmul, size.stream, size.dtype, training.device(), "theirs" in names)
+    facts = about(size, names)
     found: list[Row] = []
     for name in only:
         console.print(f"{name} ...", highlight=False)
         found += PARTS[name](size, size.turns, names)
+        facts["seconds"] = round(time.monotonic() - begun)
+        rows.write(found, facts, out)
+    return found, facts
+
+
+def about(size: Size, names: Sequence[str]) -> dict[str, Any]:
+    """What the figures depend on: versions, the device, and what it can do at best."""
+    top = machine.ceiling(size.matmul, size.stream, size.dtype, training.device(), "theirs" in names)
     packages = ("mmjax", "jax", "flax", *(("torch", "transformers") if "theirs" in names else ()))
-    return found, {
+    return {
         "size": size.name, "dtype": size.dtype, "device": _device(), "cores": machine.cores(),
         "python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages},
         "matmul_gflops": {side: round(speed / 1e9, 1) for side, speed in top.matmul.items()},
-        "copy_gb_per_second": round(top.copy / 1e9, 1), "read_gb_per_second": round(top.read / 1e9, 1),
-        "seconds": round(time.monotonic() - begun)}
+        "copy_gb_per_second": round(top.copy / 1e9, 1), "read_gb_per_second": round(top.read / 1e9, 1)}
 
 
 def _device() -> str:
@@ -113,10 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     only = args.only or [name for name in PARTS if name not in LONG]
     only = [name for name in only if not (args.ours and name in NEEDS_TORCH)]
     console = Console(width=150) if not sys.stdout.isatty() else Console()
-    found, facts = run(SIZES[args.size], only, names, console)
+    found, facts = run(SIZES[args.size], only, names, console, args.out)
     console.print("  ".join(f"{name} {value}" for name, value in facts.items()), highlight=False)
     rows.show(found, console)
-    rows.write(found, facts, args.out)
     console.print(f"Written to {args.out}.", highlight=False)
 
 

@@ -76,6 +76,17 @@ def test_mmjax_alone(tmp_path, capsys):
     assert "ViT-G block, forward" in capsys.readouterr().out
 
 
+def test_what_was_found_before_a_part_fails_is_kept(tmp_path, monkeypatch):
+    def fail(*_):
+        raise ValueError("no more")
+
+    monkeypatch.setitem(run.PARTS, "vit", lambda *_: [Row("first", "s", 1.0)])
+    monkeypatch.setitem(run.PARTS, "imagebind", fail)
+    with pytest.raises(ValueError, match="no more"):
+        run.main(["--size", "toy", "--ours", "--only", "vit", "imagebind", "--out", str(tmp_path)])
+    assert [row["name"] for row in json.loads((tmp_path / "benchmarks.json").read_text())["rows"]] == ["first"]
+
+
 @pytest.mark.slow
 def test_memory_is_told_by_a_process_of_its_own():
     row, cached = training.step(TOY, 1, ["ours"])
