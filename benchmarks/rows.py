@@ -98,7 +98,7 @@ def chart(rows: Sequence[Row], facts: dict[str, Any], path: Path) -> None:
     targets = [(place, row.target) for place, row in enumerate(compared) if row.target is not None]
     for place, target in targets:
         axes.plot([target, target], [place - 0.38, place + 0.38], color="#e09f3e", linewidth=2)
-    axes.set_xlim(0, 1.75 * max(row.ratio for row in compared))
+    axes.set_xlim(0, max(1.75 * max(row.ratio for row in compared), *(1.05 * target for _, target in targets), 0))
     axes.set_xlabel("times PyTorch" + (" (orange: what it is to be)" if targets else ""))
     axes.set_title(f"mmjax against PyTorch {facts.get('torch', '')} on {facts.get('device', 'this machine')}, "
                    f"size {facts.get('size', '')}", fontsize=11)
