@@ -4,32 +4,22 @@ Of a configuration only the checkpoint (a tiny one), the places of files, the ba
 """
 
 import dataclasses
-import functools
 import json
 import math
 import re
 from pathlib import Path
 
-import jax
 import numpy as np
-import pytest
 
 import mmjax
 from mmjax import checkpoint
 from mmjax.config import RunConfig, load
 from mmjax.convert import torch_file
-from tests import tiny
 from tests.convert import released
 from tests.data import layouts
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STEPS = 3
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Six training steps are compiled here, each for three batches."""
-    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=tiny.quick_options()))
 
 
 def shortened(name: str, folder: Path, sources: dict[str, Path], start_from: str | None = None) -> RunConfig:
