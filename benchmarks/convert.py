@@ -73,7 +73,7 @@ def convert(source: Path, out: Path) -> dict[str, float]:
 def turns(work: Path, layers: int, rounds: int) -> dict[str, float]:
     """What the benchmark finds: bytes of the source and of the largest parameter, the conversion's peak memory, and
     the median seconds of the copy and of the conversion."""
-    from mmjax import weights
+    from mmjax.checkpoints import frozen as frozen_weights
 
     source, out, again = work / "llama", work / "out", work / "copy"
     make(source, layers)
@@ -85,7 +85,7 @@ def turns(work: Path, layers: int, rounds: int) -> dict[str, float]:
         measured = convert(source, out)
         converting.append(measured["seconds"])
         peak = max(peak, measured["peak"])
-    shapes = weights.metadata(out / "weights").values()
+    shapes = frozen_weights.metadata(out / "weights").values()
     return {"bytes": sum(path.stat().st_size for path in source.iterdir()),
             "largest": max(shape.size * shape.dtype.itemsize for shape in shapes), "peak": peak,
             "copying": statistics.median(copying), "converting": statistics.median(converting)}
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the figures too")
     args = parser.parse_args()
     if args.convert:
-        from mmjax.convert import convert as conversion
+        from mmjax.convert import write as conversion
 
         start = time.perf_counter()
         conversion.llama(*args.convert)

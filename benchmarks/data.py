@@ -29,12 +29,13 @@ import jax
 import numpy as np
 from PIL import Image
 
-from mmjax import run, sharding
+from mmjax import sharding
 from mmjax.config import DataConfig, MeshConfig, TextConfig
 from mmjax.data import pipeline
 from mmjax.data.collate import Collator
 from mmjax.families.minigpt4 import PRESETS
 from mmjax.tokenizer import Tokenizer
+from mmjax.training import run
 
 TOKENIZER = Path(__file__).parents[1] / "tests/golden/minigpt4/ckpt/llama_hf"
 TEXT = TextConfig("###Human: {} ###Assistant: ", end_sym="###", max_txt_len=160)

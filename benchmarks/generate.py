@@ -38,8 +38,8 @@ import mmjax  # noqa: E402
 from benchmarks import machine  # noqa: E402
 from mmjax import trees  # noqa: E402
 from mmjax.batch import Sample  # noqa: E402
-from mmjax.convert import convert  # noqa: E402
-from mmjax.generate import GenerateConfig, generate  # noqa: E402
+from mmjax.convert import write  # noqa: E402
+from mmjax.inference.generate import GenerateConfig, generate  # noqa: E402
 from mmjax.tokenizer import Tokenizer  # noqa: E402
 
 TOKENIZER = ROOT / "tests/golden/minigpt4/ckpt/llama_hf"
@@ -217,7 +217,7 @@ def main() -> None:
         source, out = args.llama or Path(work) / "llama", Path(work) / "converted"
         if not args.llama:
             make(source)
-        convert.llama(source, out)
+        write.llama(source, out)
         loaded, theirs = endless(out, args.dtype), Theirs(source, args.dtype)
         speed = reading_speed()
         results = [measure(loaded, theirs, rows, args.prompt, args.new, args.turns, speed) for rows in args.rows]

@@ -2,7 +2,7 @@
 
     python -m benchmarks.run --only step captions imagebind vit
 
-mmjax trains as `mmjax train` does: `mmjax.steps.train_step` and its AdamW. PyTorch trains as the original
+mmjax trains as `mmjax train` does: `mmjax.training.steps.train_step` and its AdamW. PyTorch trains as the original
 (`baseline.py`), with torch's AdamW. Before anything is timed, both give the loss of the same batch, and must agree.
 `python -m benchmarks.training --peak ours` is the process whose memory is told.
 """
@@ -20,13 +20,15 @@ import numpy as np
 from benchmarks import machine, sizes
 from benchmarks.rows import Row
 from benchmarks.sizes import SIZES, Size
-from mmjax import flops, optim, steps, trees
+from mmjax import trees
 from mmjax.batch import Batch
 from mmjax.config import OptimConfig
+from mmjax.cost import flops
 from mmjax.data import packing
 from mmjax.families import FAMILIES
 from mmjax.models import eva_vit
-from mmjax.pixels import normalise
+from mmjax.models.pixels import normalise
+from mmjax.training import optim, steps
 
 AGREE = 1e-4  # of the loss; in bfloat16 100 times that
 OPTIM = OptimConfig(init_lr=1e-4, min_lr=1e-5, warmup_steps=0)

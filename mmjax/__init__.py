@@ -8,10 +8,10 @@
 """
 
 from mmjax.batch import Batch, Sample
-from mmjax.folders import export
-from mmjax.loaded import Loaded, load
-from mmjax.run import train
-from mmjax.steps import loss
+from mmjax.checkpoints.converted import export
+from mmjax.inference.loaded import Loaded, load
+from mmjax.training.run import train
+from mmjax.training.steps import loss
 
 __all__ = ["Batch", "Loaded", "Sample", "export", "load", "loss", "train"]
 __version__ = "0.1.0"

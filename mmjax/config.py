@@ -44,7 +44,7 @@ class WeightsConfig:
     start_from: a finished run whose trained parameters this one starts from (stage 2 after stage 1)
     dtype:      frozen parameters and activations; trained parameters are float32 always
     frozen_dtype: "int8" holds the large frozen matrices as int8 with a scale for each output channel, half the memory
-                  of bfloat16 (`mmjax.int8`); None: all frozen parameters as `dtype`
+                  of bfloat16 (`mmjax.models.int8`); None: all frozen parameters as `dtype`
     """
 
     checkpoint: str = ""
@@ -139,7 +139,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and the originals' schedules; see `mmjax.optim`.
+    """AdamW and the originals' schedules; see `mmjax.training.optim`.
 
     schedule:                "whole_cosine" (MiniGPT-4) or "half_cycle" (ImageBind-LLM, LLaMA-Adapter)
     epochs, steps_per_epoch: an epoch is a number of steps, not a pass over the data

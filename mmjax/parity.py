@@ -20,12 +20,13 @@ from flax import linen as nn
 from rich.console import Console
 from rich.table import Table
 
-from mmjax import sharding, steps, trees
+from mmjax import sharding, trees
 from mmjax.batch import Batch
 from mmjax.families import FAMILIES, shapes
 from mmjax.families.base import causal_mask
-from mmjax.loaded import Loaded
+from mmjax.inference.loaded import Loaded
 from mmjax.models.imagebind import SENSES
+from mmjax.training import steps
 
 INPUTS = {
     "images": "pictures as the original takes them, normalised: [B,3,H,W], or several a row [B,F,3,H,W]",

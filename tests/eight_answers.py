@@ -10,10 +10,11 @@ from rich.console import Console
 jax.config.update("jax_num_cpu_devices", 8)
 
 import mmjax  # noqa: E402
-from mmjax import predictions, sharding  # noqa: E402
+from mmjax import sharding  # noqa: E402
 from mmjax.config import MeshConfig  # noqa: E402
 from mmjax.data import scenes  # noqa: E402
 from mmjax.evaluate import Choices  # noqa: E402
+from mmjax.inference import predictions  # noqa: E402
 from tests import small  # noqa: E402
 
 ASKS = [predictions.Ask(str(n), mmjax.Sample(images=[scenes.draw(scene)], prompt="What is it? " * (1 + n % 2)),

@@ -8,13 +8,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 jax.config.update("jax_num_cpu_devices", 8)
 
 import mmjax  # noqa: E402
-from mmjax import checkpoint, generate, int8, optim, sharding, steps, trees  # noqa: E402
+from mmjax import sharding, trees  # noqa: E402
+from mmjax.checkpoints import training as training_checkpoints  # noqa: E402
 from mmjax.config import MeshConfig, OptimConfig  # noqa: E402
 from mmjax.data import scenes  # noqa: E402
 from mmjax.families import minigpt4  # noqa: E402
-from mmjax.int8 import Int8  # noqa: E402
+from mmjax.inference import generate  # noqa: E402
+from mmjax.models import int8  # noqa: E402
+from mmjax.models.int8 import Int8  # noqa: E402
+from mmjax.training import optim, steps  # noqa: E402
 from tests import small, tiny  # noqa: E402
-from tests.test_int8 import held, test_restoring_quantises_what_is_stored  # noqa: E402, F401
+from tests.models.test_int8 import held, test_restoring_quantises_what_is_stored  # noqa: E402, F401
 
 ADAMW = optim.optimizer(OptimConfig(init_lr=1e-3, min_lr=1e-3, warmup_steps=0))
 MODULE = minigpt4.Model(tiny.MINIGPT4)
@@ -93,8 +97,8 @@ def test_a_checkpoint_moves_to_another_mesh(tmp_path):
         return jax.tree.map(lambda leaf: leaf if leaf.ndim else jax.device_put(leaf, whole), made)
 
     saved = state(meshes[0], 1, 7)
-    checkpoints = checkpoint.Checkpoints(tmp_path)
-    checkpoints.save(3, saved, checkpoint.Progress())
+    checkpoints = training_checkpoints.Checkpoints(tmp_path)
+    checkpoints.save(3, saved, training_checkpoints.Progress())
     for mesh in meshes:
         wanted = state(mesh, 0, 0)
         restored = checkpoints.restore(wanted)
@@ -104,7 +108,7 @@ def test_a_checkpoint_moves_to_another_mesh(tmp_path):
             assert found.sharding == trees.flatten(wanted.params)[path].sharding
         np.testing.assert_array_equal(*map(jax.random.key_data, (restored.key, saved.key)))
     checkpoints.close()
-    np.testing.assert_array_equal(checkpoint.trained(tmp_path)["projector/w"], flat["projector/w"])
+    np.testing.assert_array_equal(training_checkpoints.trained(tmp_path)["projector/w"], flat["projector/w"])
 
 
 def test_eight_devices_write_what_one_writes():

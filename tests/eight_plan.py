@@ -9,9 +9,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-from mmjax import hlo, optim, plan, sharding, steps, topology, trees  # noqa: E402
+from mmjax import sharding, trees  # noqa: E402
 from mmjax.config import DataConfig, MeshConfig, OptimConfig, RunConfig, TextConfig, WeightsConfig  # noqa: E402
+from mmjax.cost import hardware, hlo, plan  # noqa: E402
 from mmjax.families import minigpt4  # noqa: E402
+from mmjax.training import optim, steps  # noqa: E402
 from tests import tiny  # noqa: E402
 
 L, B, D = 3, 16, 32
@@ -85,7 +87,7 @@ def test_the_state_is_as_a_run_has_it():
         params = trees.unflatten({path: jax.device_put(leaf, places[path]) for path, leaf in flat.items()})
         trained, frozen = trees.split(params, trees.mask(params, settings.trained))
         state = steps.start(trained, optim.optimizer(settings.optim), settings.seed)
-        everywhere = NamedSharding(mesh, PartitionSpec())  # where `mmjax.resume` puts what has no place yet
+        everywhere = NamedSharding(mesh, PartitionSpec())  # where `mmjax.training.resume` puts what has no place yet
         state = jax.tree.map(lambda leaf: leaf if isinstance(leaf.sharding, NamedSharding)
                              else jax.device_put(leaf, everywhere), state)
     for expected, got in ((state, step.state), (frozen, step.frozen)):
@@ -107,11 +109,11 @@ SEVEN = dataclasses.replace(
 
 def advised(settings, temporaries, limit):
     """What is advised for 7B on eight devices of so much memory, in GiB."""
-    place = dataclasses.replace(topology.find("local"), memory=int(limit * topology.GIB))
+    place = dataclasses.replace(hardware.find("local"), memory=int(limit * hardware.GIB))
     source, _ = plan.architecture(settings, None)
     mesh = sharding.make_mesh(settings.mesh)
     held = plan.Step.of(settings, source, mesh, 16).held
-    memory = plan.Memory(**held, layout=0, temporaries=int(temporaries * topology.GIB), program=0, limit=place.memory)
+    memory = plan.Memory(**held, layout=0, temporaries=int(temporaries * hardware.GIB), program=0, limit=place.memory)
     made = plan.Plan("minigpt4", "x", "v5e:2x4", dict(mesh.shape), settings.data.batch_size, 16, {}, memory, None, None,
                      None, None, {}, [], [])
     assert not made.memory.fits

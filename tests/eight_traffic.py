@@ -13,8 +13,9 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-from mmjax import hlo, plan, sharding, topology  # noqa: E402
+from mmjax import sharding  # noqa: E402
 from mmjax.config import DataConfig, MeshConfig, OptimConfig, RunConfig, TextConfig, WeightsConfig  # noqa: E402
+from mmjax.cost import hardware, hlo, plan  # noqa: E402
 from mmjax.families import minigpt4, shapes  # noqa: E402
 from tests import tiny  # noqa: E402
 
@@ -32,7 +33,7 @@ def program(mesh, remat, frozen_dtype=None, trained=None):
         weights=WeightsConfig(checkpoint="nowhere/tiny", dtype=DTYPE, frozen_dtype=frozen_dtype),
         data=DataConfig(path="data/x", prompts=("<Img><ImageHere></Img> Hi",), batch_size=8, length_multiple=8))
     source, _ = plan.architecture(config, None)
-    devices = sharding.make_mesh(mesh, topology.find(WHERE).devices)
+    devices = sharding.make_mesh(mesh, hardware.find(WHERE).devices)
     compiled, _ = plan._compile(plan.Step.of(config, source, devices, 16))
     return compiled.as_text(), devices
 

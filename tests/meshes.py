@@ -14,9 +14,10 @@ import jax
 devices, *others = map(int, sys.argv[1:])
 jax.config.update("jax_num_cpu_devices", devices)
 
-from mmjax import hosts, optim, sharding, steps, trees  # noqa: E402
+from mmjax import sharding, trees  # noqa: E402
 from mmjax.config import HostsConfig, MeshConfig, OptimConfig  # noqa: E402
 from mmjax.families import minigpt4  # noqa: E402
+from mmjax.training import distributed, optim, steps  # noqa: E402
 from tests import tiny  # noqa: E402
 
 ROWS, STEPS = 8, 10
@@ -47,7 +48,7 @@ def train(mesh):
 
 
 if others:
-    hosts.join(HostsConfig(f"localhost:{others[0]}", others[2], others[1], timeout=120))
+    distributed.join(HostsConfig(f"localhost:{others[0]}", others[2], others[1], timeout=120))
 count = jax.device_count()
 found = {}
 for data, fsdp in itertools.product((1, 2, 4, 8), repeat=2):

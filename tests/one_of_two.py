@@ -12,8 +12,8 @@ import sys
 
 import jax
 
-from mmjax import journal, run
 from mmjax.config import DataConfig, HostsConfig, MeshConfig, OptimConfig, RunConfig, TextConfig, WeightsConfig
+from mmjax.training import metrics_log, run
 
 checkpoint, pictures, out, port, process, processes, devices, mesh, *kill = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", int(devices))
@@ -30,12 +30,12 @@ if int(processes) > 1:
     hosts = HostsConfig(f"localhost:{port}", int(processes), int(process), 120)
     CONFIG = dataclasses.replace(CONFIG, hosts=hosts)
 if kill:
-    add = journal.Metrics.add
+    add = metrics_log.Metrics.add
 
     def killed(self, item, *rest):
         add(self, item, *rest)
         if item.number == int(kill[1]) and (kill[0] == "kill" or int(process) == 1):
             os.kill(os.getpid(), signal.SIGKILL if kill[0] == "kill" else signal.SIGTERM)
 
-    journal.Metrics.add = killed
+    metrics_log.Metrics.add = killed
 run.train(CONFIG)

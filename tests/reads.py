@@ -13,14 +13,16 @@ import tensorstore as ts
 
 jax.config.update("jax_num_cpu_devices", 4)
 
-from mmjax import hosts, sharding, weights  # noqa: E402
+from mmjax import sharding  # noqa: E402
+from mmjax.checkpoints import frozen as frozen_weights  # noqa: E402
 from mmjax.config import HostsConfig, MeshConfig  # noqa: E402
 from mmjax.families import minigpt4  # noqa: E402
+from mmjax.training import distributed  # noqa: E402
 
 folder, port, process = sys.argv[1:]
-hosts.join(HostsConfig(f"localhost:{port}", 2, int(process), timeout=120))
+distributed.join(HostsConfig(f"localhost:{port}", 2, int(process), timeout=120))
 mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1))
-stored = weights.metadata(folder)
+stored = frozen_weights.metadata(folder)
 places = sharding.shardings(stored, minigpt4.AXES, mesh)
 wanted = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[path]) for path, leaf in stored.items()}
 
@@ -31,6 +33,6 @@ def read() -> int:
 
 
 before = read()
-leaves = jax.block_until_ready(weights.restore(folder, wanted))
+leaves = jax.block_until_ready(frozen_weights.restore(folder, wanted))
 assert all(bool(jnp.all(leaf == 1)) for leaf in jax.tree.leaves(leaves))
 print("read", read() - before)

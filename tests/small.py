@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from mmjax.config import DataConfig, OptimConfig, RunConfig, TextConfig, WeightsConfig
-from mmjax.convert import convert
+from mmjax.convert import write
 from mmjax.data import scenes
 
 GOLDEN = Path(__file__).parent / "golden" / "minigpt4"
@@ -21,7 +21,7 @@ def _folder() -> tempfile.TemporaryDirectory:
 def checkpoint() -> Path:
     """The reference set's MiniGPT-4, converted (pictures of 56 pixels, vocabulary 600)."""
     ckpt, out = GOLDEN / "ckpt", Path(_folder().name) / "checkpoint"
-    convert.minigpt4(ckpt / "eva_vit.pth", ckpt / "llama_hf", out, qformer=ckpt / "blip2_pretrained.pth",
+    write.minigpt4(ckpt / "eva_vit.pth", ckpt / "llama_hf", out, qformer=ckpt / "blip2_pretrained.pth",
                      projector=ckpt / "minigpt4_proj.pth", arch=GOLDEN / "model_sizes.json")
     return out
 

@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmjax import cli, doctor, run, weights
+from mmjax import cli, doctor
+from mmjax.checkpoints import frozen as frozen_weights
 from mmjax.config import WeightsConfig
-from mmjax.convert import convert, torch_file
+from mmjax.convert import torch_file, write
 from mmjax.data import scenes as world
 from mmjax.doctor import work
 from mmjax.doctor.patient import Moments, open_folder, statistics
+from mmjax.training import run
 from tests import small
 from tests.convert import released
 from tests.parity import imagebind_golden
@@ -33,7 +35,7 @@ def _folder() -> tempfile.TemporaryDirectory:
 def scenes() -> Path:
     """MiniGPT-4 on the shipped towers, which were trained; its projector was not."""
     out = Path(_folder().name) / "scenes"
-    convert.minigpt4(SHIPPED / "eva_vit.pth", SHIPPED / "llama", out, qformer=SHIPPED / "blip2_pretrained.pth",
+    write.minigpt4(SHIPPED / "eva_vit.pth", SHIPPED / "llama", out, qformer=SHIPPED / "blip2_pretrained.pth",
                      arch=SHIPPED / "arch.json")
     return out
 
@@ -42,7 +44,7 @@ def scenes() -> Path:
 def minigpt_v2() -> Path:
     """The reference set's, with LoRA and without Q-Former."""
     ckpt, out = small.GOLDEN / "ckpt", Path(_folder().name) / "v2"
-    convert.minigpt4(ckpt / "eva_vit.pth", ckpt / "llama_hf", out, projector=ckpt / "minigpt_v2.pth",
+    write.minigpt4(ckpt / "eva_vit.pth", ckpt / "llama_hf", out, projector=ckpt / "minigpt_v2.pth",
                      lora=ckpt / "minigpt_v2.pth", arch=small.GOLDEN / "model_sizes.json")
     return out
 
@@ -54,7 +56,7 @@ def imagebind_llm() -> Path:
     towers, kept = Path(_folder().name) / "imagebind.pth", ("vision", "text", "audio")
     torch_file.save(towers, {key: value for key, value in released.tensors(golden / "imagebind.pth").items()
                              if key.split(".")[1] in kept})
-    convert.imagebind_llm(towers, golden / "llama_meta", out, adapter=golden / "adapter.pth",
+    write.imagebind_llm(towers, golden / "llama_meta", out, adapter=golden / "adapter.pth",
                           arch=golden / "config.json")
     return out
 
@@ -72,11 +74,11 @@ class Whole:
 def damaged(source: Path, out: Path, **changes) -> Path:
     """A copy of a checkpoint with parameters replaced: `path__with__underscores=function(array)`."""
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("weights"))
-    held = {path: array.read().result() for path, array in weights.arrays(source / "weights").items()}
+    held = {path: array.read().result() for path, array in frozen_weights.arrays(source / "weights").items()}
     for name, change in changes.items():
         path = name.replace("__", "/")
         held[path] = change(held[path].copy())
-    weights.save(out / "weights", {path: Whole(np.asarray(array)) for path, array in held.items()})
+    frozen_weights.save(out / "weights", {path: Whole(np.asarray(array)) for path, array in held.items()})
     return out
 
 
@@ -166,7 +168,7 @@ DAMAGES = [  # name of the check, what is said, how
 @pytest.mark.parametrize(("name", "words", "changes"), DAMAGES, ids=[f"{i}-{d[0]}" for i, d in enumerate(DAMAGES)])
 def test_damage_is_named(name, words, changes, tmp_path):
     if changes == {"qformer__layer_1__mlp__fc1__w": None}:
-        other = weights.arrays(scenes() / "weights")["qformer/layer_0/mlp/fc1/w"].read().result()
+        other = frozen_weights.arrays(scenes() / "weights")["qformer/layer_0/mlp/fc1/w"].read().result()
         changes = {"qformer__layer_1__mlp__fc1__w": lambda x: other}
     found = wrong(doctor.examine(damaged(scenes(), tmp_path / "damaged", **changes), quick=True))
     assert words in found[name]
@@ -199,7 +201,7 @@ def test_first_stage_that_is_not_finite_is_named(tmp_path):
 
 
 def test_closed_gates_and_idle_lora(tmp_path):
-    names = [path.replace("/", "__") for path in weights.metadata(imagebind_llm() / "weights")
+    names = [path.replace("/", "__") for path in frozen_weights.metadata(imagebind_llm() / "weights")
              if path.endswith(("gate", "lora_b")) and not path.startswith("replaced")]
     out = damaged(imagebind_llm(), tmp_path / "damaged", **dict.fromkeys(names, np.zeros_like))
     found = wrong(doctor.examine(out))
@@ -333,5 +335,5 @@ def test_command(monkeypatch, capsys, tmp_path):
 
 
 def test_quick_loads_no_model(monkeypatch):
-    monkeypatch.setattr("mmjax.loaded.load", lambda *args, **kwargs: pytest.fail("loaded"))
+    monkeypatch.setattr("mmjax.inference.loaded.load", lambda *args, **kwargs: pytest.fail("loaded"))
     assert doctor.examine(scenes(), quick=True)

@@ -207,7 +207,7 @@ def test_command(caption, tmp_path, monkeypatch, capsys):
     assert isinstance(m.module, Model)
     spoilt = changed(m, {"projector/b": lambda leaf: leaf + 0.1})
     for found, status in ((m, 0), (spoilt, 1)):
-        monkeypatch.setattr("mmjax.loaded.load", lambda path, dtype, found=found: found)
+        monkeypatch.setattr("mmjax.inference.loaded.load", lambda path, dtype, found=found: found)
         monkeypatch.setattr("sys.argv", ["mmjax", "parity", str(tmp_path), "--reference", str(reference), "--json",
                                          str(tmp_path / "out.json")])
         if status:

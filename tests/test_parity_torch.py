@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mmjax import parity
-from mmjax.convert import convert
-from mmjax.loaded import load
+from mmjax.convert import write
+from mmjax.inference.loaded import load
 from tests import small
 
 pytestmark = pytest.mark.torch
@@ -42,7 +42,7 @@ def test_a_llama_of_transformers(dump, tmp_path):
         loss = theirs(input_ids=tokens, labels=tokens).loss
         dump(theirs, tmp_path / "reference.npz", lambda: theirs(input_ids=tokens), tokens=tokens.numpy(),
              targets=tokens.numpy(), loss=loss.numpy())
-    convert.llama(tmp_path / "hf", tmp_path / "checkpoint")
+    write.llama(tmp_path / "hf", tmp_path / "checkpoint")
     m = load(tmp_path / "checkpoint", dtype="float32")
     rows = parity.parity(m, tmp_path / "reference.npz")
     assert [row.stage.name for row in rows] == [

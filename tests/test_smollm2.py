@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 
 import mmjax
-from mmjax.convert import convert
-from mmjax.generate import GenerateConfig, generate
+from mmjax.inference.generate import GenerateConfig, generate
 
 pytestmark = pytest.mark.slow
 
@@ -39,9 +38,9 @@ TEXTS = (
 def folder():
     """As transformers saves it. A gigabyte in all, so it does not stay behind as pytest's own folders do."""
     with tempfile.TemporaryDirectory() as made:
-        write = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "smollm2.py"))["write"]
-        write(Path(made) / "smollm2")
-        convert.llama(Path(made) / "smollm2", Path(made) / "checkpoint")
+        write_model = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "smollm2.py"))["write"]
+        write_model(Path(made) / "smollm2")
+        write.llama(Path(made) / "smollm2", Path(made) / "checkpoint")
         yield Path(made)
 
 

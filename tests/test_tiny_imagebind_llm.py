@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmjax import config, evaluate, run
+from mmjax import config, evaluate
 from mmjax.data import scenes
+from mmjax.training import run
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tiny_imagebind_llm.py"
 

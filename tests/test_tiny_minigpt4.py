@@ -38,10 +38,10 @@ def test_two_steps_from_nothing(tmp_path):
 
 def test_shipped_language_model_reads_words(tmp_path):
     """It never saw a picture: given the words in the picture's place it writes the caption."""
-    from mmjax.convert import convert
+    from mmjax.convert import write
 
     job = config.load(str(CONFIG))
-    convert.llama(job.weights.sources["llama"], tmp_path / "words")
+    write.llama(job.weights.sources["llama"], tmp_path / "words")
     model = mmjax.load(tmp_path / "words", dtype="float32")
     template = job.text.prompt_template
     scene = next(scene for scene in scenes.scenes("held_out", 50) if len(scene.things) == 1)

@@ -35,7 +35,7 @@ def main(command: str | None = None) -> None:
             print(f"  {name:9} {what.__doc__.splitlines()[0]}")
         print("\nmmjax COMMAND --help tells more.")
         sys.exit(0 if command in ("--help", "-h") else 2)
-    from mmjax.run import TrainingStopped
+    from mmjax.training.run import TrainingStopped
 
     try:
         COMMANDS[command](args)

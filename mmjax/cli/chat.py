@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mmjax.chat import (
+from mmjax.inference.chat import (
     IMAGE,
     TEMPLATES,
     ChatSettings,
@@ -21,7 +21,7 @@ from mmjax.chat import (
     take,
     template_of,
 )
-from mmjax.loaded import Loaded
+from mmjax.inference.loaded import Loaded
 
 DEFAULTS = ChatSettings()
 
@@ -59,19 +59,19 @@ def converse(
         port: with --web, where to listen; 0 for a free one
     """
     from mmjax import compilation
-    from mmjax.loaded import load
+    from mmjax.inference.loaded import load
 
     compilation.enable()
     if web:
-        from mmjax import demo
+        from mmjax.inference import web as page
 
         if image or media:
             raise ValueError("--image and --media are for the terminal; with --web pictures are given on the page.")
-        demo.check()
+        page.check()
     model, scenes = load(checkpoint, dtype=dtype, frozen_dtype=frozen_dtype), scenes_of(checkpoint)
     talk = Conversation(template or template_of(model, scenes))
     if web:
-        demo.serve(model, demo.Page(checkpoint.resolve().name, talk.template, settings, scenes), host, port)
+        page.serve(model, page.Page(checkpoint.resolve().name, talk.template, settings, scenes), host, port)
         return
     for sense, source in [(IMAGE, path) for path in image] + [*(media or {}).items()]:
         add(model, talk, sense, take(model, sense, source))

@@ -7,7 +7,7 @@ import tyro
 
 def convert(args: Sequence[str]) -> None:
     """Convert released PyTorch files into a checkpoint: minigpt4, imagebind-llm, llama-adapter or llama."""
-    from mmjax.convert import convert as conversions
+    from mmjax.convert import write as conversions
 
     commands = {"minigpt4": conversions.minigpt4, "imagebind-llm": conversions.imagebind_llm,
                 "llama-adapter": conversions.llama_adapter, "llama": conversions.llama}
@@ -16,6 +16,6 @@ def convert(args: Sequence[str]) -> None:
 
 def export(args: Sequence[str]) -> None:
     """Write a part of a checkpoint or of a finished run in its released PyTorch format."""
-    from mmjax.folders import export as write
+    from mmjax.checkpoints.converted import export as write
 
     tyro.cli(write, args=args, prog="mmjax export")

@@ -139,8 +139,8 @@ def data_features(
         phase: of those in the file
         batch_size: pictures that the encoder gets at once
     """
-    from mmjax import features, run
-    from mmjax.folders import Checkpoint
+    from mmjax.checkpoints.converted import Checkpoint
+    from mmjax.training import encode_features, run
 
     built = load_config(str(config))
     phases = built if isinstance(built, dict) else {"": built}
@@ -152,16 +152,16 @@ def data_features(
         run.prepare(chosen)
         source = Checkpoint.open(chosen.weights.checkpoint)
         source = source.of(run.architecture(source, chosen))
-        made = features.make(chosen, source, out / name if phase is None else out, crops, dtype, batch_size)
-        print(*features.summary(made), sep="\n")
+        made = encode_features.make(chosen, source, out / name if phase is None else out, crops, dtype, batch_size)
+        print(*encode_features.summary(made), sep="\n")
 
 
 def _rows(config: RunConfig, tokenizer: Path | None, console: Any) -> Any:
     """How a run makes rows, as `mmjax.data.check` wants to know it; None without a tokenizer."""
-    from mmjax import run
+    from mmjax.checkpoints.converted import Checkpoint
     from mmjax.data.check import Rows
-    from mmjax.folders import Checkpoint
     from mmjax.tokenizer import Tokenizer
+    from mmjax.training import run
 
     if tokenizer is not None:
         return Rows(Tokenizer.from_folder(tokenizer))

@@ -10,7 +10,7 @@ import tyro
 
 from mmjax.cli.generate import EVERY_DEVICE, GREEDY, visual_cache
 from mmjax.config import MeshConfig
-from mmjax.predictions import Decoding
+from mmjax.inference.predictions import Decoding
 
 SCENES = "scenes"
 AT_ONCE = 16  # items, unless told another number
@@ -82,8 +82,8 @@ def score(options: Options) -> None:
     """What the command does. Raises ValueError naming all options that are missing or have no use."""
     from rich.console import Console
 
-    from mmjax import predictions
     from mmjax.evaluate import benchmark as benchmarks
+    from mmjax.inference import predictions
 
     if options.benchmark == SCENES:
         _scenes(options)
@@ -139,7 +139,8 @@ def _refuse(options: Options, wrong: Sequence[str]) -> None:
 
 
 def _load(options: Options) -> Any:
-    from mmjax import compilation, loaded, sharding
+    from mmjax import compilation, sharding
+    from mmjax.inference import loaded
 
     compilation.enable()
     return loaded.load(options.checkpoint, sharding.make_mesh(options.mesh), options.dtype,
@@ -148,25 +149,26 @@ def _load(options: Options) -> Any:
 
 def _scenes(options: Options) -> None:
     """What training does at its end, for a run that is there: `evaluate.report_scenes`."""
-    from mmjax import folders, placing, trees
+    from mmjax import trees
+    from mmjax.checkpoints import converted, restore
     from mmjax.config import ScenesConfig
     from mmjax.evaluate import scenes
 
     made, run = _config_of_scenes(options), options.checkpoint
     model = _load(options)
     held = trees.flatten(model.params)
-    untrained = dataclasses.replace(model, params=placing.read_params(
-        folders.read_run(run), model.module, model.mesh, lambda path: held[path].dtype, made["seed"]))
+    untrained = dataclasses.replace(model, params=restore.read_params(
+        converted.read_run(run), model.module, model.mesh, lambda path: held[path].dtype, made["seed"]))
     facts = {"run": run.name, "steps": f"{made['optim']['epochs'] * made['optim']['steps_per_epoch']:,}"}
     options.out.mkdir(parents=True, exist_ok=True)
-    scenes.report_scenes(model, untrained, ScenesConfig(**made["data"]["scenes"]), options.out, folders.lineage(run),
+    scenes.report_scenes(model, untrained, ScenesConfig(**made["data"]["scenes"]), options.out, converted.lineage(run),
                          facts, options.decoding,
                          scenes.AT_ONCE if options.batch_size is None else options.batch_size)
 
 
 def _config_of_scenes(options: Options) -> dict[str, Any]:
     """The config of the run to score. Raises ValueError if it is none on scenes, and for options that have no use."""
-    from mmjax import folders
+    from mmjax.checkpoints import converted
 
     run, wrong = options.checkpoint, []
     if unused := options.given(NOT_OF_SCENES):
@@ -174,10 +176,10 @@ def _config_of_scenes(options: Options) -> dict[str, Any]:
                      "leave that out")
     if run is None:
         wrong.append("--checkpoint is missing: the run to score")
-    elif not (run / folders.RUN_CARD).is_file():
-        wrong.append(f"--checkpoint: it is for runs, which {run} is not: it has no {folders.RUN_CARD}")
+    elif not (run / converted.RUN_CARD).is_file():
+        wrong.append(f"--checkpoint: it is for runs, which {run} is not: it has no {converted.RUN_CARD}")
     _refuse(options, wrong)
-    made = folders.read_card(run / folders.RUN_CARD)["config"]
+    made = converted.read_card(run / converted.RUN_CARD)["config"]
     if not made["data"].get("scenes"):
         raise ValueError(f"The run {run} was not trained on scenes. Other benchmarks are for it.")
     return made

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import tyro
 
 from mmjax.config import MeshConfig
-from mmjax.predictions import Decoding
+from mmjax.inference.predictions import Decoding
 
 GREEDY, EVERY_DEVICE = Decoding(), MeshConfig()
 
@@ -74,15 +74,15 @@ def generate(args: Sequence[str]) -> None:
 
 def answer(options: Options) -> None:
     """What the command does. Raises ValueError naming all options that do not go together."""
-    from mmjax import compilation, loaded, sharding
-    from mmjax.data import asked
+    from mmjax import compilation, sharding
+    from mmjax.inference import loaded, requests
 
     _check_form(options)
-    asks: list[asked.Ask] = []
+    asks: list[requests.Ask] = []
     if options.samples is not None:
-        asks = asked.lines(options.samples, options.root)
+        asks = requests.lines(options.samples, options.root)
     elif options.pictures is not None:
-        asks = asked.pictures(options.pictures, options.prompt)
+        asks = requests.pictures(options.pictures, options.prompt)
     compilation.enable()
     recall = visual_cache(options.recall)
     mesh = sharding.make_mesh(options.mesh) if options.out else None
@@ -126,18 +126,18 @@ def _check_form(options: Options) -> None:
 
 def _one(model: Any, options: Options, recall: Any) -> str:
     from mmjax.batch import Sample
-    from mmjax.data import asked
+    from mmjax.inference import requests
 
-    media = {name: asked.sense(name, value) for name, value in (options.media or {}).items()}
+    media = {name: requests.sense(name, value) for name, value in (options.media or {}).items()}
     sample = Sample(images=list(options.image), prompt=options.prompt, weights=options.weights or {}, media=media)
-    sample = asked.placed(sample, model.config.image_tokens)
+    sample = requests.placed(sample, model.config.image_tokens)
     return model.generate([sample], **options.decoding.settings(model), recall=recall, **options.text)[0]
 
 
 def _many(model: Any, options: Options, asks: Sequence[Any], recall: Any) -> None:
     from rich.console import Console
 
-    from mmjax import predictions
+    from mmjax.inference import predictions
 
     console = Console(stderr=True)
     words = predictions.Words(model, options.decoding, options.batch_size, recall, options.text)

@@ -35,7 +35,7 @@ def hold_against(
 
     from mmjax import compilation
     from mmjax import parity as comparing
-    from mmjax.loaded import load
+    from mmjax.inference.loaded import load
 
     compilation.enable()
     rows = comparing.parity(load(checkpoint, dtype=dtype), reference, tolerance)

@@ -43,7 +43,7 @@ def plan(args: Sequence[str]) -> None:
         if not jax.config.jax_platforms:
             jax.config.update("jax_platforms", "cpu")  # else JAX looks for a TPU because libtpu is there
 
-    from mmjax import plan as planning
+    from mmjax.cost import plan as planning
 
     console, made = Console(), {}
     for name, config in ({"": built} if isinstance(built, RunConfig) else built).items():

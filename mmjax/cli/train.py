@@ -15,7 +15,8 @@ def train(args: Sequence[str]) -> None:
     Where a file has several phases, a field is behind its phase's name: --finetune.optim.init-lr 1e-5.
     Exit status 75: told to end (SIGTERM); its state is saved, and the same command goes on.
     """
-    from mmjax import compilation, run
+    from mmjax import compilation
+    from mmjax.training import run
 
     if args[:1] in (["--help"], ["-h"]):
         print("usage: train --config FILE [--FIELD VALUE ...]\n\n" + train.__doc__

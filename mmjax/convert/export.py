@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmjax import trees, weights
+from mmjax import trees
+from mmjax.checkpoints import frozen as frozen_weights
 from mmjax.convert import adapter as adapter_files
 from mmjax.convert import imagebind as imagebind_files
 from mmjax.convert import llama as llama_files
@@ -65,7 +66,7 @@ def export(
         raise FileNotFoundError(f"{checkpoint} has no config.json: it is not a folder that `mmjax convert` wrote.")
     described = json.loads((checkpoint / "config.json").read_text())
     cfg = config or config_from_dict(FAMILIES[described["family"]].Config, described["architecture"])
-    stored, trained = weights.arrays(checkpoint / "weights"), trees.flatten(trained or {})
+    stored, trained = frozen_weights.arrays(checkpoint / "weights"), trees.flatten(trained or {})
     arrays, replaced = stored | trained, _replaced(cfg, stored, trained)
     parts = _parts(cfg, replaced, described["generation"], checkpoint / "tokenizer")
     if part not in parts:

@@ -58,7 +58,7 @@ class Computed(LazyTensor):
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """A parameter and the source tensors that it is made of while it is written (`mmjax.weights.Slices`)."""
+    """A parameter and the source tensors that it is made of while it is written (`mmjax.checkpoints.frozen.Slices`)."""
 
     shape: tuple[int, ...]
     dtype: np.dtype

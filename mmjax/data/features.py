@@ -8,7 +8,7 @@ N pictures in all, n of a shard   K crops of each
                                    shard was not finished and is written again
     FOLDER/index.npy               uint64[4,N]: the same of all shards, sorted by key, and where each picture is.
                                    Without it the whole was never finished
-    FOLDER/features_errors.jsonl   the pictures that could not be read; see `mmjax.features`
+    FOLDER/features_errors.jsonl   the pictures that could not be read; see `mmjax.training.encode_features`
 
 A picture is known by the path from its source's folder, so that the data may move. Its key is a hash of that in two
 words. That the folder still holds the same pictures, a hash of their contents shows: `Features.of` looks at some.
@@ -129,8 +129,8 @@ class Held:
 class Card:
     """What the features of a folder are: its `features.json`.
 
-    encoder:   what made them; see `mmjax.features.encoder`
-    transform: how pictures were cut and scaled for it; see `mmjax.features.transform`
+    encoder:   what made them; see `mmjax.training.encode_features.encoder`
+    transform: how pictures were cut and scaled for it; see `mmjax.training.encode_features.transform`
     crops:     features of a picture, K
     seed:      of the crops, where they are random
     dtype:     of the stored numbers, "float32" or "bfloat16"

@@ -25,7 +25,7 @@ import numpy as np
 from mmjax.batch import Sample
 from mmjax.data.images import load
 from mmjax.models.imagebind import ImageBindConfig, TowerConfig, sense_of
-from mmjax.pixels import MEAN, STD, normalise
+from mmjax.models.pixels import MEAN, STD, normalise
 from mmjax.tokenizer import WORDS
 
 # ---- pictures ----

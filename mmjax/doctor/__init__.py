@@ -9,11 +9,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mmjax import loaded
 from mmjax.doctor import stored, words, work
 from mmjax.doctor.finding import Finding, show, to_json, worst
 from mmjax.doctor.patient import damaged, open_folder, statistics
 from mmjax.doctor.work import TEXTS
+from mmjax.inference import loaded
 
 __all__ = ["TEXTS", "Finding", "examine", "show", "to_json", "worst"]
 

@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from mmjax import checkpoint, folders, trees, weights
+from mmjax import trees
+from mmjax.checkpoints import converted
+from mmjax.checkpoints import frozen as frozen_weights
+from mmjax.checkpoints import training as training_checkpoints
+from mmjax.checkpoints.converted import Checkpoint
 from mmjax.convert.adapter import REPLACED
 from mmjax.doctor.finding import Finding, some
 from mmjax.families import FAMILIES, shapes
-from mmjax.folders import Checkpoint
 
 SLICE_BYTES = 16 * 2**20  # of a tensor, read at once
 SOURCES = (  # whose file a parameter comes from, by option of convert_weights.py; the first that matches and was given
@@ -138,13 +141,13 @@ def open_folder(folder: Path) -> tuple[Patient, list[Finding]]:
 
     Raises FileNotFoundError or ValueError if there is no checkpoint at all, or its config.json is damaged.
     """
-    run = folder if (folder / folders.RUN_CARD).is_file() else None
-    source = folders.read_run(folder) if run else Checkpoint.open(folder)
-    card = folders.read_card(source.folder / "config.json")
+    run = folder if (folder / converted.RUN_CARD).is_file() else None
+    source = converted.read_run(folder) if run else Checkpoint.open(folder)
+    card = converted.read_card(source.folder / "config.json")
     wanted = shapes(source.family, source.config)
     trained, found = _trained(run) if run else ({}, [])
     try:
-        held = weights.arrays(source.folder / "weights")
+        held = frozen_weights.arrays(source.folder / "weights")
     except FileNotFoundError:
         raise
     except Exception as error:
@@ -186,10 +189,10 @@ def _rows(array: np.ndarray, first: int, end: int) -> np.ndarray:
 def _trained(run: Path) -> tuple[dict[str, Any], list[Finding]]:
     """(what a run has trained, what can be said of its checkpoints)"""
     try:
-        trained = folders.trained_params(run)
+        trained = converted.trained_params(run)
     except (ValueError, OSError) as error:
         return {}, [Finding("run", "wrong", str(error))]
-    step = checkpoint.saved(run / "checkpoints")[-1]
+    step = training_checkpoints.saved(run / "checkpoints")[-1]
     return trained, [Finding("run", "ok", f"The checkpoint of step {step} is as it was saved; {len(trained)} tensors "
                              "are trained.", {"step": step, "trained": sorted(trained)})]
 

@@ -10,14 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax import checkpoint, folders, parity, placing, sharding, steps, trees
+from mmjax import parity, sharding, trees
 from mmjax.batch import Batch, Sample
+from mmjax.checkpoints import converted, restore
+from mmjax.checkpoints import training as training_checkpoints
 from mmjax.config import MeshConfig
 from mmjax.data.conversation import PICTURE
 from mmjax.doctor.finding import Finding, Verdict, some
 from mmjax.doctor.patient import Patient
 from mmjax.families import FAMILIES
-from mmjax.loaded import Loaded
+from mmjax.inference.loaded import Loaded
+from mmjax.training import steps
 
 TEXTS = (
     "The sun rises in the east and sets in the west.",
@@ -38,21 +41,21 @@ FAINT, LOUD = 1 / 30, 1000.0  # lengths of soft tokens over those of words
 
 def base_weights(patient: Patient) -> Iterator[Finding]:
     """Are a run's frozen parameters those that it was trained with? A few are read at a time."""
-    told = folders.read_card(patient.run / folders.RUN_CARD)["config"]
+    told = converted.read_card(patient.run / converted.RUN_CARD)["config"]
     place = patient.run / "checkpoints"
-    saved = checkpoint.verify(place / str(checkpoint.saved(place)[-1])).frozen
+    saved = training_checkpoints.verify(place / str(training_checkpoints.saved(place)[-1])).frozen
     mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    before = folders.lineage(patient.run)[:-1]
-    earlier = folders.trained_params(before[-1]) if before else {}
+    before = converted.lineage(patient.run)[:-1]
+    earlier = converted.trained_params(before[-1]) if before else {}
     module = FAMILIES[patient.source.family].Model(patient.source.config)
     known = [path for path in saved if path not in patient.source.fresh or path in earlier]
 
     def kind(path: str) -> Any:
-        return placing.frozen_kind(path, jnp.dtype(told["weights"]["dtype"]), told["weights"]["frozen_dtype"])
+        return restore.frozen_kind(path, jnp.dtype(told["weights"]["dtype"]), told["weights"]["frozen_dtype"])
 
     other = []
     for paths in _together(known, patient):
-        read = placing.read_params(patient.source, module, mesh, kind, told["seed"], earlier, paths.__contains__)
+        read = restore.read_params(patient.source, module, mesh, kind, told["seed"], earlier, paths.__contains__)
         other += [path for path, leaf in trees.flatten(read).items() if int(steps.fingerprint(leaf)) != saved[path]]
     if other:
         yield Finding(

@@ -1,6 +1,6 @@
 """A benchmark from its files to its scores: items are asked one by one, their answers kept, and scored from the file.
 
-    OUT/predictions.jsonl            the answers, see `mmjax.predictions`
+    OUT/predictions.jsonl            the answers, see `mmjax.inference.predictions`
     OUT/predictions.jsonl.card.json  of which model and with which settings
     OUT/scores.json                  the figures with their intervals, and what they are of
     OUT/report.html                  the figures, and the worst and the best pictures
@@ -22,15 +22,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mmjax import boxes, files, folders, predictions, report
-from mmjax.data import images
-from mmjax.data.asked import Ask, digest
-from mmjax.data.benchmarks import BENCHMARKS, Figure, Item, Scores
+from mmjax import files
+from mmjax.checkpoints import converted
+from mmjax.data import boxes, images
 from mmjax.data.text import bare
+from mmjax.evaluate import report
+from mmjax.evaluate.benchmarks import BENCHMARKS, Figure, Item, Scores
+from mmjax.evaluate.metrics.grounding import answered_box
 from mmjax.evaluate.rank import Choices, Rule, chosen
-from mmjax.loaded import Loaded
-from mmjax.metrics.grounding import answered_box
-from mmjax.report import Example
+from mmjax.evaluate.report import Example
+from mmjax.inference import predictions
+from mmjax.inference.loaded import Loaded
+from mmjax.inference.requests import Ask, digest
 
 PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"
 TOP = 24  # worst pictures of a page, and best ones
@@ -144,8 +147,8 @@ def _card(out: Path) -> dict[str, Any]:
     path = predictions.card_of(out / PREDICTIONS)
     if not path.is_file():
         raise FileNotFoundError(f"There are no answers to score: no {path}.")
-    card = folders.read_card(path)
-    folders.require(path, card, *predictions.COMPARED)
+    card = converted.read_card(path)
+    converted.require(path, card, *predictions.COMPARED)
     return card
 
 

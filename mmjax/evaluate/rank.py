@@ -12,13 +12,14 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from mmjax import sharding, steps
+from mmjax import sharding
 from mmjax.batch import Batch
 from mmjax.data import text
-from mmjax.data.asked import Ask
 from mmjax.families import FAMILIES
-from mmjax.loaded import Loaded
-from mmjax.predictions import Opened, read, rows
+from mmjax.inference.loaded import Loaded
+from mmjax.inference.predictions import Opened, read, rows
+from mmjax.inference.requests import Ask
+from mmjax.training import steps
 
 NO_CHOICE = 9999.0  # the loss of a candidate that a row does not have, as in the original
 MULTIPLE = 32  # of the places that rows are padded to, so that few lengths are compiled
@@ -56,7 +57,7 @@ def rank(
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """Chooses among each sample's answers by their losses; see `mmjax.predictions.Answerer`.
+    """Chooses among each sample's answers by their losses; see `mmjax.inference.predictions.Answerer`.
 
     batch_size: rounded up to what the mesh can divide
     text:       fields of `TextConfig` that differ from the model's

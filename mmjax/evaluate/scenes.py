@@ -12,15 +12,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mmjax import report
 from mmjax.batch import Sample
 from mmjax.config import ScenesConfig
 from mmjax.data import scenes
 from mmjax.data.conversation import PICTURE
 from mmjax.data.neighbours import Recall
-from mmjax.loaded import Loaded
-from mmjax.predictions import Decoding
-from mmjax.report import Example
+from mmjax.evaluate import report
+from mmjax.evaluate.report import Example
+from mmjax.inference.loaded import Loaded
+from mmjax.inference.predictions import Decoding
 
 GREEDY = Decoding()
 AT_ONCE = 100  # scenes, unless told another number

@@ -21,7 +21,7 @@ from mmjax.models import bind, imagebind, llama
 from mmjax.models.bind import BIND_7B, Bind, BindConfig, mix
 from mmjax.models.imagebind import IMAGEBIND_HUGE, ImageBind, ImageBindConfig, sense_of
 from mmjax.models.llama import LLAMA_7B, LlamaConfig
-from mmjax.pixels import normalise
+from mmjax.models.pixels import normalise
 from mmjax.trees import prefixed
 
 LORA_RANK = 16

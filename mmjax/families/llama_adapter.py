@@ -17,10 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from mmjax import pixels
 from mmjax.batch import Batch
 from mmjax.families.base import LanguageModel, example_batch, for_every_layer
-from mmjax.models import clip, llama, visual
+from mmjax.models import clip, llama, pixels, visual
 from mmjax.models.clip import CLIP_VIT_L14, Clip, ClipConfig
 from mmjax.models.llama import LLAMA_7B, LlamaConfig
 from mmjax.models.visual import VISUAL_7B, VisualConfig, VisualQuery

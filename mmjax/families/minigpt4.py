@@ -21,8 +21,8 @@ from mmjax.models import eva_vit, llama, qformer
 from mmjax.models.eva_vit import EVA_VIT_G, EVA_VIT_G_448, EvaVit, VitConfig
 from mmjax.models.layers import LayerNorm, Project
 from mmjax.models.llama import LLAMA2_7B_CHAT, VICUNA_7B, VICUNA_13B, LlamaConfig
+from mmjax.models.pixels import normalise
 from mmjax.models.qformer import QFORMER_BASE, QFormer, QFormerConfig
-from mmjax.pixels import normalise
 from mmjax.trees import prefixed
 
 JOINED = 4  # patches that become one soft token where there is no Q-Former

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from mmjax import int8
-from mmjax.int8 import Int8
+from mmjax.models import int8
+from mmjax.models.int8 import Int8
 
 
 def einsum(letters: str, x: jax.Array, w: jax.Array | Int8) -> jax.Array:

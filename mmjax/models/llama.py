@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from mmjax import int8, trees
+from mmjax import trees
+from mmjax.models import int8
 from mmjax.models.layers import Project, RMSNorm, attend, einsum, look_up, turn, uniform_fan_in
 
 

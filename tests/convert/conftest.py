@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmjax.convert import convert
+from mmjax.convert import write
 from tests.convert.released import ADAPTER_V1, ADAPTER_V2, IMAGEBIND, IMAGEBIND_LLM
 
 
@@ -17,7 +17,7 @@ def adapted(tmp_path_factory):
         "article": {"adapter": IMAGEBIND / "bind_network.pth"},
         "token": {"adapter": IMAGEBIND / "adapter.pth", "injection": "token"},
     }.items():
-        convert.imagebind_llm(out=folder / name, **IMAGEBIND_LLM, **more)
-    convert.llama_adapter(out=folder / "v1", **ADAPTER_V1)
-    convert.llama_adapter(out=folder / "v2", **ADAPTER_V2)
+        write.imagebind_llm(out=folder / name, **IMAGEBIND_LLM, **more)
+    write.llama_adapter(out=folder / "v1", **ADAPTER_V1)
+    write.llama_adapter(out=folder / "v2", **ADAPTER_V2)
     return folder

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmjax import weights
-from mmjax.convert import convert, torch_file
+from mmjax.checkpoints import frozen as frozen_weights
+from mmjax.convert import torch_file, write
 from mmjax.convert.tables import Computed, ConversionError, Problems, backward, forward
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "minigpt4"
@@ -71,7 +71,7 @@ def llama_folder(folder: Path, held: dict[str, np.ndarray], **config) -> Path:
 
 def params(checkpoint: Path) -> dict[str, np.ndarray]:
     """Every parameter of a converted checkpoint, in its stored dtype."""
-    return {path: array.read().result() for path, array in weights.arrays(checkpoint / "weights").items()}
+    return {path: array.read().result() for path, array in frozen_weights.arrays(checkpoint / "weights").items()}
 
 
 def assert_same(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
@@ -82,7 +82,7 @@ def assert_same(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> 
         np.testing.assert_array_equal(got[key], value, err_msg=key)
 
 
-def refused(tmp_path: Path, function=convert.minigpt4, **arguments) -> str:
+def refused(tmp_path: Path, function=write.minigpt4, **arguments) -> str:
     """The message of the refusal; nothing may be left beside what was there."""
     before = set(tmp_path.rglob("*"))
     with pytest.raises(ConversionError) as error:

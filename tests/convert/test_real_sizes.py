@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mmjax import trees
-from mmjax.convert import convert, imagebind, llama, llama_adapter, torch_file
+from mmjax.convert import imagebind, llama, llama_adapter, torch_file, write
 from mmjax.convert.tables import Computed
 from mmjax.families import config_from_dict, imagebind_llm, shapes
 from mmjax.families import llama_adapter as adapters
@@ -133,8 +133,8 @@ def released(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch_file, "load", lambda path: files[path.name])
     monkeypatch.setattr(llama.Tokenizer, "from_folder", lambda folder: SimpleNamespace(vocab_size=32_000))
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
-    monkeypatch.setattr(convert.weights, "save", lambda folder, parameters, progress: written.update(parameters))
+    monkeypatch.setattr(write.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
+    monkeypatch.setattr(write.weights, "save", lambda folder, parameters, progress: written.update(parameters))
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama" / "tokenizer.model").write_bytes((CKPT / "llama_hf" / "tokenizer.model").read_bytes())
     return SimpleNamespace(place=place, written=written, folder=tmp_path)
@@ -153,7 +153,7 @@ def test_release_is_recognised_and_fills_the_model(released, preset):
     (folder / "config.json").write_text(json.dumps(LLAMA_CONFIGS[size]))
     released.place({"pytorch_model.bin": unread(language_model(LLAMA_CONFIGS[size]), np.float16)}, folder)
 
-    convert.minigpt4(vit, folder, released.folder / "out", projector=checkpoint,
+    write.minigpt4(vit, folder, released.folder / "out", projector=checkpoint,
                      qformer=qformer if has_qformer else None, lora=checkpoint if has_lora else None)
 
     card = json.loads((released.folder / "out" / "config.json").read_text())
@@ -240,7 +240,7 @@ def test_imagebind_llm_of_real_sizes(released, size, phase):
     held = pretrained(size) | (finetuned(size) if phase == "finetune" else {})
     towers, adapter = released.place({"imagebind_w3D.pth": unread(towers, np.float32),
                                       "7B.pth": {"model": unread(held, np.float32)}})
-    convert.imagebind_llm(towers, place_meta(released, size), released.folder / "out", adapter=adapter)
+    write.imagebind_llm(towers, place_meta(released, size), released.folder / "out", adapter=adapter)
     card = json.loads((released.folder / "out" / "config.json").read_text())
     expected = expected_llm(size, phase)
     assert config_from_dict(imagebind_llm.Config, card["architecture"]) == expected and card["fresh"] == []
@@ -289,7 +289,7 @@ def test_llama_adapter_of_real_sizes(released, version):
         if lora:
             expected = dataclasses.replace(expected, llama=dataclasses.replace(
                 imagebind_llm.adapted(expected.llama, lora), new_gate=True))
-    convert.llama_adapter(place_meta(released, "7b"), released.folder / "out", adapter=adapter, clip=clip)
+    write.llama_adapter(place_meta(released, "7b"), released.folder / "out", adapter=adapter, clip=clip)
     card = json.loads((released.folder / "out" / "config.json").read_text())
     assert config_from_dict(adapters.Config, card["architecture"]) == expected and card["fresh"] == []
     written = {path: leaf for path, leaf in released.written.items() if not path.startswith("replaced/")}

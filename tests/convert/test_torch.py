@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import mmjax
-from mmjax.convert import convert
+from mmjax.convert import write
 from mmjax.convert.export import export
 from tests.convert.released import CKPT, MINIGPT4, V2, llama_folder, llama_tensors
 
@@ -17,8 +17,8 @@ PROMPTS = ("a dog", "", "the boat and the man, again")
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
-    convert.minigpt4(out=folder / "minigpt4", **MINIGPT4)
-    convert.minigpt4(out=folder / "v2", **V2)
+    write.minigpt4(out=folder / "minigpt4", **MINIGPT4)
+    write.minigpt4(out=folder / "v2", **V2)
     return folder
 
 
@@ -104,7 +104,7 @@ def test_language_model(tmp_path, make):
     from transformers import LlamaForCausalLM
 
     released = make(tmp_path)
-    convert.llama(released, tmp_path / "checkpoint")
+    write.llama(released, tmp_path / "checkpoint")
     export(tmp_path / "checkpoint", "llama", tmp_path / "llama")
     shards = [read(path) for path in sorted((tmp_path / "llama").glob("*.bin"))]
     originals = [read(path) for path in sorted(released.glob("*.bin"))]

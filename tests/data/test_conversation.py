@@ -5,14 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmjax.data.conversation import (
-    PICTURE,
-    TEMPLATES,
-    Template,
-    Transcript,
-    answer_of_chat,
-    answer_of_generate,
-)
+from mmjax.data.conversation import PICTURE, TEMPLATES, Template, Transcript, answer_of_chat, answer_of_generate
 from mmjax.data.text import PLACEHOLDER
 from mmjax.tokenizer import Tokenizer
 

@@ -42,7 +42,7 @@ def read(folder):
 
 
 def fill(folder, pictures, numbers=range(8), card=CARD):
-    """Stores the features of some of the pictures, as `mmjax.features` does."""
+    """Stores the features of some of the pictures, as `mmjax.training.encode_features` does."""
     source, records = read(pictures)
     with Writer(folder, card) as writer:
         names = writer.names([source], [records])

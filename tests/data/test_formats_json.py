@@ -5,17 +5,7 @@ import pickle
 
 import pytest
 
-from mmjax.data.formats import (
-    FORMATS,
-    Record,
-    coco_captions,
-    gqa,
-    invrefcoco,
-    jsonl,
-    llava_instruct,
-    refcoco,
-    vqa,
-)
+from mmjax.data.formats import FORMATS, Record, coco_captions, gqa, invrefcoco, jsonl, llava_instruct, refcoco, vqa
 from mmjax.data.formats.grounding import IDENTIFY, REFER, box_text
 from tests.data import layouts
 

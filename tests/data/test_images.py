@@ -14,7 +14,7 @@ from mmjax.data.images import crop, load, middle, random_box, rgb, stack
 from mmjax.families import llama_adapter, minigpt4
 from mmjax.families.llama_adapter import normalise as swapped
 from mmjax.models import clip, eva_vit
-from mmjax.pixels import normalise
+from mmjax.models.pixels import normalise
 
 SIZE = 8
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmjax import steps, trees
+from mmjax import trees
 from mmjax.batch import Sample
 from mmjax.config import TextConfig
 from mmjax.data import images
@@ -21,6 +21,7 @@ from mmjax.data.text import rows
 from mmjax.families import FAMILIES, llama, minigpt4
 from mmjax.families.base import causal_mask
 from mmjax.tokenizer import Tokenizer
+from mmjax.training import steps
 from tests import tiny
 
 TOKENIZER = Tokenizer.from_folder(Path(__file__).parents[1] / "golden" / "minigpt4" / "ckpt" / "llama_hf")

@@ -13,7 +13,7 @@ from mmjax.data import senses
 from mmjax.data.images import load
 from mmjax.data.senses import WordTokenizer, clip_times, log_mel, mel_filters, read_wav, resample, sound
 from mmjax.models.imagebind import TINY
-from mmjax.pixels import MEAN, STD, normalise
+from mmjax.models.pixels import MEAN, STD, normalise
 from mmjax.tokenizer import WORDS
 
 RANDOM = np.random.default_rng(0)

@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from mmjax import generate, trees
+from mmjax import trees
 from mmjax.families import imagebind_llm as family
 from mmjax.families import llama
+from mmjax.inference import generate
 from mmjax.models import imagebind
-from mmjax.pixels import normalise
+from mmjax.models.pixels import normalise
 from tests import tiny
 
 SENSES = imagebind.ImageBindConfig(imagebind.TINY.vision, None, None, imagebind.TINY.depth, None, None,

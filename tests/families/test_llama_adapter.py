@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax import optim, steps, trees
+from mmjax import trees
 from mmjax.config import OptimConfig
 from mmjax.families import llama, llama_adapter, shapes
 from mmjax.families.base import causal_mask
 from mmjax.families.llama_adapter import PHASES, PRESETS, TRAINED, Config, Model, normalise, with_phase
 from mmjax.models import clip, visual
-from mmjax.pixels import MEAN, STD
+from mmjax.models.pixels import MEAN, STD
+from mmjax.training import optim, steps
 from tests import tiny
 
 V2 = PRESETS["tiny"]

@@ -10,7 +10,7 @@ from mmjax.families.minigpt4 import Model, place
 from mmjax.models import eva_vit
 from mmjax.models.eva_vit import EvaVit
 from mmjax.models.layers import LayerNorm
-from mmjax.pixels import normalise
+from mmjax.models.pixels import normalise
 from tests import tiny
 
 WITHOUT = dataclasses.replace(tiny.MINIGPT4, qformer=None)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax import checkpoint
+from mmjax.checkpoints import training as training_checkpoints
 from tests import small
 
 ROOT = Path(__file__).parents[2]
@@ -100,10 +100,10 @@ class Bench:
 def whole(out: Path) -> list[int]:
     """The steps whose checkpoints are as they were saved."""
     folder, steps = out / "checkpoints", []
-    for step in checkpoint.saved(folder) if folder.is_dir() else ():
+    for step in training_checkpoints.saved(folder) if folder.is_dir() else ():
         try:
-            checkpoint.verify(folder / str(step))
-        except checkpoint.Damaged:
+            training_checkpoints.verify(folder / str(step))
+        except training_checkpoints.Damaged:
             continue
         steps.append(step)
     return steps
@@ -111,17 +111,17 @@ def whole(out: Path) -> list[int]:
 
 def outcome(out: Path) -> dict[str, Any]:
     """Everything a run ends with that does not depend on how fast it was: to be compared with `same`."""
-    steps = checkpoint.saved(out / "checkpoints")
+    steps = training_checkpoints.saved(out / "checkpoints")
     step = steps[-1]
-    losses = [checkpoint.verify(out / "checkpoints" / str(each)).loss for each in steps]
+    losses = [training_checkpoints.verify(out / "checkpoints" / str(each)).loss for each in steps]
     place = out / "checkpoints" / str(step)
-    arrays = {path: np.asarray(leaf) for path, leaf in checkpoint.arrays(place.absolute()).items()}
+    arrays = {path: np.asarray(leaf) for path, leaf in training_checkpoints.arrays(place.absolute()).items()}
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {
         "step": step,
         "best": min(loss for loss in losses if loss is not None),
         "arrays": {path: (array.dtype.name, array.shape, array.tobytes()) for path, array in arrays.items()},
-        "progress": checkpoint.verify(place),
+        "progress": training_checkpoints.verify(place),
         "metrics": [{name: value for name, value in line.items() if name not in TIMES} for line in lines],
         "data_errors": (out / "data_errors.jsonl").read_text(),
     }
@@ -228,11 +228,11 @@ class Campaign:
         path.write_bytes(content)
         said = self.finish(out)
         self.counts.note("fell back" if "is damaged" in said else "file that nothing is read from")
-        if ("is damaged" in said) == (path.name in checkpoint.LATER):
+        if ("is damaged" in said) == (path.name in training_checkpoints.LATER):
             self.counts.problems.append(f"{out.name}, {file}: said\n{said}")
 
 
 def damageable(out: Path) -> list[str]:
     """The files of a run's newest checkpoint."""
-    place = out / "checkpoints" / str(checkpoint.saved(out / "checkpoints")[-1])
+    place = out / "checkpoints" / str(training_checkpoints.saved(out / "checkpoints")[-1])
     return sorted(path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file())

@@ -7,9 +7,10 @@ prints the counts.
 import numpy as np
 import pytest
 
-from mmjax import checkpoint, preemption
-from tests import test_hosts
+from mmjax.checkpoints import training as training_checkpoints
+from mmjax.training import preemption
 from tests.faults import harness, worker
+from tests.training import test_distributed
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +57,11 @@ def test_many_faults(bench, tmp_path):
 
 @pytest.mark.faults
 def test_two_processes_end_behind_the_same_step_when_one_of_them_is_told_to(tmp_path):
-    codes, printed = test_hosts.both(tmp_path / "told", "4,2,1", ("term", 1))
+    codes, printed = test_distributed.both(tmp_path / "told", "4,2,1", ("term", 1))
     assert codes == [preemption.STATUS] * 2, printed
-    step = checkpoint.saved(tmp_path / "told" / "checkpoints")[-1]
+    step = training_checkpoints.saved(tmp_path / "told" / "checkpoints")[-1]
     assert 2 <= step < 10 and printed.count(f"Saved at step {step};") == 2
     for folder in ("told", "alone"):
-        codes, printed = test_hosts.both(tmp_path / folder, "4,2,1")
+        codes, printed = test_distributed.both(tmp_path / folder, "4,2,1")
         assert codes == [0, 0], printed
     assert harness.differences(*(harness.outcome(tmp_path / folder) for folder in ("told", "alone"))) == []

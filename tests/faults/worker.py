@@ -19,7 +19,9 @@ import grain  # noqa: F401  imported here once for all runs
 import orbax.checkpoint  # noqa: F401
 import transformers  # noqa: F401
 
-from mmjax import checkpoint, cli, evaluate, files, journal, run  # noqa: F401
+from mmjax import cli, evaluate, files  # noqa: F401
+from mmjax.checkpoints import training as training_checkpoints
+from mmjax.training import metrics_log, run
 
 
 def die(*_: Any, **__: Any) -> None:
@@ -43,7 +45,7 @@ def at(owner: Any, name: str, call: int, fault: Callable[..., None], behind: boo
     setattr(owner, name, faulty)
 
 
-def torn(lines: journal.Lines, line: dict[str, Any]) -> None:
+def torn(lines: metrics_log.Lines, line: dict[str, Any]) -> None:
     lines._file.write(json.dumps(line).encode()[:-5])
     die()
 
@@ -73,18 +75,18 @@ def terms(count: int) -> Callable[..., None]:
 
 
 FAULTS: dict[str, Callable[[int], None]] = {
-    "killed behind a step": lambda call: at(journal.Metrics, "add", call, die, behind=True),
-    "killed in a line": lambda call: at(journal.Lines, "write", call, torn),
-    "killed as a save begins": lambda call: at(checkpoint.Checkpoints, "save", call, die, behind=True),
-    "killed before a seal": lambda call: at(checkpoint, "seal", call, die),
+    "killed behind a step": lambda call: at(metrics_log.Metrics, "add", call, die, behind=True),
+    "killed in a line": lambda call: at(metrics_log.Lines, "write", call, torn),
+    "killed as a save begins": lambda call: at(training_checkpoints.Checkpoints, "save", call, die, behind=True),
+    "killed before a seal": lambda call: at(training_checkpoints, "seal", call, die),
     "killed with half a seal": lambda call: at(files, "sync", 12 * call + 8, die),
-    "killed behind a seal": lambda call: at(checkpoint, "seal", call, die, behind=True),
-    "killed behind a save": lambda call: at(checkpoint.Checkpoints, "_remove_old", call, die),
-    "killed in a removal": lambda call: at(checkpoint.shutil, "rmtree", call, half_removed),
+    "killed behind a seal": lambda call: at(training_checkpoints, "seal", call, die, behind=True),
+    "killed behind a save": lambda call: at(training_checkpoints.Checkpoints, "_remove_old", call, die),
+    "killed in a removal": lambda call: at(training_checkpoints.shutil, "rmtree", call, half_removed),
     "killed as the card is written": lambda call: at(files, "replace", 0, die, behind=bool(call)),
-    "full disk": lambda call: at(journal.Metrics, "add", call, full_disk, behind=True),
-    "SIGTERM": lambda call: at(journal.Metrics, "add", call, terms(1)),
-    "SIGTERM storm": lambda call: at(journal.Metrics, "add", call, terms(300)),
+    "full disk": lambda call: at(metrics_log.Metrics, "add", call, full_disk, behind=True),
+    "SIGTERM": lambda call: at(metrics_log.Metrics, "add", call, terms(1)),
+    "SIGTERM storm": lambda call: at(metrics_log.Metrics, "add", call, terms(300)),
 }
 
 

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax import int8, trees
+from mmjax import trees
 from mmjax.families import FAMILIES
 from mmjax.families import llama as family
 from mmjax.families.base import causal_mask
 from mmjax.families.imagebind_llm import adapted
+from mmjax.models import int8
 from mmjax.models.llama import TINY, Llama, LlamaConfig, LoraProject, rope, unstack
 from tests import tiny
 

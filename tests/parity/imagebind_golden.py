@@ -22,12 +22,12 @@ import pytest
 from mmjax import trees
 from mmjax.batch import Batch
 from mmjax.convert import adapter as adapter_tables
-from mmjax.convert import convert, torch_file
 from mmjax.convert import imagebind as tables
+from mmjax.convert import torch_file, write
 from mmjax.convert.lazy import LazyTensor
 from mmjax.convert.tables import Entry, Problems, backward, forward
-from mmjax.loaded import Loaded
-from mmjax.loaded import load as load_checkpoint
+from mmjax.inference.loaded import Loaded
+from mmjax.inference.loaded import load as load_checkpoint
 from mmjax.models.bind import BindConfig
 from mmjax.models.imagebind import ImageBindConfig
 from tests.parity.golden import Case
@@ -132,7 +132,7 @@ def model(adapter: str) -> Loaded:
     article = tables.is_article(tensors(adapter))
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "converted"
-        convert.imagebind_llm(folder() / "imagebind.pth", folder() / "llama_meta", out, adapter=folder() / adapter,
+        write.imagebind_llm(folder() / "imagebind.pth", folder() / "llama_meta", out, adapter=folder() / adapter,
                               arch=folder() / "config.json", injection="token" if article else "released")
         return load_checkpoint(out, dtype="float32", init_fresh=0 if article else None)
 

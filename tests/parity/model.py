@@ -4,8 +4,8 @@ import functools
 import tempfile
 from pathlib import Path
 
-from mmjax.convert import convert
-from mmjax.loaded import Loaded, load
+from mmjax.convert import write
+from mmjax.inference.loaded import Loaded, load
 from tests.parity import golden
 
 
@@ -17,7 +17,7 @@ def model(case: golden.Case) -> Loaded:
 def _model(files: golden.Checkpoint) -> Loaded:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "converted"
-        convert.minigpt4(
+        write.minigpt4(
             files.vit, files.llama, out, qformer=files.qformer, projector=files.projector or files.lora,
             lora=files.lora, arch=golden.folder() / "model_sizes.json")
         return load(out, dtype="float32")

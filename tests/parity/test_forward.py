@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from mmjax import steps, trees
+from mmjax import trees
 from mmjax.convert import llama as llama_tables
 from mmjax.convert import minigpt4 as minigpt4_tables
 from mmjax.convert.tables import backward
+from mmjax.training import steps
 from tests.parity import golden
 from tests.parity.close import EMBEDDING, GRADIENT, LOGIT, LOSS, assert_close
 from tests.parity.model import model

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from mmjax import evaluate
-from mmjax import generate as generation
 from mmjax.data.conversation import answer_of_chat, answer_of_generate
 from mmjax.data.text import crop_left
+from mmjax.inference import generate as generation
 from tests.parity import golden
 from tests.parity.close import EMBEDDING, LOGIT, LOSS, assert_close
 from tests.parity.model import model

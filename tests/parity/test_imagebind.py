@@ -14,7 +14,7 @@ from mmjax.data.images import crop, rgb
 from mmjax.models import bind
 from mmjax.models.imagebind import SENSES, ImageBind, sense_of
 from mmjax.models.layers import resize_positions, unit
-from mmjax.pixels import normalise
+from mmjax.models.pixels import normalise
 from tests import tiny
 from tests.parity import imagebind_golden as golden
 from tests.parity.close import assert_close

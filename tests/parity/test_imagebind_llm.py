@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from mmjax import generate, optim, steps, trees
+from mmjax import trees
 from mmjax.families import imagebind_llm as family
+from mmjax.inference import generate
 from mmjax.models import bind
 from mmjax.models.layers import Project
 from mmjax.models.llama import rope
+from mmjax.training import optim, steps
 from tests import tiny
 from tests.parity import imagebind_golden as golden
 from tests.parity.close import assert_close

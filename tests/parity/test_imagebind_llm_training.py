@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax import optim, steps, trees
+from mmjax import trees
 from mmjax.config import OptimConfig
 from mmjax.families import imagebind_llm as family
+from mmjax.training import optim, steps
 from tests import tiny
 from tests.parity import imagebind_golden as golden
 from tests.parity.close import assert_close

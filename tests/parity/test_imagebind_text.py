@@ -16,7 +16,7 @@ from mmjax.data.images import load
 from mmjax.data.neighbours import Recall, read
 from mmjax.data.pipeline import sample
 from mmjax.data.text import NO_TARGET, rows
-from mmjax.pixels import normalise
+from mmjax.models.pixels import normalise
 from mmjax.tokenizer import Tokenizer
 from tests.parity import imagebind_golden as golden
 from tests.parity.close import assert_close

@@ -9,11 +9,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mmjax import steps, trees
-from mmjax.convert import adapter, convert
+from mmjax import trees
+from mmjax.convert import adapter, write
 from mmjax.convert.tables import Entry, backward
 from mmjax.families.llama_adapter import PHASES, TRAINED, Model
-from mmjax.loaded import Loaded, load
+from mmjax.inference.loaded import Loaded, load
+from mmjax.training import steps
 from tests import tiny
 from tests.parity import imagebind_golden as golden
 from tests.parity.close import assert_close
@@ -30,7 +31,7 @@ def converted(files: tuple[str, ...], raw_gates: bool = False) -> Loaded:
     llama, own, *clip = (golden.folder() / file for file in files)
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "converted"
-        convert.llama_adapter(llama, out, adapter=own, clip=clip[0] if clip else None, raw_gates=raw_gates,
+        write.llama_adapter(llama, out, adapter=own, clip=clip[0] if clip else None, raw_gates=raw_gates,
                               arch=golden.folder() / "config.json")
         return load(out, dtype="float32")
 

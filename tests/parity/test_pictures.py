@@ -10,7 +10,7 @@ from PIL import Image
 from mmjax.data import images
 from mmjax.data.formats import clean_caption
 from mmjax.models.layers import resize_positions
-from mmjax.pixels import normalise
+from mmjax.models.pixels import normalise
 from tests.parity import golden
 from tests.parity.close import EMBEDDING, assert_close
 

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from mmjax import generate
+from mmjax.inference import generate
 from tests.parity import golden
 
 

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax import optim, steps, trees
+from mmjax import trees
 from mmjax.config import OptimConfig
 from mmjax.families import minigpt4
+from mmjax.training import optim, steps
 from tests.parity import golden
 from tests.parity.close import assert_close
 from tests.parity.model import model

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmjax.boxes import box_text
+from mmjax.data.boxes import box_text
 from mmjax.data.formats.coco import by_id
 from mmjax.data.formats.record import Record, clean_caption
 from mmjax.data.formats.rows import (

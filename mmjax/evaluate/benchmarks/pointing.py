@@ -1,0 +1,81 @@
+"""Where is it? RefCOCO, RefCOCO+ and RefCOCOg, every expression an item."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from mmjax.data.formats.grounding import SPLIT, instances, plain_pickle
+from mmjax.data.formats.record import clean_caption
+from mmjax.data.formats.rows import coco_name, field, picture_root, read_json, shown, the_file, words
+from mmjax.evaluate.benchmarks.items import Item, asked, check_template, items, there
+
+PROMPT = "[refer] give me the location of {}"  # coco_caption.py: RefCOCOEvalData
+
+
+def refer(path: str, root: str | None = None, prompt: str | None = None) -> list[Item]:
+    """A JSON list of {"img_id", "sents", "bbox", "height", "width"}, or `refs(SPLITTER).p` beside `instances.json`.
+
+    path: the file, or the folder that has exactly one refs(*).p; pictures lie in `train2014`
+    root: the folder with `train2014`; None for the list's, or for the one above the folder of the references
+
+    The lists are what MiniGPT-v2 is evaluated with, one for each split. Of the references all are taken that are not of
+    the split `train`; the splits are groups, and the expressions go through the caption cleaning as they do in
+    training. Raises FileNotFoundError or ValueError naming what cannot be used, also if the pickle holds anything but
+    plain values: it is never executed.
+    """
+    file = the_file(path, "refs(*).p", "RefCOCO's refs(SPLITTER).p")
+    prompt = check_template(PROMPT if prompt is None else prompt, "expression")
+    if file.suffix == ".json":
+        rows = read_json(file, list, expected='a list of {"img_id", "sents", "bbox", "height", "width"}')
+        root = picture_root(file, root)
+        return items(file, root, rows, functools.partial(_evaluation, root, prompt))
+    root = str(file.absolute().parent.parent) if root is None else root
+    images, boxes = instances(file)
+    rows = []  # a reference that is not as expected stays one row, so that it is named
+    for ref in plain_pickle(file):
+        if not (isinstance(ref, dict) and isinstance(ref.get("sentences"), list) and ref["sentences"]):
+            rows.append((ref, None))
+        elif ref.get("split") != "train":
+            rows += [(ref, sentence) for sentence in ref["sentences"]]
+    return items(file, root, rows, functools.partial(_reference, root, images, boxes, prompt))
+
+
+def _reference(root: str, images: dict[int, Any], boxes: dict[int, Any], prompt: str, number: int,
+               row: tuple[Any, Any]) -> Item:
+    ref, sentence = row
+    field(ref, "sentences", list)
+    key, box = field(ref, "image_id", int), field(ref, "ann_id", int)
+    if key not in images or box not in boxes:
+        raise ValueError(f"instances.json has no picture {key}, or no box {box}")
+    expression = clean_caption(words(sentence, "raw"))
+    if not expression:
+        raise ValueError("nothing but punctuation in the expression")
+    image = there(root, coco_name(SPLIT, key))
+    return _found(f"{field(ref, 'ref_id', int)}:{field(sentence, 'sent_id', int)}", asked(prompt, expression, image),
+                  boxes[box], images[key], field(ref, "split", str))
+
+
+def _evaluation(root: str, prompt: str, number: int, row: Any) -> Item:
+    # eval_ref.py: the id of the picture, then that of the box; several expressions have the same
+    name = field(row, "img_id", str)
+    image = there(root, f"{SPLIT}/{name[:len('COCO_train2014_000000000000')]}.jpg")
+    return _found(f"{name}:{number}", asked(prompt, words(row, "sents"), image), row, row, "")
+
+
+def _found(name: str, sample: Any, boxed: Any, sized: Any, group: str) -> Item:
+    width, height = (field(sized, side, int) for side in ("width", "height"))
+    return Item(name, sample, box=_ends(field(boxed, "bbox", list), width, height), size=(width, height), group=group)
+
+
+def _ends(box: Sequence[Any], width: int, height: int) -> tuple[float, float, float, float]:
+    """(left, top, width, height) to (x1, y1, x2, y2); raises ValueError if it is no box or outside its picture."""
+    try:
+        left, top, wide, high = map(float, box)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"'bbox' must be four numbers, got {shown(box)}") from error
+    ends = left, top, left + wide, top + high
+    inside = left < width and top < height and min(ends[2:]) > 0  # a part of it: some boxes lie over the edge
+    if not (all(map(math.isfinite, ends)) and min(wide, high) > 0 and inside):
+        raise ValueError(f"the box {shown(box)} is not in its picture of {width} x {height}")
+    return ends

@@ -1,0 +1,1 @@
+"""Generation, loaded models, requests and predictions, the chat and its web page."""

@@ -1,0 +1,418 @@
+"""A page to talk to a model in the browser: `mmjax chat --web`. Needs Gradio, the extra `demo`.
+
+The page works without a network: no fonts, scripts or counters from elsewhere, which a content policy makes the browser
+hold to. Pictures are read once, when they arrive, then their files are deleted; what the page shows of them travels in
+the page itself, so no address serves one visitor's pictures to another. One answer is written at a time, others wait.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import html
+import io
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from PIL import Image
+
+from mmjax.config import ScenesConfig
+from mmjax.data import images, scenes
+from mmjax.inference.chat import IMAGE, ChatSettings, Conversation, add, perceived, reply, take
+from mmjax.inference.loaded import Loaded
+
+MAX_BYTES = 20 * 2**20  # of an uploaded file
+MAX_PIXELS = 40_000_000  # of a picture; unfolded they are six times as many bytes as a file may have
+MAX_PICTURES = 16  # of one visitor
+THUMBNAIL = 320  # pixels, the longer side of what the page shows
+LOOPBACK = ("127.0.0.1", "localhost")
+EXAMPLES = 8
+SUGGESTIONS = ("Describe this image in detail.", "What is unusual about this image?")
+SUGGESTIONS_FOR_SCENES = (scenes.PROMPTS[0], "How many shapes are there?", "What color is the circle?",
+                          "Where is the star?")
+POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' "
+          "'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; "
+          "worker-src 'self' blob:; connect-src 'self' data: blob:; object-src 'none'; base-uri 'self'; "
+          "form-action 'self'")
+STYLE = """
+.gradio-container {max-width: 1180px !important; margin: 0 auto !important}
+#send, #stop, #reset {font-weight: 500; font-size: .95rem}
+#title h1 {font-size: 1.5rem; font-weight: 650; margin: 0 0 .35rem 0; letter-spacing: -.01em}
+#title span {display: inline-block; margin: 0 .4rem .3rem 0; padding: .12rem .6rem; border-radius: 999px;
+    font-size: .8rem; background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary);
+    color: var(--body-text-color-subdued)}
+#shown .pictures {display: flex; flex-wrap: wrap; gap: .5rem; margin: 0}
+#shown img {height: 104px; border-radius: 8px; border: 1px solid var(--border-color-primary)}
+#shown .sense {padding: .3rem .7rem; border-radius: 8px; background: var(--background-fill-secondary)}
+#shown .nothing {color: var(--body-text-color-subdued); font-size: .9rem}
+#shown .prose, #notice .prose {padding: 0; margin: 0}
+#notice:not(:has(.said)) {display: none}
+#notice .said {border-left: 3px solid #c2410c; padding: .35rem .8rem; font-size: .9rem;
+    background: color-mix(in srgb, #c2410c 8%, transparent); border-radius: 0 6px 6px 0}
+#chat img {height: 120px; width: auto !important; max-width: 100%; border-radius: 8px; margin: 0 .4rem .2rem 0;
+    display: inline-block; object-fit: contain}
+#files .wrap {font-size: .85rem; line-height: 1.3; padding: 0}
+#files .wrap svg {width: 18px; height: 18px}
+#examples .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr)) !important; gap: .5rem; padding: 0;
+    grid-auto-rows: auto; align-content: start}
+#examples .grid-container button {width: 100%; height: auto; aspect-ratio: 1}
+#examples, #examples > div, #examples .grid-wrap {border: none !important; outline: none; background: none; padding: 0;
+    min-height: 0 !important; height: auto !important; box-shadow: none}
+#suggestions {gap: .5rem; flex-wrap: wrap}
+#suggestions button {flex: 0 1 auto; border-radius: 999px; background: none; font-weight: 400;
+    border: 1px solid var(--border-color-primary); color: var(--body-text-color-subdued); padding: .25rem .8rem}
+#suggestions button:hover {color: var(--body-text-color); border-color: var(--body-text-color-subdued)}
+"""
+
+
+def check() -> None:
+    """Raises ValueError if Gradio is not installed."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"The chat page needs Gradio, which is not installed ({error}): pip install 'mmjax[demo]'"
+                         ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """What the page is made for.
+
+    name:     of the model, the title
+    template: of the conversations, one of `mmjax.inference.chat.TEMPLATES`
+    settings: those it begins with
+    scenes:   the world of which it offers pictures; None for a model of the real one
+    """
+
+    name: str
+    template: str
+    settings: ChatSettings = ChatSettings()
+    scenes: ScenesConfig | None = None
+
+
+@dataclasses.dataclass
+class Visit:
+    """One visitor's conversation, and how the page shows it.
+
+    messages: of the chat, in Gradio's form
+    shown:    HTML of what the model perceives: by sense, or by number where pictures stand among the words
+    waiting:  of `shown`, what was given since the last question
+    count:    pictures so far
+    """
+
+    talk: Conversation
+    messages: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    shown: dict[str, str] = dataclasses.field(default_factory=dict)
+    waiting: dict[str, str] = dataclasses.field(default_factory=dict)
+    count: int = 0
+
+    def perceive(self, name: str, one: str, among_words: bool) -> None:
+        """Something more to show. Among the words it begins anew after a question that is not remembered."""
+        if among_words and not self.waiting and not self.talk.remembers:
+            self.shown = {}
+        self.shown[name] = self.waiting[name] = one
+
+    def ask(self, question: str) -> None:
+        """Raises ValueError for one that cannot be asked."""
+        self.talk.ask(question)
+        given = "".join(self.waiting.values())
+        self.messages += [{"role": "user", "content": f"{given}\n\n{_literal(question)}".strip()},
+                          {"role": "assistant", "content": ""}]
+
+    def panel(self) -> str:
+        if not self.shown:
+            return '<div class="nothing">Nothing yet.</div>'
+        return f'<div class="pictures">{"".join(self.shown.values())}</div>'
+
+
+# ---- files that visitors send ----
+
+
+def picture(path: str) -> Image.Image:
+    """The picture in an uploaded file. Raises ValueError saying what is wrong, by the name the visitor knows."""
+    name = Path(path).name
+    try:
+        if Path(path).stat().st_size > MAX_BYTES:
+            raise ValueError(f"the file is larger than {MAX_BYTES // 2**20} MB")
+        with Image.open(path, formats=images.KINDS) as header:
+            pixels = header.width * header.height
+        if pixels > MAX_PIXELS:
+            raise ValueError(f"its {header.width} x {header.height} pixels are more than the {MAX_PIXELS // 10**6} "
+                             "million that this page takes")
+        return images.rgb(path)
+    except Exception as error:  # decoders raise whatever damaged bytes lead them to
+        raise ValueError(f"{name} was refused: " + str(error).replace(str(path), name)) from error
+
+
+def thumbnail(image: Image.Image) -> str:
+    """HTML of a small copy that carries its bytes with it."""
+    small = image.copy()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    if max(small.size) < THUMBNAIL // 2:  # a scene of 48 pixels
+        small = small.resize((small.width * 4, small.height * 4), Image.Resampling.NEAREST)
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=88)
+    return f'<img src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}" alt="a picture">'
+
+
+def _literal(words: str) -> str:
+    """Words as they are, where HTML is read: a model's box tags would vanish otherwise."""
+    return html.escape(words, quote=False)
+
+
+def _notice(messages: Sequence[str]) -> str:
+    return "".join(f'<div class="said">{_literal(message)}</div>' for message in messages)
+
+
+# ---- the page ----
+
+
+class Handlers:
+    """What happens on the page; each function takes and gives what its components show."""
+
+    def __init__(self, model: Loaded, page: Page):
+        self.model, self.page = model, page
+        self.examples = list(_examples(model, page.scenes)) if page.scenes else []
+
+    def visit(self) -> Visit:
+        return Visit(Conversation(self.page.template))
+
+    def take_pictures(self, files: Sequence[str] | None, visit: Visit) -> tuple[None, str, str]:
+        """(an empty drop area, the panel, the notice); one file that is refused does not keep out the others."""
+        refused = []
+        for path in files or ():
+            try:
+                self._see(visit, picture(path))
+            except ValueError as error:
+                refused.append(str(error))
+            finally:
+                Path(path).unlink(missing_ok=True)
+        return None, visit.panel(), _notice(refused)
+
+    def take_sound(self, path: str | None, visit: Visit) -> tuple[None, str, str]:
+        """The same for the sound of a .wav file."""
+        refused = []
+        if path:
+            name = Path(path).name
+            try:
+                add(self.model, visit.talk, "audio", take(self.model, "audio", path))
+                visit.perceive("audio", f'<div class="sense">sound: {_literal(name)}</div>', among_words=False)
+            except ValueError as error:
+                refused.append(f"{name} was refused: " + str(error).replace(str(path), name))
+            finally:
+                Path(path).unlink(missing_ok=True)
+        return None, visit.panel(), _notice(refused)
+
+    def take_example(self, number: int, visit: Visit) -> tuple[str, str]:
+        """(the panel, the notice); an example takes the place of what the model perceives, it is not mixed with it."""
+        sense, value, image = self.examples[number]
+        try:
+            if visit.talk.given:
+                visit.talk.given, visit.shown, visit.waiting = {}, {}, {}
+            self._see(visit, image, sense, value)
+        except ValueError as error:
+            return visit.panel(), _notice([str(error)])
+        return visit.panel(), ""
+
+    def _see(self, visit: Visit, image: Image.Image, sense: str = IMAGE, value: Any = None) -> None:
+        if visit.count >= MAX_PICTURES:
+            raise ValueError(f"A conversation takes {MAX_PICTURES} pictures; begin a new one.")
+        add(self.model, visit.talk, sense, take(self.model, sense, image if value is None else value))
+        visit.count += 1
+        among_words = self.model.config.image_tokens > 0
+        visit.perceive(str(visit.count) if among_words else sense, thumbnail(image), among_words)
+
+    def answer(self, question: str, visit: Visit, temperature: float, beams: float, top_p: float,
+               tokens: float) -> Iterator[tuple[list[dict[str, str]], str, str]]:
+        """(the chat, the question's field, the notice), again for every piece of the answer."""
+        try:
+            settings = dataclasses.replace(self.page.settings, temperature=float(temperature), num_beams=int(beams),
+                                           top_p=float(top_p), max_new_tokens=int(tokens))
+            visit.ask(question)
+        except ValueError as error:
+            yield visit.messages, question, _notice([str(error)])
+            return
+        yield visit.messages, "", ""
+        try:
+            with contextlib.closing(reply(self.model, visit.talk, settings)) as pieces:
+                for _ in pieces:
+                    visit.messages[-1]["content"] = _literal(visit.talk.turns[-1].answer)
+                    visit.waiting = {}
+                    yield visit.messages, "", _notice([visit.talk.left_out] * bool(visit.talk.left_out))
+        except ValueError as error:
+            del visit.messages[-2:]
+            yield visit.messages, question, _notice([str(error)])
+            return
+        if not visit.messages[-1]["content"]:
+            visit.messages[-1]["content"] = "(no answer)"
+        else:
+            visit.messages[-1]["content"] = _literal(visit.talk.turns[-1].answer)
+        yield visit.messages, "", _notice([visit.talk.left_out] * bool(visit.talk.left_out))
+
+    def reset(self) -> tuple[Visit, list[dict[str, str]], str, str, str]:
+        """(a new visit, the chat, the question's field, the panel, the notice)"""
+        fresh = self.visit()
+        return fresh, [], "", fresh.panel(), ""
+
+
+def _examples(model: Loaded, world: ScenesConfig) -> Iterator[tuple[str, Any, Image.Image]]:
+    """(sense, what it is given, what the page shows of it) of scenes that the model never met in training."""
+    drawn = scenes.scenes("held_out", EXAMPLES, world.seed, most=world.most)
+    for scene in drawn:
+        yield IMAGE, None, Image.fromarray(scenes.draw(scene))
+    for sense, draw in scenes.MEDIA.items():
+        if sense in perceived(model):
+            for scene in drawn[:EXAMPLES // 2]:
+                yield sense, draw(scene), Image.fromarray(scenes.as_picture(draw(scene)))
+
+
+def _title(model: Loaded, page: Page) -> str:
+    total = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    count = f"{total / 1e9:.2f} billion" if total >= 1e9 else f"{total / 1e6:.2f} million"
+    memory = "remembers the conversation" if Conversation(page.template).remembers else "takes each question alone"
+    facts = (model.family, f"{count} parameters", f"perceives {', '.join(perceived(model)) or 'words'}",
+             f"template {page.template}: {memory}", jax.devices()[0].platform)
+    return f"<h1>{_literal(page.name)}</h1>" + "".join(f"<span>{_literal(fact)}</span>" for fact in facts)
+
+
+def blocks(model: Loaded, page: Page) -> Any:
+    """The page as `gradio.Blocks`. Raises ValueError if Gradio is not installed."""
+    check()
+    import gradio as gr
+
+    does, able, start = Handlers(model, page), perceived(model), page.settings
+    with gr.Blocks(title=f"{page.name} - mmjax", analytics_enabled=False, delete_cache=(600, 600)) as made:
+        visit = gr.State(does.visit())
+        gr.HTML(_title(model, page), elem_id="title", padding=False)
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=7, min_width=380):
+                chat = gr.Chatbot(show_label=False, height=460, elem_id="chat", buttons=["copy"], latex_delimiters=[],
+                                  layout="bubble", placeholder="Show a picture, then ask about it.")
+                with gr.Row():
+                    question = gr.Textbox(show_label=False, placeholder="Ask something", lines=1, max_lines=6, scale=8,
+                                          max_length=4000, autofocus=True, elem_id="question", container=False)
+                    send = gr.Button("Ask", variant="primary", scale=1, min_width=80, elem_id="send")
+                    stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
+                    reset = gr.Button("Reset", scale=1, min_width=80, elem_id="reset")
+                notice = gr.HTML("", elem_id="notice", padding=False)
+                with gr.Row(elem_id="suggestions"):
+                    suggestions = [gr.Button(words, size="sm", min_width=0)
+                                   for words in (SUGGESTIONS_FOR_SCENES if page.scenes else SUGGESTIONS)]
+            with gr.Column(scale=4, min_width=300):
+                gr.Markdown("**What the model perceives**")
+                panel = gr.HTML(does.visit().panel(), elem_id="shown", padding=False)
+                files = gr.File(show_label=False, file_count="multiple", elem_id="files", height=104, buttons=[],
+                                visible=IMAGE in able)
+                sound = gr.Audio(label="Sound (.wav)", sources=["upload"], type="filepath", elem_id="sound",
+                                 visible="audio" in able)
+                if does.examples:
+                    gr.Markdown("**Examples**, never seen in training")
+                    gallery = gr.Gallery([image.resize((96, 96), Image.Resampling.NEAREST)
+                                          for *_, image in does.examples], show_label=False, columns=4, buttons=[],
+                                         allow_preview=False, interactive=False, height="auto", elem_id="examples")
+                with gr.Accordion("How answers are written", open=False, elem_id="settings"):
+                    knobs = [
+                        gr.Slider(0, 2, start.temperature, step=0.05, label="temperature",
+                                  info="0 takes the best word, above 0 draws"),
+                        gr.Slider(1, 10, start.num_beams, step=1, label="beams",
+                                  info="above 1 searches, at temperature 0; the answer comes in one piece"),
+                        gr.Slider(0.05, 1, start.top_p, step=0.05, label="top-p",
+                                  info="draws from the words that hold this share of the probability"),
+                        gr.Slider(1, max(1000, start.max_new_tokens), start.max_new_tokens, step=1,
+                                  label="longest answer", info="in tokens")]
+
+        private = {"api_visibility": "private"}
+        model_alone = {"concurrency_limit": 1, "concurrency_id": "model", **private}
+        outputs = [chat, question, notice]
+        asked = [gr.on([send.click, question.submit], does.answer, [question, visit, *knobs], outputs,
+                       show_progress="hidden", **model_alone)]
+        for button in suggestions:
+            asked.append(button.click(_always(does.answer, button.value), [visit, *knobs], outputs,
+                                      show_progress="hidden", **model_alone))
+        stop.click(lambda visit: visit.messages, visit, chat, cancels=asked, queue=False, **private)
+        for cleared in (reset.click, chat.clear):
+            cleared(does.reset, None, [visit, chat, question, panel, notice], cancels=asked, queue=False, **private)
+        files.upload(does.take_pictures, [files, visit], [files, panel, notice], show_progress="hidden", **private)
+        sound.upload(does.take_sound, [sound, visit], [sound, panel, notice], show_progress="hidden", **private)
+        if does.examples:
+            def chosen(visit: Visit, event: gr.SelectData):
+                return does.take_example(event.index, visit)
+
+            gallery.select(chosen, visit, [panel, notice], show_progress="hidden", **private)
+        made.queue(default_concurrency_limit=4, max_size=64)
+    return made
+
+
+def _always(answer: Callable, question: str) -> Callable:
+    def ask(*rest):
+        yield from answer(question, *rest)
+    return ask
+
+
+# ---- the server ----
+
+
+def app(model: Loaded, page: Page, host: str = LOOPBACK[0]) -> Any:
+    """The page as an ASGI application.
+
+    host: where it will listen. On loopback it answers no request that was made to another host's name, so that a page
+          elsewhere cannot reach it through a name of its own that points here
+    """
+    made = blocks(model, page)
+    import gradio as gr
+    from fastapi import FastAPI
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    theme = gr.themes.Base(primary_hue="teal", neutral_hue="stone", radius_size="md",
+                           font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    outer.add_middleware(Headers)
+    if host in LOOPBACK:
+        outer.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK])
+    return gr.mount_gradio_app(
+        outer, made, path="/", server_name=host, footer_links=[], run_history=False, allowed_paths=[],
+        max_file_size=MAX_BYTES, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, theme=theme,
+        css=STYLE)
+
+
+class Headers:
+    """ASGI middleware: tells the browser to take nothing from elsewhere."""
+
+    def __init__(self, inner: Any):
+        self.inner = inner
+
+    async def __call__(self, scope, receive, send):
+        async def sent(message):
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode()),
+                                      (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
+            await send(message)
+        await self.inner(scope, receive, sent)
+
+
+def serve(model: Loaded, page: Page, host: str = LOOPBACK[0], port: int = 7860) -> None:
+    """Serves the page until it is interrupted. Raises ValueError if the address cannot be listened at."""
+    check()
+    import uvicorn
+
+    with tempfile.TemporaryDirectory(prefix="mmjax-chat-") as uploads, _listening(host, port) as listening:
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        server = uvicorn.Server(uvicorn.Config(app(model, page, host), log_level="warning"))
+        shown = f"[{host}]" if ":" in host else host
+        print(f"{page.name} is at http://{shown}:{listening.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run(sockets=[listening])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ValueError(f"Cannot listen at {host}, port {port}: {error.strerror or error}. Choose another --port (0 "
+                         "for a free one) or --host.") from error

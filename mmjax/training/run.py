@@ -1,0 +1,485 @@
+"""A training run from its configuration to its report: what `train.py` and `mmjax train` call."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import inspect
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mmjax import compilation, evaluate, files, sharding, trees
+from mmjax.batch import Batch
+from mmjax.checkpoints import converted, restore
+from mmjax.checkpoints import training as training_checkpoints
+from mmjax.config import RunConfig
+from mmjax.convert import write
+from mmjax.cost import flops, hardware
+from mmjax.data import formats, pipeline, scenes
+from mmjax.data.collate import Collator
+from mmjax.data.features import Features
+from mmjax.families import FAMILIES
+from mmjax.inference.loaded import Loaded
+from mmjax.training import distributed, encode_features, metrics_log, optim, preemption, resume, steps
+
+CONVERSIONS = {"minigpt4": write.minigpt4, "imagebind_llm": write.imagebind_llm,
+               "llama_adapter": write.llama_adapter, "llama": write.llama}
+console = Console(stderr=True)
+FORMAT = 1  # of the run's card
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message says why, where the last good checkpoint is, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run left behind."""
+
+    folder: Path
+    step: int
+    loss: float | None
+    scores: list[list[Any]] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a run is made of, before any weight is read.
+
+    source:  the checkpoint, with the run's architecture and text settings
+    records: of each of the data's sources
+    rules:   what is trained
+    earlier: parameters that the run starts from, in place of the checkpoint's
+    stored:  what the encoder makes of the pictures, where the run does not encode them itself
+    """
+
+    config: RunConfig
+    source: converted.Checkpoint
+    records: list[Sequence[formats.Record]]
+    mesh: jax.sharding.Mesh
+    module: nn.Module
+    rules: tuple[str, ...]
+    earlier: Mapping[str, Any] | None
+    stored: Features | None
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
+
+    def params(self, only: Callable[[str], bool]) -> dict[str, Any]:
+        """Parameters on the mesh, those whose path `only` takes; the trained ones as float32."""
+        config = self.config
+
+        def kind(path: str) -> Any:
+            if trees.matches(path, self.rules):
+                return jnp.float32
+            return restore.frozen_kind(path, jnp.dtype(config.weights.dtype), config.weights.frozen_dtype)
+
+        return restore.read_params(self.source, self.module, self.mesh, kind, config.seed, self.earlier, only)
+
+    def batches(self, started: int, position: int) -> Iterator[tuple[pipeline.Step, Batch]]:
+        """The batches that are left from step `started` on, see `ahead`."""
+        config, data = self.config, self.config.data
+        most = None if data.pack_length is None else data.pack_pictures
+        collator = Collator(self.source.tokenizer, config.text, self.source.config, most, self.stored)
+        read = pipeline.batches(self.records, data, collator, started, position,
+                                sharding.own_rows(self.mesh, data.batch_size))
+        return ahead(itertools.islice(read, config.optim.steps - started), self.mesh, data.batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a step asks of the devices, to tell how much of what they can do it uses.
+
+    count: the operations of a step for a state and a batch; None where they cannot be told
+    peak:  operations a second of all devices; None if not known
+    """
+
+    count: Callable[[steps.TrainState, Batch], flops.Flops | None]
+    peak: float | None
+
+    @staticmethod
+    def of(job: Job, step: Any, frozen: Any) -> "Work":
+        """step: `steps.train_step` of the job, compiled"""
+        peak = hardware.peak(job.mesh.devices.flat[0])
+        count = flops.by_shape(lambda state, batch: step.trace(state, frozen, batch), job.source.config.llama)
+        return Work(count, None if peak is None else peak * job.mesh.size)
+
+    def operations(self, state: steps.TrainState, batch: Batch, metrics: dict[str, Any]) -> int | None:
+        """Of the step that gave this state and these metrics."""
+        count = self.count(state, batch)
+        return None if count is None else count.useful(int(metrics["tokens"]))
+
+    def told(self, operations: int | None, seconds: float) -> str:
+        """For the progress line, such as "  mfu 0.52"; nothing if it cannot be told."""
+        if operations is None:
+            return ""
+        (name, value), = metrics_log.used(operations / seconds, self.peak).items()
+        return f"  mfu {value:.2f}" if name == "mfu" else f"  {value:,.0f} GFLOP/s"
+
+
+def train(config: RunConfig) -> Run:
+    """Trains as configured, or goes on with the run in `config.out` where it stopped.
+
+    Raises ValueError for a configuration that cannot work, before anything is written, or that the run in `config.out`
+    cannot go on with; `TrainingStopped` when the numbers say that going on is pointless; OSError when something cannot
+    be written. Told to end, it saves its state and raises `preemption.Preempted` or KeyboardInterrupt.
+    """
+    check(config)
+    distributed.join(config.hosts)
+    console.quiet = not distributed.first()
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    distributed.once(lambda: prepare(config), "prepare the run", config.hosts.timeout)
+    job = set_up(config)
+    with (
+        files.alone(out) if distributed.first() else contextlib.nullcontext(),
+        sharding.use(job.mesh),
+        training_checkpoints.told_once(),
+        contextlib.closing(training_checkpoints.Checkpoints(
+            out / "checkpoints", config.keep, config.keep_best)) as checkpoints,
+    ):
+        optimizer = optim.optimizer(config.optim)
+        state, frozen, progress = begin(job, optimizer, checkpoints)
+        started, step = int(state.step), steps.train_step(job.module, optimizer)
+
+        def advance(state: steps.TrainState, batch: Batch) -> tuple[steps.TrainState, dict[str, Any]]:
+            return step(state, frozen, batch)
+
+        def diagnose(loss: float, state: steps.TrainState) -> None:
+            check_first_loss(loss, job.source.config.llama.vocab, {"trained": state.params, "frozen": frozen})
+
+        fed = job.batches(started, progress.position)
+        work = Work.of(job, step, frozen)
+        with preemption.Notice(started) as notice:
+            state, loss = loop(config, started, progress, advance, diagnose, work, state, fed, checkpoints, notice)
+            checkpoints.wait()
+        after = resume.fingerprints(frozen)
+        if moved := [path for path in after if after[path] != progress.frozen[path]]:
+            raise TrainingStopped(f"Frozen parameters changed during training: {', '.join(moved)}. That is a bug in "
+                                  f"mmjax; please report it with {out / converted.RUN_CARD}.")
+        scores = None
+        if config.data.scenes and config.score:
+            scores = score(job, trees.merge(state.params, frozen))
+    return Run(out, int(state.step), loss, scores)
+
+
+def set_up(config: RunConfig) -> Job:
+    """Raises ValueError for what does not go together: the checkpoint, the devices, the data and what is trained."""
+    records = pipeline.read(config.data)
+    source = converted.Checkpoint.open(config.weights.checkpoint)
+    source = dataclasses.replace(source.of(architecture(source, config)), text=config.text)
+    mesh = sharding.make_mesh(config.mesh)
+    if config.data.batch_size % sharding.ways(mesh, "batch"):
+        raise ValueError(f"data.batch_size = {config.data.batch_size} cannot be cut into "
+                         f"{sharding.ways(mesh, 'batch')} (mesh {dict(mesh.shape)}).")
+    if config.data.random_crop and not (source.config.image_size and source.config.crops):
+        raise ValueError("Only models that keep the aspect ratio of pictures (ImageBind-LLM, LLaMA-Adapter v2) are "
+                         "trained with pictures cropped at random: set data.random_crop = False.")
+    rules = trained_rules(config, source.family)
+    module = FAMILIES[source.family].Model(source.config, jnp.dtype(config.weights.dtype), config.remat)
+    earlier = converted.trained_params(Path(config.weights.start_from)) if config.weights.start_from else None
+    stored = encode_features.load(config, source, rules, records, earlier) if config.data.features else None
+    return Job(config, source, records, mesh, module, rules, earlier, stored)
+
+
+def begin(job: Job, optimizer: optax.GradientTransformation,
+          checkpoints: training_checkpoints.Checkpoints) -> tuple[steps.TrainState, Any, training_checkpoints.Progress]:
+    """The state to train from, the frozen parameters, and how far the run is; says so, and writes the run's card.
+
+    Raises ValueError for a run that was begun with something else, or is beyond its end.
+    """
+    config, out = job.config, job.out
+    changed = "" if checkpoints.latest is None else resume.differences(config, out)
+    of_encoder = encode_features.rule(job.source.family)
+    params = job.params(lambda path: not (job.stored and of_encoder(path)))
+    mask = trees.mask(params, job.rules)
+    trained, frozen = trees.split(params, mask)
+    begun = training_checkpoints.Progress(records=tuple(map(len, job.records)), frozen=resume.fingerprints(frozen))
+    state, progress = resume.restore(steps.start(trained, optimizer, config.seed), begun, checkpoints, job.mesh, out,
+                                     console)
+    started = int(state.step)
+    if started > config.optim.steps:
+        raise ValueError(f"{out} is at step {started}, beyond optim.epochs · optim.steps_per_epoch = "
+                         f"{config.optim.steps}. Name another `out`, or raise them.")
+    if started:
+        console.print(f"Going on at step {started} of {config.optim.steps}. {changed}")
+    if distributed.first():
+        write_card(job)
+    announce(job, params, mask)
+    return state, frozen, progress
+
+
+def train_phases(phases: Mapping[str, RunConfig]) -> Run:
+    """One run after the other, in order; the last one's result."""
+    for name, config in phases.items():
+        console.rule(name)
+        done = train(config)
+    return done
+
+
+def check(config: RunConfig) -> None:
+    """Raises ValueError naming everything in the configuration that cannot work."""
+    o, d = config.optim, config.data
+    wrong = [
+        message for holds, message in (
+            (config.out, "out: the run needs a folder"),
+            (config.weights.checkpoint, "weights.checkpoint: name the converted checkpoint to start from"),
+            (d.path or d.mixture, "data.path: name the folder with the pictures and captions"),
+            (not ((d.path or d.root) and d.mixture), "data.path and data.root, or data.mixture: name one of them"),
+            (not (d.scenes and d.mixture), "data.scenes: drawn into data.path, not into a mixture"),
+            (d.batch_size > 0, f"data.batch_size = {d.batch_size}: at least 1"),
+            (o.steps > 0, f"optim.epochs · optim.steps_per_epoch = {o.steps}: at least 1"),
+            (o.accumulate > 0, f"optim.accumulate = {o.accumulate}: at least 1"),
+            (not o.average or 0 < o.accumulate <= o.steps_per_epoch,
+             f"optim.accumulate = {o.accumulate}: with optim.average at most optim.steps_per_epoch = "
+             f"{o.steps_per_epoch}, because a window ends with its epoch"),
+            (d.length_multiple > 0, f"data.length_multiple = {d.length_multiple}: at least 1"),
+            (d.pack_length is None or d.pack_length > 1, f"data.pack_length = {d.pack_length}: at least 2"),
+            (d.pack_pictures > 0, f"data.pack_pictures = {d.pack_pictures}: at least 1"),
+            (config.log_every > 0 and config.save_every > 0 and config.keep > 0,
+             "log_every, save_every and keep: at least 1"),
+            (0 <= config.drop_path < 1, f"drop_path = {config.drop_path}: at least 0, below 1"),
+            (0 <= d.max_bad_share < 1, f"data.max_bad_share = {d.max_bad_share}: at least 0, below 1"),
+            *((s.format in formats.FORMATS, f"data.format = {s.format!r}: one of {', '.join(formats.FORMATS)}")
+              for s in d.sources),
+            *((s.path, f"data.mixture: the source of format {s.format!r} has no path") for s in d.mixture),
+            *((0 < s.ratio < math.inf, f"data.mixture: ratio = {s.ratio} of {s.path}: above 0") for s in d.mixture),
+            (o.schedule in optim.SCHEDULES, f"optim.schedule = {o.schedule!r}: one of {', '.join(optim.SCHEDULES)}"),
+            (config.weights.family in CONVERSIONS,
+             f"weights.family = {config.weights.family!r}: one of {', '.join(CONVERSIONS)}"),
+            (config.weights.frozen_dtype in (None, "int8"),
+             f"weights.frozen_dtype = {config.weights.frozen_dtype!r}: int8, or None for the same as weights.dtype"),
+            (config.weights.dtype in ("float32", "bfloat16"), f"weights.dtype = {config.weights.dtype!r}: "
+                                                              "float32 or bfloat16"),
+        ) if not holds
+    ]
+    for rule in config.trained or ():
+        try:
+            re.compile(rule)
+        except re.error as error:
+            wrong.append(f"trained: {rule!r} is not a regular expression: {error}")
+    if wrong:
+        raise ValueError("This configuration cannot run:\n  " + "\n  ".join(wrong))
+
+
+def prepare(config: RunConfig) -> None:
+    """Converts the sources and draws the scenes, where the configuration asks for it and it has not been done."""
+    weights, data = config.weights, config.data
+    if weights.sources and not Path(weights.checkpoint).exists():
+        console.print(f"Converting released files into {weights.checkpoint}")
+        command = CONVERSIONS[weights.family]
+        known = inspect.signature(command).parameters
+        if unknown := sorted(weights.sources.keys() - known.keys()):
+            raise ValueError(f"weights.sources names {', '.join(unknown)}; a conversion of {weights.family} takes "
+                             f"{', '.join(known)}.")
+        command(out=weights.checkpoint, **weights.sources)
+    if data.scenes is not None:
+        last, write = scenes.LAYOUTS[data.format]
+        if not (Path(data.path) / last).exists():
+            console.print(f"Drawing {data.scenes.count} scenes into {data.path}")
+            world = scenes.scenes("train", data.scenes.count, data.scenes.seed, most=data.scenes.most)
+            write(data.path, world)
+
+
+def trained_rules(config: RunConfig, name: str) -> tuple[str, ...]:
+    """What a run of a family trains: its own rules, its phase's, or the family's."""
+    family = FAMILIES[name]
+    if config.phase is not None and config.phase not in family.PHASES:
+        raise ValueError(f"phase = {config.phase!r}: the family {name} has "
+                         + (f"{', '.join(family.PHASES)}." if family.PHASES else "no phases."))
+    return config.trained or (family.PHASES[config.phase] if config.phase else family.TRAINED)
+
+
+def architecture(source: converted.Checkpoint, config: RunConfig) -> Any:
+    """The checkpoint's, with what the run's phase adds and the run's picture size and drop path."""
+    trained_rules(config, source.family)  # the phase exists
+    base = FAMILIES[source.family].with_phase(source.config, config.phase) if config.phase else source.config
+    changes = {}
+    if config.image_size is not None:
+        changes["image_size"] = config.image_size
+    if config.drop_path:
+        changes["drop_path"] = config.drop_path
+    if not changes:
+        return base
+    if not hasattr(base, "vit"):
+        raise ValueError(f"The family {source.family} has no picture tower whose {', '.join(changes)} can be set.")
+    changed = dataclasses.replace(base, vit=dataclasses.replace(base.vit, **changes))
+    side = changed.vit.patch if changed.qformer else 2 * changed.vit.patch  # four patches join without a Q-Former
+    if changed.image_size <= 0 or changed.image_size % side:
+        raise ValueError(f"image_size = {changed.image_size}: must be a multiple of {side}, the side of "
+                         f"{'a patch' if changed.qformer else 'two patches'} of {source.folder}.")
+    return changed
+
+
+def loop(
+    config: RunConfig,
+    started: int,
+    progress: training_checkpoints.Progress,
+    advance: Callable[[steps.TrainState, Batch], tuple[steps.TrainState, dict[str, Any]]],
+    diagnose: Callable[[float, steps.TrainState], None],
+    work: Work,
+    state: steps.TrainState,
+    fed: Iterator[tuple[pipeline.Step, Batch]],
+    checkpoints: training_checkpoints.Checkpoints,
+    notice: preemption.Notice,
+) -> tuple[steps.TrainState, float | None]:
+    """The steps from `started` on, to the last one or to that behind which the run is told to end: the state and the
+    last loss. See `TrainingStopped`.
+
+    progress: how far the run is
+    advance:  one training step
+    fed:      batches as they were read, and the same on the devices
+    diagnose: looks at the first loss of a run
+    work:     what the steps ask of the devices
+    """
+    loss = None
+    columns = (TextColumn(config.phase or "training"), BarColumn(), MofNCompleteColumn(),
+               TextColumn("{task.fields[loss]}"), TimeElapsedColumn(), TimeRemainingColumn())
+    out = Path(config.out)
+    with (metrics_log.Metrics(out / "metrics.jsonl", started, progress.position, config, work.peak) as log,
+          metrics_log.BadData(out / "data_errors.jsonl", progress.position, config) as bad,
+          Progress(*columns, console=console) as bar):
+        task = bar.add_task("", total=config.optim.steps, completed=started, loss="")
+        asked = time.monotonic()
+        for item, batch in fed:
+            waited = time.monotonic() - asked
+            if bad.add(item):
+                raise TrainingStopped(
+                    f"{bad.count} of the first {bad.tried} records that were tried cannot be used, more than "
+                    f"data.max_bad_share = {config.data.max_bad_share} allows. {out / 'data_errors.jsonl'} names them. "
+                    f"Mend them, or raise data.max_bad_share. {last_good(checkpoints)}")
+            if not distributed.totals(item.batch.loss_mask[:, 1:].any())[0]:
+                raise TrainingStopped(
+                    f"Batch {item.number} has no token to learn: all its answers are empty or cut away "
+                    f"(text.max_txt_len = {config.text.max_txt_len}). {samples(item)} "
+                    f"{last_good(checkpoints)}")
+            first = item.number == started
+            with compilation.told("the training step", console) if first else contextlib.nullcontext():
+                state, metrics = advance(state, batch)
+            loss = float(metrics["loss"])
+            if not bool(metrics["finite"]):
+                raise TrainingStopped(
+                    f"The loss, a gradient or the update of batch {item.number} is not finite (loss {loss}, gradient "
+                    f"norm {float(metrics['grad_norm'])}). The update was not made. {samples(item)} "
+                    f"{last_good(checkpoints)}")
+            if item.number == 0 and config.check_first_loss:
+                diagnose(loss, state)
+            operations = work.operations(state, batch, metrics)
+            log.add(item, metrics, state.params, waited, operations)
+            speed = "" if first else work.told(operations, time.monotonic() - asked)  # the first one compiles
+            bar.update(task, advance=1, loss=f"loss {loss:.3f}{speed}")
+            checkpoints.check()
+            done, progress = item.number + 1, progress.after(loss, item.end)
+            if due := done % config.save_every == 0 or done == config.optim.steps:
+                progress = progress.due()
+            if (told := notice.told(done)) or due:
+                log.sync()
+                bad.sync()
+                checkpoints.save(done, state, progress)
+            if told:
+                break
+            asked = time.monotonic()
+    return state, loss
+
+
+def ahead(batches: Iterator[pipeline.Step], mesh: Any, rows: int) -> Iterator[tuple[pipeline.Step, Batch]]:
+    """Each batch beside the same on the devices, the next one already on its way there. rows: of all processes"""
+    last = None
+    for item in batches:
+        if last is not None:
+            yield last
+        last = item, sharding.put(item.batch, mesh, rows)
+    if last is not None:
+        yield last
+
+
+def samples(item: pipeline.Step) -> str:
+    return f"Its samples: {', '.join(item.names)}."
+
+
+def last_good(checkpoints: training_checkpoints.Checkpoints) -> str:
+    if checkpoints.latest is None:
+        return "No checkpoint had been saved yet."
+    return f"The last good checkpoint is of step {checkpoints.latest}; the same command goes on from there."
+
+
+def check_first_loss(loss: float, vocab: int, parts: dict[str, Any]) -> None:
+    """Raises TrainingStopped if the first loss is that of a model that holds every word for equally likely."""
+    if abs(loss - math.log(vocab)) > 0.01 * math.log(vocab):
+        return
+    leaves = {f"{part}/{path}": leaf for part, tree in parts.items() for path, leaf in trees.flatten(tree).items()
+              if leaf is not None and path.startswith("llama/") and not path.endswith("lora_b")}
+    dead = [path for path, leaf in leaves.items() if not any(float(jnp.abs(a).max()) for a in jax.tree.leaves(leaf))]
+    raise TrainingStopped(
+        f"The first loss is {loss:.4f}, which is ln({vocab}) = {math.log(vocab):.4f}: the language model holds every "
+        "word for equally likely. Its weights are missing or broken, or an unmerged delta was converted as if it were "
+        "a model. " + (f"These tensors are all zero: {', '.join(dead)}. " if dead else "")
+        + "Convert the language model again (`--delta` merges a Vicuna delta); to train a random language model on "
+        "purpose set check_first_loss=False.")
+
+
+def write_card(job: Job) -> None:
+    """`run.json`: what anyone needs to load, repeat or understand the run."""
+    config, source, out, start = job.config, job.source, job.out, job.config.weights.start_from
+    card = {
+        "format": FORMAT,
+        "family": source.family,
+        "checkpoint": os.path.relpath(source.folder.absolute(), out.absolute()),
+        "architecture": dataclasses.asdict(source.config),
+        "trained": list(job.rules),
+        "start_from": start and os.path.relpath(os.path.abspath(start), out.absolute()),
+        "config": dataclasses.asdict(config),
+        "features": job.stored and dataclasses.asdict(job.stored.card),
+        "versions": {name: importlib.metadata.version(name) for name in ("mmjax", "jax", "flax", "optax")}
+        | {"python": platform.python_version()},
+        "devices": [str(device) for device in jax.devices()],
+    }
+    files.replace(out / converted.RUN_CARD, json.dumps(card, indent=2) + "\n")
+
+
+def announce(job: Job, params: Any, mask: Any) -> None:
+    """What is about to happen, in two lines."""
+    config, mesh = job.config, job.mesh
+    sizes = {True: 0, False: 0}
+    for leaf, is_trained in zip(trees.flatten(params).values(), trees.flatten(mask).values(), strict=True):
+        sizes[is_trained] += leaf.size
+    console.print(f"[bold]{job.source.family}[/bold] from {job.source.folder}: {sizes[True]:,} parameters trained, "
+                  f"{sizes[False]:,} frozen ({config.weights.frozen_dtype or config.weights.dtype})")
+    console.print(f"mesh {dict(mesh.shape)} of {mesh.size} {mesh.devices.flat[0].platform} device(s); "
+                  f"run folder {config.out}")
+
+
+def score(job: Job, params: dict[str, Any]) -> list[list[Any]] | None:
+    """Scores a run on scenes it never saw, beside the same model before any training; see `evaluate.report_scenes`.
+
+    None on several hosts, which is said. Parameters that the run did not load are read now.
+    """
+    if jax.process_count() > 1:
+        console.print("Scores are given by runs of one process: the same command on one host makes them now.")
+        return None
+    config, source = job.config, job.source
+    if job.stored:
+        params |= job.params(encode_features.rule(source.family))
+    module = FAMILIES[source.family].Model(source.config, jnp.dtype(config.weights.dtype))
+    untrained = dataclasses.replace(job, earlier=None).params(lambda path: True)
+    model = Loaded.of(source, module, params, job.mesh)
+    sizes = {path: leaf.size for path, leaf in trees.flatten(params).items()}
+    trained = sum(size for path, size in sizes.items() if trees.matches(path, job.rules))
+    facts = {"trained parameters": f"{trained:,} of {sum(sizes.values()):,}", "steps": f"{config.optim.steps:,}"}
+    return evaluate.report_scenes(model, dataclasses.replace(model, params=untrained), config.data.scenes,
+                                  Path(config.out), converted.lineage(Path(config.out)), facts)

@@ -1,0 +1,122 @@
+"""Loss and training step: pure functions of a module, parameters and a batch.
+
+B rows   T tokens   V vocabulary
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from mmjax import sharding, trees
+from mmjax.batch import Batch
+from mmjax.training import losses
+
+
+def token_losses(logits: jax.Array, batch: Batch) -> jax.Array:
+    """float32[B,T-1]: cross entropy of each next token in nats, 0 where it is no target. logits float32[B,T,V]."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], batch.tokens[:, 1:])
+    return jnp.where(batch.loss_mask[:, 1:], losses, 0)
+
+
+def loss(
+    module: nn.Module,
+    params: Any,
+    batch: Batch,
+    reduction: Literal["mean", "none"] = "mean",
+    rngs: dict[str, jax.Array] | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Next-token cross entropy: (loss, aux).
+
+    "mean" is one number, the mean over the targets of the whole batch (of all devices). "none" is float32[B], each
+    row's sum divided by its padded length - 1, ignored places counted (minigpt4/models/minigpt_base.py: forward).
+    aux: "logits" float32[B,T,V], "tokens" the number of targets, "token_losses" float32[B,T-1].
+    A batch without any target has the loss 0, and gradients of 0.
+    """
+    logits = module.apply({"params": params}, batch, rngs=rngs)
+    each = token_losses(logits, batch)
+    tokens = batch.loss_mask[:, 1:].sum()
+    total = each.sum() / jnp.maximum(tokens, 1) if reduction == "mean" else each.sum(-1) / (batch.padded_length - 1)
+    return total, {"logits": logits, "tokens": tokens, "token_losses": each}
+
+
+def mean_loss(module: nn.Module, params: Any, batch: Batch, rngs: dict[str, jax.Array] | None = None) -> jax.Array:
+    """The "mean" of `loss`, to be differentiated: without the logits of all places (`mmjax.training.losses`)."""
+    hidden = module.apply({"params": params}, batch, rngs=rngs, method="hidden")
+    targets = batch.loss_mask[:, 1:]
+    weights = targets / jnp.maximum(targets.sum(), 1).astype(jnp.float32)
+
+    def to_logits(hidden: jax.Array) -> jax.Array:
+        return module.apply({"params": params}, hidden, method="logits")
+
+    ids, weights = (jnp.pad(x, ((0, 0), (0, 1))) for x in (batch.tokens[:, 1:], weights))  # the last tells nothing
+    return losses.weighted_sum(to_logits, hidden, ids, weights, sharding.batch_ways())
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What training changes; a checkpoint holds exactly this.
+
+    params: the trained part, None where a leaf is frozen
+    key:    of dropout; each step folds its number in
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    key: jax.Array
+
+
+def start(trained: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    return TrainState(jnp.int32(0), trained, optimizer.init(trained), jax.random.key(seed))
+
+
+def train_step(module: nn.Module, optimizer: optax.GradientTransformation) -> Callable[..., tuple[TrainState, dict]]:
+    """A compiled `(state, frozen, batch) -> (state, metrics)`; the state's memory is reused.
+
+    Gradients are taken of the trained part only. Dropout acts in the parts that hold a trained parameter. If the loss,
+    a gradient or an update is not finite, parameters and optimizer stay as they were and metrics["finite"] is False.
+    metrics: "loss", "tokens" (targets), "grad_norm", "finite".
+    """
+
+    def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict]:
+        parts = [part for part, leaves in state.params.items() if jax.tree.leaves(leaves)]
+        rngs = dict(zip(parts, jax.random.split(jax.random.fold_in(state.key, state.step), len(parts)), strict=True))
+
+        def objective(trained: Any) -> jax.Array:
+            return mean_loss(module, trees.merge(trained, frozen), batch, rngs)
+
+        value, grads = jax.value_and_grad(objective)(state.params)
+        norm = optax.global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
+        params = optax.apply_updates(state.params, updates)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state))
+        metrics = {"loss": value, "tokens": batch.loss_mask[:, 1:].sum(), "grad_norm": norm, "finite": finite}
+        return TrainState(state.step + 1, params, opt_state, state.key), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+@jax.jit
+def fingerprint(tree: Any) -> jax.Array:
+    """uint32: changes when any bit of any leaf does (a weighted sum of the bits, not a cryptographic hash)."""
+
+    def of(leaf: jax.Array) -> jax.Array:
+        word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(leaf, word).astype(jnp.uint32)
+        weights = jnp.zeros(bits.shape, jnp.uint32)
+        for axis in range(bits.ndim):
+            weights = weights * 31 + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(2_654_435_761)
+        return (bits * (weights | 1)).sum(dtype=jnp.uint32)  # odd: an even weight would lose the highest bit
+
+    total = jnp.uint32(0)
+    for leaf in jax.tree.leaves(tree):
+        total = total * jnp.uint32(31) + of(leaf)
+    return total
