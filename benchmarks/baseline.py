@@ -100,8 +100,8 @@ class MiniGPT4(nn.Module):
             cross_attention_frequency=q.cross_every, encoder_hidden_size=v.dim, layer_norm_eps=q.eps,
             use_qformer_text_input=False, attn_implementation="sdpa"))
         self.query_tokens = nn.Parameter(torch.zeros(1, q.queries, q.dim))
-        self.projector = nn.Linear(q.dim, cfg.llama.dim)
-        self.llama = language_model(cfg.llama)
+        self.projector = nn.Linear(q.dim, cfg.llm.dim)
+        self.llama = language_model(cfg.llm)
         self.requires_grad_(False)
         self.projector.requires_grad_(True)
         self.eval()
@@ -110,7 +110,7 @@ class MiniGPT4(nn.Module):
     def tensors(cfg: Any, params: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The state of this module from mmjax's parameters by path."""
         return released([*minigpt4.vit_entries(cfg.vit), *minigpt4.qformer_entries(cfg.qformer, cfg.vit.dim),
-                         *minigpt4.projector_entries(cfg.soft_width, cfg.llama.dim), *llama.entries(cfg.llama)], params)
+                         *minigpt4.projector_entries(cfg.soft_width, cfg.llm.dim), *llama.entries(cfg.llm)], params)
 
     @torch.no_grad()
     def feature(self, images: torch.Tensor) -> torch.Tensor:
@@ -174,7 +174,7 @@ class ImageBindLLM(nn.Module):
 
     def __init__(self, cfg: Any):
         super().__init__()
-        b, c = cfg.bind, cfg.llama
+        b, c = cfg.bind, cfg.llm
         self.proj = nn.Linear(b.inputs, b.dim)
         self.blocks = nn.ModuleList(BindBlock(b.dim, b.hidden, b.eps) for _ in range(b.depth))
         self.query = nn.Parameter(torch.zeros(c.depth, 1, c.dim))
@@ -191,13 +191,13 @@ class ImageBindLLM(nn.Module):
         def tensor(path: str) -> torch.Tensor:
             return torch.from_numpy(np.array(params[path]))
 
-        made = released(llama.entries(dataclasses.replace(cfg.llama, injection="")), params)
+        made = released(llama.entries(dataclasses.replace(cfg.llm, injection="")), params)
         made |= {"query": tensor("query"), "proj.weight": tensor("bind/proj/w").T, "proj.bias": tensor("bind/proj/b")}
         for number in range(cfg.bind.depth):
             ours, theirs = f"bind/block_{number + 1}", f"blocks.{number}"
             made[f"{theirs}.norm.weight"] = tensor(f"{ours}/norm/scale")
             made |= {f"{theirs}.{name}.weight": tensor(f"{ours}/{name}/w").T for name in ("gate", "up", "down")}
-        gates = tensor("llama/layers/attn/gate")
+        gates = tensor("llm/layers/attn/gate")
         return made | {f"llama.model.layers.{layer}.self_attn.heads_gate": gate for layer, gate in enumerate(gates)}
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -127,9 +127,9 @@ def reading_speed() -> float:
 
 def read_bytes(loaded: mmjax.Loaded) -> int:
     """Bytes of the weights that a step reads."""
-    llama = loaded.params["llama"]
+    llama = loaded.params["llm"]
     size = sum(leaf.nbytes for leaf in trees.flatten(llama).values())
-    return size if loaded.config.llama.tied else size - llama["embedding"].nbytes
+    return size if loaded.config.llm.tied else size - llama["embedding"].nbytes
 
 
 def compare(loaded: mmjax.Loaded, theirs: Theirs, prompts: list[Sample], count: int) -> None:

@@ -100,7 +100,7 @@ def batch(cfg: Any, rows: Sequence[Sequence[int]], length: int, pictures: int | 
         start = 0
         for number, size in enumerate(samples):
             here, picture = slice(start, start + size), start + BEFORE
-            tokens[row, here] = random.integers(PAD + 1, cfg.llama.vocab, size)
+            tokens[row, here] = random.integers(PAD + 1, cfg.llm.vocab, size)
             soft_index[row, picture:picture + Q] = number * Q + np.arange(Q)
             loss_mask[row, picture + Q + PROMPT:start + size] = True
             segments[row, here], positions[row, here] = number, np.arange(size)

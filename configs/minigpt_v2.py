@@ -27,7 +27,7 @@ def config() -> RunConfig:
         text=TextConfig(prompt_template="[INST] {} [/INST]", end_sym="</s>", max_txt_len=1024),
         optim=OptimConfig(
             init_lr=1e-5, min_lr=1e-6, warmup_lr=1e-6, warmup_steps=1000, epochs=50, steps_per_epoch=1000),
-        trained=(r"projector/.*", r"llama/.*/lora_[ab]"),
+        trained=(r"projector/.*", r"llm/.*/lora_[ab]"),
         remat=True,
         save_every=1000,
     )

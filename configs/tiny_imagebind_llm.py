@@ -15,7 +15,7 @@ from mmjax.data.scenes import PROMPTS
 
 SHIPPED = files("mmjax") / "assets" / "scenes"
 FOLDER = "runs/tiny_imagebind_llm"
-SOURCES = {"imagebind": str(SHIPPED / "imagebind.pth"), "llama": str(SHIPPED / "llama"),
+SOURCES = {"imagebind": str(SHIPPED / "imagebind.pth"), "llm": str(SHIPPED / "llama"),
            "arch": str(SHIPPED / "imagebind_arch.json")}
 SCENES = ScenesConfig(count=6000, held_out=200, most=1)
 TEXT = TextConfig(prompt_template="###Human: {} ###Assistant: ", end_sym="###", joint=True, max_txt_len=64)

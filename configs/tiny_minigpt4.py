@@ -20,7 +20,7 @@ def config() -> RunConfig:
             sources={
                 "vit": str(shipped / "eva_vit.pth"),
                 "qformer": str(shipped / "blip2_pretrained.pth"),
-                "llama": str(shipped / "llama"),
+                "llm": str(shipped / "llama"),
                 "arch": str(shipped / "arch.json"),
             },
             dtype="float32",

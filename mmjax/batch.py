@@ -42,13 +42,15 @@ class Batch:
     positions:     int32[B,T]  rotary positions: 0, 1, 2, ... in every row, or in every segment of a packed one
     padded_length: int32[B]    length of the rows as the original pads them; its per-row loss divides by that minus 1
     images:        uint8[B,F,H,W,3] (normalised by the model) or normalised float32[B,F,3,H,W]; None for text alone
-    media:         what ImageBind's towers take, by name: "image" float32[B,3,S,S], or uint8[B,S,S,3] (normalised by the
-                   model) with "blank" bool[B], the rows that have zeros in place of a picture, "video"
-                   [B,clips,3,2,S,S], "audio" [B,clips,1,M,T], "depth" and "thermal" [B,1,H,W], "imu" [B,6,steps],
-                   "text" int32[B,77]; or "feature" alone: what `Model.feature` gives, ready made, such as the mix of
-                   all senses [B,E] or what MiniGPT-4's projector reads [B,F,Q,E]. None where a family has no such
-                   towers
-    weights:       float32[B] for each of the media: its weight in the mix of senses, 0 where a row has no such sense
+    image_valid:   bool[B,F]   of models that read one image a row: False where a row has none, which is then zeros after
+                   the normalisation. None: every image is one, or the model does not look at those that are none
+    features:      what `Model.feature` gives, ready-made, in place of images and media: what MiniGPT-4's projector reads
+                   [B,F,Q,E], the mix of all senses [B,E]
+    media:         what ImageBind's towers take besides images, by name: "video" [B,clips,3,2,S,S], "audio"
+                   [B,clips,1,M,T], "depth" and "thermal" [B,1,H,W], "imu" [B,6,steps], "text" int32[B,77]. None where
+                   there are no other senses
+    weights:       float32[B] for "image" and each of the media: its weight in the mix of senses, 0 where a row has no
+                   such sense. None where a family does not mix senses
     segments:      int32[B,T]  of packed rows (`mmjax.data.packing`): which of the row's samples stands here, from 0 on;
                    -1 at padding. None: one sample a row
     """
@@ -60,6 +62,8 @@ class Batch:
     positions: jax.Array | np.ndarray
     padded_length: jax.Array | np.ndarray
     images: jax.Array | np.ndarray | None = None
+    image_valid: jax.Array | np.ndarray | None = None
+    features: jax.Array | np.ndarray | None = None
     media: dict[str, jax.Array | np.ndarray] | None = None
     weights: dict[str, jax.Array | np.ndarray] | None = None
     segments: jax.Array | np.ndarray | None = None

@@ -95,11 +95,11 @@ STAGES = (  # in the order in which the data pass through them
     Stage("bind_block_{i}", "bind/block_{i}", "bind/block_{i}",
           "image_bind_norm_{i}, image_bind_f1_{i}, f2_{i}, f3_{i}"),
     Stage("bind_out", "bind", "bind", "forward_visual"),
-    Stage("llama_embed", "", "llama/embedding, and where soft tokens stand", "model.embed_tokens, tok_embeddings"),
-    Stage("llama_layer_{i}", "llama/layers", "llama/layers/… [{i}], its LoRA, and what is injected into it",
+    Stage("llama_embed", "", "llm/embedding, and where soft tokens stand", "model.embed_tokens, tok_embeddings"),
+    Stage("llama_layer_{i}", "llm/layers", "llm/layers/… [{i}], its LoRA, and what is injected into it",
           "model.layers.{i} (transformers), layers.{i} (Meta)"),
-    Stage("llama_norm", "llama/norm", "llama/norm", "model.norm"),
-    Stage("logits", "", "llama/head (llama/embedding where they are tied)", "lm_head, output"),
+    Stage("llama_norm", "llm/norm", "llm/norm", "model.norm"),
+    Stage("logits", "", "llama/head (llm/embedding where they are tied)", "lm_head, output"),
     Stage("loss", "", "nothing: `targets` against `logits`", "loss"),
 )
 DECODED = ("llama_layer_{i}", "llama_norm", "logits")  # [B,T,...]; at padding they are nobody's business
@@ -195,7 +195,7 @@ def inputs(model: Loaded, held: Mapping[str, np.ndarray]) -> tuple[Batch, np.nda
         if name in held and held[name].shape != tokens.shape:
             raise ValueError(f"`{name}` has the shape {held[name].shape}, but there are {rows} rows of {length} "
                              "tokens.")
-    if (vocab := model.config.llama.vocab) <= tokens.max(initial=0) or tokens.min(initial=0) < -1:
+    if (vocab := model.config.llm.vocab) <= tokens.max(initial=0) or tokens.min(initial=0) < -1:
         raise ValueError(f"`tokens` holds ids from {tokens.min()} to {tokens.max()}; this model has 0 to {vocab - 1}, "
                          "and -1 for soft tokens.")
     soft = tokens == -1

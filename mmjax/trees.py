@@ -1,4 +1,4 @@
-"""Parameter trees by path: `"llama/layers/attn/q/w"` names one leaf of nested dicts.
+"""Parameter trees by path: `"llm/layers/attn/q/w"` names one leaf of nested dicts.
 
 Rules are ordered `(pattern, value)` pairs; a pattern must match the whole path and the first match wins.
 """

@@ -243,7 +243,7 @@ def train_language(tokenizer: Tokenizer, steps: int, texts: int, batch: int, rat
 
     def loss(params, tokens, soft, valid, loss_mask, key):
         strength, noise = jax.random.split(key)
-        size = jax.lax.stop_gradient(params["llama"]["embedding"].std())
+        size = jax.lax.stop_gradient(params["llm"]["embedding"].std())
         noise = size * jax.random.uniform(strength, (len(tokens), 1, 1)) * jax.random.normal(
             noise, (*tokens.shape, LLAMA.dim))
         scores = logits(params, tokens, soft, valid, noise)[:, :-1]

@@ -62,7 +62,7 @@ def test_eight_devices_train_as_one():
     """Rows with different numbers of targets: the mean is over those of all devices."""
     batches = [tiny.batch(seed=seed) for seed in (0, 1)]
     assert len(set(batches[0].loss_mask.sum(1).tolist())) > 1
-    rules = (*minigpt4.TRAINED, "llama/norm/.*", "llama/layers/attn/[qv]/w")
+    rules = (*minigpt4.TRAINED, "llm/norm/.*", "llm/layers/attn/[qv]/w")
     one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     eight = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     expected, alone = train(one, rules, batches)
@@ -72,7 +72,7 @@ def test_eight_devices_train_as_one():
         if leaf is not None:
             np.testing.assert_allclose(leaf, trees.flatten(alone.params)[path], atol=1e-6, err_msg=path)
     assert state.params["projector"]["w"].sharding.spec == PartitionSpec(None, "fsdp")
-    assert state.params["llama"]["layers"]["attn"]["q"]["w"].addressable_shards[0].data.shape == (2, 16, 2, 8)
+    assert state.params["llm"]["layers"]["attn"]["q"]["w"].addressable_shards[0].data.shape == (2, 16, 2, 8)
 
 
 def test_eight_devices_train_as_one_on_int8():
@@ -91,7 +91,7 @@ def test_a_checkpoint_moves_to_another_mesh(tmp_path):
               sharding.make_mesh(MeshConfig(), jax.devices()[3:4])]
 
     def state(mesh, factor, seed):
-        trained = on(mesh, {path: factor * leaf for path, leaf in flat.items()}) | {"llama": {"embedding": None}}
+        trained = on(mesh, {path: factor * leaf for path, leaf in flat.items()}) | {"llm": {"embedding": None}}
         made = steps.start(trained, ADAMW, seed)
         whole = NamedSharding(mesh, PartitionSpec())
         return jax.tree.map(lambda leaf: leaf if leaf.ndim else jax.device_put(leaf, whole), made)

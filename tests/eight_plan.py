@@ -68,7 +68,7 @@ def test_a_plan_under_data_parallelism():
     """Only gradients of what is trained, and numbers, cross devices; nothing but places is assumed of the state."""
     made = plan.plan(config(MeshConfig(data=8)), "local")
     cfg = tiny.MINIGPT4
-    gradients = {4 * cfg.soft_width * cfg.llama.dim, 4 * cfg.llama.dim}
+    gradients = {4 * cfg.soft_width * cfg.llm.dim, 4 * cfg.llm.dim}
     assert {one.bytes for one in made.collectives if one.shape} == gradients
     assert {one.axes for one in made.collectives} == {("data",)}
     assert sum(not one.shape for one in made.collectives) <= 4
@@ -78,7 +78,7 @@ def test_a_plan_under_data_parallelism():
 
 def test_the_state_is_as_a_run_has_it():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    settings = config(MeshConfig(2, 2, 2), trained=("projector/.*", "llama/layers/attn/q/w"))
+    settings = config(MeshConfig(2, 2, 2), trained=("projector/.*", "llm/layers/attn/q/w"))
     source, _ = plan.architecture(settings, None)
     step = plan.Step.of(settings, source, mesh, 16)
     flat = trees.flatten(tiny.params("minigpt4", tiny.MINIGPT4))

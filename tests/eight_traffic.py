@@ -22,7 +22,7 @@ from tests import tiny  # noqa: E402
 TPU = os.environ.get("TPU")
 WHERE, DTYPE = (TPU, "bfloat16") if TPU else ("local", "float32")
 CFG = tiny.MINIGPT4
-TRAINED = {tuple(sorted((CFG.soft_width, CFG.llama.dim))), (CFG.llama.dim,)}  # in whichever order XLA lays them out
+TRAINED = {tuple(sorted((CFG.soft_width, CFG.llm.dim))), (CFG.llm.dim,)}  # in whichever order XLA lays them out
 
 
 def program(mesh, remat, frozen_dtype=None, trained=None):
@@ -49,7 +49,7 @@ def squeezed(shape):
 def stacked():
     """{path: shape} of the matrices of all layers, the layers first."""
     return {path: leaf.shape for path, leaf in shapes("minigpt4", CFG).items()
-            if re.match("(llama/layers|vit/blocks)/.*/w", path)}
+            if re.match("(llm/layers|vit/blocks)/.*/w", path)}
 
 
 def test_data_parallel_devices_exchange_gradients_of_what_is_trained_and_numbers():
@@ -71,7 +71,7 @@ def test_sharded_devices_gather_each_frozen_layer_once_a_pass(remat):
     for one in found:
         if one.kind == "all-gather" and len(squeezed(one.shape)) >= 2 and one.times > 1:
             gathered[math.prod(one.shape)] += one.times
-            assert one.times == CFG.llama.depth == CFG.vit.depth
+            assert one.times == CFG.llm.depth == CFG.vit.depth
             if TPU:
                 assert one.dtype == "bf16", one
     assert passed(2) <= gathered <= passed(3 if remat else 2)  # for what is computed again a matrix may be gathered too
@@ -93,7 +93,7 @@ def test_no_frozen_gradient_is_made(mesh):
     frozen = {size for path, shape in stacked().items()
               for size in (squeezed(shape), squeezed(places[path].shard_shape(shape)))}
     assert frozen and not written(text) & frozen
-    q = "llama/layers/attn/q/w"
+    q = "llm/layers/attn/q/w"
     trained, _ = program(mesh, remat=True, trained=(q,))
     shape = stacked()[q]
     assert written(trained) & {squeezed(shape), squeezed(places[q].shard_shape(shape))}

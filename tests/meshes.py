@@ -21,7 +21,7 @@ from mmjax.training import distributed, optim, steps  # noqa: E402
 from tests import tiny  # noqa: E402
 
 ROWS, STEPS = 8, 10
-RULES = (*minigpt4.TRAINED, "llama/norm/.*", "llama/layers/attn/[qv]/w")
+RULES = (*minigpt4.TRAINED, "llm/norm/.*", "llm/layers/attn/[qv]/w")
 ADAMW = optim.optimizer(OptimConfig(init_lr=1e-3, min_lr=1e-3, warmup_steps=0))
 MODULE = minigpt4.Model(tiny.MINIGPT4)
 

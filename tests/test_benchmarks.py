@@ -110,7 +110,7 @@ def test_the_setting_of_a_gpu_trains_at_toy_size():
     batch = training.equal_rows(TOY, model.cfg)
     losses = [ours(batch) for _ in range(3)]
     assert losses == sorted(losses, reverse=True) and np.isfinite(losses).all()
-    assert str(ours.frozen["llama"]["head"]["w"].dtype) == dtype and ours.flops(batch) > 0
+    assert str(ours.frozen["llm"]["head"]["w"].dtype) == dtype and ours.flops(batch) > 0
 
 
 def test_chart(tmp_path):

@@ -129,14 +129,14 @@ def test_its_own_sentences_are_known():
 def test_random_weights_are_as_good_as_uniform():
     """The reference set's weights are random: its losses are those of nobody who knows anything."""
     found = wrong(doctor.examine(small.checkpoint()))
-    assert "As good as uniform" in found["plain text"] and "llama/embedding" in found["plain text"]
+    assert "As good as uniform" in found["plain text"] and "llm/embedding" in found["plain text"]
     assert set(found) == {"plain text", "word vectors"}
 
 
 def test_other_families_are_tried():
     found = doctor.examine(imagebind_llm())
     assert set(wrong(found)) == {"plain text", "word vectors"}  # random weights, but nothing else
-    assert "As good as uniform" in wrong(found)["plain text"] and "llama/embedding" in wrong(found)["plain text"]
+    assert "As good as uniform" in wrong(found)["plain text"] and "llm/embedding" in wrong(found)["plain text"]
     ok = wrong(found, "ok")
     assert "open in every layer" in ok["gates"] and "add something" in ok["LoRA"]
     assert "stages of seeing are finite" in ok["outputs"] and "moves the logits" in ok["pictures"]
@@ -147,21 +147,21 @@ def test_other_families_are_tried():
 
 DAMAGES = [  # name of the check, what is said, how
     ("finite", "attn/q/w holds 1 numbers that are not finite, in layer 1. It came from --llama: pytorch_model.bin",
-     {"llama__layers__attn__q__w": with_((1, 0, 0, 0), np.nan)}),
+     {"llm__layers__attn__q__w": with_((1, 0, 0, 0), np.nan)}),
     ("finite", "vit/pos holds 2 numbers that are not finite. It came from --vit: eva_vit.pth",
      {"vit__pos": with_((slice(2), 0), np.inf)}),
-    ("empty", "llama/embedding is nothing but zeros. It came from --llama", {"llama__embedding": np.zeros_like}),
-    ("empty", "llama/layers/mlp/up/w is nothing but zeros in layer 2", {"llama__layers__mlp__up__w": with_(2, 0)}),
+    ("empty", "llm/embedding is nothing but zeros. It came from --llama", {"llm__embedding": np.zeros_like}),
+    ("empty", "llm/layers/mlp/up/w is nothing but zeros in layer 2", {"llm__layers__mlp__up__w": with_(2, 0)}),
     ("empty", "vit/pos is nothing but zeros. It came from --vit: eva_vit.pth", {"vit__pos": np.zeros_like}),
-    ("word vectors", "llama/head/w looks like fresh random numbers", {"llama__head__w": random_like}),
-    ("word vectors", "llama/embedding: 256 of 512 words are zeros", {"llama__embedding": with_(slice(256, None), 0)}),
-    ("layers", "Layers 0 and 2 of llama are bit for bit the same in 1 of 7 matrices (llama/layers/attn/v/w)",
-     {"llama__layers__attn__v__w": lambda x: x[[0, 1, 0]]}),
+    ("word vectors", "llm/head/w looks like fresh random numbers", {"llm__head__w": random_like}),
+    ("word vectors", "llm/embedding: 256 of 512 words are zeros", {"llm__embedding": with_(slice(256, None), 0)}),
+    ("layers", "Layers 0 and 2 of llama are bit for bit the same in 1 of 7 matrices (llm/layers/attn/v/w)",
+     {"llm__layers__attn__v__w": lambda x: x[[0, 1, 0]]}),
     ("layers", "of qformer are bit for bit the same",
      {"qformer__layer_1__mlp__fc1__w": None}),
     ("delta", "is a delta, not a model", {
         name: lambda x: np.random.default_rng(1).normal(0, 1e-3, x.shape).astype(x.dtype) for name in
-        ("llama__norm__scale", "llama__layers__attn_norm__scale", "llama__layers__mlp_norm__scale")}),
+        ("llm__norm__scale", "llm__layers__attn_norm__scale", "llm__layers__mlp_norm__scale")}),
 ]
 
 
@@ -176,16 +176,16 @@ def test_damage_is_named(name, words, changes, tmp_path):
 
 
 def test_another_order_of_magnitude_is_a_warning(tmp_path):
-    out = damaged(scenes(), tmp_path / "damaged", llama__layers__mlp__down__w=lambda x: x * np.array(
+    out = damaged(scenes(), tmp_path / "damaged", llm__layers__mlp__down__w=lambda x: x * np.array(
         [1, 1, 100], x.dtype)[:, None, None])
-    assert "llama/layers/mlp/down/w of layer 2 is" in wrong(doctor.examine(out, quick=True), "warning")["layers"]
+    assert "llm/layers/mlp/down/w of layer 2 is" in wrong(doctor.examine(out, quick=True), "warning")["layers"]
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"llama__embedding": np.zeros_like}, "Look at llama/embedding first"),
-    ({"llama__head__w": random_like}, "Look at llama/head/w first"),
-    ({name: lambda x: x * 1e-3 for name in ("llama__norm__scale", "llama__layers__attn_norm__scale",
-                                            "llama__layers__mlp_norm__scale")}, "Look at llama/layers/attn_norm/scale"),
+    ({"llm__embedding": np.zeros_like}, "Look at llm/embedding first"),
+    ({"llm__head__w": random_like}, "Look at llm/head/w first"),
+    ({name: lambda x: x * 1e-3 for name in ("llm__norm__scale", "llm__layers__attn_norm__scale",
+                                            "llm__layers__mlp_norm__scale")}, "Look at llm/layers/attn_norm/scale"),
 ])
 def test_losses_point_at_the_parameter(changes, words, tmp_path):
     found = wrong(doctor.examine(damaged(scenes(), tmp_path / "damaged", **changes)))
@@ -205,13 +205,13 @@ def test_closed_gates_and_idle_lora(tmp_path):
              if path.endswith(("gate", "lora_b")) and not path.startswith("replaced")]
     out = damaged(imagebind_llm(), tmp_path / "damaged", **dict.fromkeys(names, np.zeros_like))
     found = wrong(doctor.examine(out))
-    assert "Every gate of llama/layers/attn/gate is closed" in found["gates"] and "adapter.pth" in found["gates"]
+    assert "Every gate of llm/layers/attn/gate is closed" in found["gates"] and "adapter.pth" in found["gates"]
     assert "LoRA adds nothing" in found["LoRA"]
     assert "nothing of it reaches the language model" in found["pictures"]
 
 
 def test_some_idle_lora_is_a_warning(tmp_path):
-    out = damaged(minigpt_v2(), tmp_path / "damaged", llama__layers__attn__q__lora_b=with_(0, 0))
+    out = damaged(minigpt_v2(), tmp_path / "damaged", llm__layers__attn__q__lora_b=with_(0, 0))
     assert "in 1 of 6 matrices" in wrong(doctor.examine(out, quick=True), "warning")["LoRA"]
 
 
@@ -219,10 +219,10 @@ def test_missing_and_damaged_files(tmp_path):
     out = tmp_path / "other"
     shutil.copytree(scenes(), out)
     card = json.loads((out / "config.json").read_text())
-    card["architecture"]["llama"]["dim"] += 2
+    card["architecture"]["llm"]["dim"] += 2
     (out / "config.json").write_text(json.dumps(card))
     found = doctor.examine(out)
-    assert "llama/embedding" in wrong(found)["parameters"]
+    assert "llm/embedding" in wrong(found)["parameters"]
     assert "see to parameters first" in wrong(found, "warning")["outputs"]
 
     out = tmp_path / "cut"
@@ -278,11 +278,11 @@ def test_runs(tmp_path):
     assert "All 118 frozen tensors" in wrong(found, "ok")["base weights"]
 
     shutil.rmtree(base)
-    damaged(scenes(), base, llama__head__w=lambda x: x * np.float32(1.001))
+    damaged(scenes(), base, llm__head__w=lambda x: x * np.float32(1.001))
     patient, _ = open_folder(tmp_path / "run")
     numbers = {path: statistics(path, rows) for path, rows in patient.read.items()}
     patient = dataclasses.replace(patient, tensors=numbers)
-    assert "not those that the run was trained with: llama/head/w." in wrong(work.base_weights(patient))["base weights"]
+    assert "not those that the run was trained with: llm/head/w." in wrong(work.base_weights(patient))["base weights"]
 
     seal = next((tmp_path / "run" / "checkpoints").glob("2/seal.json"))
     seal.write_text(seal.read_text().replace('"position"', '"Position"'))
@@ -308,9 +308,9 @@ FIGURES = {"loss": 9.0, "shuffled": 9.1, "uniform": 10.37, "entropy": 5.0, "toke
     ({"loss": 2.2, "shuffled": 7.0}, [], "ok", "knows the language"),
     ({"loss": 10.37, "shuffled": 10.37, "entropy": 10.37}, [], "wrong", "absent, zero or vanishingly small"),
     ({}, [], "wrong", "a Vicuna delta added to another LLaMA"),
-    ({"loss": 7.0}, ["llama/head/w"], "warning", "Look at llama/head/w first"),
+    ({"loss": 7.0}, ["llm/head/w"], "warning", "Look at llm/head/w first"),
     ({"loss": 12.0, "tokens a word": 3.0}, [], "warning", "was not made for English"),
-    ({"loss": 12.0, "tokens a word": 3.0}, ["llama/head/w"], "wrong", "or worse"),
+    ({"loss": 12.0, "tokens a word": 3.0}, ["llm/head/w"], "wrong", "or worse"),
 ])
 def test_judged(changes, look_at, verdict, words):
     found, told = work.judged(FIGURES | changes, look_at)

@@ -84,9 +84,9 @@ PLACES = [  # a parameter, the layer that is changed (None: all of it), where th
     ("vit/patch/b", None, "vit_patches"), ("vit/pos", None, "vit_block_0"),
     ("vit/blocks/mlp/fc1/w", 1, "vit_block_1"), ("ln_vision/scale", None, "ln_vision_out"),
     ("qformer/layer_2/cross/k/w", None, "qformer_block_2"), ("qformer/query_tokens", None, "qformer_block_0"),
-    ("projector/w", None, "proj_out"), ("llama/embedding", None, "llama_embed"),
-    ("llama/layers/attn/k/w", 2, "llama_layer_2"), ("llama/norm/scale", None, "llama_norm"),
-    ("llama/head/w", None, "logits"),
+    ("projector/w", None, "proj_out"), ("llm/embedding", None, "llama_embed"),
+    ("llm/layers/attn/k/w", 2, "llama_layer_2"), ("llm/norm/scale", None, "llama_norm"),
+    ("llm/head/w", None, "logits"),
 ]
 
 
@@ -112,7 +112,7 @@ def test_what_was_changed_is_where_they_first_part(caption, path, layer, where):
 
 def test_nan_is_told(caption):
     m, reference = caption
-    rows = parity.parity(changed(m, {"llama/layers/mlp/up/w": lambda leaf: leaf.at[1, 0, 0].set(jnp.nan)}), reference)
+    rows = parity.parity(changed(m, {"llm/layers/mlp/up/w": lambda leaf: leaf.at[1, 0, 0].set(jnp.nan)}), reference)
     assert first_parted(rows) == "llama_layer_1"
     assert "ours holds numbers that are not finite" in parity.verdict(rows)
 
@@ -123,7 +123,7 @@ def test_vectors_in_place_of_tokens(caption, tmp_path):
     held = parity.read(reference)
     kept = {name: held[name] for name in ("llama_embed", "valid", "targets", "llama_layer_0", "logits", "loss")}
     np.savez(tmp_path / "reference.npz", **kept)
-    rows = parity.parity(changed(m, {"llama/embedding": lambda leaf: leaf * 2}), tmp_path / "reference.npz")
+    rows = parity.parity(changed(m, {"llm/embedding": lambda leaf: leaf * 2}), tmp_path / "reference.npz")
     assert [row.stage.name for row in rows] == ["llama_layer_0", "logits", "loss"]
     assert parity.all_agree(rows), parity.verdict(rows)
 

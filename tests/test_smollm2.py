@@ -80,7 +80,7 @@ def continued(theirs, ids, **settings):
 
 def test_what_was_converted(folder, ours):
     card = json.loads((folder / "checkpoint" / "config.json").read_text())
-    cfg = ours.config.llama
+    cfg = ours.config.llm
     assert (cfg.vocab, cfg.depth, cfg.dim, cfg.heads, cfg.kv_heads, cfg.head_dim) == (49_152, 30, 576, 9, 3, 64)
     assert (cfg.hidden, cfg.rope_theta, cfg.max_positions, cfg.tied) == (1_536, 100_000.0, 8_192, True)
     assert cfg.eps == pytest.approx(1e-5)
@@ -123,7 +123,7 @@ def test_loss_of_plain_english_is_theirs(ours, theirs):
     print(f"loss {float(loss):.6f}, theirs {expected:.6f}")
     assert int(aux["tokens"]) == batch.tokens.shape[1] - 1
     assert float(loss) == pytest.approx(expected, rel=1e-5)
-    assert loss < math.log(ours.config.llama.vocab) / 3
+    assert loss < math.log(ours.config.llm.vocab) / 3
 
 
 def test_64_greedy_ids_are_theirs(ours, theirs):

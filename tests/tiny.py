@@ -13,7 +13,7 @@ from mmjax.batch import Batch
 from mmjax.families import minigpt4, shapes
 
 MINIGPT4 = minigpt4.PRESETS["tiny"]
-V, Q = MINIGPT4.llama.vocab, MINIGPT4.image_tokens
+V, Q = MINIGPT4.llm.vocab, MINIGPT4.image_tokens
 
 
 @functools.cache

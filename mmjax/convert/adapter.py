@@ -29,37 +29,37 @@ from mmjax.models.clip import ClipConfig
 from mmjax.models.imagebind import ImageBindConfig
 from mmjax.models.llama import LlamaConfig
 
-GATE = (("layers.{L}.attention.gate", "llama/layers/attn/gate", "1 N 1 1 -> N"),)
-NEW_GATE = (("layers.{L}.attention.new_gate", "llama/layers/attn/new_gate", "1 1 1 1 -> 1"),)
+GATE = (("layers.{L}.attention.gate", "llm/layers/attn/gate", "1 N 1 1 -> N"),)
+NEW_GATE = (("layers.{L}.attention.new_gate", "llm/layers/attn/new_gate", "1 1 1 1 -> 1"),)
 LORA = (
-    ("layers.{L}.attention.lora_wq_l1.weight", "llama/layers/attn/q/lora_a", "R D -> D R"),
-    ("layers.{L}.attention.lora_wq_l2.weight", "llama/layers/attn/q/lora_b", "(N I T) R -> R N (T I)"),
-    ("layers.{L}.attention.lora_wk_l1.weight", "llama/layers/attn/k/lora_a", "R D -> D R"),
-    ("layers.{L}.attention.lora_wk_l2.weight", "llama/layers/attn/k/lora_b", "(K I T) R -> R K (T I)"),
-    ("layers.{L}.attention.lora_wv_l1.weight", "llama/layers/attn/v/lora_a", "R D -> D R"),
-    ("layers.{L}.attention.lora_wv_l2.weight", "llama/layers/attn/v/lora_b", "(K H) R -> R K H"),
-    ("layers.{L}.attention.lora_wo_l1.weight", "llama/layers/attn/o/lora_a", "R (N H) -> N H R"),
-    ("layers.{L}.attention.lora_wo_l2.weight", "llama/layers/attn/o/lora_b", "D R -> R D"),
-    ("layers.{L}.feed_forward.lora_w1_l1.weight", "llama/layers/mlp/gate/lora_a", "R D -> D R"),
-    ("layers.{L}.feed_forward.lora_w1_l2.weight", "llama/layers/mlp/gate/lora_b", "F R -> R F"),
-    ("layers.{L}.feed_forward.lora_w3_l1.weight", "llama/layers/mlp/up/lora_a", "R D -> D R"),
-    ("layers.{L}.feed_forward.lora_w3_l2.weight", "llama/layers/mlp/up/lora_b", "F R -> R F"),
-    ("layers.{L}.feed_forward.lora_w2_l1.weight", "llama/layers/mlp/down/lora_a", "R F -> F R"),
-    ("layers.{L}.feed_forward.lora_w2_l2.weight", "llama/layers/mlp/down/lora_b", "D R -> R D"),
+    ("layers.{L}.attention.lora_wq_l1.weight", "llm/layers/attn/q/lora_a", "R D -> D R"),
+    ("layers.{L}.attention.lora_wq_l2.weight", "llm/layers/attn/q/lora_b", "(N I T) R -> R N (T I)"),
+    ("layers.{L}.attention.lora_wk_l1.weight", "llm/layers/attn/k/lora_a", "R D -> D R"),
+    ("layers.{L}.attention.lora_wk_l2.weight", "llm/layers/attn/k/lora_b", "(K I T) R -> R K (T I)"),
+    ("layers.{L}.attention.lora_wv_l1.weight", "llm/layers/attn/v/lora_a", "R D -> D R"),
+    ("layers.{L}.attention.lora_wv_l2.weight", "llm/layers/attn/v/lora_b", "(K H) R -> R K H"),
+    ("layers.{L}.attention.lora_wo_l1.weight", "llm/layers/attn/o/lora_a", "R (N H) -> N H R"),
+    ("layers.{L}.attention.lora_wo_l2.weight", "llm/layers/attn/o/lora_b", "D R -> R D"),
+    ("layers.{L}.feed_forward.lora_w1_l1.weight", "llm/layers/mlp/gate/lora_a", "R D -> D R"),
+    ("layers.{L}.feed_forward.lora_w1_l2.weight", "llm/layers/mlp/gate/lora_b", "F R -> R F"),
+    ("layers.{L}.feed_forward.lora_w3_l1.weight", "llm/layers/mlp/up/lora_a", "R D -> D R"),
+    ("layers.{L}.feed_forward.lora_w3_l2.weight", "llm/layers/mlp/up/lora_b", "F R -> R F"),
+    ("layers.{L}.feed_forward.lora_w2_l1.weight", "llm/layers/mlp/down/lora_a", "R F -> F R"),
+    ("layers.{L}.feed_forward.lora_w2_l2.weight", "llm/layers/mlp/down/lora_b", "D R -> R D"),
 )
 BIAS = (
-    ("layers.{L}.attention.wq.bias", "llama/layers/attn/q/b", "(N I T) -> N (T I)"),
-    ("layers.{L}.attention.wo.bias", "llama/layers/attn/o/b", "D -> D"),
-    ("layers.{L}.feed_forward.w1.bias", "llama/layers/mlp/gate/b", "F -> F"),
-    ("layers.{L}.feed_forward.w3.bias", "llama/layers/mlp/up/b", "F -> F"),
-    ("layers.{L}.feed_forward.w2.bias", "llama/layers/mlp/down/b", "D -> D"),
+    ("layers.{L}.attention.wq.bias", "llm/layers/attn/q/b", "(N I T) -> N (T I)"),
+    ("layers.{L}.attention.wo.bias", "llm/layers/attn/o/b", "D -> D"),
+    ("layers.{L}.feed_forward.w1.bias", "llm/layers/mlp/gate/b", "F -> F"),
+    ("layers.{L}.feed_forward.w3.bias", "llm/layers/mlp/up/b", "F -> F"),
+    ("layers.{L}.feed_forward.w2.bias", "llm/layers/mlp/down/b", "D -> D"),
 )
 NORMS = (  # they take the place of the base model's
-    ("layers.{L}.attention_norm.weight", "llama/layers/attn_norm/scale", "D -> D"),
-    ("layers.{L}.ffn_norm.weight", "llama/layers/mlp_norm/scale", "D -> D"),
-    ("norm.weight", "llama/norm/scale", "D -> D"),
+    ("layers.{L}.attention_norm.weight", "llm/layers/attn_norm/scale", "D -> D"),
+    ("layers.{L}.ffn_norm.weight", "llm/layers/mlp_norm/scale", "D -> D"),
+    ("norm.weight", "llm/norm/scale", "D -> D"),
 )
-TOKEN_GATES = {"layer": (("gate", "llama/layers/gate", "L -> L 1"),), "shared": (("gate", "llama/gate", "1 -> 1"),)}
+TOKEN_GATES = {"layer": (("gate", "llm/layers/gate", "L -> L 1"),), "shared": (("gate", "llm/gate", "1 -> 1"),)}
 INJECTIONS = {"released": "head", "token": "layer", "token-shared": "shared"}  # --injection -> LlamaConfig.injection
 
 REPLACED = "replaced/"  # in a checkpoint, before the path of what an adapter has another one for
@@ -196,7 +196,7 @@ def imagebind_llm(
     article = imagebind.is_article(held)
     own = entries(cfg, IMAGEBIND_LLM, layers, 1, norms(held, IMAGEBIND_LLM))
     wanted = [*imagebind.bind_entries(bind, article), *own]
-    optional = {"llama/layers/gate", "llama/gate"} | ({"query", "llama/layers/attn/gate"} if article else set())
+    optional = {"llm/layers/gate", "llm/gate"} | ({"query", "llm/layers/attn/gate"} if article else set())
     fresh = [entry for entry in wanted if tensors is None
              or entry.path in optional and not held.keys() & set(entry.keys)]
     return Adapter(Config(towers, bind, cfg, layers), [entry for entry in wanted if entry not in fresh],
@@ -236,7 +236,7 @@ def _query_layers(names: Names, tensors: Mapping[str, LazyTensor], cfg: LlamaCon
 
 def imagebind_llm_entries(cfg: Config, norms: Collection[str]) -> list[Entry]:
     """Everything that the adapter file of a model holds; `norms` as in `entries`."""
-    return [*imagebind.bind_entries(cfg.bind), *entries(cfg.llama, IMAGEBIND_LLM, cfg.query_layers, 1, norms)]
+    return [*imagebind.bind_entries(cfg.bind), *entries(cfg.llm, IMAGEBIND_LLM, cfg.query_layers, 1, norms)]
 
 
 def llama_adapter(
@@ -303,6 +303,6 @@ def _adapter(config: Any, wanted: list[Entry], ignored: Ignored, tensors: Mappin
 def llama_adapter_entries(cfg: LlamaAdapter, norms: Collection[str]) -> list[Entry]:
     """Everything that the adapter file of a model holds; `norms` as in `entries`."""
     if cfg.visual is None:
-        return entries(cfg.llama, LLAMA_ADAPTER_V1, cfg.query_layers, cfg.query_len, norms)
-    return [*visual.visual_entries(cfg.visual, cfg.query_len, cfg.clip.out, cfg.llama.dim),
-            *entries(cfg.llama, LLAMA_ADAPTER, cfg.query_layers, cfg.query_len, norms)]
+        return entries(cfg.llm, LLAMA_ADAPTER_V1, cfg.query_layers, cfg.query_len, norms)
+    return [*visual.visual_entries(cfg.visual, cfg.query_len, cfg.clip.out, cfg.llm.dim),
+            *entries(cfg.llm, LLAMA_ADAPTER, cfg.query_layers, cfg.query_len, norms)]

@@ -80,7 +80,7 @@ def export(
 
 def _replaced(cfg: Any, stored: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
     """{path: the base's own} of the norms that the model's adapter brings."""
-    if not cfg.llama.injection:
+    if not cfg.llm.injection:
         return {}
     norms = (path for _, path, _ in adapter_files.NORMS)
     return {path: stored.get(adapter_files.REPLACED + path, stored[path]) for path in norms
@@ -89,15 +89,15 @@ def _replaced(cfg: Any, stored: Mapping[str, Any], trained: Mapping[str, Any]) -
 
 def _parts(cfg: Any, norms: Mapping[str, Any], generation: Mapping[str, Any], tokenizer: Path) -> dict[str, Part]:
     """What can be exported of a model. norms: those that belong to its adapter."""
-    parts = {"llama": Part(lambda: llama_files.entries(cfg.llama),
-                           functools.partial(_write_folder, cfg.llama, generation, tokenizer))}
-    if not cfg.llama.tied and cfg.llama.heads * cfg.llama.head_dim == cfg.llama.dim:
-        parts["llama-meta"] = Part(lambda: meta_files.entries(cfg.llama),
-                                   functools.partial(_write_meta_folder, cfg.llama, tokenizer))
+    parts = {"llm": Part(lambda: llama_files.entries(cfg.llm),
+                           functools.partial(_write_folder, cfg.llm, generation, tokenizer))}
+    if not cfg.llm.tied and cfg.llm.heads * cfg.llm.head_dim == cfg.llm.dim:
+        parts["llama-meta"] = Part(lambda: meta_files.entries(cfg.llm),
+                                   functools.partial(_write_meta_folder, cfg.llm, tokenizer))
     match cfg:
         case MiniGPT4():
-            parts["projector"] = Part(lambda: [*minigpt4_files.projector_entries(cfg.soft_width, cfg.llama.dim),
-                                               *llama_files.lora_entries(cfg.llama)], _write_model)
+            parts["projector"] = Part(lambda: [*minigpt4_files.projector_entries(cfg.soft_width, cfg.llm.dim),
+                                               *llama_files.lora_entries(cfg.llm)], _write_model)
             parts["vit"] = Part(lambda: minigpt4_files.vit_entries(cfg.vit), torch_file.save)
             if cfg.qformer:
                 parts["qformer"] = Part(lambda: minigpt4_files.qformer_entries(cfg.qformer, cfg.vit.dim), _write_model)
@@ -110,7 +110,7 @@ def _parts(cfg: Any, norms: Mapping[str, Any], generation: Mapping[str, Any], to
                 lambda out, tensors: torch_file.save(out, {**tensors, **imagebind_files.buffers(cfg.imagebind)}))
         case LlamaAdapter():
             parts["adapter"] = Part(lambda: adapter_files.llama_adapter_entries(cfg, norms),
-                                    functools.partial(_write_v2, cfg.llama) if cfg.visual else torch_file.save)
+                                    functools.partial(_write_v2, cfg.llm) if cfg.visual else torch_file.save)
             if cfg.clip:
                 parts["clip"] = Part(lambda: llama_adapter_files.clip_entries(cfg.clip), torch_file.save)
     return parts

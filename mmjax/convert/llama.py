@@ -19,29 +19,29 @@ from mmjax.models.llama import LlamaConfig
 from mmjax.tokenizer import Tokenizer
 
 LLAMA = (
-    ("model.embed_tokens.weight", "llama/embedding", "V D -> V D"),
-    ("model.layers.{L}.input_layernorm.weight", "llama/layers/attn_norm/scale", "D -> D"),
-    ("model.layers.{L}.self_attn.q_proj.weight", "llama/layers/attn/q/w", "(N H) D -> D N H"),
-    ("model.layers.{L}.self_attn.k_proj.weight", "llama/layers/attn/k/w", "(K H) D -> D K H"),
-    ("model.layers.{L}.self_attn.v_proj.weight", "llama/layers/attn/v/w", "(K H) D -> D K H"),
-    ("model.layers.{L}.self_attn.o_proj.weight", "llama/layers/attn/o/w", "D (N H) -> N H D"),
-    ("model.layers.{L}.post_attention_layernorm.weight", "llama/layers/mlp_norm/scale", "D -> D"),
-    ("model.layers.{L}.mlp.gate_proj.weight", "llama/layers/mlp/gate/w", "F D -> D F"),
-    ("model.layers.{L}.mlp.up_proj.weight", "llama/layers/mlp/up/w", "F D -> D F"),
-    ("model.layers.{L}.mlp.down_proj.weight", "llama/layers/mlp/down/w", "D F -> F D"),
-    ("model.norm.weight", "llama/norm/scale", "D -> D"),
+    ("model.embed_tokens.weight", "llm/embedding", "V D -> V D"),
+    ("model.layers.{L}.input_layernorm.weight", "llm/layers/attn_norm/scale", "D -> D"),
+    ("model.layers.{L}.self_attn.q_proj.weight", "llm/layers/attn/q/w", "(N H) D -> D N H"),
+    ("model.layers.{L}.self_attn.k_proj.weight", "llm/layers/attn/k/w", "(K H) D -> D K H"),
+    ("model.layers.{L}.self_attn.v_proj.weight", "llm/layers/attn/v/w", "(K H) D -> D K H"),
+    ("model.layers.{L}.self_attn.o_proj.weight", "llm/layers/attn/o/w", "D (N H) -> N H D"),
+    ("model.layers.{L}.post_attention_layernorm.weight", "llm/layers/mlp_norm/scale", "D -> D"),
+    ("model.layers.{L}.mlp.gate_proj.weight", "llm/layers/mlp/gate/w", "F D -> D F"),
+    ("model.layers.{L}.mlp.up_proj.weight", "llm/layers/mlp/up/w", "F D -> D F"),
+    ("model.layers.{L}.mlp.down_proj.weight", "llm/layers/mlp/down/w", "D F -> F D"),
+    ("model.norm.weight", "llm/norm/scale", "D -> D"),
 )
-HEAD = (("lm_head.weight", "llama/head/w", "V D -> D V"),)
+HEAD = (("lm_head.weight", "llm/head/w", "V D -> D V"),)
 IGNORED = (
     (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "a buffer; rotary frequencies are computed from config"),
 )
 TIED = (("lm_head\\.weight", "the same matrix as the embedding (tie_word_embeddings)"),)
 _PEFT = "llama_model.base_model.model.model.layers.{L}.self_attn."
 LORA = (  # peft 0.2.0's names; newer ones have ".default" before ".weight", which `minigpt4.trained` takes out
-    (_PEFT + "q_proj.lora_A.weight", "llama/layers/attn/q/lora_a", "R D -> D R"),
-    (_PEFT + "q_proj.lora_B.weight", "llama/layers/attn/q/lora_b", "(N H) R -> R N H"),
-    (_PEFT + "v_proj.lora_A.weight", "llama/layers/attn/v/lora_a", "R D -> D R"),
-    (_PEFT + "v_proj.lora_B.weight", "llama/layers/attn/v/lora_b", "(K H) R -> R K H"),
+    (_PEFT + "q_proj.lora_A.weight", "llm/layers/attn/q/lora_a", "R D -> D R"),
+    (_PEFT + "q_proj.lora_B.weight", "llm/layers/attn/q/lora_b", "(N H) R -> R N H"),
+    (_PEFT + "v_proj.lora_A.weight", "llm/layers/attn/v/lora_a", "R D -> D R"),
+    (_PEFT + "v_proj.lora_B.weight", "llm/layers/attn/v/lora_b", "(K H) R -> R K H"),
 )
 
 FIELDS = {  # config.json -> LlamaConfig

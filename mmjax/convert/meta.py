@@ -24,18 +24,18 @@ from mmjax.models.llama import LlamaConfig
 from mmjax.tokenizer import Tokenizer
 
 META = (
-    ("tok_embeddings.weight", "llama/embedding", "V D -> V D"),
-    ("layers.{L}.attention_norm.weight", "llama/layers/attn_norm/scale", "D -> D"),
-    ("layers.{L}.attention.wq.weight", "llama/layers/attn/q/w", "(N I T) D -> D N (T I)"),
-    ("layers.{L}.attention.wk.weight", "llama/layers/attn/k/w", "(K I T) D -> D K (T I)"),
-    ("layers.{L}.attention.wv.weight", "llama/layers/attn/v/w", "(K H) D -> D K H"),
-    ("layers.{L}.attention.wo.weight", "llama/layers/attn/o/w", "D (N H) -> N H D"),
-    ("layers.{L}.ffn_norm.weight", "llama/layers/mlp_norm/scale", "D -> D"),
-    ("layers.{L}.feed_forward.w1.weight", "llama/layers/mlp/gate/w", "F D -> D F"),
-    ("layers.{L}.feed_forward.w3.weight", "llama/layers/mlp/up/w", "F D -> D F"),
-    ("layers.{L}.feed_forward.w2.weight", "llama/layers/mlp/down/w", "D F -> F D"),
-    ("norm.weight", "llama/norm/scale", "D -> D"),
-    ("output.weight", "llama/head/w", "V D -> D V"),
+    ("tok_embeddings.weight", "llm/embedding", "V D -> V D"),
+    ("layers.{L}.attention_norm.weight", "llm/layers/attn_norm/scale", "D -> D"),
+    ("layers.{L}.attention.wq.weight", "llm/layers/attn/q/w", "(N I T) D -> D N (T I)"),
+    ("layers.{L}.attention.wk.weight", "llm/layers/attn/k/w", "(K I T) D -> D K (T I)"),
+    ("layers.{L}.attention.wv.weight", "llm/layers/attn/v/w", "(K H) D -> D K H"),
+    ("layers.{L}.attention.wo.weight", "llm/layers/attn/o/w", "D (N H) -> N H D"),
+    ("layers.{L}.ffn_norm.weight", "llm/layers/mlp_norm/scale", "D -> D"),
+    ("layers.{L}.feed_forward.w1.weight", "llm/layers/mlp/gate/w", "F D -> D F"),
+    ("layers.{L}.feed_forward.w3.weight", "llm/layers/mlp/up/w", "F D -> D F"),
+    ("layers.{L}.feed_forward.w2.weight", "llm/layers/mlp/down/w", "D F -> F D"),
+    ("norm.weight", "llm/norm/scale", "D -> D"),
+    ("output.weight", "llm/head/w", "V D -> D V"),
 )
 IGNORED = ((r"(.*\.)?rope\..*", "a buffer; rotary frequencies are computed from params.json"),)
 SPLIT = (  # the axis along which the shards hold a tensor's parts; None: each holds all of it

@@ -100,10 +100,10 @@ def llama(llama: Path, out: Path, *, delta: Path | None = None, overwrite: bool 
     problems = Problems()
     release, parameters = _language_model(llama, delta, problems)
     problems.check(f"Cannot convert {llama}")
-    architecture = FAMILIES["llama"].Config(llama=release.cfg)
+    architecture = FAMILIES["llama"].Config(llm=release.cfg)
     words = Tokenizer.from_folder(release.tokenizer)
     text = TextConfig(end_sym=words.decode([words.eos], skip_special=False))
-    write(Plan("llama", architecture, parameters, text, release.generation, {"llama": release.files},
+    write(Plan("llama", architecture, parameters, text, release.generation, {"llm": release.files},
                release.tokenizer), out, overwrite)
 
 
@@ -171,11 +171,11 @@ def minigpt4(
             parameters |= found
     problems.check("Cannot convert")
 
-    architecture = FAMILIES["minigpt4"].Config(vit=vit_cfg, qformer=qformer_cfg, llama=cfg)
+    architecture = FAMILIES["minigpt4"].Config(vit=vit_cfg, qformer=qformer_cfg, llm=cfg)
     text = TEXT["minigpt_v2" if is_v2 else "minigpt4" if qformer else "minigpt4, no Q-Former"]
     text = dataclasses.replace(text, prompt_template=prompt_template)
     sources = {"vit": vit, "qformer": qformer, "projector": projector, "lora": lora}
-    sources = {name: (path,) for name, path in sources.items() if path} | {"llama": release.files}
+    sources = {name: (path,) for name, path in sources.items() if path} | {"llm": release.files}
     write(Plan("minigpt4", architecture, parameters, text, release.generation, sources, release.tokenizer,
                tuple(fresh), constant), out, overwrite)
 
@@ -216,7 +216,7 @@ def imagebind_llm(
             return None
         return adapter_files.imagebind_llm(towers, dataclasses.replace(cfg, injection=form), tensors, told, problems)
 
-    sources = {"imagebind": imagebind, "adapter": adapter, "words": words, "llama": llama}
+    sources = {"imagebind": imagebind, "adapter": adapter, "words": words, "llm": llama}
     write(_adapted("imagebind_llm", sources, parameters, fit, prompt_template, problems), out, overwrite)
 
 
@@ -252,7 +252,7 @@ def llama_adapter(
         cfg = dataclasses.replace(cfg, injection="head", gate_tanh=not raw_gates)
         return adapter_files.llama_adapter(tower, cfg, tensors, told, problems)
 
-    sources = {"adapter": adapter, "clip": clip, "llama": llama}
+    sources = {"adapter": adapter, "clip": clip, "llm": llama}
     write(_adapted("llama_adapter", sources, parameters, fit, prompt_template, problems), out, overwrite)
 
 
@@ -307,13 +307,13 @@ def _adapted(
     towers:  all other parameters
     fit:     what the adapter's tensors (None: no file) are to a base; None if that cannot be said
     """
-    llama, adapter = sources["llama"], sources["adapter"]
+    llama, adapter = sources["llm"], sources["adapter"]
     release, base = _language_model(llama, None, problems)
     tensors = adapter_files.read(adapter, problems) if adapter else None
     found = fit(release.cfg, tensors) if release and (tensors or not adapter) else None
     own = forward(found.entries, tensors, found.ignored, adapter.name, problems) if found and tensors else {}
     problems.check("Cannot convert")
-    files = {name: (path,) for name, path in sources.items() if path} | {"llama": release.files}
+    files = {name: (path,) for name, path in sources.items() if path} | {"llm": release.files}
     replaced = {path: base[path] for path in base.keys() & own.keys()}
     text = dataclasses.replace(ALPACA_TEXT, prompt_template=prompt_template)
     return Plan(family, found.config, towers | base | own, text, release.generation, files, release.tokenizer,

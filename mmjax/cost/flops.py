@@ -78,7 +78,7 @@ def train_step(module: nn.Module, trained: Any, frozen: Any, batch: Batch) -> Fl
     def objective(trained: Any, frozen: Any, batch: Batch) -> jax.Array:
         return steps.loss(module, trees.merge(trained, frozen), batch)[0]
 
-    return _counted(jax.make_jaxpr(jax.value_and_grad(objective))(trained, frozen, batch), parts, module.cfg.llama)
+    return _counted(jax.make_jaxpr(jax.value_and_grad(objective))(trained, frozen, batch), parts, module.cfg.llm)
 
 
 def by_shape(trace: Callable[[steps.TrainState, Batch], jax.stages.Traced],
@@ -111,7 +111,7 @@ def _counted(jaxpr: Any, parts: Collection[str], llama: LlamaConfig) -> Flops:
         kind = "recomputed" if RECOMPUTED in scope else "backward" if "transpose(" in scope else "forward"
         names = (name.split(".")[0] for name in scope.split("/"))
         counts[kind][next((name for name in names if name in parts), OTHER)] += operations
-        logits[kind] += operations if "llama.logits/" in scope else 0
+        logits[kind] += operations if "llm.logits/" in scope else 0
     places = max(logits["forward"] // (2 * llama.dim * llama.vocab), 1)
     return Flops(**{kind: dict(count) for kind, count in counts.items()}, logits=logits.total(), places=places)
 

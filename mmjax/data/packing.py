@@ -90,7 +90,7 @@ def packed(rows: Sequence[Sequence[Sample]], tokenizer: Tokenizer, settings: Tex
 
 def check(config: Any) -> None:
     """Raises ValueError for a family that packed rows cannot feed; `config` is the family's."""
-    if config.senses or config.llama.injection:
+    if config.senses or config.llm.injection:
         raise ValueError("Packing is for models whose pictures are soft tokens among the words (MiniGPT-4, MiniGPT-v2) "
                          "and for LLaMA alone. What this model injects into its layers is one a row: set "
                          "data.pack_length = None.")

@@ -22,8 +22,8 @@ from mmjax.families import FAMILIES, shapes
 SLICE_BYTES = 16 * 2**20  # of a tensor, read at once
 SOURCES = (  # whose file a parameter comes from, by option of convert_weights.py; the first that matches and was given
     (r"vit/.*", "vit"), (r"(ln_vision|qformer)/.*", "qformer"), (r"projector/.*", "projector"),
-    (r"imagebind/.*", "imagebind"), (r"clip/.*", "clip"), (r"llama/.*/lora_[ab]", "lora"),
-    (r"(bind|visual)/.*|query|llama/.*/(lora_[ab]|b|gate|new_gate)|llama/gate", "adapter"), (r"llama/.*", "llama"),
+    (r"imagebind/.*", "imagebind"), (r"clip/.*", "clip"), (r"llm/.*/lora_[ab]", "lora"),
+    (r"(bind|visual)/.*|query|llm/.*/(lora_[ab]|b|gate|new_gate)|llm/gate", "adapter"), (r"llm/.*", "llama"),
 )
 
 

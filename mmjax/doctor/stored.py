@@ -16,8 +16,8 @@ OUTLIER = 30.0  # factor between the size of a layer's matrix and the median lay
 SATURATED = 0.999  # of tanh(gate)
 MATRIX = r".*/(w|embedding|pos|cls|query_tokens|query)|query"
 NORM = r".*norm\d?/scale"
-GATE = r"llama/(layers/)?(attn/)?gate"
-LORA_B = r"llama/.*/lora_b"
+GATE = r"llm/(layers/)?(attn/)?gate"
+LORA_B = r"llm/.*/lora_b"
 
 
 def finite(patient: Patient) -> Iterator[Finding]:
@@ -112,7 +112,7 @@ def _layer(patient: Patient, path: str, place: int | None) -> np.ndarray:
 
 def delta(patient: Patient) -> Iterator[Finding]:
     """A delta in place of the language model: its norm scales lie around 0."""
-    scales = {path: patient.array(path) for path in patient.matching(r"llama/.*norm/scale")}
+    scales = {path: patient.array(path) for path in patient.matching(r"llm/.*norm/scale")}
     if not scales:
         return
     middle = float(np.median(np.concatenate([np.abs(np.atleast_2d(x)).mean(-1) for x in scales.values()])))
@@ -122,7 +122,7 @@ def delta(patient: Patient) -> Iterator[Finding]:
         yield Finding(
             "delta", "wrong", f"The language model is a delta, not a model: the scales of its norms are {middle:.2g} "
             f"in the median ({negative:.0%} of them negative); a model's are 0.1 to 1, and positive. Convert the base "
-            f"model as --llama, and what was given here ({patient.comes_from('llama/norm/scale')}) as --delta.",
+            f"model as --llama, and what was given here ({patient.comes_from('llm/norm/scale')}) as --delta.",
             figures)
     else:
         yield Finding("delta", "ok", f"The language model is no delta: norm scales are {middle:.2g} in the median, "
@@ -131,7 +131,7 @@ def delta(patient: Patient) -> Iterator[Finding]:
 
 def word_vectors(patient: Patient) -> Iterator[Finding]:
     """Do the embedding table and the head look trained? Lengths of fresh random vectors hardly differ."""
-    for path, axis in (("llama/embedding", 0), ("llama/head/w", 1)):
+    for path, axis in (("llm/embedding", 0), ("llm/head/w", 1)):
         tensor = patient.tensors.get(path)
         if tensor is None or tensor.whole.bad or tensor.whole.constant:
             continue
@@ -188,9 +188,9 @@ def gates(patient: Patient) -> Iterator[Finding]:
             continue
         values = np.abs(patient.array(path))
         values = values.reshape(len(values), -1)
-        if by_head := cfg.llama.injection == "head":
+        if by_head := cfg.llm.injection == "head":
             values = values[len(values) - cfg.query_layers :]  # the layers below read no prompts
-            values = np.tanh(values) if cfg.llama.gate_tanh else values
+            values = np.tanh(values) if cfg.llm.gate_tanh else values
         widest = values.max(1)
         closed, figures = int((widest == 0).sum()), {"tensor": path, "widest of each layer": widest.tolist()}
         if closed == len(widest):
@@ -201,7 +201,7 @@ def gates(patient: Patient) -> Iterator[Finding]:
         elif closed:
             yield Finding("gates", "warning", f"{closed} of the {len(widest)} layers of {path} that read prompts have "
                           "closed gates (0): they were never trained.", figures)
-        elif by_head and cfg.llama.gate_tanh and (values > SATURATED).mean() > 0.5:
+        elif by_head and cfg.llm.gate_tanh and (values > SATURATED).mean() > 0.5:
             yield Finding("gates", "warning", f"More than half of {path} is as wide open as tanh allows, where no "
                           "gradient moves it any more: the learning rate was too high.", figures)
         else:

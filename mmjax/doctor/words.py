@@ -16,7 +16,7 @@ def check(patient: Patient) -> list[Finding]:
         words = patient.source.tokenizer
     except (ValueError, OSError) as error:
         return [Finding("tokenizer", "wrong", str(error))]
-    rows = patient.source.config.llama.vocab
+    rows = patient.source.config.llm.vocab
     return [_vocabulary(words, rows), _special(patient, words, rows), *_round_trip(words)]
 
 

@@ -108,7 +108,7 @@ def plain_text(model: Loaded, texts: Sequence[str], before: Sequence[Finding]) -
     losses, half = np.asarray(steps.token_losses(logits, batch)), len(ids)
     loss, shuffled = (float(losses[part].sum() / target[part].sum()) for part in (slice(half), slice(half, None)))
     log_share = np.asarray(jax.nn.log_softmax(logits[:half, :-1][target[:half]]), np.float64)
-    figures = {"loss": loss, "shuffled": shuffled, "uniform": math.log(model.config.llama.vocab),
+    figures = {"loss": loss, "shuffled": shuffled, "uniform": math.log(model.config.llm.vocab),
                "entropy": float(-(np.exp(log_share) * log_share).sum(-1).mean()),
                "tokens a word": sum(map(len, ids)) / sum(len(text.split()) for text in texts)}
     yield Finding("plain text", *judged(figures, suspects(before)), figures)
@@ -143,7 +143,7 @@ def suspects(findings: Sequence[Finding]) -> list[str]:
     """Parameters of the language model that were found wrong."""
     named = [finding.figures.get("tensor", (finding.figures.get("tensors") or [""])[0])
              for finding in findings if finding.verdict == "wrong"]
-    delta = ["llama/layers/attn_norm/scale"] * any((f.name, f.verdict) == ("delta", "wrong") for f in findings)
+    delta = ["llm/layers/attn_norm/scale"] * any((f.name, f.verdict) == ("delta", "wrong") for f in findings)
     return list(dict.fromkeys([*delta, *(name for name in named if name.startswith("llama/"))]))
 
 

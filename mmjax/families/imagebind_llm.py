@@ -10,45 +10,61 @@ The form is the language model's: `LlamaConfig.injection`. Mirrors imagebind_LLM
 """
 
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from mmjax.batch import Batch
-from mmjax.families.base import LanguageModel, example_batch, for_every_layer
+from mmjax.convert import adapter as source
+from mmjax.convert import imagebind as imagebind_source
+from mmjax.families import parts
+from mmjax.families.base import (
+    Conversion,
+    Export,
+    ExportContext,
+    Family,
+    FamilyConfig,
+    ImageSpec,
+    PromptStyle,
+    Stage,
+    register,
+    save_flat,
+)
+from mmjax.families.model import LanguageModel, example_batch, for_every_layer
 from mmjax.models import bind, imagebind, llama
 from mmjax.models.bind import BIND_7B, Bind, BindConfig, mix
-from mmjax.models.imagebind import IMAGEBIND_HUGE, ImageBind, ImageBindConfig, sense_of
+from mmjax.models.imagebind import IMAGEBIND_HUGE, SENSES, ImageBind, ImageBindConfig, sense_of
 from mmjax.models.llama import LLAMA_7B, LlamaConfig
-from mmjax.models.pixels import normalise
 from mmjax.trees import prefixed
 
 LORA_RANK = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(FamilyConfig):
     imagebind: ImageBindConfig = IMAGEBIND_HUGE
     bind: BindConfig = BIND_7B
-    llama: LlamaConfig = dataclasses.replace(LLAMA_7B, injection="head")
+    llm: LlamaConfig = dataclasses.replace(LLAMA_7B, injection="head")
     query_layers: int = 32  # the last layers, which read prompts; of the token form: unused, every layer takes part
 
-    image_tokens = 0  # pictures take no places among the words
-    crops = True  # they keep their aspect ratio, a part is cut out
+    injects = True
 
     @property
-    def image_size(self) -> int | None:
-        return self.imagebind.vision.image_size if self.imagebind.vision else None
+    def images(self) -> ImageSpec | None:
+        return ImageSpec(self.imagebind.vision.image_size, "center_crop") if self.imagebind.vision else None
 
     @property
-    def senses(self) -> tuple[str, ...]:
-        return tuple(self.imagebind.towers)
+    def media(self) -> ImageBindConfig:
+        return self.imagebind
 
 
 PRESETS = {
     "imagebind-llm-7b": Config(),
-    "imagebind-llm-7b-token": Config(llama=dataclasses.replace(LLAMA_7B, injection="layer")),
+    "imagebind-llm-7b-token": Config(llm=dataclasses.replace(LLAMA_7B, injection="layer")),
     "tiny": Config(imagebind.TINY, bind.BindConfig(imagebind.TINY.out, llama.TINY.dim, 24),
                    dataclasses.replace(llama.TINY, injection="head"), query_layers=1),
 }
@@ -56,11 +72,10 @@ AXES = (
     *prefixed("imagebind", imagebind.AXES),
     *prefixed("bind", bind.AXES),
     (r"query", ("layer", "prompt", "embed")),
-    *prefixed("llama", llama.AXES),
 )
 PHASES = {
-    "pretrain": (r"bind/.*", r"query|llama/(layers/)?(attn/)?gate"),
-    "finetune": (r"llama/(layers/(attn|mlp)_)?norm/scale", r"llama/layers/.*/(b|lora_[ab])"),
+    "pretrain": (r"bind/.*", r"query|llm/(layers/)?(attn/)?gate"),
+    "finetune": (r"llm/(layers/(attn|mlp)_)?norm/scale", r"llm/layers/.*/(b|lora_[ab])"),
 }
 TRAINED = PHASES["pretrain"]
 ENCODER = {"imagebind": r"imagebind/.*"}
@@ -68,16 +83,9 @@ ENCODER = {"imagebind": r"imagebind/.*"}
 
 def with_phase(cfg: Config, phase: str) -> Config:
     """The architecture that a phase trains: for "finetune" LoRA on every matrix and biases on five, from zero."""
-    if phase != "finetune" or cfg.llama.lora_rank:
+    if phase != "finetune" or cfg.llm.lora_rank:
         return cfg
-    return dataclasses.replace(cfg, llama=adapted(cfg.llama, LORA_RANK))
-
-
-def adapted(cfg: LlamaConfig, rank: int) -> LlamaConfig:
-    """With LoRA (its factor is 1, without dropout) and biases as in the release: none on k and v."""
-    return dataclasses.replace(
-        cfg, lora_rank=rank, lora_alpha=float(rank), lora_dropout=0.0,
-        lora_on=("q", "k", "v", "o", "gate", "up", "down"), bias_on=("q", "o", "gate", "up", "down"))
+    return dataclasses.replace(cfg, llm=source.adapted(cfg.llm, LORA_RANK))
 
 
 class Model(LanguageModel):
@@ -88,33 +96,77 @@ class Model(LanguageModel):
         c = self.cfg
         self.imagebind = ImageBind(c.imagebind, self.dtype)
         self.bind = Bind(c.bind, self.dtype)
-        if c.llama.injection == "head":
-            self.query = self.param("query", nn.initializers.normal(1.0), (c.query_layers, 1, c.llama.dim))
+        if c.llm.injection == "head":
+            self.query = self.param("query", nn.initializers.normal(1.0), (c.query_layers, 1, c.llm.dim))
 
     def feature(self, batch: Batch) -> jax.Array:
         """The mix of a batch's senses, float32[B,E]; see `mmjax.models.bind.mix`."""
-        if "feature" in batch.media:
-            return batch.media["feature"].astype(jnp.float32)
-        media = {name: x for name, x in batch.media.items() if name != "blank"}
-        if "blank" in batch.media:  # zeros are no pixels, so they are made here
-            media["image"] = jnp.where(batch.media["blank"][:, None, None, None], 0, normalise(media["image"]))
-        features = [self.imagebind({sense_of(name): x})[sense_of(name)] for name, x in media.items()]
-        return mix(features, [batch.weights[name][:, None] for name in media])
+        if batch.features is not None:
+            return batch.features.astype(jnp.float32)
+        inputs = dict(batch.media or {})
+        if batch.images is not None:
+            image = self.cfg.images.normalise(batch.images[:, 0])
+            if batch.image_valid is not None:
+                image = jnp.where(batch.image_valid[:, :1, None, None], image, 0)
+            inputs["image"] = image
+        names = sorted(inputs)  # a sum depends on its order
+        features = [self.imagebind({sense_of(name): inputs[name]})[sense_of(name)] for name in names]
+        return mix(features, [batch.weights[name][:, None] for name in names])
 
     def encode(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
-        """A batch without media is plain LLaMA's."""
-        if batch.media is None:
+        """A batch that gives nothing to the senses is plain LLaMA's."""
+        if batch.features is None and batch.images is None and batch.media is None:
             return self.embed(batch.tokens), None
         bound = self.bind(self.feature(batch)[:, None])
         return self.embed(batch.tokens), self.inject(bound)
 
     def inject(self, bound: jax.Array) -> jax.Array:
         """[B,1,D] -> [L,B,P,D], zeros for the layers that read no prompts."""
-        depth = self.cfg.llama.depth
-        if self.cfg.llama.injection != "head":
+        depth = self.cfg.llm.depth
+        if self.cfg.llm.injection != "head":
             return jnp.broadcast_to(bound, (depth, *bound.shape))
         return for_every_layer(bound + self.query[:, None].astype(bound.dtype), depth)
 
 
 def example(cfg: Config) -> Batch:
-    return example_batch(media=imagebind.example(cfg.imagebind))
+    media = imagebind.example(cfg.imagebind)
+    images = media.pop("image", None)
+    return example_batch(None if images is None else cfg.image_size, media, mixed=True)
+
+
+STAGES = (
+    *(stage for sense in SENSES for stage in (
+        Stage(f"{sense}_tokens", f"imagebind/{sense}/stem", f"imagebind/{sense}/stem",
+              f"image_bind.modality_preprocessors.{sense}"),
+        Stage(f"{sense}_block_{{i}}", f"imagebind/{sense}/blocks",
+              f"imagebind/{sense}/blocks [{{i}}] (block 0 also pre_norm)",
+              f"image_bind.modality_trunks.{sense}.blocks.{{i}}"),
+        Stage(f"{sense}_head", f"imagebind/{sense}/head", f"imagebind/{sense}/head",
+              f"image_bind.modality_heads.{sense}"),
+        Stage(f"{sense}_out", f"imagebind/{sense}", f"imagebind/{sense}/post",
+              f"image_bind.modality_postprocessors.{sense}"))),
+    Stage("mixed", "", "nothing: the senses, of length 1 each, are averaged by their weights", "forward_visual"),
+    Stage("bind_proj", "bind/proj", "bind/proj", "image_bind_proj"),
+    Stage("bind_block_{i}", "bind/block_{i}", "bind/block_{i}",
+          "image_bind_norm_{i}, image_bind_f1_{i}, f2_{i}, f3_{i}"),
+    Stage("bind_out", "bind", "bind", "forward_visual"),
+    *parts.LLM_STAGES,
+)
+
+
+def _write_imagebind(out: Path, tensors: Mapping[str, Any], context: ExportContext) -> None:
+    save_flat(out, {**tensors, **imagebind_source.buffers(context.config.imagebind)}, context)
+
+
+FAMILY = register(Family(
+    name="imagebind_llm", Config=Config, Model=Model, axes=AXES, presets=PRESETS, example=example, trained=TRAINED,
+    phases=PHASES, with_phase=with_phase, encoder=ENCODER, prompt=PromptStyle(source.TEXT),
+    conversion=Conversion(source.inspect_imagebind_llm, origins=(
+        (r"imagebind/.*", "imagebind"), (r"bind/.*|query|llm/.*/(lora_[ab]|b|gate|new_gate)|llm/gate", "adapter"),
+        (r"llm/.*", "llm"))),
+    exports=parts.LLM_EXPORTS | {
+        "adapter": Export(source.imagebind_llm_entries),
+        "bind": Export(lambda cfg, replaced: imagebind_source.bind_entries(cfg.bind, article=True), save_flat,
+                       exists=lambda cfg: not cfg.bind.legacy),
+        "imagebind": Export(lambda cfg, replaced: imagebind_source.entries(cfg.imagebind), _write_imagebind)},
+    replaces=source.NORM_PATHS, stages=STAGES))

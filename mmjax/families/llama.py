@@ -5,19 +5,17 @@ import dataclasses
 import jax
 
 from mmjax.batch import Batch
-from mmjax.families.base import LanguageModel, example_batch
+from mmjax.convert import llama as source
+from mmjax.families import parts
+from mmjax.families.base import Conversion, Family, FamilyConfig, register
+from mmjax.families.model import LanguageModel, example_batch
 from mmjax.models import llama
 from mmjax.models.llama import LLAMA2_7B_CHAT, LLAMA_7B, LLAMA_13B, LlamaConfig
-from mmjax.trees import prefixed
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    llama: LlamaConfig = LLAMA_7B
-
-    image_tokens = 0
-    image_size = None
-    senses = ()
+class Config(FamilyConfig):
+    llm: LlamaConfig = LLAMA_7B
 
 
 PRESETS = {
@@ -26,10 +24,6 @@ PRESETS = {
     "llama2-7b-chat": Config(LLAMA2_7B_CHAT),
     "tiny": Config(llama.TINY),
 }
-AXES = prefixed("llama", llama.AXES)
-TRAINED: tuple[str, ...] = ()
-PHASES: dict[str, tuple[str, ...]] = {}
-ENCODER: dict[str, str] = {}
 
 
 class Model(LanguageModel):
@@ -41,3 +35,9 @@ class Model(LanguageModel):
 
 def example(cfg: Config) -> Batch:
     return example_batch()
+
+
+FAMILY = register(Family(
+    name="llama", Config=Config, Model=Model, axes=(), presets=PRESETS, example=example,
+    conversion=Conversion(source.inspect, origins=((r"llm/.*", "llm"),)),
+    exports=parts.LLM_EXPORTS, stages=parts.LLM_STAGES))

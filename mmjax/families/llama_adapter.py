@@ -11,45 +11,50 @@ llama_adapter_v2_multimodal7b/llama/llama_adapter.py.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from mmjax.batch import Batch
-from mmjax.families.base import LanguageModel, example_batch, for_every_layer
-from mmjax.models import clip, llama, pixels, visual
+from mmjax.convert import adapter as source
+from mmjax.convert import llama_adapter as clip_source
+from mmjax.convert import torch_file
+from mmjax.families import parts
+from mmjax.families.base import (
+    Conversion,
+    Export,
+    ExportContext,
+    Family,
+    FamilyConfig,
+    ImageSpec,
+    PromptStyle,
+    Stage,
+    register,
+    save_flat,
+)
+from mmjax.families.model import LanguageModel, example_batch, for_every_layer
+from mmjax.models import clip, llama, visual
 from mmjax.models.clip import CLIP_VIT_L14, Clip, ClipConfig
 from mmjax.models.llama import LLAMA_7B, LlamaConfig
 from mmjax.models.visual import VISUAL_7B, VisualConfig, VisualQuery
 from mmjax.trees import prefixed
 
 
-def normalise(images: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """uint8[...,H,W,3] -> float32[...,3,H,W] as v2 was trained; normalised pictures pass unchanged.
-
-    The original reads pictures by OpenCV and leaves its order of colours, so blue passes as red: it is normalised by
-    red's mean and deviation and meets red's weights. What is given here is RGB; already normalised pictures are taken
-    to be in the original's order.
-    """
-    return pixels.normalise(images[..., ::-1] if images.dtype == np.uint8 else images)
-
-
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(FamilyConfig):
     """v1 has neither `clip` nor `visual`, v2 has both; anything between raises ValueError."""
 
-    llama: LlamaConfig = dataclasses.replace(LLAMA_7B, injection="head")
+    llm: LlamaConfig = dataclasses.replace(LLAMA_7B, injection="head")
     query_layers: int = 30  # the last layers, which read prompts
     query_len: int = 10
     clip: ClipConfig | None = None
     visual: VisualConfig | None = None
 
-    image_tokens = 0  # pictures take no places among the words
-    senses = ()
-    crops = True  # pictures keep their aspect ratio, a part is cut out
-    normalise = staticmethod(normalise)
+    injects = True
 
     def __post_init__(self):
         if (self.clip is None) != (self.visual is None):
@@ -57,8 +62,10 @@ class Config:
                              f"only {'clip' if self.clip else 'visual'} is given.")
 
     @property
-    def image_size(self) -> int | None:
-        return self.clip.image_size if self.clip else None
+    def images(self) -> ImageSpec | None:
+        """The original reads images by OpenCV and leaves its order of colors: blue passes as red, is normalised by red's
+        mean and deviation, and meets red's weights."""
+        return ImageSpec(self.clip.image_size, "center_crop", reverse=True) if self.clip else None
 
 
 PRESETS = {
@@ -71,11 +78,10 @@ AXES = (
     *prefixed("clip", clip.AXES),
     *prefixed("visual", visual.AXES),
     (r"query", ("layer", "prompt", "embed")),
-    *prefixed("llama", llama.AXES),
 )
 PHASES = {
-    "pretrain": (r"visual/.*|query|llama/layers/attn/(new_)?gate",),  # all of v1's training
-    "finetune": (r"llama/(layers/(attn|mlp)_)?norm/scale", r"llama/layers/.*/b"),  # v2's; its LoRA is never trained
+    "pretrain": (r"visual/.*|query|llm/layers/attn/(new_)?gate",),  # all of v1's training
+    "finetune": (r"llm/(layers/(attn|mlp)_)?norm/scale", r"llm/layers/.*/b"),  # v2's; its LoRA is never trained
 }
 TRAINED = PHASES["pretrain"]
 ENCODER = {"clip": r"clip/.*"}
@@ -86,12 +92,12 @@ def with_phase(cfg: Config, phase: str) -> Config:
 
     Raises ValueError for "finetune" of v1, which has one phase.
     """
-    if phase != "finetune" or cfg.llama.bias_on:
+    if phase != "finetune" or cfg.llm.bias_on:
         return cfg
     if cfg.visual is None:
         raise ValueError('LLaMA-Adapter v1 has one phase, "pretrain": it trains the prompts and their gates.')
     return dataclasses.replace(
-        cfg, llama=dataclasses.replace(cfg.llama, bias_on=("q", "o", "gate", "up", "down")))
+        cfg, llm=dataclasses.replace(cfg.llm, bias_on=("q", "o", "gate", "up", "down")))
 
 
 class Model(LanguageModel):
@@ -102,21 +108,21 @@ class Model(LanguageModel):
         c = self.cfg
         if c.visual:
             self.clip = Clip(c.clip, self.dtype)
-            self.visual = VisualQuery(c.visual, c.query_len, c.llama.dim, self.dtype)
-        self.query = self.param("query", nn.initializers.normal(1.0), (c.query_layers, c.query_len, c.llama.dim))
+            self.visual = VisualQuery(c.visual, c.query_len, c.llm.dim, self.dtype)
+        self.query = self.param("query", nn.initializers.normal(1.0), (c.query_layers, c.query_len, c.llm.dim))
 
     def feature(self, batch: Batch) -> jax.Array:
         """What CLIP sees in each row's picture, [B,S,E]; of v2.
 
         Text alone comes with a picture of zeros, as in the original. Raises ValueError for more than one a row.
         """
-        if batch.media is not None:
-            return batch.media["feature"].astype(self.dtype)
+        if batch.features is not None:
+            return batch.features.astype(self.dtype)
         size = self.cfg.clip.image_size
         images = jnp.zeros((len(batch.tokens), 1, 3, size, size)) if batch.images is None else batch.images
         if images.shape[1] != 1:
             raise ValueError(f"LLaMA-Adapter v2 reads one picture a row, got {images.shape[1]}.")
-        return self.clip(normalise(images)[:, 0])
+        return self.clip(self.cfg.images.normalise(images)[:, 0])
 
     def visual_query(self, batch: Batch) -> jax.Array:
         """What the pictures add to the prompts of every injected layer, [B,P,D]; of v2."""
@@ -127,9 +133,42 @@ class Model(LanguageModel):
         prompts = self.query[:, None].astype(self.dtype)
         if c.visual:
             prompts = prompts + self.visual_query(batch)
-        prompts = jnp.broadcast_to(prompts, (c.query_layers, len(batch.tokens), c.query_len, c.llama.dim))
-        return self.embed(batch.tokens), for_every_layer(prompts, c.llama.depth)
+        prompts = jnp.broadcast_to(prompts, (c.query_layers, len(batch.tokens), c.query_len, c.llm.dim))
+        return self.embed(batch.tokens), for_every_layer(prompts, c.llm.depth)
 
 
 def example(cfg: Config) -> Batch:
     return example_batch(cfg.image_size)
+
+
+STAGES = (
+    Stage("clip_block_{i}", "clip/blocks", "clip/blocks [{i}] (block 0 also clip/patch, cls, pos, pre_norm)",
+          "clip.visual.transformer.resblocks.{i}"),
+    Stage("clip_out", "clip", "clip/post_norm, clip/out", "clip.visual.ln_post, clip.visual.proj"),
+    Stage("visual_block_{i}", "visual/blocks", "visual/blocks [{i}] (block 0 also visual/proj and visual/query)",
+          "visual_blocks.{i} (clip_proj, visual_query)"),
+    Stage("visual_out", "visual", "visual/out, visual/out_norm", "visual_proj, visual_proj_norm"),
+    *parts.LLM_STAGES,
+)
+
+
+def _write_adapter(out: Path, tensors: Mapping[str, Any], context: ExportContext) -> None:
+    """v2's with what its project asks before it reads the tensors; v1's are the tensors alone."""
+    if context.config.visual is None:
+        return save_flat(out, tensors, context)
+    llm = context.config.llm
+    lora = {"w_lora": True, "lora_rank": llm.lora_rank} if llm.lora_rank else {"w_lora": False}
+    torch_file.save(out, {"model": tensors, "config": {"w_bias": bool(llm.bias_on), **lora}})
+
+
+FAMILY = register(Family(
+    name="llama_adapter", Config=Config, Model=Model, axes=AXES, presets=PRESETS, example=example, trained=TRAINED,
+    phases=PHASES, with_phase=with_phase, encoder=ENCODER, prompt=PromptStyle(source.TEXT),
+    conversion=Conversion(source.inspect_llama_adapter, origins=(
+        (r"clip/.*", "clip"), (r"visual/.*|query|llm/.*/(lora_[ab]|b|gate|new_gate)|llm/gate", "adapter"),
+        (r"llm/.*", "llm"))),
+    exports=parts.LLM_EXPORTS | {
+        "adapter": Export(source.llama_adapter_entries, _write_adapter),
+        "clip": Export(lambda cfg, replaced: clip_source.clip_entries(cfg.clip), save_flat,
+                       exists=lambda cfg: cfg.clip is not None)},
+    replaces=source.NORM_PATHS, stages=STAGES))

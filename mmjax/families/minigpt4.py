@@ -16,36 +16,39 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.batch import Batch
-from mmjax.families.base import LanguageModel, example_batch
+from mmjax.convert import llama as llama_source
+from mmjax.convert import minigpt4 as source
+from mmjax.families import parts
+from mmjax.families.base import (
+    Conversion,
+    Export,
+    Family,
+    FamilyConfig,
+    ImageSpec,
+    PromptStyle,
+    Stage,
+    register,
+    save_flat,
+)
+from mmjax.families.model import LanguageModel, example_batch
 from mmjax.models import eva_vit, llama, qformer
-from mmjax.models.eva_vit import EVA_VIT_G, EVA_VIT_G_448, EvaVit, VitConfig
+from mmjax.models.eva_vit import EVA_VIT_G, EVA_VIT_G_448, JOINED, EvaVit, VitConfig
 from mmjax.models.layers import LayerNorm, Project
 from mmjax.models.llama import LLAMA2_7B_CHAT, VICUNA_7B, VICUNA_13B, LlamaConfig
-from mmjax.models.pixels import normalise
 from mmjax.models.qformer import QFORMER_BASE, QFormer, QFormerConfig
 from mmjax.trees import prefixed
 
-JOINED = 4  # patches that become one soft token where there is no Q-Former
-
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(FamilyConfig):
     vit: VitConfig = EVA_VIT_G
     qformer: QFormerConfig | None = QFORMER_BASE
-    llama: LlamaConfig = VICUNA_7B
-
-    senses = ()
-    crops = False  # pictures are squashed into a square
-    normalise = staticmethod(normalise)
+    llm: LlamaConfig = VICUNA_7B
 
     @property
-    def image_size(self) -> int:
-        return self.vit.image_size
-
-    @property
-    def image_tokens(self) -> int:
-        """Soft tokens a picture becomes."""
-        return self.qformer.queries if self.qformer else self.vit.grid**2 // JOINED
+    def images(self) -> ImageSpec:
+        tokens = self.qformer.queries if self.qformer else self.vit.grid**2 // JOINED
+        return ImageSpec(self.vit.image_size, "stretch", tokens=tokens)
 
     @property
     def soft_width(self) -> int:
@@ -56,9 +59,9 @@ class Config:
 _V2 = dataclasses.replace(LLAMA2_7B_CHAT, lora_rank=64, lora_alpha=16.0)
 PRESETS = {
     "minigpt4-7b": Config(),
-    "minigpt4-13b": Config(llama=VICUNA_13B),
-    "minigpt4-llama2-7b": Config(qformer=None, llama=LLAMA2_7B_CHAT),
-    "minigpt-v2-7b": Config(vit=EVA_VIT_G_448, qformer=None, llama=_V2),
+    "minigpt4-13b": Config(llm=VICUNA_13B),
+    "minigpt4-llama2-7b": Config(qformer=None, llm=LLAMA2_7B_CHAT),
+    "minigpt-v2-7b": Config(vit=EVA_VIT_G_448, qformer=None, llm=_V2),
     "tiny": Config(eva_vit.TINY, qformer.TINY, llama.TINY),
 }
 AXES = (
@@ -67,10 +70,8 @@ AXES = (
     *prefixed("qformer", qformer.AXES),
     (r"projector/w", ("picture", "embed")),
     (r"projector/b", ("embed",)),
-    *prefixed("llama", llama.AXES),
 )
 TRAINED = (r"projector/.*",)
-PHASES: dict[str, tuple[str, ...]] = {}  # its stages differ in their data alone
 ENCODER = {"vit": r"vit/.*", "qformer": r"(ln_vision|qformer)/.*"}
 
 
@@ -90,14 +91,14 @@ class Model(LanguageModel):
         self.ln_vision = LayerNorm(eps=1e-5)
         if c.qformer:
             self.qformer = QFormer(c.qformer, self.dtype)
-        self.projector = Project((c.soft_width, c.llama.dim), use_bias=True)
+        self.projector = Project((c.soft_width, c.llm.dim), use_bias=True)
 
     def feature(self, batch: Batch) -> jax.Array:
         """What the projector reads of each picture, [B,F,Q,E]."""
-        if batch.media is not None:
-            return batch.media["feature"].astype(self.dtype)
+        if batch.features is not None:
+            return batch.features.astype(self.dtype)
         B, F = batch.images.shape[:2]
-        images = normalise(batch.images)
+        images = self.cfg.images.normalise(batch.images)
         tokens = self.ln_vision(self.vit(images.reshape(-1, *images.shape[2:])))
         if self.cfg.qformer:
             tokens = self.qformer(tokens)
@@ -108,14 +109,52 @@ class Model(LanguageModel):
     def soft_tokens(self, batch: Batch) -> jax.Array:
         """Of all the batch's pictures, [B,M,D]."""
         soft = self.projector("BFQE,ED->BFQD", self.feature(batch))
-        return soft.reshape(len(soft), -1, self.cfg.llama.dim)
+        return soft.reshape(len(soft), -1, self.cfg.llm.dim)
 
     def encode(self, batch: Batch) -> tuple[jax.Array, None]:
         words = self.embed(batch.tokens)
-        if batch.images is not None or batch.media is not None:
+        if batch.images is not None or batch.features is not None:
             words = place(words, self.soft_tokens(batch), batch.soft_index)
         return words, None
 
 
 def example(cfg: Config) -> Batch:
     return example_batch(cfg.image_size)
+
+
+def resize(cfg: Config, image_size: int | None, drop_path: float) -> Config:
+    """Raises ValueError for a size that the patches do not divide."""
+    vit = dataclasses.replace(cfg.vit, image_size=image_size or cfg.vit.image_size, drop_path=drop_path)
+    side = vit.patch if cfg.qformer else 2 * vit.patch  # four patches join without a Q-Former
+    if vit.image_size <= 0 or vit.image_size % side:
+        raise ValueError(f"image_size = {vit.image_size}: must be a multiple of {side}, the side of "
+                         f"{'a patch' if cfg.qformer else 'two patches'}.")
+    return dataclasses.replace(cfg, vit=vit)
+
+
+STAGES = (
+    Stage("vit_patches", "vit/patch", "vit/patch", "visual_encoder.patch_embed", flatten=(1, 3)),  # [N,h,w,D]
+    Stage("vit_block_{i}", "vit/blocks", "vit/blocks [{i}] (block 0 also vit/cls and vit/pos)",
+          "visual_encoder.blocks.{i} (pos_embed, cls_token)"),
+    Stage("vit_out", "vit", "vit", "visual_encoder"),
+    Stage("ln_vision_out", "ln_vision", "ln_vision", "ln_vision"),
+    Stage("qformer_block_{i}", "qformer/layer_{i}", "qformer/layer_{i} (layer 0 also query_tokens and norm)",
+          "Qformer.bert.encoder.layer.{i} (query_tokens)"),
+    Stage("qformer_out", "qformer", "qformer", "Qformer.bert"),
+    Stage("proj_out", "projector", "projector", "llama_proj", flatten=(0, 2)),  # [B,F,Q,D]
+    *parts.LLM_STAGES,
+)
+
+FAMILY = register(Family(
+    name="minigpt4", Config=Config, Model=Model, axes=AXES, presets=PRESETS, example=example, trained=TRAINED,
+    resize=resize, encoder=ENCODER, prompt=PromptStyle(source.TEXT, "<Img><ImageHere></Img>"),
+    conversion=Conversion(source.inspect, origins=(
+        (r"vit/.*", "vit"), (r"(ln_vision|qformer)/.*", "qformer"), (r"projector/.*", "projector"),
+        (r"llm/.*/lora_[ab]", "lora"), (r"llm/.*", "llm"))),
+    exports=parts.LLM_EXPORTS | {
+        "projector": Export(lambda cfg, replaced: [*source.projector_entries(cfg.soft_width, cfg.llm.dim),
+                                                   *llama_source.lora_entries(cfg.llm)]),
+        "vit": Export(lambda cfg, replaced: source.vit_entries(cfg.vit), save_flat),
+        "qformer": Export(lambda cfg, replaced: source.qformer_entries(cfg.qformer, cfg.vit.dim),
+                          exists=lambda cfg: cfg.qformer is not None)},
+    stages=STAGES))

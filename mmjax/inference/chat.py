@@ -268,7 +268,7 @@ def prompt(model: Loaded, talk: Conversation, settings: ChatSettings = ChatSetti
 
     Raises ValueError if the question alone, with its pictures, does not fit.
     """
-    room = min(settings.max_length, model.config.llama.max_positions) - settings.max_new_tokens
+    room = min(settings.max_length, model.config.llm.max_positions) - settings.max_new_tokens
     bare = dataclasses.replace(model.text, prompt_template="")
     *earlier, last = talk.turns
     length = 0
@@ -280,7 +280,7 @@ def prompt(model: Loaded, talk: Conversation, settings: ChatSettings = ChatSetti
     raise ValueError(
         f"The question takes {length} tokens with its pictures, but there is room for {max(room, 0)} beside an answer "
         f"of {settings.max_new_tokens} (max_length = {settings.max_length}; this model reads "
-        f"{model.config.llama.max_positions} at most). Ask a shorter one, show fewer pictures, or lower "
+        f"{model.config.llm.max_positions} at most). Ask a shorter one, show fewer pictures, or lower "
         "max_new_tokens.")
 
 

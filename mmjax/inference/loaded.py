@@ -24,11 +24,11 @@ from mmjax.families import FAMILIES
 from mmjax.inference.generate import GenerateConfig, Writing, row_keys
 from mmjax.inference.requests import is_text
 from mmjax.models import bind
-from mmjax.models.llama import unstack
+from mmjax.inference.layouts import unstack
 from mmjax.tokenizer import Tokenizer
 
 BROKEN = "\ufffd"  # what the bytes of a character give that are not all there yet
-TURNED_BYTES = 4 * 2**30  # of a language model that is copied into another layout to be decoded on a CPU
+TRANSPOSED_BYTES = 4 * 2**30  # of a language model that is copied into another layout to be decoded on a CPU
 LOOK = 16  # ids between two looks at the words for a stop string
 FURTHER = ("top_k", "top_p", "top_p_inclusive", "repetition_penalty", "length_penalty", "min_length", "early_stopping",
            "dummy")
@@ -209,7 +209,7 @@ class Loaded:
             raise ValueError(f"The prompts of the rows {strange} hold characters that are no text (unpaired "
                              "surrogates). Read them as what they were written in, such as UTF-8.")
         made, _ = row_places(samples, self.tokenizer, self._text(settings), self.config.image_tokens)
-        lengths, most = [len(row) for row in made], self.config.llama.max_positions
+        lengths, most = [len(row) for row in made], self.config.llm.max_positions
         if long := [f"row {row}: {n} tokens" for row, n in enumerate(lengths) if n + max_new_tokens > most]:
             raise ValueError(f"With max_new_tokens = {max_new_tokens} these prompts need more than the {most} "
                              "positions that this model reads:\n  " + "\n  ".join(long)
@@ -252,8 +252,9 @@ class Loaded:
         turned, which takes their memory once more, if they are not large."""
         if self.mesh.size > 1 or self.mesh.devices.flat[0].platform != "cpu":
             return self.module, self.params
-        turned = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params["llama"])) <= TURNED_BYTES
-        return self.module.clone(form="turned" if turned else "apart"), unstack(self.params, turned)
+        transposed = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params["llm"])) <= TRANSPOSED_BYTES
+        module = self.module.clone(scan_layers=False, transposed_weights=transposed)
+        return module, unstack(self.params, transposed)
 
     def _recalled(self, batch: Batch, recall: Recall) -> Batch:
         """The same batch with the mix of each row's senses in place of the senses, after a look at known pictures."""

@@ -22,8 +22,8 @@ MATRICES = (  # that may be held so, and the axes that they sum over, counted fr
     (r".*/(attn|cross)/[qkv]/w", (-3,)),  # D N H
     (r".*/attn/qkv/w", (-4,)),  # D S N H
     (r".*/(attn|cross)/o/w", (-3, -2)),  # N H D
-    (r"(.*/mlp|bind/block_\d+)/(gate|up|down|fc1|fc2)/w|llama/head/w", (-2,)),  # D F, F D, D V
-    (r"llama/embedding", (-1,)),  # V D: as a head it sums over D too
+    (r"(.*/mlp|bind/block_\d+)/(gate|up|down|fc1|fc2)/w|llm/head/w", (-2,)),  # D F, F D, D V
+    (r"llm/embedding", (-1,)),  # V D: as a head it sums over D too
 )
 
 

@@ -4,7 +4,7 @@ B batch   T query tokens   S key tokens   P prompts   L layers   D model   F fee
 N query heads   K key and value heads   G = N/K   H head   V vocabulary   R LoRA rank
 
 The layers are one module scanned over stacked weights, or, to decode on a CPU, a module each with weights of its own
-(see `unstack`). The key-value cache is an argument and a result, and so is what is injected into each layer: prompts
+(see `mmjax.inference.layouts`). The key-value cache is an argument and a result, and so is what is injected into each layer: prompts
 that attention reads beside its keys, or one vector that is added to every token. Both pass gates that start closed.
 
     "head":             attention += tanh(gate)[head] · softmax(q·k(prompts))·v(prompts)
@@ -54,6 +54,14 @@ class LlamaConfig:
     def __post_init__(self):
         if self.injection not in ("", "head", "layer", "shared"):
             raise ValueError(f"injection = {self.injection!r}: '' (none), 'head', 'layer' or 'shared'")
+
+    @property
+    def axes(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        return AXES
+
+    def build(self, **fields: Any) -> "Llama":
+        """The module of this config; fields as those of `Llama`."""
+        return Llama(self, **fields)
 
 
 LLAMA_7B = VICUNA_7B = LlamaConfig()
@@ -113,19 +121,19 @@ class LoraProject(Project):
         inputs, outputs = self.shape[: self.contracted], self.shape[self.contracted :]
         self.lora_a = self.param("lora_a", uniform_fan_in(math.prod(inputs)), (*inputs, self.rank))
         self.lora_b = self.param("lora_b", nn.initializers.zeros_init(), (self.rank, *outputs))
-        self.drop = nn.Dropout(self.dropout, rng_collection="llama")
+        self.drop = nn.Dropout(self.dropout, rng_collection="llm")
 
     def __call__(self, letters: str, x: jax.Array) -> jax.Array:
         x_axes, w_axes, y_axes = letters.replace("->", ",").split(",")
         inputs, outputs = w_axes[: self.contracted], w_axes[self.contracted :]
-        low = einsum(f"{x_axes},{inputs}R->BTR", self.drop(x, deterministic=not self.has_rng("llama")), self.lora_a)
+        low = einsum(f"{x_axes},{inputs}R->BTR", self.drop(x, deterministic=not self.has_rng("llm")), self.lora_a)
         update = einsum(f"BTR,R{outputs}->{y_axes}", low, self.lora_b)
         return super().__call__(letters, x) + (self.alpha / self.rank) * update
 
 
-def projection(cfg: LlamaConfig, turned: bool, name: str, shape: tuple[int, ...], contracted: int = 1) -> Project:
+def projection(cfg: LlamaConfig, transposed: bool, name: str, shape: tuple[int, ...], contracted: int = 1) -> Project:
     """A layer's linear map with what the config adds to it."""
-    common = {"contracted": contracted, "use_bias": name in cfg.bias_on, "zero_bias": True, "turned": turned,
+    common = {"contracted": contracted, "use_bias": name in cfg.bias_on, "zero_bias": True, "transposed": transposed,
               "name": name}
     if cfg.lora_rank and name in cfg.lora_on:
         return LoraProject(shape, rank=cfg.lora_rank, alpha=cfg.lora_alpha, dropout=cfg.lora_dropout, **common)
@@ -162,14 +170,14 @@ class Attention(nn.Module):
     """Self-attention with rotary positions over this call's keys, or over a cache that they are written into."""
 
     cfg: LlamaConfig
-    turned: bool = False
+    transposed: bool = False
 
     @nn.compact
     def __call__(self, x, injection, positions, mask, cache, start):
         # x [B,T,D]  injection [B,P,D]  positions int[B,T]  mask bool[B,T,S]
         # cache None or {"k", "v": [B,S,K,H]}, or of an unrolled layer [K,B,S,1,H]
         c = self.cfg
-        project = functools.partial(projection, c, self.turned)
+        project = functools.partial(projection, c, self.transposed)
         to_q = project("q", (c.dim, c.heads, c.head_dim))
         to_k = project("k", (c.dim, c.kv_heads, c.head_dim))
         to_v = project("v", (c.dim, c.kv_heads, c.head_dim))
@@ -207,19 +215,19 @@ class FeedForward(nn.Module):
     """down(silu(gate(x)) · up(x))."""
 
     cfg: LlamaConfig
-    turned: bool = False
+    transposed: bool = False
 
     @nn.compact
     def __call__(self, x):
         D, F = self.cfg.dim, self.cfg.hidden
-        project = functools.partial(projection, self.cfg, self.turned)
+        project = functools.partial(projection, self.cfg, self.transposed)
         gate, up = (project(name, (D, F))("BTD,DF->BTF", x) for name in ("gate", "up"))
         return project("down", (F, D))("BTF,FD->BTD", jax.nn.silu(gate) * up)
 
 
 class Block(nn.Module):
     cfg: LlamaConfig
-    turned: bool = False
+    transposed: bool = False
 
     @nn.compact
     def __call__(self, x, cache, injection, positions, mask, start, shared_gate):
@@ -231,23 +239,23 @@ class Block(nn.Module):
                 x = x + gate.astype(x.dtype) * injection
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
         normed = RMSNorm(c.eps, name="attn_norm")(x)
-        out, cache = Attention(c, self.turned, name="attn")(normed, injection, positions, mask, cache, start)
+        out, cache = Attention(c, self.transposed, name="attn")(normed, injection, positions, mask, cache, start)
         x = x + out
-        return x + FeedForward(c, self.turned, name="mlp")(RMSNorm(c.eps, name="mlp_norm")(x)), cache
+        return x + FeedForward(c, self.transposed, name="mlp")(RMSNorm(c.eps, name="mlp_norm")(x)), cache
 
 
 class Unrolled(nn.Module):
     """The layers "0", "1" ... one after the other. Called as the scanned ones are, the cache a tuple of one a layer."""
 
     cfg: LlamaConfig
-    turned: bool = False
+    transposed: bool = False
 
     @nn.compact
     def __call__(self, x, cache, injection, *others):
         caches = []
         for layer in range(self.cfg.depth):
             here = (None if each is None else each[layer] for each in (cache, injection))
-            x, written = Block(self.cfg, self.turned, name=str(layer))(x, *here, *others)
+            x, written = Block(self.cfg, self.transposed, name=str(layer))(x, *here, *others)
             caches.append(written)
         return x, None if cache is None else tuple(caches)
 
@@ -257,32 +265,30 @@ class Unrolled(nn.Module):
 KEPT = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
 
-FORMS = ("stacked", "apart", "turned")
-
-
 class Llama(nn.Module):
     """Vectors in, hidden states out; `embed` and `logits` are its two ends.
 
-    remat:    recompute each layer in the backward pass instead of keeping its products with weights
-    form:     "stacked": layers scanned over stacked weights. "apart": each has weights of its own, as `unstack` gives
-              them, and its own cache; to read only: such layers have no `remat`. "turned": likewise, and their matrices
-              and the head's are [outputs, inputs]
+    remat:       recompute each layer in the backward pass instead of keeping its products with weights
+    scan_layers: layers are scanned over stacked weights. Otherwise each layer has its own weights and its own cache, as
+                 `mmjax.inference.layouts.unstack` gives them; such a model is for decoding and has no `remat`
+    transposed_weights: the matrices of unstacked layers and of the head are [outputs, inputs]
     """
 
     cfg: LlamaConfig
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
-    form: str = "stacked"
+    scan_layers: bool = True
+    transposed_weights: bool = False
 
     def setup(self):
-        if self.form not in FORMS:
-            raise ValueError(f"form = {self.form!r}: {', '.join(FORMS)}")
-        c, turned = self.cfg, self.form == "turned"
+        if self.scan_layers and self.transposed_weights:
+            raise ValueError("transposed_weights is for unstacked layers: set scan_layers=False.")
+        c, transposed = self.cfg, self.transposed_weights
         self.embedding = self.param("embedding", nn.initializers.normal(0.02), (c.vocab, c.dim))
-        self.layers = Unrolled(c, turned) if self.form != "stacked" else nn.scan(
+        self.layers = Unrolled(c, transposed) if not self.scan_layers else nn.scan(
             nn.remat(Block, prevent_cse=False, policy=None if self.remat else KEPT),
             variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True, "llama": True},
+            split_rngs={"params": True, "llm": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.depth,
         )(c)
@@ -290,7 +296,7 @@ class Llama(nn.Module):
         shared = c.injection == "shared"
         self.gate = self.param("gate", nn.initializers.zeros_init(), (1,)) if shared else None
         if not c.tied:
-            self.head = Project((c.dim, c.vocab), turned=turned)
+            self.head = Project((c.dim, c.vocab), transposed=transposed)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int[B,T] -> [B,T,D]; no scaling."""
@@ -319,7 +325,8 @@ class Llama(nn.Module):
         return self.head("BTD,DV->BTV", hidden).astype(jnp.float32)
 
     def empty_cache(self, rows: int, length: int) -> Any:
-        """Zeros for B = `rows`, S = `length`: {"k", "v": [L,B,S,K,H]}, or L times {"k", "v": [K,B,S,1,H]} if apart.
+        """Zeros for B = `rows`, S = `length`: {"k", "v": [L,B,S,K,H]}, or L times {"k", "v": [K,B,S,1,H]} if
+        unstacked.
 
         Rows and slots are the same axes in both, so that who repeats or reorders them need not know which it is.
         """
@@ -328,41 +335,6 @@ class Llama(nn.Module):
         def zeros(*shape: int) -> dict[str, jax.Array]:
             return {name: jnp.zeros(shape, self.dtype) for name in "kv"}
 
-        if self.form != "stacked":
+        if not self.scan_layers:
             return tuple(zeros(K, rows, length, 1, H) for _ in range(L))
         return zeros(L, rows, length, K, H)
-
-
-def unstack(params: dict[str, Any], turned: bool = False) -> dict[str, Any]:
-    """A family's parameters for its module of the form "apart": "llama/layers/attn/q/w" as ".../0/attn/q/w" and so on.
-
-    XLA on a CPU copies the weights of each layer out of the stack, in every step, at a fifth of the speed of reading
-    them where they are. A layer's arrays are views into the stacked ones (save a few small ones that begin off the 64
-    bytes that XLA wants), so this costs no memory as long as both are kept or dropped together.
-
-    turned: for the form "turned": the matrices of the layers and of the head are turned copies, which
-            take as much memory as the originals and are faster for several rows (see `mmjax.models.layers.turn`)
-
-    Raises ValueError for arrays that are not on one CPU device, which nothing can look into.
-    """
-    llama = params["llama"]
-    stacks = jax.tree.leaves(llama["layers"])
-    if wrong := {str(stack.sharding) for stack in stacks if not on_one_cpu(stack)}:
-        raise ValueError(f"Layers can be unstacked on one CPU device; these are on {', '.join(sorted(wrong))}. Decode "
-                         "with them as they are, scanned.")
-    layers = {str(layer): jax.tree.map(functools.partial(view, layer), llama["layers"])
-              for layer in range(len(stacks[0]))}
-    flat = trees.flatten(params | {"llama": llama | {"layers": layers}})
-    if turned:
-        flat |= {path: turn(leaf, len(int8.summed(path, len(leaf.shape)))) for path, leaf in flat.items()
-                 if path.startswith("llama/") and path.endswith("/w")}
-    return trees.unflatten(flat)
-
-
-def on_one_cpu(x: jax.Array) -> bool:
-    return [device.platform for device in x.devices()] == ["cpu"]
-
-
-def view(layer: int, stack: jax.Array) -> jax.Array:
-    """`stack[layer]`, in the same memory where it may be."""
-    return jax.device_put(np.asarray(stack)[layer], *stack.devices(), may_alias=True)

@@ -1,19 +1,21 @@
-"""Pixels as the picture towers of all families were trained on them, made on the host or on the device."""
+"""Normalised images, as the encoders of all families were trained on them, on the host or on the device."""
 
 import einops
 import jax
 import numpy as np
 
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of red, green, blue; CLIP's
-STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green, blue; CLIP's
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def normalise(images: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """uint8[...,H,W,3] -> float32[...,3,H,W]; normalised pictures pass unchanged.
+def normalise(images: jax.Array | np.ndarray, mean: tuple[float, ...] = MEAN,
+              std: tuple[float, ...] = STD) -> jax.Array | np.ndarray:
+    """uint8[...,H,W,3] -> float32[...,3,H,W]; normalised images pass unchanged.
 
-    A numpy array is worked on by numpy, bit-equal to the original; XLA may differ in the last two bits.
+    A numpy array is computed by numpy, bit-equal to the original; XLA may differ in the last two bits.
     """
     if images.dtype != np.uint8:
         return images
-    scaled = (images.astype(np.float32) / np.float32(255) - MEAN) / STD
+    mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    scaled = (images.astype(np.float32) / np.float32(255) - mean) / std
     return einops.rearrange(scaled, "... H W C -> ... C H W")

@@ -153,5 +153,5 @@ def used(speed: float, peak: float | None) -> dict[str, float]:
 def open_gates(trained: Any) -> list[float]:
     """How far each layer's gate is open, as the mean of |tanh|; nothing if no gate is trained."""
     gates = [leaf for path, leaf in trees.flatten(trained).items()
-             if leaf is not None and re.fullmatch(r"llama/layers/(attn/)?gate", path)]
+             if leaf is not None and re.fullmatch(r"llm/layers/(attn/)?gate", path)]
     return [round(float(layer), 6) for gate in gates for layer in np.abs(np.tanh(np.asarray(gate))).mean(-1)]

@@ -12,9 +12,9 @@ from mmjax import trees
 from mmjax.config import OptimConfig
 
 # What has one axis in the original, and every bias. A head gate has four there (1, N, 1, 1), a token gate has one.
-NO_DECAY = (r".*/(b|q_b|v_b|bias|scale)", r"llama/(layers/)?gate")
+NO_DECAY = (r".*/(b|q_b|v_b|bias|scale)", r"llm/(layers/)?gate")
 # One parameter a layer in the original. Those of layers that read no prompts get no gradient, and torch skips them.
-SKIPPED_WITHOUT_GRADIENT = (r"llama/layers/attn/(new_)?gate",)
+SKIPPED_WITHOUT_GRADIENT = (r"llm/layers/attn/(new_)?gate",)
 
 
 def whole_cosine(cfg: OptimConfig, step: Any, xp: Any) -> Any:

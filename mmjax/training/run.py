@@ -116,7 +116,7 @@ class Work:
     def of(job: Job, step: Any, frozen: Any) -> "Work":
         """step: `steps.train_step` of the job, compiled"""
         peak = hardware.peak(job.mesh.devices.flat[0])
-        count = flops.by_shape(lambda state, batch: step.trace(state, frozen, batch), job.source.config.llama)
+        count = flops.by_shape(lambda state, batch: step.trace(state, frozen, batch), job.source.config.llm)
         return Work(count, None if peak is None else peak * job.mesh.size)
 
     def operations(self, state: steps.TrainState, batch: Batch, metrics: dict[str, Any]) -> int | None:
@@ -161,7 +161,7 @@ def train(config: RunConfig) -> Run:
             return step(state, frozen, batch)
 
         def diagnose(loss: float, state: steps.TrainState) -> None:
-            check_first_loss(loss, job.source.config.llama.vocab, {"trained": state.params, "frozen": frozen})
+            check_first_loss(loss, job.source.config.llm.vocab, {"trained": state.params, "frozen": frozen})
 
         fed = job.batches(started, progress.position)
         work = Work.of(job, step, frozen)

@@ -30,7 +30,7 @@ def arrays():
     return {
         "vit/w": rng.normal(size=(4, 6, 8)).astype(np.float16),
         "vit/b": rng.normal(size=(5,)).astype(ml_dtypes.bfloat16),
-        "llama/embedding": rng.normal(size=(16, 8)).astype(np.float32),
+        "llm/embedding": rng.normal(size=(16, 8)).astype(np.float32),
     }
 
 
@@ -48,7 +48,7 @@ def shapes(**changes):
 def test_any_orbax_reads_it(folder):
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore(folder)
-    held = {"vit/w": tree["vit"]["w"], "vit/b": tree["vit"]["b"], "llama/embedding": tree["llama"]["embedding"]}
+    held = {"vit/w": tree["vit"]["w"], "vit/b": tree["vit"]["b"], "llm/embedding": tree["llm"]["embedding"]}
     for path, array in arrays().items():
         assert held[path].dtype == array.dtype
         np.testing.assert_array_equal(held[path], array)
@@ -61,7 +61,7 @@ def test_metadata_and_opened_arrays(folder):
 
 def test_restore_casts_and_selects(folder):
     wanted = {"vit": {"w": jax.ShapeDtypeStruct((4, 6, 8), ml_dtypes.bfloat16), "b": jax.ShapeDtypeStruct((5,), "f4")},
-              "llama": {"head": jax.ShapeDtypeStruct((3,), "f4")}}
+              "llm": {"head": jax.ShapeDtypeStruct((3,), "f4")}}
     params = frozen_weights.restore(folder, wanted, only=lambda path: path.startswith("vit/"))
     assert params.keys() == {"vit"} and params["vit"]["w"].dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(params["vit"]["w"], arrays()["vit/w"].astype(ml_dtypes.bfloat16))

@@ -26,7 +26,7 @@ def read(**changes):
 def test_some_parameters_are_read_and_some_replaced():
     ones = np.ones(64, np.float32)
     found = read(only=lambda path: path.startswith("projector"),
-                 trained={"projector/b": ones, "llama/norm/scale": ones})
+                 trained={"projector/b": ones, "llm/norm/scale": ones})
     assert found.keys() == {"projector/w", "projector/b"}
     np.testing.assert_array_equal(found["projector/b"], ones)
     assert np.std(found["projector/w"]) > 0

@@ -24,7 +24,7 @@ def state(seed=0, step=0, rows=3, optimizer=OPTIMIZER):
     random = np.random.default_rng(seed)
     params = {
         "projector": {"w": jnp.asarray(random.normal(size=(rows, 4)), jnp.float32), "b": jnp.ones(4) * seed},
-        "llama": {"embedding": None, "layers": {"lora_a": jnp.asarray(random.normal(size=(2, 5)), jnp.bfloat16)}},
+        "llm": {"embedding": None, "layers": {"lora_a": jnp.asarray(random.normal(size=(2, 5)), jnp.bfloat16)}},
     }
     made = steps.start(params, optimizer, seed)
     filled = jax.tree.map(lambda leaf: leaf + jnp.asarray(seed, leaf.dtype), made.opt_state)
@@ -108,10 +108,10 @@ def test_other_trained_parameters_are_named(saved):
     checkpoints = Checkpoints(saved)
     other = state(rows=6)
     other.params["vit"] = {"cls": jnp.ones(2)}
-    del other.params["llama"]["layers"]
+    del other.params["llm"]["layers"]
     with pytest.raises(ValueError, match="run/20 was saved by a run with other trained parameters") as error:
         checkpoints.restore(other)
-    for line in ("missing     params/vit/cls  (2,)", "unexpected  params/llama/layers/lora_a  (2, 5)",
+    for line in ("missing     params/vit/cls  (2,)", "unexpected  params/llm/layers/lora_a  (2, 5)",
                  "shape       params/projector/w  expected (6, 4), got (3, 4)"):
         assert line in str(error.value)
     with pytest.raises(ValueError, match="another optimizer"):

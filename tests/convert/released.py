@@ -16,17 +16,17 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "minigpt4"
 CKPT = GOLDEN / "ckpt"
 ARCH = GOLDEN / "model_sizes.json"
 
-MINIGPT4 = {"vit": CKPT / "eva_vit.pth", "qformer": CKPT / "blip2_pretrained.pth", "llama": CKPT / "llama_hf",
+MINIGPT4 = {"vit": CKPT / "eva_vit.pth", "qformer": CKPT / "blip2_pretrained.pth", "llm": CKPT / "llama_hf",
             "projector": CKPT / "minigpt4_proj.pth", "arch": ARCH}
-NO_QFORMER = {"vit": CKPT / "eva_vit.pth", "llama": CKPT / "llama_hf", "projector": CKPT / "minigpt4_llama2_proj.pth",
+NO_QFORMER = {"vit": CKPT / "eva_vit.pth", "llm": CKPT / "llama_hf", "projector": CKPT / "minigpt4_llama2_proj.pth",
               "arch": ARCH}
-V2 = {"vit": CKPT / "eva_vit.pth", "llama": CKPT / "llama_hf", "projector": CKPT / "minigpt_v2.pth",
+V2 = {"vit": CKPT / "eva_vit.pth", "llm": CKPT / "llama_hf", "projector": CKPT / "minigpt_v2.pth",
       "lora": CKPT / "minigpt_v2.pth", "arch": ARCH}
 
 IMAGEBIND = Path(__file__).parents[1] / "golden" / "imagebind_llm"
-IMAGEBIND_LLM = {"imagebind": IMAGEBIND / "imagebind.pth", "llama": IMAGEBIND / "llama_meta",
+IMAGEBIND_LLM = {"imagebind": IMAGEBIND / "imagebind.pth", "llm": IMAGEBIND / "llama_meta",
                  "arch": IMAGEBIND / "config.json"}
-_BASE, _V2 = {"llama": IMAGEBIND / "llama_meta", "arch": IMAGEBIND / "config.json"}, IMAGEBIND / "cases" / "adapter_v2"
+_BASE, _V2 = {"llm": IMAGEBIND / "llama_meta", "arch": IMAGEBIND / "config.json"}, IMAGEBIND / "cases" / "adapter_v2"
 ADAPTER_V1 = _BASE | {"adapter": IMAGEBIND / "adapter_v1.pth"}
 ADAPTER_V2 = _BASE | {"adapter": _V2 / "adapter_v2.pth", "clip": _V2 / "clip_visual.pth"}
 

@@ -39,12 +39,12 @@ TINY_ADAPTER = llama_adapter.PRESETS["tiny"]
 
 
 def token(cfg, injection):
-    return dataclasses.replace(cfg, llama=dataclasses.replace(cfg.llama, injection=injection))
+    return dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, injection=injection))
 
 
 FULL = imagebind_llm.with_phase(TINY_LLM, "finetune")
-V2 = dataclasses.replace(TINY_ADAPTER, llama=dataclasses.replace(
-    imagebind_llm.adapted(TINY_ADAPTER.llama, 3), new_gate=True))
+V2 = dataclasses.replace(TINY_ADAPTER, llm=dataclasses.replace(
+    imagebind_llm.adapted(TINY_ADAPTER.llm, 3), new_gate=True))
 V1 = dataclasses.replace(TINY_ADAPTER, clip=None, visual=None)
 MODELS = {  # family, architecture, and what its adapter file holds
     "pretrain": ("imagebind_llm", TINY_LLM, adapter.imagebind_llm_entries(TINY_LLM, ())),
@@ -70,8 +70,8 @@ def test_there_and_back(name, dtype):
 def test_tables_fill_what_is_trained_exactly(name):
     """Every parameter but the towers' and the base's matrices."""
     family, cfg, entries = MODELS[name]
-    base = {f"llama/layers/{part}/w" for part in ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up",
-                                                  "mlp/down")} | {"llama/embedding", "llama/head/w"}
+    base = {f"llm/layers/{part}/w" for part in ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up",
+                                                  "mlp/down")} | {"llm/embedding", "llm/head/w"}
     held = {entry.path: entry.shape for entry in entries}
     expected = {path: shape.shape for path, shape in shapes(family, cfg).items()
                 if path not in base and not path.startswith(("imagebind/", "clip/"))}
@@ -80,13 +80,13 @@ def test_tables_fill_what_is_trained_exactly(name):
 
 def test_keys_are_the_releases():
     held = {entry.path: entry.keys[0] for entry in MODELS["finetune"][2]}
-    assert held["llama/layers/mlp/down/lora_a"] == "llama.layers.0.feed_forward.lora_w2_l1.weight"
-    assert held["llama/layers/mlp/up/b"] == "llama.layers.0.feed_forward.w3.bias"
-    assert held["llama/layers/mlp/gate/lora_b"] == "llama.layers.0.feed_forward.lora_w1_l2.weight"
+    assert held["llm/layers/mlp/down/lora_a"] == "llama.layers.0.feed_forward.lora_w2_l1.weight"
+    assert held["llm/layers/mlp/up/b"] == "llama.layers.0.feed_forward.w3.bias"
+    assert held["llm/layers/mlp/gate/lora_b"] == "llama.layers.0.feed_forward.lora_w1_l2.weight"
     assert held["query"] == "prefix_query.weight" and held["bind/block_2/up/w"] == "image_bind_f3_2.weight"
     v1 = {entry.path: entry.keys for entry in MODELS["v1"][2]}
     assert v1 == {"query": ("adapter_query.weight",),
-                  "llama/layers/attn/gate": tuple(f"layers.{n}.attention.gate" for n in range(TINY.depth))}
+                  "llm/layers/attn/gate": tuple(f"layers.{n}.attention.gate" for n in range(TINY.depth))}
 
 
 # ------------------------------------------------------------------------------------------------------ conversion
@@ -101,55 +101,55 @@ def test_card_and_tokenizer(adapted):
     assert set(card["sources"]) == {"imagebind", "adapter", "words", "llama"}
     made = card["architecture"]
     assert made["query_layers"] == 4 and made["bind"]["hidden"] == 128 and made["imagebind"]["out"] == 24
-    assert (made["llama"]["lora_rank"], made["llama"]["lora_alpha"], made["llama"]["lora_dropout"]) == (16, 16.0, 0.0)
-    assert made["llama"]["bias_on"] == ["q", "o", "gate", "up", "down"] and made["llama"]["injection"] == "head"
+    assert (made["llm"]["lora_rank"], made["llm"]["lora_alpha"], made["llm"]["lora_dropout"]) == (16, 16.0, 0.0)
+    assert made["llm"]["bias_on"] == ["q", "o", "gate", "up", "down"] and made["llm"]["injection"] == "head"
     words = adapted / "finetune" / "tokenizer" / WORDS
     assert words.read_bytes() == (IMAGEBIND / "bpe_tiny.txt.gz").read_bytes()
-    assert described(adapted / "pretrain")["architecture"]["llama"]["lora_rank"] == 0
+    assert described(adapted / "pretrain")["architecture"]["llm"]["lora_rank"] == 0
 
 
 def test_values(adapted):
     held, file = params(adapted / "finetune"), tensors(ADAPTER)
-    np.testing.assert_array_equal(held["llama/layers/attn/gate"][3], file["llama.layers.3.attention.gate"][0, :, 0, 0])
+    np.testing.assert_array_equal(held["llm/layers/attn/gate"][3], file["llama.layers.3.attention.gate"][0, :, 0, 0])
     np.testing.assert_array_equal(held["query"][:, 0], file["prefix_query.weight"])
     np.testing.assert_array_equal(
-        held["llama/layers/attn/o/lora_a"][1].reshape(32, 16), file["llama.layers.1.attention.lora_wo_l1.weight"].T)
+        held["llm/layers/attn/o/lora_a"][1].reshape(32, 16), file["llama.layers.1.attention.lora_wo_l1.weight"].T)
     bias = file["llama.layers.2.attention.wq.bias"].reshape(4, 4, 2)  # heads, pairs, which of the pair
-    np.testing.assert_array_equal(held["llama/layers/attn/q/b"][2], bias.swapaxes(1, 2).reshape(4, 8))
-    np.testing.assert_array_equal(held["llama/layers/attn/v/lora_b"][0].reshape(16, 32),
+    np.testing.assert_array_equal(held["llm/layers/attn/q/b"][2], bias.swapaxes(1, 2).reshape(4, 8))
+    np.testing.assert_array_equal(held["llm/layers/attn/v/lora_b"][0].reshape(16, 32),
                                   file["llama.layers.0.attention.lora_wv_l2.weight"].T)
 
 
 def test_norms_take_the_bases_place(adapted):
     held, base = params(adapted / "finetune"), tensors(IMAGEBIND / "llama_meta" / "consolidated.00.pth")
     assert {path for path in held if path.startswith("replaced/")} == {f"replaced/{path}" for path in NORMS}
-    np.testing.assert_array_equal(held["llama/norm/scale"], tensors(ADAPTER)["llama.norm.weight"])
-    np.testing.assert_array_equal(held["replaced/llama/norm/scale"], base["norm.weight"])
-    np.testing.assert_array_equal(held["replaced/llama/layers/mlp_norm/scale"][2], base["layers.2.ffn_norm.weight"])
+    np.testing.assert_array_equal(held["llm/norm/scale"], tensors(ADAPTER)["llama.norm.weight"])
+    np.testing.assert_array_equal(held["replaced/llm/norm/scale"], base["norm.weight"])
+    np.testing.assert_array_equal(held["replaced/llm/layers/mlp_norm/scale"][2], base["layers.2.ffn_norm.weight"])
     assert not any(path.startswith("replaced/") for path in params(adapted / "pretrain"))
 
 
 def test_legacy(adapted):
     held = params(adapted / "legacy")
     assert described(adapted / "legacy")["architecture"]["bind"]["legacy"]
-    np.testing.assert_array_equal(held["llama/norm/scale"], tensors(LEGACY)["llma.norm.weight"])
-    assert {path for path in held if path.startswith("replaced/")} == {"replaced/llama/norm/scale"}
+    np.testing.assert_array_equal(held["llm/norm/scale"], tensors(LEGACY)["llma.norm.weight"])
+    assert {path for path in held if path.startswith("replaced/")} == {"replaced/llm/norm/scale"}
 
 
 def test_what_a_bind_network_alone_leaves_fresh(adapted, tmp_path):
     card, held = described(adapted / "article"), params(adapted / "article")
-    assert card["fresh"] == ["query", "llama/layers/attn/gate"] and card["architecture"]["query_layers"] == 4
+    assert card["fresh"] == ["query", "llm/layers/attn/gate"] and card["architecture"]["query_layers"] == 4
     assert_same({path: held[path] for path in held if path.startswith("bind/")},
                 {path: value for path, value in params(adapted / "pretrain").items() if path.startswith("bind/")})
     write.imagebind_llm(out=tmp_path / "shared", **IMAGEBIND_LLM, adapter=ARTICLE, injection="token-shared")
-    assert described(tmp_path / "shared")["fresh"] == ["llama/gate"]
+    assert described(tmp_path / "shared")["fresh"] == ["llm/gate"]
 
 
 def test_token_form_of_a_released_adapter(adapted):
     card, held = described(adapted / "token"), params(adapted / "token")
-    assert card["fresh"] == ["llama/layers/gate"] and card["architecture"]["llama"]["injection"] == "layer"
+    assert card["fresh"] == ["llm/layers/gate"] and card["architecture"]["llm"]["injection"] == "layer"
     same = params(adapted / "finetune")
-    assert_same(held, {path: same[path] for path in same if path not in ("query", "llama/layers/attn/gate")})
+    assert_same(held, {path: same[path] for path in same if path not in ("query", "llm/layers/attn/gate")})
 
 
 def test_nothing_to_start_from(tmp_path):
@@ -166,9 +166,9 @@ def test_nothing_to_start_from(tmp_path):
 def test_llama_adapters(adapted):
     v1, v2 = described(adapted / "v1"), described(adapted / "v2")
     assert (v1["architecture"]["query_layers"], v1["architecture"]["query_len"]) == (3, 5)
-    assert v1["architecture"]["visual"] is None and not v1["architecture"]["llama"]["lora_rank"]
+    assert v1["architecture"]["visual"] is None and not v1["architecture"]["llm"]["lora_rank"]
     assert (v2["architecture"]["query_layers"], v2["architecture"]["query_len"]) == (3, 4)
-    assert v2["architecture"]["llama"]["new_gate"] and v2["architecture"]["llama"]["lora_rank"] == 2
+    assert v2["architecture"]["llm"]["new_gate"] and v2["architecture"]["llm"]["lora_rank"] == 2
     np.testing.assert_array_equal(params(adapted / "v1")["query"],
                                   tensors(ADAPTER_V1["adapter"])["adapter_query.weight"].reshape(3, 5, 32))
 
@@ -176,7 +176,7 @@ def test_llama_adapters(adapted):
 def test_llama_adapters_afresh(tmp_path):
     write.llama_adapter(out=tmp_path / "v1", **ADAPTER_V1 | {"adapter": None}, raw_gates=True)
     card = described(tmp_path / "v1")
-    assert card["fresh"] == ["query", "llama/layers/attn/gate"] and not card["architecture"]["llama"]["gate_tanh"]
+    assert card["fresh"] == ["query", "llm/layers/attn/gate"] and not card["architecture"]["llm"]["gate_tanh"]
     write.llama_adapter(out=tmp_path / "v2", **ADAPTER_V2 | {"adapter": None})
     card = described(tmp_path / "v2")
     assert {path.split("/")[0] for path in card["fresh"]} == {"visual", "query", "llama"}
@@ -185,7 +185,7 @@ def test_llama_adapters_afresh(tmp_path):
 
 def test_the_same_from_a_transformers_folder(adapted, tmp_path):
     export(adapted / "finetune", "llama", tmp_path / "hf")
-    write.imagebind_llm(out=tmp_path / "out", **IMAGEBIND_LLM | {"llama": tmp_path / "hf"}, adapter=ADAPTER)
+    write.imagebind_llm(out=tmp_path / "out", **IMAGEBIND_LLM | {"llm": tmp_path / "hf"}, adapter=ADAPTER)
     assert_same(params(tmp_path / "out"), params(adapted / "finetune"))
 
 
@@ -259,7 +259,7 @@ def test_files_that_do_not_belong_together(tmp_path):
     (write.llama_adapter, ADAPTER_V2 | {"clip": None}, "v2's, which sees pictures: give its CLIP as --clip"),
     (write.imagebind_llm, IMAGEBIND_LLM | {"adapter": IMAGEBIND / "imagebind.pth"}, "f1_1.weight is missing"),
     (write.imagebind_llm, IMAGEBIND_LLM | {"injection": "tokens"}, "there are released, token, token-shared"),
-    (write.llama_adapter, ADAPTER_V1 | {"llama": IMAGEBIND}, "is it a LLaMA's config.json?"),
+    (write.llama_adapter, ADAPTER_V1 | {"llm": IMAGEBIND}, "is it a LLaMA's config.json?"),
 ])
 def test_the_wrong_file(tmp_path, function, arguments, said):
     assert said in refused(tmp_path, function, **arguments)

@@ -56,7 +56,7 @@ def test_folder(converted):
     vit = (CKPT / "eva_vit.pth").read_bytes()
     assert config["sources"]["vit"] == {
         "file": "eva_vit.pth", "bytes": len(vit), "sha256": hashlib.sha256(vit).hexdigest()}
-    assert [file["file"] for file in config["sources"]["llama"]] == [
+    assert [file["file"] for file in config["sources"]["llm"]] == [
         "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
 
 
@@ -68,8 +68,8 @@ def test_values_and_dtypes(converted):
     np.testing.assert_array_equal(held["ln_vision/bias"], blip2["ln_vision.bias"])
     np.testing.assert_array_equal(held["qformer/layer_2/cross/o/w"].reshape(48, 48),
                                   blip2["Qformer.bert.encoder.layer.2.crossattention.output.dense.weight"].T)
-    assert held["llama/embedding"].dtype == np.float16
-    np.testing.assert_array_equal(held["llama/head/w"], llama_tensors()["lm_head.weight"].T)
+    assert held["llm/embedding"].dtype == np.float16
+    np.testing.assert_array_equal(held["llm/head/w"], llama_tensors()["lm_head.weight"].T)
 
 
 def test_without_qformer(converted):
@@ -83,16 +83,16 @@ def test_without_qformer(converted):
 def test_v2(converted):
     config, held = described(converted / "v2"), params(converted / "v2")
     assert config["architecture"]["vit"]["image_size"] == 84
-    assert (config["architecture"]["llama"]["lora_rank"], config["architecture"]["llama"]["lora_alpha"]) == (4, 16.0)
+    assert (config["architecture"]["llm"]["lora_rank"], config["architecture"]["llm"]["lora_alpha"]) == (4, 16.0)
     assert config["text"] == dataclasses.asdict(TextConfig(end_sym="</s>", max_txt_len=1024))
     key = "llama_model.base_model.model.model.layers.2.self_attn.v_proj.lora_B.weight"
-    np.testing.assert_array_equal(held["llama/layers/attn/v/lora_b"][2].reshape(4, 64), tensors(V2["lora"])[key].T)
+    np.testing.assert_array_equal(held["llm/layers/attn/v/lora_b"][2].reshape(4, 64), tensors(V2["lora"])[key].T)
 
 
 def test_other_spellings_give_the_same(converted, tmp_path):
     newer = CKPT / "minigpt_v2_newer_peft_keys.pth"
     write.minigpt4(out=tmp_path / "out", **V2 | {
-        "llama": CKPT / "llama_hf_safetensors", "lora": str(newer), "projector": V2["projector"].parent / ".." / "ckpt"
+        "llm": CKPT / "llama_hf_safetensors", "lora": str(newer), "projector": V2["projector"].parent / ".." / "ckpt"
         / "minigpt_v2_newer_peft_keys.pth"})
     assert_same(params(tmp_path / "out"), params(converted / "v2"))
 
@@ -101,7 +101,7 @@ def test_fresh_parts(tmp_path):
     write.minigpt4(out=tmp_path / "out", **MINIGPT4 | {"projector": None, "qformer": None, "lora_rank": 4})
     fresh = described(tmp_path / "out")["fresh"]
     assert set(fresh) == {"projector/w", "projector/b", *(
-        f"llama/layers/attn/{which}/lora_{side}" for which in "qv" for side in "ab")}
+        f"llm/layers/attn/{which}/lora_{side}" for which in "qv" for side in "ab")}
     assert not frozen_weights.metadata(tmp_path / "out" / "weights").keys() & set(fresh)
 
 
@@ -132,27 +132,27 @@ def test_grouped_tied_bfloat16_and_new_rope_spelling(tmp_path):
         tmp_path / "llama", grouped_tied(ml_dtypes.bfloat16), num_key_value_heads=2, tie_word_embeddings=True,
         rope_parameters={"rope_theta": 1e5, "rope_type": "default"}, rms_norm_eps=1e-5)
     write.llama(folder, tmp_path / "out")
-    cfg = described(tmp_path / "out")["architecture"]["llama"]
+    cfg = described(tmp_path / "out")["architecture"]["llm"]
     assert (cfg["kv_heads"], cfg["tied"], cfg["rope_theta"], cfg["eps"]) == (2, True, 1e5, 1e-5)
     held = params(tmp_path / "out")
-    assert "llama/head/w" not in held
-    assert held["llama/layers/attn/k/w"].shape == (3, 64, 2, 16)
-    assert held["llama/layers/attn/k/w"].dtype == ml_dtypes.bfloat16
+    assert "llm/head/w" not in held
+    assert held["llm/layers/attn/k/w"].shape == (3, 64, 2, 16)
+    assert held["llm/layers/attn/k/w"].dtype == ml_dtypes.bfloat16
 
 
 def test_old_rope_spelling(tmp_path):
     folder = llama_folder(tmp_path / "llama", llama_tensors(), rope_theta=5e5, rope_scaling=None)
     write.llama(folder, tmp_path / "out")
-    assert described(tmp_path / "out")["architecture"]["llama"]["rope_theta"] == 5e5
+    assert described(tmp_path / "out")["architecture"]["llm"]["rope_theta"] == 5e5
 
 
 def test_a_tied_head_may_be_stored_if_it_is_equal(tmp_path):
     held = llama_tensors() | {"lm_head.weight": llama_tensors()["model.embed_tokens.weight"]}
     write.llama(llama_folder(tmp_path / "equal", held, tie_word_embeddings=True), tmp_path / "out")
-    assert "llama/head/w" not in params(tmp_path / "out")
+    assert "llm/head/w" not in params(tmp_path / "out")
     other = llama_folder(tmp_path / "other", llama_tensors(), tie_word_embeddings=True)
     shutil.rmtree(tmp_path / "out")
-    assert "lm_head.weight is not the same" in refused(tmp_path, write.llama, llama=other)
+    assert "lm_head.weight is not the same" in refused(tmp_path, write.llama, llm=other)
 
 
 @pytest.mark.parametrize("generation, expected", [
@@ -198,7 +198,7 @@ def test_delta(tmp_path, delta):
     merged = {key: array + delta[key] for key, array in llama_tensors().items()}
     write.llama(llama_folder(tmp_path / "merged", merged), tmp_path / "expected")
     assert_same(params(tmp_path / "out"), params(tmp_path / "expected"))
-    assert len(described(tmp_path / "out")["sources"]["llama"]) == 3
+    assert len(described(tmp_path / "out")["sources"]["llm"]) == 3
 
 
 def test_delta_may_add_words(tmp_path, delta):
@@ -209,18 +209,18 @@ def test_delta_may_add_words(tmp_path, delta):
     (folder / "added_tokens.json").write_text('{"[PAD]": 600}')
     write.llama(CKPT / "llama_hf", tmp_path / "out", delta=folder)
     held = params(tmp_path / "out")
-    assert described(tmp_path / "out")["architecture"]["llama"]["vocab"] == 601
+    assert described(tmp_path / "out")["architecture"]["llm"]["vocab"] == 601
     assert (tmp_path / "out" / "tokenizer" / "added_tokens.json").exists()
-    np.testing.assert_array_equal(held["llama/embedding"][:600], base[grown[0]] + delta[grown[0]][:600])
-    np.testing.assert_array_equal(held["llama/embedding"][600], delta[grown[0]][600])
-    np.testing.assert_array_equal(held["llama/head/w"][:, 600], delta[grown[1]][600])
+    np.testing.assert_array_equal(held["llm/embedding"][:600], base[grown[0]] + delta[grown[0]][:600])
+    np.testing.assert_array_equal(held["llm/embedding"][600], delta[grown[0]][600])
+    np.testing.assert_array_equal(held["llm/head/w"][:, 600], delta[grown[1]][600])
 
 
 def test_delta_must_fit(tmp_path, delta):
     del delta["model.norm.weight"]
     delta["model.extra"] = np.zeros(3, np.float16)
     delta["model.layers.1.mlp.up_proj.weight"] = np.zeros((7, 64), np.float16)
-    message = refused(tmp_path, write.llama, llama=CKPT / "llama_hf", delta=llama_folder(tmp_path / "delta", delta))
+    message = refused(tmp_path, write.llama, llm=CKPT / "llama_hf", delta=llama_folder(tmp_path / "delta", delta))
     assert "model.norm.weight is in llama_hf but not in the delta" in message
     assert "model.extra is in the delta delta but not in llama_hf" in message
     assert "model.layers.1.mlp.up_proj.weight has shape [172, 64] in llama_hf but [7, 64] in the delta" in message
@@ -228,8 +228,8 @@ def test_delta_must_fit(tmp_path, delta):
 
 def test_delta_alone_is_no_model_and_a_model_is_no_delta(tmp_path, delta):
     folder = llama_folder(tmp_path / "weights", delta)
-    assert "holds a delta, not a model" in refused(tmp_path, write.llama, llama=folder)
-    message = refused(tmp_path, write.llama, llama=CKPT / "llama_hf", delta=CKPT / "llama_hf")
+    assert "holds a delta, not a model" in refused(tmp_path, write.llama, llm=folder)
+    message = refused(tmp_path, write.llama, llm=CKPT / "llama_hf", delta=CKPT / "llama_hf")
     assert "given as --delta, but it holds a whole model" in message
 
 
@@ -244,7 +244,7 @@ def test_all_offenders_of_all_files_at_once(tmp_path):
     held = llama_tensors() | {"lm_head.weight": np.ones((600, 64), np.int8)}
     folder = llama_folder(tmp_path / "llama", held)
     projector = edited(MINIGPT4["projector"], tmp_path / "projector.pth", llama_proj__bias=None)
-    message = refused(tmp_path, **MINIGPT4 | {"vit": vit, "qformer": qformer, "llama": folder, "projector": projector})
+    message = refused(tmp_path, **MINIGPT4 | {"vit": vit, "qformer": qformer, "llm": folder, "projector": projector})
     for line in ("vit.pth: pos_embed is missing", "vit.pth: blocks.1.attn.q_bias is missing",
                  "vit.pth: blocks.0.norm1.weight has shape [5], expected [64]",
                  "vit.pth: rope [3] is neither used nor known", "qformer.pth: query_tokens is missing",
@@ -269,14 +269,14 @@ def test_shards_and_index_must_agree(tmp_path):
     first, second = sorted(set(index["weight_map"].values()))
     index["weight_map"]["lm_head.weight"] = first
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    message = refused(tmp_path, write.llama, llama=folder)
+    message = refused(tmp_path, write.llama, llm=folder)
     assert f"{first}: lm_head.weight is missing, though pytorch_model.bin.index.json says it is here" in message
     assert f"{second}: lm_head.weight is here, but pytorch_model.bin.index.json does not say so" in message
     (folder / second).unlink()
-    assert f"{second} is missing, though" in refused(tmp_path, write.llama, llama=folder)
+    assert f"{second} is missing, though" in refused(tmp_path, write.llama, llm=folder)
     index["weight_map"]["lm_head.weight"] = "../elsewhere.bin"
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    assert "names files of its own folder" in refused(tmp_path, write.llama, llama=folder)
+    assert "names files of its own folder" in refused(tmp_path, write.llama, llm=folder)
 
 
 @pytest.mark.parametrize("changes, said", [
@@ -294,7 +294,7 @@ def test_shards_and_index_must_agree(tmp_path):
 ])
 def test_configs_that_ask_for_something_else(tmp_path, changes, said):
     folder = llama_folder(tmp_path / "llama", llama_tensors(), **changes)
-    assert said in refused(tmp_path, write.llama, llama=folder)
+    assert said in refused(tmp_path, write.llama, llm=folder)
 
 
 @pytest.mark.parametrize("rows, added, fits", [
@@ -309,7 +309,7 @@ def test_vocabulary(tmp_path, rows, added, fits):
     if fits:
         write.llama(folder, tmp_path / "out")
     else:
-        assert f"has {rows} rows, the tokenizer" in refused(tmp_path, write.llama, llama=folder)
+        assert f"has {rows} rows, the tokenizer" in refused(tmp_path, write.llama, llm=folder)
 
 
 def test_trained_parts_are_never_lost(tmp_path):
@@ -325,7 +325,7 @@ def test_trained_parts_are_never_lost(tmp_path):
 def test_each_trained_part_from_its_own_file(tmp_path, converted):
     write.minigpt4(out=tmp_path / "out", **V2 | {"projector": NO_QFORMER["projector"]})
     held, v2 = params(tmp_path / "out"), params(converted / "v2")
-    for path in ("llama/layers/attn/q/lora_a", "llama/layers/attn/v/lora_b"):
+    for path in ("llm/layers/attn/q/lora_a", "llm/layers/attn/v/lora_b"):
         np.testing.assert_array_equal(held[path], v2[path])
     np.testing.assert_array_equal(held["projector/w"], params(converted / "no_qformer")["projector/w"])
 

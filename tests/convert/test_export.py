@@ -51,7 +51,7 @@ def test_converting_an_export_gives_the_same_checkpoint(checkpoints, tmp_path):
     for part in ("vit", "qformer", "projector", "llama"):
         export(checkpoints / "minigpt4", part, tmp_path / (part if part == "llama" else f"{part}.pth"))
     arguments = {part: tmp_path / f"{part}.pth" for part in ("vit", "qformer", "projector")}
-    write.minigpt4(out=tmp_path / "out", llama=tmp_path / "llama", arch=MINIGPT4["arch"], **arguments)
+    write.minigpt4(out=tmp_path / "out", llm=tmp_path / "llama", arch=MINIGPT4["arch"], **arguments)
     assert_same(params(tmp_path / "out"), params(checkpoints / "minigpt4"))
     old, new = (json.loads((folder / "config.json").read_text())
                 for folder in (checkpoints / "minigpt4", tmp_path / "out"))
@@ -140,14 +140,14 @@ def test_a_transformers_folder_holds_the_bases_norms_and_no_merges(adapted, tmp_
 
 def test_token_form_there_and_back(adapted, tmp_path):
     gate = np.arange(4, dtype=np.float32)[:, None]
-    export(adapted / "token", "adapter", tmp_path / "token.pth", trained={"llama/layers/gate": gate})
+    export(adapted / "token", "adapter", tmp_path / "token.pth", trained={"llm/layers/gate": gate})
     written, original = tensors(tmp_path / "token.pth"), tensors(IMAGEBIND / "adapter.pth")
     np.testing.assert_array_equal(written.pop("gate"), gate[:, 0])
     assert_same(written, {key: value for key, value in original.items()
                           if key != "prefix_query.weight" and not key.endswith(".gate")})
     write.imagebind_llm(out=tmp_path / "out", **IMAGEBIND_LLM, adapter=tmp_path / "token.pth", injection="token")
     assert described(tmp_path / "out")["fresh"] == []
-    assert_same(params(tmp_path / "out"), params(adapted / "token") | {"llama/layers/gate": gate})
+    assert_same(params(tmp_path / "out"), params(adapted / "token") | {"llm/layers/gate": gate})
 
 
 def test_what_a_finetuning_run_adds(adapted, tmp_path):

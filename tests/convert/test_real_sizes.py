@@ -224,7 +224,7 @@ def expected_llm(size, phase):
     if size == "7b":
         return imagebind_llm.with_phase(imagebind_llm.PRESETS["imagebind-llm-7b"], phase)
     base = imagebind_llm.Config(bind=BindConfig(1_024, 5_120, 20_480),
-                                llama=dataclasses.replace(LLAMA_13B, injection="head"))
+                                llm=dataclasses.replace(LLAMA_13B, injection="head"))
     return imagebind_llm.with_phase(base, phase)
 
 
@@ -287,8 +287,8 @@ def test_llama_adapter_of_real_sizes(released, version):
                                         "ViT-L-14.pth": unread(tower, np.float16)})
         expected = adapters.with_phase(adapters.PRESETS["llama-adapter-v2-7b"], "finetune")
         if lora:
-            expected = dataclasses.replace(expected, llama=dataclasses.replace(
-                imagebind_llm.adapted(expected.llama, lora), new_gate=True))
+            expected = dataclasses.replace(expected, llm=dataclasses.replace(
+                imagebind_llm.adapted(expected.llm, lora), new_gate=True))
     write.llama_adapter(place_meta(released, "7b"), released.folder / "out", adapter=adapter, clip=clip)
     card = json.loads((released.folder / "out" / "config.json").read_text())
     assert config_from_dict(adapters.Config, card["architecture"]) == expected and card["fresh"] == []

@@ -16,7 +16,7 @@ TABLES = {
     "vit": minigpt4.vit_entries(eva_vit.TINY),
     "qformer": minigpt4.qformer_entries(dataclasses.replace(qformer.TINY, depth=5), vit_dim=10),
     "projector": minigpt4.projector_entries(6, 4),
-    "llama": llama.entries(GROUPED),
+    "llm": llama.entries(GROUPED),
     "llama tied": llama.entries(dataclasses.replace(GROUPED, tied=True)),
     "lora": llama.lora_entries(GROUPED),
 }
@@ -51,8 +51,8 @@ def test_there_and_back(name, dtype):
 @pytest.mark.parametrize("preset", FAMILIES["minigpt4"].PRESETS)
 def test_tables_fill_the_model_exactly(preset):
     cfg = FAMILIES["minigpt4"].PRESETS[preset]
-    entries = [*minigpt4.vit_entries(cfg.vit), *minigpt4.projector_entries(cfg.soft_width, cfg.llama.dim),
-               *llama.entries(cfg.llama), *llama.lora_entries(cfg.llama)]
+    entries = [*minigpt4.vit_entries(cfg.vit), *minigpt4.projector_entries(cfg.soft_width, cfg.llm.dim),
+               *llama.entries(cfg.llm), *llama.lora_entries(cfg.llm)]
     filled = {"ln_vision/scale": (cfg.vit.dim,), "ln_vision/bias": (cfg.vit.dim,)}
     if cfg.qformer:
         entries += minigpt4.qformer_entries(cfg.qformer, cfg.vit.dim)
@@ -73,9 +73,9 @@ def test_what_a_layout_means():
 
 
 def test_layers_are_sliced_one_by_one_when_large(monkeypatch):
-    entries = TABLES["llama"]
+    entries = TABLES["llm"]
     parameters = forward(entries, lazy(random(entries)), (), "file", Problems())
-    path = "llama/layers/attn/q/w"
+    path = "llm/layers/attn/q/w"
     gathered = list(parameters[path].slices())
     monkeypatch.setattr(tables, "STACK_BYTES", 1)
     single = list(parameters[path].slices())
@@ -100,7 +100,7 @@ def test_numbers_stack_or_stay_apart():
 
 
 def test_everything_wrong_is_listed():
-    entries, problems = TABLES["llama"], Problems()
+    entries, problems = TABLES["llm"], Problems()
     source = random(entries)
     del source["model.layers.1.mlp.up_proj.weight"]
     source["model.norm.weight"] = source["model.norm.weight"][:5]

@@ -60,20 +60,20 @@ def test_what_cannot_be_counted_is_an_error():
 
 def test_a_trained_language_model_is_6N():
     c = FAMILIES["llama"].PRESETS["tiny"]
-    found = count("llama", c, ("llama/.*",), tiny.batch(B, T, pictures=0))
-    forward = sum(layers(c.llama, B, T)) + head(c.llama, B, T)
-    assert found.forward == {"llama": forward} and found.backward == {"llama": 2 * forward}
+    found = count("llama", c, ("llm/.*",), tiny.batch(B, T, pictures=0))
+    forward = sum(layers(c.llm, B, T)) + head(c.llm, B, T)
+    assert found.forward == {"llm": forward} and found.backward == {"llm": 2 * forward}
     assert found.model == 3 * forward
-    assert found.executed == 3 * forward + layers(c.llama, B, T)[1]  # attention is not kept for the backward pass
+    assert found.executed == 3 * forward + layers(c.llm, B, T)[1]  # attention is not kept for the backward pass
 
 
 def test_a_frozen_language_model_is_4N_and_a_tower_below_it_2N():
     c = tiny.MINIGPT4
     found = count("minigpt4", c, minigpt4.TRAINED, tiny.batch(B, T))
-    weights, attention = layers(c.llama, B, T)
-    assert found.forward["llama"] == weights + attention + head(c.llama, B, T)
-    assert found.backward["llama"] == weights + 2 * attention + head(c.llama, B, T)  # a score's both sides
-    projector = 2 * B * c.image_tokens * c.soft_width * c.llama.dim
+    weights, attention = layers(c.llm, B, T)
+    assert found.forward["llm"] == weights + attention + head(c.llm, B, T)
+    assert found.backward["llm"] == weights + 2 * attention + head(c.llm, B, T)  # a score's both sides
+    projector = 2 * B * c.image_tokens * c.soft_width * c.llm.dim
     assert found.forward["projector"] == found.backward["projector"] == projector  # nothing below it is trained
     v, S = c.vit, c.vit.grid**2
     patches = 2 * B * S * 3 * v.patch**2 * v.dim
@@ -95,9 +95,9 @@ def test_what_is_computed_again_is_counted_apart():
     c = tiny.MINIGPT4
     plain, again = (count("minigpt4", c, minigpt4.TRAINED, tiny.batch(B, T), remat) for remat in (False, True))
     assert (again.forward, again.backward, again.model) == (plain.forward, plain.backward, plain.model)
-    down = 2 * B * T * c.llama.hidden * c.llama.dim * c.llama.depth  # nobody needs the result of a layer's last product
-    assert again.recomputed == {"llama": sum(layers(c.llama, B, T)) - down}
-    assert again.executed == again.model + again.recomputed["llama"]
+    down = 2 * B * T * c.llm.hidden * c.llm.dim * c.llm.depth  # nobody needs the result of a layer's last product
+    assert again.recomputed == {"llm": sum(layers(c.llm, B, T)) - down}
+    assert again.executed == again.model + again.recomputed["llm"]
 
 
 def test_full_size():
@@ -110,8 +110,8 @@ def test_full_size():
     found = count("minigpt4", c, minigpt4.TRAINED, batch, remat=True)
     N = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32000
     attention = 32 * 2 * 2 * 256**2 * 4096
-    assert found.forward["llama"] == 2 * N * 256 + attention
-    assert found.forward["llama"] + found.backward["llama"] == 4 * N * 256 + 3 * attention
+    assert found.forward["llm"] == 2 * N * 256 + attention
+    assert found.forward["llm"] + found.backward["llm"] == 4 * N * 256 + 3 * attention
 
 
 def test_packed_rows_and_features_are_counted():
@@ -127,11 +127,11 @@ def test_packed_rows_and_features_are_counted():
 def test_only_the_logits_of_targets_are_useful():
     c = tiny.MINIGPT4
     found = count("minigpt4", c, minigpt4.TRAINED, tiny.batch(B, T))
-    assert found.logits == 2 * head(c.llama, B, T) and found.places == B * T
+    assert found.logits == 2 * head(c.llm, B, T) and found.places == B * T
     assert found.useful(B * T) == found.model
     assert found.model - found.useful(6) == found.logits * (B * T - 6) // (B * T)
-    tied = dataclasses.replace(FAMILIES["llama"].PRESETS["tiny"].llama, tied=True)
-    words = count("llama", dataclasses.replace(FAMILIES["llama"].PRESETS["tiny"], llama=tied), ("llama/norm/.*",),
+    tied = dataclasses.replace(FAMILIES["llama"].PRESETS["tiny"].llm, tied=True)
+    words = count("llama", dataclasses.replace(FAMILIES["llama"].PRESETS["tiny"], llm=tied), ("llm/norm/.*",),
                   tiny.batch(B, T, pictures=0))
     assert words.logits == 2 * head(tied, B, T)
 
@@ -149,7 +149,7 @@ def by_shape(monkeypatch, trained=minigpt4.TRAINED):
     def trace(state, batch):
         return step.trace(state, frozen, batch)
 
-    return flops.by_shape(trace, c.llama), trace, state, looked
+    return flops.by_shape(trace, c.llm), trace, state, looked
 
 
 def test_each_shape_of_batch_is_counted_once_and_traced_with_its_step(monkeypatch):
@@ -174,5 +174,5 @@ def test_a_step_does_what_its_loss_does(monkeypatch, length, places):
 def test_what_cannot_be_counted_is_told_as_nothing():
     convolution = jax.jit(lambda x, w: jax.lax.conv(x, w, (1, 1), "VALID"))
     traced = convolution.trace(jnp.zeros((1, 3, 8, 8)), jnp.zeros((4, 3, 2, 2)))
-    state = steps.TrainState(None, {"llama": {}}, None, None)
-    assert flops.by_shape(lambda state, batch: traced, tiny.MINIGPT4.llama)(state, tiny.batch(B, T)) is None
+    state = steps.TrainState(None, {"llm": {}}, None, None)
+    assert flops.by_shape(lambda state, batch: traced, tiny.MINIGPT4.llm)(state, tiny.batch(B, T)) is None

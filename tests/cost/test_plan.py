@@ -43,20 +43,20 @@ def source(settings, preset=None):
 def test_a_checkpoint_is_taken_where_it_is(tmp_path):
     settings = small.run_config(tmp_path)
     found, notes = plan.architecture(settings, None)
-    assert found.folder == small.checkpoint() and notes == [] and found.config.llama.vocab == 600
-    assert source(settings, "minigpt4-13b").config.llama.dim == 5120
+    assert found.folder == small.checkpoint() and notes == [] and found.config.llm.vocab == 600
+    assert source(settings, "minigpt4-13b").config.llm.dim == 5120
 
 
 def test_a_preset_stands_in_for_a_checkpoint_of_its_name():
     settings = config.load("configs/minigpt4_stage2.py")
     found, notes = plan.architecture(settings, None)
-    assert found.config.llama.dim == 4096
+    assert found.config.llm.dim == 4096
     assert notes == ["checkpoints/minigpt4-7b is not there; planned for the preset minigpt4-7b."]
 
 
 def test_a_phase_adds_to_a_preset():
     settings = config.load("configs/imagebind_llm_finetune.py")
-    assert source(settings).config.llama.lora_rank == 16
+    assert source(settings).config.llm.lora_rank == 16
 
 
 @pytest.mark.parametrize(("settings", "preset", "message"), [
@@ -117,7 +117,7 @@ def test_what_a_plan_holds(made):
     assert made.memory.optimizer == 8 * sizes["trained"] + 4 + 4 + 4 + 8  # two moments, three counters, the key
     assert made.length == 16 and made.memory.batch == 2 * (4 * 16 * 3 + 2 * 16 + 4 + 28 * 28 * 3)
     assert made.collectives == [] and made.traffic > made.memory.frozen
-    assert made.flops.recomputed["llama"] > 0 and made.memory.fits and not made.advice
+    assert made.flops.recomputed["llm"] > 0 and made.memory.fits and not made.advice
     assert made.wall is None or made.wall in made.seconds
 
 
@@ -151,7 +151,7 @@ def test_packed_rows_features_and_int8_are_planned():
 def test_times_are_of_the_published_figures():
     chip = hardware.CHIPS["v5e"]
     place = hardware.Topology("v5e:4x4", (), chip, chip.memory, 100e9)
-    count = plan.Flops({"llama": 16 * 197 * 10**12}, {}, {})
+    count = plan.Flops({"llm": 16 * 197 * 10**12}, {}, {})
     found = [plan.Collective("all-gather", ("fsdp",), 16, "bf16", (), 16 * 10**9, 5)]
     seconds = plan.least(place, 16, count, found, 819 * 10**9 // 2)
     assert seconds == {"compute": pytest.approx(1.0), "memory": pytest.approx(0.5), "links": pytest.approx(0.75)}

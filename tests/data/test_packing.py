@@ -28,7 +28,7 @@ TOKENIZER = Tokenizer.from_folder(Path(__file__).parents[1] / "golden" / "minigp
 TEXT = TextConfig("###Human: {} ###Assistant: ", end_sym="###", max_txt_len=40)
 PROMPT = "<Img><ImageHere></Img> What is it?"
 CONFIG = dataclasses.replace(  # without Q-Former, which compiles longest
-    tiny.MINIGPT4, qformer=None, llama=dataclasses.replace(tiny.MINIGPT4.llama, vocab=TOKENIZER.vocab_size))
+    tiny.MINIGPT4, qformer=None, llm=dataclasses.replace(tiny.MINIGPT4.llm, vocab=TOKENIZER.vocab_size))
 Q, SIZE = CONFIG.image_tokens, CONFIG.image_size
 LENGTH, ROWS, PICTURES = 80, 2, 3
 ROOM = Size(LENGTH, PICTURES)

@@ -354,7 +354,7 @@ def test_scenes_are_scored_for_a_run_on_them(tmp_path, monkeypatch, capsys):
     before, after = (trees.flatten(each.params) for each in (untrained, model))
     assert {path for path in after if not all(map(np.array_equal, *map(jax.tree.leaves, (before[path], after[path]))))
             } == {"projector/w", "projector/b"}
-    assert before["llama/layers/mlp/up/w"].dtype == np.int8
+    assert before["llm/layers/mlp/up/w"].dtype == np.int8
 
     monkeypatch.setattr("sys.argv", sys.argv[:5] + [str(small.checkpoint()), *sys.argv[6:]])
     with pytest.raises(SystemExit):

@@ -18,7 +18,7 @@ from tests import tiny
 SENSES = imagebind.ImageBindConfig(imagebind.TINY.vision, None, None, imagebind.TINY.depth, None, None,
                                    imagebind.TINY.out)
 HEAD = dataclasses.replace(family.PRESETS["tiny"], imagebind=SENSES)  # the last of two layers reads prompts
-LAYER, SHARED = (dataclasses.replace(HEAD, llama=dataclasses.replace(HEAD.llama, injection=form))
+LAYER, SHARED = (dataclasses.replace(HEAD, llm=dataclasses.replace(HEAD.llm, injection=form))
                  for form in ("layer", "shared"))
 ROWS = 4
 
@@ -57,7 +57,7 @@ def test_a_batch_without_media_is_plain_llamas(cfg):
     words = batch()
     plain = {path: leaf for path, leaf in trees.flatten(params(cfg)).items() if path.startswith("llama/")}
     plain = trees.unflatten({path: leaf for path, leaf in plain.items() if "gate/w" in path or "gate" not in path})
-    module = llama.Model(llama.Config(dataclasses.replace(cfg.llama, injection="")))
+    module = llama.Model(llama.Config(dataclasses.replace(cfg.llm, injection="")))
     expected = compiled(module)(plain, words)
     np.testing.assert_array_equal(run(cfg, words), expected)
     assert np.abs(run(cfg, batch(image=pictures())) - expected).max() > 0.01
@@ -77,8 +77,8 @@ def test_pixels_are_normalised_by_the_model_and_rows_without_a_picture_see_zeros
 def test_prompts_are_the_picture_plus_a_query_in_the_last_layers_alone():
     seen = batch(image=pictures())
     x, injection = run(HEAD, seen, "encode")
-    np.testing.assert_array_equal(x, params(HEAD)["llama"]["embedding"][seen.tokens])
-    assert injection.shape == (2, ROWS, 1, HEAD.llama.dim)
+    np.testing.assert_array_equal(x, params(HEAD)["llm"]["embedding"][seen.tokens])
+    assert injection.shape == (2, ROWS, 1, HEAD.llm.dim)
     assert not injection[0].any()
     _, bound = run(LAYER, seen, "encode")
     np.testing.assert_allclose(injection[1], bound[1] + params(HEAD)["query"], rtol=1e-5, atol=1e-6)
@@ -109,7 +109,7 @@ def test_each_row_is_told_of_its_own_picture(beams):
     seen = batch(image=pictures())
     same = dataclasses.replace(seen, tokens=np.tile(seen.tokens[:1], (ROWS, 1)), valid=np.ones_like(seen.valid))
     config = generate.GenerateConfig(max_new_tokens=6, num_beams=beams, eos=-1)
-    strong = trees.unflatten(trees.flatten(params(HEAD)) | {"llama/layers/attn/gate": np.full((2, 4), 3, np.float32)})
+    strong = trees.unflatten(trees.flatten(params(HEAD)) | {"llm/layers/attn/gate": np.full((2, 4), 3, np.float32)})
 
     def ids(batch):
         return np.asarray(generate.generate(family.Model(HEAD), strong, batch, config).sequences)
@@ -125,12 +125,12 @@ def test_finetuning_adds_what_it_trains():
     before, after = (trees.flatten(params(cfg)) for cfg in (HEAD, tuned))
     added = after.keys() - before.keys()
     assert before.keys() <= after.keys()
-    assert added == {f"llama/layers/{part}/{leaf}" for leaf in ("lora_a", "lora_b", "b")
+    assert added == {f"llm/layers/{part}/{leaf}" for leaf in ("lora_a", "lora_b", "b")
                      for part in ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
                      if (part, leaf) not in (("attn/k", "b"), ("attn/v", "b"))}
     assert added <= {path for path in after if trees.matches(path, family.PHASES["finetune"])}
-    assert {after[f"llama/layers/mlp/{name}/lora_a"].shape[-1] for name in ("gate", "down")} == {family.LORA_RANK}
-    assert tuned.llama.lora_alpha == family.LORA_RANK and tuned.llama.lora_dropout == 0
+    assert {after[f"llm/layers/mlp/{name}/lora_a"].shape[-1] for name in ("gate", "down")} == {family.LORA_RANK}
+    assert tuned.llm.lora_alpha == family.LORA_RANK and tuned.llm.lora_dropout == 0
     assert family.with_phase(tuned, "finetune") is tuned and family.with_phase(HEAD, "pretrain") is HEAD
 
 
@@ -146,11 +146,11 @@ def test_each_parameter_trains_in_one_phase_at_most(cfg):
 
 def test_start_values():
     """Gates, biases and LoRA's second matrix 0, norms 1, queries N(0, 1), LoRA's first as torch.nn.Linear's weight."""
-    wide = dataclasses.replace(HEAD, llama=dataclasses.replace(HEAD.llama, depth=12), query_layers=12)
+    wide = dataclasses.replace(HEAD, llm=dataclasses.replace(HEAD.llm, depth=12), query_layers=12)
     module = family.Model(family.with_phase(wide, "finetune"))
     words = batch()  # reaches no tower
     for path, leaf in trees.flatten(tiny.jit(module.init)(jax.random.key(0), words)["params"]).items():
-        if trees.matches(path, ["llama/.*/(gate|b|lora_b)"]):
+        if trees.matches(path, ["llm/.*/(gate|b|lora_b)"]):
             assert not leaf.any(), path
         elif path.endswith("scale"):
             assert (leaf == 1).all(), path

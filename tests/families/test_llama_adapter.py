@@ -52,18 +52,18 @@ def encode(cfg):
 @each_version
 def test_closed_gates_leave_llama_as_it_is(cfg):
     closed = trees.map_with_path(lambda path, leaf: 0 * leaf if path.endswith("attn/gate") else leaf, params(cfg))
-    plain = llama.Config(dataclasses.replace(cfg.llama, injection=""))
-    expected = tiny.jit(llama.Model(plain).apply)({"params": {"llama": closed["llama"]}}, batch())
+    plain = llama.Config(dataclasses.replace(cfg.llm, injection=""))
+    expected = tiny.jit(llama.Model(plain).apply)({"params": {"llm": closed["llm"]}}, batch())
     np.testing.assert_array_equal(logits(cfg)(closed, batch()), expected)
     assert np.abs(logits(cfg)(params(cfg), batch()) - expected).max() > 1e-3
 
 
 @each_version
 def test_prompts_go_to_the_last_layers_in_order(cfg):
-    cfg = dataclasses.replace(cfg, llama=dataclasses.replace(cfg.llama, depth=4), query_layers=3)
+    cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, depth=4), query_layers=3)
     weights = params(cfg)
     _, injection = encode(cfg)(weights, batch())
-    assert injection.shape == (4, 2, cfg.query_len, cfg.llama.dim)
+    assert injection.shape == (4, 2, cfg.query_len, cfg.llm.dim)
     np.testing.assert_array_equal(injection[0], 0)
     moved = injection[1:] - weights["query"][:, None]
     if cfg.visual:  # the picture moves the prompts of all layers alike, and those of each row by its own picture
@@ -79,8 +79,8 @@ def test_gradients_reach_what_is_injected_alone(cfg):
     trained, frozen = trees.split(params(cfg), trees.mask(params(cfg), TRAINED))
     grads = tiny.jit(jax.grad(lambda trained: steps.loss(Model(cfg), trees.merge(trained, frozen), batch())[0]))
     flat = {path: leaf for path, leaf in trees.flatten(grads(trained)).items() if leaf is not None}
-    assert flat.keys() == {"query", "llama/layers/attn/gate"} | (VISUAL if cfg.visual else set())
-    gate = np.asarray(flat["llama/layers/attn/gate"])
+    assert flat.keys() == {"query", "llm/layers/attn/gate"} | (VISUAL if cfg.visual else set())
+    gate = np.asarray(flat["llm/layers/attn/gate"])
     np.testing.assert_array_equal(gate[:-cfg.query_layers], 0)
     assert (gate[-cfg.query_layers:] != 0).all()
     assert all(np.any(leaf) for leaf in flat.values())
@@ -139,19 +139,19 @@ def names(cfg, rules):
 
 
 def test_what_each_phase_trains():
-    with_all = dataclasses.replace(FINETUNED, llama=dataclasses.replace(
-        FINETUNED.llama, new_gate=True, lora_rank=2, lora_on=("q", "k", "v", "o", "gate", "up", "down")))
-    gates = {"llama/layers/attn/gate", "llama/layers/attn/new_gate"}
+    with_all = dataclasses.replace(FINETUNED, llm=dataclasses.replace(
+        FINETUNED.llm, new_gate=True, lora_rank=2, lora_on=("q", "k", "v", "o", "gate", "up", "down")))
+    gates = {"llm/layers/attn/gate", "llm/layers/attn/new_gate"}
     assert names(with_all, PHASES["pretrain"]) == VISUAL | {"query"} | gates
-    norms = {"llama/layers/attn_norm/scale", "llama/layers/mlp_norm/scale", "llama/norm/scale"}
-    biases = {f"llama/layers/{name}/b" for name in ("attn/q", "attn/o", "mlp/gate", "mlp/up", "mlp/down")}
+    norms = {"llm/layers/attn_norm/scale", "llm/layers/mlp_norm/scale", "llm/norm/scale"}
+    biases = {f"llm/layers/{name}/b" for name in ("attn/q", "attn/o", "mlp/gate", "mlp/up", "mlp/down")}
     assert names(with_all, PHASES["finetune"]) == norms | biases  # neither LoRA nor the biases of the picture side
 
 
 def test_a_phase_changes_the_architecture():
     assert with_phase(V2, "pretrain") == V2 and with_phase(V1, "pretrain") == V1
     before, after = shapes("llama_adapter", V2), shapes("llama_adapter", FINETUNED)
-    assert after.keys() - before.keys() == names(FINETUNED, (r"llama/.*/b",)) and before.keys() <= after.keys()
+    assert after.keys() - before.keys() == names(FINETUNED, (r"llm/.*/b",)) and before.keys() <= after.keys()
     assert with_phase(FINETUNED, "finetune") == FINETUNED
     with pytest.raises(ValueError, match='v1 has one phase, "pretrain"'):
         with_phase(V1, "finetune")

@@ -59,7 +59,7 @@ def test_place(index):
 def test_soft_tokens_of_each_row_come_from_its_own_pictures():
     images = two_pictures().images
     found = soft_tokens(images)
-    assert found.shape == (2, 2 * tiny.Q, tiny.MINIGPT4.llama.dim)
+    assert found.shape == (2, 2 * tiny.Q, tiny.MINIGPT4.llm.dim)
     swapped = soft_tokens(images[::-1, ::-1])  # rows and pictures the other way round
     halves = np.asarray(found).reshape(2, 2, tiny.Q, -1)
     np.testing.assert_allclose(np.asarray(swapped).reshape(halves.shape), halves[::-1, ::-1], atol=1e-5)
@@ -68,7 +68,7 @@ def test_soft_tokens_of_each_row_come_from_its_own_pictures():
 
 def test_soft_tokens_stand_where_the_batch_says():
     batch = two_pictures()
-    found, soft, words = encode(batch), soft_tokens(batch.images), params()["llama"]["embedding"][batch.tokens]
+    found, soft, words = encode(batch), soft_tokens(batch.images), params()["llm"]["embedding"][batch.tokens]
     expected = np.array(words)
     expected[:, 1:1 + 2 * tiny.Q] = soft
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -76,7 +76,7 @@ def test_soft_tokens_stand_where_the_batch_says():
 
 def test_without_pictures_words_alone():
     batch = tiny.batch(rows=2, pictures=0)
-    words = params()["llama"]["embedding"][batch.tokens]
+    words = params()["llm"]["embedding"][batch.tokens]
     np.testing.assert_array_equal(encode(batch), words)
     nowhere = dataclasses.replace(batch, images=two_pictures().images)
     np.testing.assert_array_equal(encode(nowhere), words)

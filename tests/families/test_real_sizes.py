@@ -72,13 +72,13 @@ def clip_size(c):
 
 def visual_size(c, cfg):
     into = cfg.clip.out * c.dim + 3 * c.dim + cfg.query_len * c.dim
-    return vit_blocks_size(c) + into + c.dim * cfg.llama.dim + 3 * cfg.llama.dim
+    return vit_blocks_size(c) + into + c.dim * cfg.llm.dim + 3 * cfg.llm.dim
 
 
 def minigpt4_sizes(cfg):
     width = cfg.qformer.dim if cfg.qformer else 4 * cfg.vit.dim
     sizes = {"vit": vit_size(cfg.vit), "ln_vision": 2 * cfg.vit.dim,
-             "projector": width * cfg.llama.dim + cfg.llama.dim}
+             "projector": width * cfg.llm.dim + cfg.llm.dim}
     return sizes | ({"qformer": qformer_size(cfg.qformer, cfg.vit.dim)} if cfg.qformer else {})
 
 
@@ -87,12 +87,12 @@ def imagebind_llm_sizes(cfg):
     towers = shapes("imagebind_llm", cfg)
     towers = count({path: shape for path, shape in towers.items() if path.startswith("imagebind/")})
     assert cfg.imagebind.vision.depth < 32 or towers == IMAGEBIND_HUGE
-    query = {"query": cfg.query_layers * cfg.llama.dim} if cfg.llama.injection == "head" else {}
+    query = {"query": cfg.query_layers * cfg.llm.dim} if cfg.llm.injection == "head" else {}
     return {"imagebind": towers, "bind": bind_size(cfg.bind)} | query
 
 
 def llama_adapter_sizes(cfg):
-    sizes = {"query": cfg.query_layers * cfg.query_len * cfg.llama.dim}
+    sizes = {"query": cfg.query_layers * cfg.query_len * cfg.llm.dim}
     return sizes | ({"clip": clip_size(cfg.clip), "visual": visual_size(cfg.visual, cfg)} if cfg.clip else {})
 
 
@@ -103,7 +103,7 @@ SIZES = {"minigpt4": minigpt4_sizes, "imagebind_llm": imagebind_llm_sizes, "llam
 @each_preset
 def test_parameter_count(family, preset):
     cfg = FAMILIES[family].PRESETS[preset]
-    expected = {"llama": llama_size(cfg.llama)} | SIZES[family](cfg)
+    expected = {"llm": llama_size(cfg.llm)} | SIZES[family](cfg)
     found = {}
     for path, shape in parameters(family, preset).items():
         part = path.split("/")[0]
@@ -156,11 +156,11 @@ def test_trained_rules_match(family, preset):
     """The family's own trained set, and for MiniGPT-v2 the LoRA factors with it."""
     rules = FAMILIES[family].TRAINED
     if preset == "minigpt-v2-7b":
-        rules = (*rules, "llama/.*/lora_[ab]")
+        rules = (*rules, "llm/.*/lora_[ab]")
     paths = parameters(family, preset)
     trained = trees.flatten(trees.mask(trees.unflatten(paths), rules))
-    lora = {f"llama/layers/attn/{name}/lora_{factor}" for name in "qv" for factor in "ab"}
-    gates = {"llama/layers/attn/gate", "llama/layers/gate"}
+    lora = {f"llm/layers/attn/{name}/lora_{factor}" for name in "qv" for factor in "ab"}
+    gates = {"llm/layers/attn/gate", "llm/layers/gate"}
     expected = {
         "llama": set(),
         "minigpt4": {"projector/w", "projector/b"} | (lora if preset == "minigpt-v2-7b" else set()),

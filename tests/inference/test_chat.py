@@ -39,8 +39,8 @@ def model():
 def mixing(model):
     """A tiny ImageBind-LLM that was never trained."""
     config = imagebind_llm.PRESETS["tiny"]
-    config = dataclasses.replace(config, llama=dataclasses.replace(
-        config.llama, vocab=model.tokenizer.vocab_size, max_positions=2048))
+    config = dataclasses.replace(config, llm=dataclasses.replace(
+        config.llm, vocab=model.tokenizer.vocab_size, max_positions=2048))
     words = TextConfig(prompt_template=ALPACA, end_sym="</s>", joint=True)
     return Loaded("imagebind_llm", imagebind_llm.Model(config), tiny.params("imagebind_llm", config), config,
                   model.tokenizer, words, model.generation, model.mesh)

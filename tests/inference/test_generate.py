@@ -228,7 +228,7 @@ def test_one_compilation_no_padding_fed_and_an_end_with_the_last_row():
     for seed in range(4):
         Watched.fed.clear()
         # an equal module and config, not the same objects
-        model = Watched(llama.Config(dataclasses.replace(TINY.llama)))
+        model = Watched(llama.Config(dataclasses.replace(TINY.llm)))
         generated = run(random_prompts(seed), dataclasses.replace(config), seed, model=model)
         jax.effects_barrier()
         fed, lengths = Watched.fed, np.asarray(generated.lengths)

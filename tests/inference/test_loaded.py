@@ -35,7 +35,7 @@ def samples():
 def test_loss_of_a_batch(model, samples):
     batch = model.batch(samples, max_txt_len=160, end_sym="###")
     loss, aux = mmjax.loss(model.module, model.params, batch)
-    assert aux["logits"].shape == (*batch.tokens.shape, model.config.llama.vocab)
+    assert aux["logits"].shape == (*batch.tokens.shape, model.config.llm.vocab)
     assert int(aux["tokens"]) == batch.loss_mask.sum() > 0
     assert np.isfinite(loss)
 

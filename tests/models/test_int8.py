@@ -156,7 +156,7 @@ def test_a_training_step_keeps_and_changes_no_matrix():
     before, optimizer = steps.fingerprint(frozen), optax.adam(1e-2)
     state = steps.start(tiny.copied(trained), optimizer, 0)
     lowered = steps.train_step(MODULE, optimizer).lower(state, frozen, tiny.batch())
-    L, D, F = CONFIG.llama.depth, CONFIG.llama.dim, CONFIG.llama.hidden
+    L, D, F = CONFIG.llm.depth, CONFIG.llm.dim, CONFIG.llm.hidden
     assert f"tensor<{L}x{D}x{F}xi8>" in lowered.as_text() and f"tensor<{L}x{D}x{F}xf32>" not in lowered.as_text()
     step, losses = lowered.compile(compiler_options=tiny.quick_options()), []
     for _ in range(3):
@@ -166,7 +166,7 @@ def test_a_training_step_keeps_and_changes_no_matrix():
 
 
 def test_a_fingerprint_sees_one_value():
-    w = held(wide())["llama"]["layers"]["mlp"]["up"]["w"]
+    w = held(wide())["llm"]["layers"]["mlp"]["up"]["w"]
     changed = dataclasses.replace(w, values=w.values.at[0, 0, 0].add(1))
     assert steps.fingerprint(changed) != steps.fingerprint(w)
 

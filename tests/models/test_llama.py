@@ -15,7 +15,8 @@ from mmjax.families import llama as family
 from mmjax.families.base import causal_mask
 from mmjax.families.imagebind_llm import adapted
 from mmjax.models import int8
-from mmjax.models.llama import TINY, Llama, LlamaConfig, LoraProject, rope, unstack
+from mmjax.inference.layouts import unstack
+from mmjax.models.llama import TINY, Llama, LlamaConfig, LoraProject, rope
 from tests import tiny
 
 B, T = 2, 7
@@ -29,7 +30,7 @@ ALL = np.ones((B, T), bool)
 
 @functools.cache
 def params(cfg):
-    return tiny.params("llama", family.Config(cfg))["llama"]
+    return tiny.params("llama", family.Config(cfg))["llm"]
 
 
 def logits(cfg, params, x, positions, valid, injection=None, remat=False, rngs=None):
@@ -147,13 +148,13 @@ def test_merged_lora_equals_unmerged():
     inputs = vectors(), POSITIONS, ALL
     found, expected = forward(LORA)(params(LORA), *inputs), forward(TINY)(merged, *inputs)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
-    assert np.abs(expected - forward(TINY)(tiny.params("llama", family.Config(TINY))["llama"], *inputs)).max() > 0.1
+    assert np.abs(expected - forward(TINY)(tiny.params("llama", family.Config(TINY))["llm"], *inputs)).max() > 0.1
 
 
 def test_lora_dropout_acts_when_given_randomness():
     """Without any it does not: `test_merged_lora_equals_unmerged`."""
     assert LORA.lora_dropout > 0
-    dropping = tiny.jit(lambda params, *inputs, key: logits(LORA, params, *inputs, rngs={"llama": key}))
+    dropping = tiny.jit(lambda params, *inputs, key: logits(LORA, params, *inputs, rngs={"llm": key}))
     inputs = params(LORA), vectors(), POSITIONS, ALL
     first, again, other = (dropping(*inputs, key=jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
@@ -303,7 +304,7 @@ APART = {**CACHED, "LoRA and biases": (BIASED, 3), "tied": (dataclasses.replace(
 
 
 def apart(params, turned=False):
-    return unstack({"llama": params}, turned)["llama"]
+    return unstack({"llm": params}, turned)["llm"]
 
 
 def in_steps(model, params, injection):
@@ -331,25 +332,25 @@ def test_unrolled_layers_equal_scanned_ones(cfg, count):
     injection = injected(count) if count else None
     expected = in_steps(Llama(cfg), params(cfg), injection)
     for turned in (False, True):
-        found = in_steps(Llama(cfg, form="turned" if turned else "apart"), apart(params(cfg), turned), injection)
+        found = in_steps(Llama(cfg, scan_layers=False, transposed_weights=turned), apart(params(cfg), turned), injection)
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_unrolled_layers_without_a_cache():
     inputs = vectors(), POSITIONS, causal_mask(ALL)
-    hidden, cache = tiny.jit(Llama(TINY, form="apart").apply)({"params": apart(params(TINY))}, *inputs)
+    hidden, cache = tiny.jit(Llama(TINY, scan_layers=False).apply)({"params": apart(params(TINY))}, *inputs)
     assert cache is None
     np.testing.assert_allclose(hidden, Llama(TINY).apply({"params": params(TINY)}, *inputs)[0], atol=1e-5)
 
 
 def test_unrolled_layers_of_int8():
     held = trees.unflatten({path: int8.quantise(leaf, int8.summed(path, leaf.ndim)) if int8.holds(path) else leaf
-                            for path, leaf in trees.flatten({"llama": params(LORA)}).items()})["llama"]
+                            for path, leaf in trees.flatten({"llm": params(LORA)}).items()})["llm"]
     expected = in_steps(Llama(LORA), held, None)
     for turned in (False, True):
         weights = apart(held, turned)
         assert isinstance(weights["layers"]["1"]["mlp"]["up"]["w"], int8.Int8)
-        found = in_steps(Llama(LORA, form="turned" if turned else "apart"), weights, None)
+        found = in_steps(Llama(LORA, scan_layers=False, transposed_weights=turned), weights, None)
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -359,15 +360,15 @@ def test_unstacked_parameters_are_those_of_the_unrolled_module(family_name):
     cfg = family.PRESETS["tiny"]
     stacked = tiny.params(family_name, cfg)
     for turned in (True, False):
-        module = family.Model(cfg, form="turned" if turned else "apart")
+        module = family.Model(cfg, scan_layers=False, transposed_weights=turned)
         expected = jax.eval_shape(module.init, jax.random.key(0), family.example(cfg))["params"]
         found = trees.flatten(unstack(stacked, turned))
         assert not trees.compare(trees.flatten(expected), found)
-    for path, stack in trees.flatten(stacked["llama"]["layers"]).items():
-        for layer in range(cfg.llama.depth):
-            np.testing.assert_array_equal(found[f"llama/layers/{layer}/{path}"], stack[layer])
+    for path, stack in trees.flatten(stacked["llm"]["layers"]).items():
+        for layer in range(cfg.llm.depth):
+            np.testing.assert_array_equal(found[f"llm/layers/{layer}/{path}"], stack[layer])
     assert {path for path, leaf in trees.flatten(stacked).items() if found.get(path) is leaf} == {
-        path for path in trees.flatten(stacked) if not path.startswith("llama/layers/")}
+        path for path in trees.flatten(stacked) if not path.startswith("llm/layers/")}
 
 
 def test_matrices_of_unstacked_layers_are_views():
@@ -391,4 +392,4 @@ def test_layers_that_cannot_be_looked_into_are_refused():
 
 def test_a_form_that_there_is_not_is_refused():
     with pytest.raises(ValueError, match="form = 'unrolled': stacked, apart, turned"):
-        Llama(TINY, form="unrolled").init(jax.random.key(0), jnp.zeros((1, 2, TINY.dim)), jnp.zeros((1, 2), int), None)
+        Llama(TINY, transposed_weights=True).init(jax.random.key(0), jnp.zeros((1, 2, TINY.dim)), jnp.zeros((1, 2), int), None)

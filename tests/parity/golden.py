@@ -145,7 +145,7 @@ def checkpoint(case: Case) -> Checkpoint:
     return Checkpoint(
         vit=ckpt / "eva_vit.pth",
         qformer=ckpt / "blip2_pretrained.pth" if has_qformer(case) else None,
-        llama=llama_folder(),
+        llm=llama_folder(),
         projector=None if is_v2(case) else ckpt / projector,
         lora=ckpt / "minigpt_v2.pth" if is_v2(case) else None,
         image_size=image_size(case))

@@ -140,12 +140,12 @@ def model(adapter: str) -> Loaded:
 def token_form(adapter: str, gates: np.ndarray) -> Loaded:
     """A file's model with the article's injection and these gates; a single one is shared by all layers."""
     m = model(adapter)
-    shared = len(gates) < m.config.llama.depth
+    shared = len(gates) < m.config.llm.depth
     kept = {path: leaf for path, leaf in trees.flatten(m.params).items()
-            if not re.fullmatch("query|llama/layers/(attn/)?gate", path)}
-    opened = {"llama/gate": jnp.asarray(gates)} if shared else {"llama/layers/gate": jnp.asarray(gates[:, None])}
-    llama = dataclasses.replace(m.config.llama, injection="shared" if shared else "layer")
-    cfg = dataclasses.replace(m.config, llama=llama)
+            if not re.fullmatch("query|llm/layers/(attn/)?gate", path)}
+    opened = {"llm/gate": jnp.asarray(gates)} if shared else {"llm/layers/gate": jnp.asarray(gates[:, None])}
+    llama = dataclasses.replace(m.config.llm, injection="shared" if shared else "layer")
+    cfg = dataclasses.replace(m.config, llm=llama)
     return dataclasses.replace(m, params=trees.unflatten(kept | opened), config=cfg, module=m.module.clone(cfg=cfg))
 
 
@@ -170,8 +170,8 @@ def changed(m: Loaded, rules: Mapping[str, Callable[[Any], Any]]) -> Loaded:
 def entries(m: Loaded, arrays: Mapping[str, Any]) -> list[Entry]:
     """The lines of an adapter file, or of the article's, for the parameters that are in `arrays`."""
     cfg = m.config
-    own = adapter_tables.entries(cfg.llama, adapter_tables.IMAGEBIND_LLM, cfg.query_layers, 1, arrays)
-    wanted = [*tables.bind_entries(cfg.bind, article=cfg.llama.injection != "head"), *own]
+    own = adapter_tables.entries(cfg.llm, adapter_tables.IMAGEBIND_LLM, cfg.query_layers, 1, arrays)
+    wanted = [*tables.bind_entries(cfg.bind, article=cfg.llm.injection != "head"), *own]
     return [entry for entry in wanted if entry.path in arrays]
 
 

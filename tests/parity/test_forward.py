@@ -32,8 +32,8 @@ def stages(name: str) -> dict[str, np.ndarray]:
     m = model(case)
     batch = batch_of(case, m)
     logits, inner = capture(m, batch)
-    found = {"inputs_embeds": inner["encode"][0], "logits": logits, "llama_layers": inner["llama/layers"][0],
-             "llama_final_norm": inner["llama/norm"]}
+    found = {"inputs_embeds": inner["encode"][0], "logits": logits, "llama_layers": inner["llm/layers"][0],
+             "llama_final_norm": inner["llm/norm"]}
     pictures = golden.pictures(case)
     if pictures is None:
         return found
@@ -136,7 +136,7 @@ def slopes(module):
     """(params, batch) -> gradients of the projector and of LoRA, which are all that is recorded."""
 
     def run(params, batch):
-        rules = (r"projector/.*", *[r"llama/.*/lora_[ab]"] * bool(module.cfg.llama.lora_rank))
+        rules = (r"projector/.*", *[r"llm/.*/lora_[ab]"] * bool(module.cfg.llm.lora_rank))
         moved, rest = trees.split(params, trees.mask(params, rules))
         return jax.grad(lambda moved: steps.loss(module, trees.merge(moved, rest), batch)[0])(moved)
 
@@ -147,8 +147,8 @@ def slopes(module):
 def test_gradients(case):
     m = model(case)
     gradients = slopes(m.module)(m.params, batch_of(case, m))
-    entries = [*minigpt4_tables.projector_entries(m.config.soft_width, m.config.llama.dim),
-               *llama_tables.lora_entries(m.config.llama)]
+    entries = [*minigpt4_tables.projector_entries(m.config.soft_width, m.config.llm.dim),
+               *llama_tables.lora_entries(m.config.llm)]
     named = backward(entries, trees.flatten(gradients))
     for name in sorted(case.arrays):
         if name.startswith("grad."):

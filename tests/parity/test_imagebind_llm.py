@@ -41,8 +41,8 @@ def _model(name: str):
     if name == START:
         plain = trees.flatten(golden.model(golden.PRETRAINED).params)  # leaves LLaMA's norms as they were
         norms = {path: lambda _, leaf=leaf: leaf for path, leaf in plain.items()
-                 if re.fullmatch("llama/.*norm/scale", path)}
-        return golden.changed(m, norms | {"llama/.*/(gate|lora_b|b)": np.zeros_like})
+                 if re.fullmatch("llm/.*norm/scale", path)}
+        return golden.changed(m, norms | {"llm/.*/(gate|lora_b|b)": np.zeros_like})
     return m
 
 
@@ -94,13 +94,13 @@ def stages(name: str) -> dict[str, np.ndarray]:
     case = golden.load(name)
     logits, inner = passed(case)
     done = types.SimpleNamespace(apply=lambda *_, **__: logits)  # a model that need not be run again
-    layers, _ = inner["llama/layers"]
-    heads = inner["llama/layers/attn/o/input"]
+    layers, _ = inner["llm/layers"]
+    heads = inner["llm/layers/attn/o/input"]
     return {
         "visual_feats": inner.get("bind"), "T_I": inner.get("bind"),
         "hidden_0": inner["embedded"], **{f"hidden_{i}": x for i, x in enumerate(layers, 1)},
         "last_layer_heads_concat": heads[-1].reshape(layers[-1].shape),
-        "final_norm": inner["llama/norm"], "logits": logits, "last_logits": logits[:, -1],
+        "final_norm": inner["llm/norm"], "logits": logits, "last_logits": logits[:, -1],
         "loss": tiny.jit(functools.partial(steps.loss, done, None))(rows(case))[0],
     }
 
@@ -128,12 +128,12 @@ def test_inside_of_the_first_layer(case):
     _, inner = passed(case)
 
     def of(path):
-        x = inner[f"llama/layers/{path}"]
+        x = inner[f"llm/layers/{path}"]
         return (x[0] if isinstance(x, tuple) else x)[0]
 
     for name in ("q_before_rope", "k_before_rope", "q_after_rope", "k_after_rope"):
         expected[name] = einops.rearrange(expected[name], "B T N (I two) -> B T N (two I)", two=2)
-    theta, positions = m.config.llama.rope_theta, rows(case).positions
+    theta, positions = m.config.llm.rope_theta, rows(case).positions
     flat = "B T N H -> B T (N H)"
     found = {
         "attention_norm": of("attn_norm"), "q_before_rope": of("attn/q"), "k_before_rope": of("attn/k"),
@@ -179,7 +179,7 @@ def slopes(module, rules):
 def learned(case, **changes):
     """(loss, {path: gradient} of what the phase of the case's adapter trains)"""
     m = model(case)
-    phase = "finetune" if m.config.llama.lora_rank else "pretrain"
+    phase = "finetune" if m.config.llm.lora_rank else "pretrain"
     (loss, _), gradients = slopes(m.module, family.PHASES[phase])(m.params, rows(case, **changes))
     return loss, {path: leaf for path, leaf in trees.flatten(gradients).items() if leaf is not None}
 

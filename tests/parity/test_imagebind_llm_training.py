@@ -18,7 +18,7 @@ from tests.parity import imagebind_golden as golden
 from tests.parity.close import assert_close
 from tests.parity.imagebind_golden import GRADIENT, LOSS, WEIGHT
 
-START = {"gate": "llama/.*gate", "_l2": "llama/.*/lora_b", "biases": "llama/.*/b"}  # what a run's `start` sets to 0
+START = {"gate": "llm/.*gate", "_l2": "llm/.*/lora_b", "biases": "llm/.*/b"}  # what a run's `start` sets to 0
 
 
 def test_learning_rates():

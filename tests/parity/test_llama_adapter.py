@@ -42,8 +42,8 @@ def model(case, **options) -> Loaded:
 
 def pretraining(m: Loaded) -> Loaded:
     """The same weights in the architecture of that phase: without biases in the language model."""
-    config = dataclasses.replace(m.config, llama=dataclasses.replace(m.config.llama, bias_on=()))
-    kept = {path: leaf for path, leaf in trees.flatten(m.params).items() if not re.fullmatch("llama/.*/b", path)}
+    config = dataclasses.replace(m.config, llm=dataclasses.replace(m.config.llm, bias_on=()))
+    kept = {path: leaf for path, leaf in trees.flatten(m.params).items() if not re.fullmatch("llm/.*/b", path)}
     return dataclasses.replace(m, config=config, module=Model(config), params=trees.unflatten(kept))
 
 
@@ -70,7 +70,7 @@ def forward(module: Model):
     def run(params, batch):
         loss, aux = steps.loss(module, params, batch)
         _, variables = module.apply({"params": params}, batch, capture_intermediates=True, mutable=["intermediates"])
-        return loss, aux["logits"], variables["intermediates"]["llama"]["layers"]["__call__"][0][0]
+        return loss, aux["logits"], variables["intermediates"]["llm"]["layers"]["__call__"][0][0]
 
     return tiny.jit(run)
 

@@ -97,8 +97,8 @@ class Ones:
 
 
 def test_each_process_reads_its_part_of_the_frozen_weights(tmp_path):
-    parameters = {"llama/layers/attn/q/w": Ones(2, 2048, 16, 128), "llama/layers/attn/o/w": Ones(2, 16, 128, 2048),
-                  "llama/layers/mlp/up/w": Ones(2, 2048, 5504), "llama/layers/mlp/down/w": Ones(2, 5504, 2048)}
+    parameters = {"llm/layers/attn/q/w": Ones(2, 2048, 16, 128), "llm/layers/attn/o/w": Ones(2, 16, 128, 2048),
+                  "llm/layers/mlp/up/w": Ones(2, 2048, 5504), "llm/layers/mlp/down/w": Ones(2, 5504, 2048)}
     frozen_weights.save(tmp_path / "weights", parameters)
     whole = sum(np.prod(leaf.shape) * 2 for leaf in parameters.values())
     port = free_port()

@@ -185,7 +185,7 @@ def test_imagebind_run_on_features_is_the_run_on_pictures(imagebind, tmp_path, m
     for path in wanted:
         np.testing.assert_allclose(found[path], wanted[path], rtol=0, atol=1e-6)
     start = trees.flatten(mmjax.load(config.weights.checkpoint, dtype="float32").params)
-    for path in ("bind/proj/w", "query", "llama/layers/attn/gate"):
+    for path in ("bind/proj/w", "query", "llm/layers/attn/gate"):
         assert np.abs(wanted[path] - start[path]).max() > 1e-4
 
 

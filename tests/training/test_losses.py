@@ -13,7 +13,7 @@ from mmjax.families import FAMILIES, llama, minigpt4
 from mmjax.training import losses, steps
 from tests import tiny
 
-TIED = dataclasses.replace(llama.PRESETS["tiny"], llama=dataclasses.replace(llama.PRESETS["tiny"].llama, tied=True))
+TIED = dataclasses.replace(llama.PRESETS["tiny"], llm=dataclasses.replace(llama.PRESETS["tiny"].llm, tied=True))
 
 
 @pytest.fixture
@@ -45,8 +45,8 @@ def assert_same(found):
 
 @pytest.mark.parametrize(("family", "cfg", "rules"), [
     ("minigpt4", tiny.MINIGPT4, minigpt4.TRAINED),
-    ("llama", llama.PRESETS["tiny"], ("llama/head/w", "llama/norm/scale")),
-    ("llama", TIED, ("llama/embedding",)),  # it gets gradients from both of its ends
+    ("llama", llama.PRESETS["tiny"], ("llm/head/w", "llm/norm/scale")),
+    ("llama", TIED, ("llm/embedding",)),  # it gets gradients from both of its ends
 ], ids=["frozen head", "trained head", "trained table that is the head"])
 def test_loss_and_gradients_are_the_plain_ones(small_chunks, family, cfg, rules):
     assert_same(both(family, cfg, rules, tiny.batch(rows=3, length=11, pictures=int(family == "minigpt4"))))
@@ -54,7 +54,7 @@ def test_loss_and_gradients_are_the_plain_ones(small_chunks, family, cfg, rules)
 
 def test_every_place_a_target(small_chunks):
     batch = tiny.batch(rows=3, length=11, pictures=0)
-    assert_same(both("llama", llama.PRESETS["tiny"], ("llama/norm/scale",),
+    assert_same(both("llama", llama.PRESETS["tiny"], ("llm/norm/scale",),
                      dataclasses.replace(batch, loss_mask=np.ones_like(batch.loss_mask))))
 
 
@@ -98,8 +98,8 @@ def test_places_without_weight_are_not_even_looked_at(small_chunks):
 
 def test_a_step_has_no_room_for_all_logits():
     """Of a model that is little more than its vocabulary."""
-    wide = dataclasses.replace(tiny.MINIGPT4, qformer=None, llama=dataclasses.replace(
-        tiny.MINIGPT4.llama, vocab=8_192))
+    wide = dataclasses.replace(tiny.MINIGPT4, qformer=None, llm=dataclasses.replace(
+        tiny.MINIGPT4.llm, vocab=8_192))
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tiny.params("minigpt4", wide))
     trained, frozen = trees.split(params, trees.mask(params, minigpt4.TRAINED))
     module, batch = minigpt4.Model(wide), tiny.batch(rows=16, length=64)

@@ -34,25 +34,25 @@ def test_weight_decay_acts_on_what_has_two_axes_in_the_original(preset):
 def test_weight_decay_of_gates():
     """Those of heads have four axes in the original (1, N, 1, 1), those of tokens one. tests/parity has all others."""
     gates = {"gate": 0, "layers": {"gate": 0, "attn": {"gate": 0, "new_gate": 0}, "mlp": {"gate": {"w": 0, "b": 0}}}}
-    decays = trees.flatten(optim.decay_mask({"llama": gates, "query": 0}))
+    decays = trees.flatten(optim.decay_mask({"llm": gates, "query": 0}))
     assert {path for path, decay in decays.items() if decay} == {
-        "llama/layers/attn/gate", "llama/layers/attn/new_gate", "llama/layers/mlp/gate/w", "query"}
+        "llm/layers/attn/gate", "llm/layers/attn/new_gate", "llm/layers/mlp/gate/w", "query"}
 
 
 def test_decay_shrinks_matrices_and_leaves_biases():
-    params = {"projector": {"w": jnp.full((2, 2), 3.0), "b": jnp.full(2, 3.0)}, "llama": None}
+    params = {"projector": {"w": jnp.full((2, 2), 3.0), "b": jnp.full(2, 3.0)}, "llm": None}
     updates, _ = update(FLAT, jax.tree.map(jnp.zeros_like, params), params)
     np.testing.assert_allclose(updates["projector"]["w"], -0.1 * 0.5 * 3, rtol=1e-6)
     np.testing.assert_array_equal(updates["projector"]["b"], 0)
-    assert updates["llama"] is None
+    assert updates["llm"] is None
 
 
 def test_gates_of_layers_without_prompts_are_skipped():
     """In the original each is a parameter of its own, without a gradient. What shares a tensor there does decay."""
-    params = {"llama": {"layers": {"attn": {"gate": jnp.full((2, 3), 2.0)}}}, "query": jnp.full((2, 1, 3), 2.0)}
+    params = {"llm": {"layers": {"attn": {"gate": jnp.full((2, 3), 2.0)}}}, "query": jnp.full((2, 1, 3), 2.0)}
     gradients = jax.tree.map(lambda leaf: jnp.zeros_like(leaf).at[1].set(1e-3), params)
     updates, _ = update(dataclasses.replace(FLAT, eps=1.0), gradients, params)
-    gate, query = updates["llama"]["layers"]["attn"]["gate"], updates["query"][:, 0]
+    gate, query = updates["llm"]["layers"]["attn"]["gate"], updates["query"][:, 0]
     np.testing.assert_array_equal(gate[0], 0)
     np.testing.assert_allclose(query[0], -0.1 * 0.5 * 2, rtol=1e-6)
     np.testing.assert_array_equal(gate[1], query[1])
@@ -60,7 +60,7 @@ def test_gates_of_layers_without_prompts_are_skipped():
 
 
 def test_state_exists_for_the_trained_part_alone():
-    params = {"projector": {"w": jnp.ones((2, 3)), "b": None}, "llama": {"embedding": None}}
+    params = {"projector": {"w": jnp.ones((2, 3)), "b": None}, "llm": {"embedding": None}}
     sizes = sorted(leaf.size for leaf in jax.tree.leaves(optim.optimizer(FLAT).init(params)))
     assert sizes == [1, 1, 6, 6]  # two counters, two moments
 

@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
 
 
 def test_each_phase_trains_its_own(folder):
-    wanted = {"pretrain": {"bind", "query", "llama/layers/attn/gate"}, "finetune": {"llama"}}
+    wanted = {"pretrain": {"bind", "query", "llm/layers/attn/gate"}, "finetune": {"llama"}}
     for phase, tops in wanted.items():
         trained = training_checkpoints.trained(folder / phase / "checkpoints")
         assert all(trees.matches(path, imagebind_llm.PHASES[phase]) for path in trained)
@@ -69,8 +69,8 @@ def test_second_phase_stands_on_the_first(folder):
     first, second = (training_checkpoints.trained(folder / phase / "checkpoints") for phase in ("pretrain", "finetune"))
     for path, leaf in {**first, **second}.items():
         np.testing.assert_array_equal(held[path], leaf)
-    assert np.abs(held["llama/layers/attn/gate"]).max() > 0
-    assert np.abs(held["llama/layers/mlp/down/lora_b"]).max() > 0
+    assert np.abs(held["llm/layers/attn/gate"]).max() > 0
+    assert np.abs(held["llm/layers/mlp/down/lora_b"]).max() > 0
 
 
 def test_gates_are_in_the_metrics_of_the_phase_that_trains_them(folder):
@@ -78,7 +78,7 @@ def test_gates_are_in_the_metrics_of_the_phase_that_trains_them(folder):
         return [json.loads(line) for line in (folder / phase / "metrics.jsonl").read_text().splitlines()]
 
     gates = [line["gates"] for line in lines("pretrain")]
-    depth = mmjax.load(folder / "pretrain", dtype="float32").config.llama.depth
+    depth = mmjax.load(folder / "pretrain", dtype="float32").config.llm.depth
     assert [len(layers) for layers in gates] == [depth] * 3
     assert gates[0] == [0.0] * depth  # the first step has the learning rate 0
     assert min(gates[-1]) > 0

@@ -116,8 +116,8 @@ def test_frozen_parameters_have_fingerprints_by_name():
 
 
 def test_other_frozen_parameters_or_data_are_refused(tmp_path):
-    saved = Progress(records=(8, 3), frozen={"vit/a": 1, "vit/b": 2, "llama/c": 3})
-    resume.same(saved, dataclasses.replace(saved, frozen={"llama/c": 3, "new": 9}), tmp_path)  # without the encoder
+    saved = Progress(records=(8, 3), frozen={"vit/a": 1, "vit/b": 2, "llm/c": 3})
+    resume.same(saved, dataclasses.replace(saved, frozen={"llm/c": 3, "new": 9}), tmp_path)  # without the encoder
     with pytest.raises(ValueError, match="1 of the 3 frozen parameters are not those .*: vit/b. Name its checkpoint"):
         resume.same(saved, dataclasses.replace(saved, frozen=saved.frozen | {"vit/b": 7}), tmp_path)
     with pytest.raises(ValueError, match="sources of 8, 3 records; now they have 8, 2, and its place"):
@@ -228,9 +228,9 @@ def test_other_frozen_weights_are_refused_before_anything_is_written(finished, t
     progress = training_checkpoints.verify(place)
     assert progress.records == (8,) and len(progress.frozen) > 20
     (place / training_checkpoints.SEAL).unlink()
-    training_checkpoints.seal(place, dataclasses.replace(progress, frozen=progress.frozen | {"llama/norm/scale": 1}))
+    training_checkpoints.seal(place, dataclasses.replace(progress, frozen=progress.frozen | {"llm/norm/scale": 1}))
     before = (folder / converted.RUN_CARD).read_text()
-    with pytest.raises(ValueError, match="1 of the .* frozen parameters are not those .*: llama/norm/scale"):
+    with pytest.raises(ValueError, match="1 of the .* frozen parameters are not those .*: llm/norm/scale"):
         run.train(small.run_config(folder, log_every=2))
     with pytest.raises(ValueError, match=r"text\.max_txt_len 32 -> 9"):
         run.train(small.run_config(folder, text=TextConfig("###Human: {} ###Assistant: ", max_txt_len=9)))

@@ -165,7 +165,7 @@ def test_progress_line_tells_how_much_of_the_devices_is_used(peak, operations, t
 
 
 def test_operations_are_those_of_the_targets():
-    count = run.flops.Flops({"llama": 600}, {"llama": 600}, {"llama": 99}, logits=200, places=10)
+    count = run.flops.Flops({"llm": 600}, {"llm": 600}, {"llm": 99}, logits=200, places=10)
     work = run.Work(lambda state, batch: count, None)
     assert work.operations(None, None, {"tokens": jnp.int32(4)}) == 1000 + 80
 
@@ -234,8 +234,8 @@ def test_batch_without_targets_stops_the_run(tmp_path):
 
 
 def test_first_loss_of_a_dead_language_model():
-    dead = {"llama": {"embedding": jnp.zeros((600, 4)), "norm": {"scale": jnp.ones(4)}}}
-    with pytest.raises(run.TrainingStopped, match=r"ln\(600\).*all zero: frozen/llama/embedding"):
+    dead = {"llm": {"embedding": jnp.zeros((600, 4)), "norm": {"scale": jnp.ones(4)}}}
+    with pytest.raises(run.TrainingStopped, match=r"ln\(600\).*all zero: frozen/llm/embedding"):
         run.check_first_loss(math.log(600) + 1e-3, 600, {"frozen": dead})
     run.check_first_loss(5.0, 600, {"frozen": dead})
 

@@ -86,7 +86,7 @@ def test_imagebind_llm_is_finetuned_on_what_it_was_pretrained_to(tmp_path):
 
     first = trained(shortened("imagebind_llm_pretrain", tmp_path, sources))
     second = trained(shortened("imagebind_llm_finetune", tmp_path, sources, start_from="runs/imagebind_llm_pretrain"))
-    assert {"query", "llama/layers/attn/gate"} < first.keys() and {"llama/norm/scale"} < second.keys()
+    assert {"query", "llm/layers/attn/gate"} < first.keys() and {"llm/norm/scale"} < second.keys()
     assert not first.keys() & second.keys()
 
 

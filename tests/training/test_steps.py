@@ -90,7 +90,7 @@ def test_optimizer_state_exists_for_the_trained_part_alone():
 def test_compiled_step_has_no_room_for_gradients_of_the_frozen_part():
     """A model whose weights outweigh its activations: gradients of all of them would need their own size again."""
     deep = LlamaConfig(vocab=256, depth=16, dim=128, heads=4, kv_heads=4, head_dim=32, hidden=256)
-    cfg = dataclasses.replace(tiny.MINIGPT4, qformer=None, llama=deep)
+    cfg = dataclasses.replace(tiny.MINIGPT4, qformer=None, llm=deep)
     params = trees.unflatten(shapes("minigpt4", cfg))
 
     def size(tree):
@@ -104,11 +104,11 @@ def test_compiled_step_has_no_room_for_gradients_of_the_frozen_part():
         return used, size((state.params, state.opt_state))
 
     used, state = memory(minigpt4.TRAINED)
-    assert used.temp_size_in_bytes < size(params["llama"]) / 4
+    assert used.temp_size_in_bytes < size(params["llm"]) / 4
     assert used.output_size_in_bytes < state + 1_000  # the state and a few numbers come out, in the memory
     assert used.alias_size_in_bytes >= state  # that went in
-    full, _ = memory((r"projector/.*", r"llama/.*"))
-    assert full.temp_size_in_bytes > size(params["llama"])  # the same measure does see gradients where they are
+    full, _ = memory((r"projector/.*", r"llm/.*"))
+    assert full.temp_size_in_bytes > size(params["llm"])  # the same measure does see gradients where they are
 
 
 def test_state_is_donated():
@@ -124,7 +124,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_reported():
     state, _ = step(fresh(), frozen, tiny.batch())
     before = bits({"params": state.params, "adam": trees.unflatten(leaves(state.opt_state))})
     broken = trees.flatten(frozen)
-    broken["llama/norm/scale"] = broken["llama/norm/scale"] * jnp.nan
+    broken["llm/norm/scale"] = broken["llm/norm/scale"] * jnp.nan
     state, metrics = step(state, trees.unflatten(broken), tiny.batch())
     assert not bool(metrics["finite"])
     assert not np.isfinite(metrics["loss"])
@@ -160,13 +160,13 @@ def test_a_batch_without_targets_has_no_loss_and_no_gradients(reduction):
 SIGHT = dataclasses.replace(  # one tower is enough
     imagebind_llm.PRESETS["tiny"], imagebind=imagebind.ImageBindConfig(
         imagebind.TINY.vision, None, None, None, None, None, imagebind.TINY.out))
-TOKEN = dataclasses.replace(SIGHT, llama=dataclasses.replace(SIGHT.llama, injection="layer"))
+TOKEN = dataclasses.replace(SIGHT, llm=dataclasses.replace(SIGHT.llm, injection="layer"))
 
 
 @pytest.mark.parametrize(("cfg", "phase", "own"), [
-    (SIGHT, "pretrain", r"bind/.*|query|llama/layers/attn/gate"),
-    (TOKEN, "pretrain", r"bind/.*|llama/layers/gate"),
-    (SIGHT, "finetune", r"llama/.*(norm/scale|/b|/lora_[ab])"),
+    (SIGHT, "pretrain", r"bind/.*|query|llm/layers/attn/gate"),
+    (TOKEN, "pretrain", r"bind/.*|llm/layers/gate"),
+    (SIGHT, "finetune", r"llm/.*(norm/scale|/b|/lora_[ab])"),
 ], ids=["pretrain", "pretrain, token form", "finetune"])
 def test_a_phase_moves_its_own_parameters_and_no_bit_of_the_others(cfg, phase, own):
     cfg = imagebind_llm.with_phase(cfg, phase)
@@ -231,7 +231,7 @@ def test_mean_and_none_reduction():
 
 
 def test_accumulated_steps_equal_one_with_the_summed_gradient():
-    module, rules = llama.Model(LLAMA), ("llama/norm/.*", "llama/layers/mlp/.*")
+    module, rules = llama.Model(LLAMA), ("llm/norm/.*", "llm/layers/mlp/.*")
     cfg = OptimConfig(init_lr=1e-2, min_lr=1e-2, warmup_steps=0, eps=1e-2, accumulate=2)
     batches = [WORDS, tiny.batch(pictures=0, seed=1)]
     first, frozen = parts("llama", LLAMA, rules)
@@ -250,12 +250,12 @@ def test_accumulated_steps_equal_one_with_the_summed_gradient():
 
 def test_bfloat16_model_trains_in_float32():
     """Updates far below bfloat16's resolution arrive."""
-    rules, sgd = ("llama/layers/mlp/down/w",), optax.sgd(1e-4)
+    rules, sgd = ("llm/layers/mlp/down/w",), optax.sgd(1e-4)
     first, frozen = parts("llama", LLAMA, rules)
     frozen = jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf, jnp.bfloat16)), frozen)
     state, metrics = run(llama.Model(LLAMA, jnp.bfloat16), first, frozen, [WORDS], sgd)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
-    before, after = (np.asarray(tree["llama"]["layers"]["mlp"]["down"]["w"]) for tree in (first, state.params))
+    before, after = (np.asarray(tree["llm"]["layers"]["mlp"]["down"]["w"]) for tree in (first, state.params))
     assert 0 < np.abs(after - before).max() < 2**-9 * np.abs(before).max()
     assert (after != before).mean() > 0.9
     wide = tiny.jit(lambda p: steps.loss(llama.Model(LLAMA), p, WORDS)[0])(tiny.params("llama", LLAMA))

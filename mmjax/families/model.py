@@ -1,0 +1,110 @@
+"""What the modules of all families share: a language model behind `encode`.
+
+B rows   T query tokens   S key tokens   P prompts   L layers   D model   V vocabulary
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mmjax.batch import Batch
+
+
+def causal_mask(valid: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+    """bool[B,T] -> bool[B,T,T]: each token sees the valid tokens up to itself, in packed rows those of its segment.
+
+    segments: as in `Batch.segments`. A token of a packed row that would see nothing sees itself: attention would give
+              it the mean of the whole row, other segments included.
+    """
+    T = valid.shape[1]
+    mask = jnp.tril(jnp.ones((T, T), bool)) & valid[:, None, :]
+    if segments is None:
+        return mask
+    mask &= segments[:, :, None] == segments[:, None, :]
+    return mask | (jnp.eye(T, dtype=bool) & ~mask.any(-1, keepdims=True))
+
+
+def for_every_layer(prompts: jax.Array, depth: int) -> jax.Array:
+    """Prompts of the last A layers [A,B,P,D] -> [L,B,P,D], zeros for the layers below, which read none; L = `depth`."""
+    return jnp.pad(prompts, ((depth - len(prompts), 0), (0, 0), (0, 0), (0, 0)))
+
+
+class LanguageModel(nn.Module):
+    """An encoder in front of a language model. A family adds its towers in `setup` and encodes a batch in `encode`.
+
+    The language model is whatever `cfg.llm.build(dtype, remat, scan_layers, transposed_weights)` makes, below `llm/`. It
+    has `embed(tokens)`, `__call__(x, positions, mask, cache, start, injection)`, `logits(hidden)` and
+    `empty_cache(rows, length)`, as `mmjax.models.llama.Llama` documents them; its config has `vocab`, `dim`, `depth`,
+    `max_positions` and `axes`.
+
+    dtype: of the activations; parameters of another dtype are cast where they are used
+    remat: recompute the layers in the backward pass
+    scan_layers, transposed_weights: of the language model, see `mmjax.models.llama.Llama`
+    """
+
+    cfg: Any
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+    scan_layers: bool = True
+    transposed_weights: bool = False
+
+    def setup(self):
+        self.llm = self._language_model()
+
+    def _language_model(self, **fields: Any) -> nn.Module:
+        return self.cfg.llm.build(dtype=self.dtype, remat=self.remat, scan_layers=self.scan_layers,
+                                  transposed_weights=self.transposed_weights, **fields)
+
+    def encode(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+        """-> [B,T,D]: words embedded, soft tokens placed; and what is injected into each layer, [L,B,P,D] or None."""
+        raise TypeError(f"{type(self).__name__} is a family without `encode`.")
+
+    def embed(self, tokens):
+        """int[B,T] -> [B,T,D]."""
+        return self.llm.embed(tokens)
+
+    def decode(self, x, positions, mask, cache=None, start=0, injection=None):
+        """See the language model's `__call__`."""
+        return self.llm(x, positions, mask, cache, start, injection)
+
+    def logits(self, hidden):
+        """[B,T,D] -> float32[B,T,V]."""
+        return self.llm.logits(hidden)
+
+    def hidden(self, batch: Batch) -> jax.Array:
+        """-> [B,T,D], what `logits` takes. Raises ValueError for packed rows where something is injected, one a row."""
+        x, injection = self.encode(batch)
+        if injection is not None and batch.segments is not None:
+            raise ValueError("These rows are packed, but what is injected into the layers is one a row: every sample "
+                             "of a row would read the same. Give one sample a row.")
+        hidden, _ = self.decode(x, batch.positions, causal_mask(batch.valid, batch.segments), injection=injection)
+        return hidden
+
+    def __call__(self, batch: Batch) -> jax.Array:
+        """-> float32 logits [B,T,V]; raises as `hidden` does."""
+        return self.logits(self.hidden(batch))
+
+    def empty_cache(self, rows: int, length: int):
+        """A zero key-value cache for `decode`."""
+        return self._language_model(parent=None).empty_cache(rows, length)
+
+
+def example_batch(image_size: int | None = None, media: dict[str, jax.Array] | None = None, mixed: bool = False,
+                  rows: int = 1, length: int = 8) -> Batch:
+    """A batch of zeros that reaches every parameter. mixed: the images and media are weighed, as senses are."""
+    zeros = jnp.zeros((rows, length), jnp.int32)
+    images = None if image_size is None else jnp.zeros((rows, 1, 3, image_size, image_size))
+    names = [*(["image"] if images is not None else []), *(media or {})]
+    return Batch(
+        tokens=zeros,
+        soft_index=zeros - 1,
+        valid=zeros == 0,
+        loss_mask=zeros == 0,
+        positions=zeros,
+        padded_length=jnp.full(rows, length, jnp.int32),
+        images=images,
+        media=media,
+        weights={name: jnp.ones(rows) for name in names} if mixed else None,
+    )

@@ -1,0 +1,33 @@
+"""What families share of their declarations: exports and parity stages of the language model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmjax.convert import llama, meta
+from mmjax.families.base import Export, ExportContext, Stage
+
+
+def _write_hf(out: Path, tensors: Mapping[str, Any], context: ExportContext) -> None:
+    llama.write_folder(context.config.llm, context.generation, context.tokenizer, out, tensors)
+
+
+def _write_meta(out: Path, tensors: Mapping[str, Any], context: ExportContext) -> None:
+    meta.write_folder(context.config.llm, context.tokenizer, out, tensors)
+
+
+LLM_EXPORTS = {
+    "llm": Export(lambda cfg, replaced: llama.entries(cfg.llm), _write_hf, base=True),
+    "llm-meta": Export(lambda cfg, replaced: meta.entries(cfg.llm), _write_meta, base=True,
+                       exists=lambda cfg: not cfg.llm.tied and cfg.llm.heads * cfg.llm.head_dim == cfg.llm.dim),
+}
+
+LLM_STAGES = (
+    Stage("llama_embed", "", "llm/embedding, and where soft tokens stand", "model.embed_tokens, tok_embeddings",
+          "embedding"),
+    Stage("llama_layer_{i}", "llm/layers", "llm/layers/… [{i}], its LoRA, and what is injected into it",
+          "model.layers.{i} (transformers), layers.{i} (Meta)", "decoder"),
+    Stage("llama_norm", "llm/norm", "llm/norm", "model.norm", "decoder"),
+    Stage("logits", "", "llm/head (llm/embedding where they are tied)", "lm_head, output", "decoder"),
+    Stage("loss", "", "nothing: `targets` against `logits`", "loss"),
+)
