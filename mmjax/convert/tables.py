@@ -182,7 +182,7 @@ def read_json(path: Path, problems: Problems) -> dict[str, Any]:
     """A JSON object; if the file holds none, a problem and nothing."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problems.append(f"{path} is not readable JSON: {error}")
         return {}
     if not isinstance(values, dict):
