@@ -11,23 +11,36 @@ checkpoint is dropped here), alpaca_finetuning_v1/{llama/model,extract_adapter_f
 """
 
 import dataclasses
-import difflib
+import gzip
+import itertools
 import re
-from collections.abc import Collection, Mapping
+import types
+import zlib
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from mmjax.convert import imagebind, meta, minigpt4
+from mmjax.config import ALPACA, ALPACA_INPUT, TextConfig
+from mmjax.convert import imagebind, language_model, meta, minigpt4
 from mmjax.convert import llama_adapter as visual
 from mmjax.convert.lazy import LazyTensor
-from mmjax.convert.tables import Entry, Ignored, Problems, Table, expand, read_json
-from mmjax.families.imagebind_llm import Config, adapted
-from mmjax.families.llama_adapter import PRESETS as LLAMA_ADAPTERS
-from mmjax.families.llama_adapter import Config as LlamaAdapter
+from mmjax.convert.tables import (
+    Entry,
+    Ignored,
+    Inspected,
+    Parameter,
+    Problems,
+    Table,
+    expand,
+    forward,
+    read_json,
+    unknown_name,
+)
 from mmjax.models.bind import BindConfig
 from mmjax.models.clip import ClipConfig
 from mmjax.models.imagebind import ImageBindConfig
 from mmjax.models.llama import LlamaConfig
+from mmjax.models.visual import VISUAL_7B
 
 GATE = (("layers.{L}.attention.gate", "llm/layers/attn/gate", "1 N 1 1 -> N"),)
 NEW_GATE = (("layers.{L}.attention.new_gate", "llm/layers/attn/new_gate", "1 1 1 1 -> 1"),)
@@ -62,6 +75,7 @@ NORMS = (  # they take the place of the base model's
 TOKEN_GATES = {"layer": (("gate", "llm/layers/gate", "L -> L 1"),), "shared": (("gate", "llm/gate", "1 -> 1"),)}
 INJECTIONS = {"released": "head", "token": "layer", "token-shared": "shared"}  # --injection -> LlamaConfig.injection
 
+NORM_PATHS = tuple(path for _, path, _ in NORMS)
 REPLACED = "replaced/"  # in a checkpoint, before the path of what an adapter has another one for
 MEMBERS = {"optimizer", "scaler", "epoch", "args", "config"}  # beside "model"; training state that no model needs
 IGNORED = (
@@ -82,6 +96,9 @@ ARCH_NUMBERS = ("query_layer", "query_len", "image_dim", "bind_hidden")  # of Im
 ARCH_OTHERS = ("llama", "lora_rank", "knn_vectors")  # what the files themselves tell
 V1_ARCH = ("adapter_layer", "adapter_len")
 BIND_RATIO = 4  # of a fresh bind network's feed-forward
+# Of the released models: injected layers, and the prompts of each.
+RELEASED_LAYERS = {"imagebind_llm": (32, 1), "adapter_v1": (30, 10), "adapter_v2": (31, 10)}
+TEXT = TextConfig(ALPACA, ALPACA_INPUT, end_sym="</s>", joint=True, max_txt_len=512)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +129,13 @@ def entries(cfg: LlamaConfig, names: Names, layers: int, length: int, norms: Col
 
 def _prefixed(prefix: str, table: Table) -> Table:
     return tuple((prefix + key, path, layout) for key, path, layout in table)
+
+
+def adapted(cfg: LlamaConfig, rank: int) -> LlamaConfig:
+    """The language model with LoRA (its factor is 1, without dropout) and biases as in the release: none on k and v."""
+    return dataclasses.replace(
+        cfg, lora_rank=rank, lora_alpha=float(rank), lora_dropout=0.0,
+        lora_on=("q", "k", "v", "o", "gate", "up", "down"), bias_on=("q", "o", "gate", "up", "down"))
 
 
 def with_adapter(cfg: LlamaConfig, tensors: Mapping[str, LazyTensor], problems: Problems) -> LlamaConfig:
@@ -145,7 +169,7 @@ def read_arch(path: Path | None, problems: Problems) -> dict[str, Any]:
     known = (*ARCH_TABLES, *ARCH_NUMBERS, *ARCH_OTHERS)
     for name, value in (read_json(path, problems) if path else {}).items():
         if name not in known:
-            problems.append(f"--arch {path.name}: {_unknown(name, known)}")
+            problems.append(f"--arch {path.name}: {unknown_name(name, known)}")
         elif name in ARCH_NUMBERS and (not isinstance(value, int) or value <= 0):
             problems.append(f"--arch {path.name}: {name} is {value!r}, expected a whole number above 0.")
         elif name in ARCH_TABLES and not isinstance(value, dict):
@@ -155,16 +179,16 @@ def read_arch(path: Path | None, problems: Problems) -> dict[str, Any]:
     return told
 
 
-def _unknown(name: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"unknown {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}.")
-
-
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """What an adapter file is to a model: the model's sizes, the file's table, and which parameters start fresh."""
+    """What an adapter file is to a model.
 
-    config: Any
+    parts:   the fields of the family's config
+    entries: the file's table
+    fresh:   paths of the parameters that start fresh
+    """
+
+    parts: dict[str, Any]
     entries: list[Entry]
     ignored: Ignored
     fresh: list[str]
@@ -189,7 +213,8 @@ def imagebind_llm(
         bind = imagebind.bind_config(tensors, problems)
     if told.get("query_len", 1) != 1:
         problems.append(f"--arch: query_len is {told['query_len']}; ImageBind-LLM has one prompt a layer.")
-    layers = _query_layers(IMAGEBIND_LLM, held, cfg, 1, told.get("query_layer"), Config.query_layers, problems)
+    layers = _query_layers(IMAGEBIND_LLM, held, cfg, 1, told.get("query_layer"),
+                           RELEASED_LAYERS["imagebind_llm"][0], problems)
     if bind is None:
         return None
     _check_bind(bind, towers.out, cfg.dim, told, problems)
@@ -199,7 +224,8 @@ def imagebind_llm(
     optional = {"llm/layers/gate", "llm/gate"} | ({"query", "llm/layers/attn/gate"} if article else set())
     fresh = [entry for entry in wanted if tensors is None
              or entry.path in optional and not held.keys() & set(entry.keys)]
-    return Adapter(Config(towers, bind, cfg, layers), [entry for entry in wanted if entry not in fresh],
+    parts = {"imagebind": towers, "bind": bind, "llm": cfg, "query_layers": layers}
+    return Adapter(parts, [entry for entry in wanted if entry not in fresh],
                    IGNORED if cfg.injection == "head" else IGNORED + RELEASED_FORM, [entry.path for entry in fresh])
 
 
@@ -234,7 +260,7 @@ def _query_layers(names: Names, tensors: Mapping[str, LazyTensor], cfg: LlamaCon
     return layers
 
 
-def imagebind_llm_entries(cfg: Config, norms: Collection[str]) -> list[Entry]:
+def imagebind_llm_entries(cfg: Any, norms: Collection[str]) -> list[Entry]:
     """Everything that the adapter file of a model holds; `norms` as in `entries`."""
     return [*imagebind.bind_entries(cfg.bind), *entries(cfg.llm, IMAGEBIND_LLM, cfg.query_layers, 1, norms)]
 
@@ -260,49 +286,182 @@ def llama_adapter(
 
 def _v1(cfg: LlamaConfig, tensors: Mapping[str, LazyTensor] | None, told: Mapping[str, Any],
         problems: Problems) -> Adapter | None:
-    before, released = len(problems), LLAMA_ADAPTERS["llama-adapter-7b"]
-    problems.extend(f"--arch: adapter_v1: {_unknown(name, V1_ARCH)}" for name in told if name not in V1_ARCH)
+    before, (released_layers, released_length) = len(problems), RELEASED_LAYERS["adapter_v1"]
+    problems.extend(f"--arch: adapter_v1: {unknown_name(name, V1_ARCH)}" for name in told if name not in V1_ARCH)
     problems.extend(f"--arch: adapter_v1.{name} is {value!r}, expected a whole number above 0."
                     for name, value in told.items() if not isinstance(value, int) or value <= 0)
     if len(problems) > before:
         return None
-    length = told.get("adapter_len", released.query_len)
+    length = told.get("adapter_len", released_length)
     layers = _query_layers(LLAMA_ADAPTER_V1, tensors or {}, cfg, length, told.get("adapter_layer"),
-                           released.query_layers, problems)
+                           released_layers, problems)
     wanted = entries(cfg, LLAMA_ADAPTER_V1, layers, length)
-    return _adapter(LlamaAdapter(cfg, layers, length), wanted, V1_IGNORED, tensors)
+    return _adapter({"llm": cfg, "query_layers": layers, "query_len": length}, wanted, V1_IGNORED, tensors)
 
 
 def _v2(clip: ClipConfig, cfg: LlamaConfig, tensors: Mapping[str, LazyTensor] | None, told: Mapping[str, Any],
         problems: Problems) -> Adapter | None:
-    held, released, wrong = tensors or {}, LLAMA_ADAPTERS["llama-adapter-v2-7b"], Problems()
+    held, wrong = tensors or {}, Problems()
+    released_layers, released_length = RELEASED_LAYERS["adapter_v2"]
     sizes = visual.told(told, wrong)["visual"]
     if wrong:  # reported with CLIP's
         return None
-    visual_cfg = released.visual if tensors is None and not sizes else visual.visual_config(held, sizes, problems)
+    visual_cfg = VISUAL_7B if tensors is None and not sizes else visual.visual_config(held, sizes, problems)
     if visual_cfg is None:
         return None
     cfg = dataclasses.replace(with_adapter(cfg, held, problems), new_gate=any("new_gate" in key for key in held))
     query = held.get("visual_query.weight")
-    length = query.shape[0] if query is not None and query.shape else told.get("query_len", released.query_len)
-    layers = _query_layers(LLAMA_ADAPTER, held, cfg, length, told.get("query_layer"), released.query_layers, problems)
+    length = query.shape[0] if query is not None and query.shape else told.get("query_len", released_length)
+    layers = _query_layers(LLAMA_ADAPTER, held, cfg, length, told.get("query_layer"), released_layers, problems)
     problems.extend(f"--arch: adapter_v2.{name} is {told[name]}, but the adapter's tensors say {shown}."
                     for name, shown in (("query_len", length), ("lora_rank", cfg.lora_rank or None))
                     if shown and told.get(name, shown) != shown)
-    config = LlamaAdapter(cfg, layers, length, clip, visual_cfg)
-    return _adapter(config, llama_adapter_entries(config, norms(held, LLAMA_ADAPTER)), IGNORED + visual.VISUAL_IGNORED,
-                    tensors)
+    parts = {"llm": cfg, "query_layers": layers, "query_len": length, "clip": clip, "visual": visual_cfg}
+    wanted = llama_adapter_entries(types.SimpleNamespace(**parts), norms(held, LLAMA_ADAPTER))
+    return _adapter(parts, wanted, IGNORED + visual.VISUAL_IGNORED, tensors)
 
 
-def _adapter(config: Any, wanted: list[Entry], ignored: Ignored, tensors: Mapping[str, LazyTensor] | None) -> Adapter:
+def _adapter(parts: dict[str, Any], wanted: list[Entry], ignored: Ignored,
+             tensors: Mapping[str, LazyTensor] | None) -> Adapter:
     if tensors is None:
-        return Adapter(config, [], (), [entry.path for entry in wanted])
-    return Adapter(config, wanted, ignored, [])
+        return Adapter(parts, [], (), [entry.path for entry in wanted])
+    return Adapter(parts, wanted, ignored, [])
 
 
-def llama_adapter_entries(cfg: LlamaAdapter, norms: Collection[str]) -> list[Entry]:
+def llama_adapter_entries(cfg: Any, norms: Collection[str]) -> list[Entry]:
     """Everything that the adapter file of a model holds; `norms` as in `entries`."""
     if cfg.visual is None:
         return entries(cfg.llm, LLAMA_ADAPTER_V1, cfg.query_layers, cfg.query_len, norms)
     return [*visual.visual_entries(cfg.visual, cfg.query_len, cfg.clip.out, cfg.llm.dim),
             *entries(cfg.llm, LLAMA_ADAPTER, cfg.query_layers, cfg.query_len, norms)]
+
+
+# ---- the conversions ----
+
+
+def inspect_imagebind_llm(
+    imagebind: Path, llm: Path, *, adapter: Path | None = None,
+    injection: Literal["released", "token", "token-shared"] = "released", arch: Path | None = None,
+    words: Path | None = None, prompt_template: str = ALPACA,
+) -> Inspected:
+    """Converts ImageBind-LLM from its parts.
+
+    Args:
+        imagebind: imagebind_huge.pth or imagebind_w3D.pth
+        llm: folder of LLaMA as Meta ships it (params.json, consolidated.NN.pth) or as transformers saves it
+        adapter: released adapter or training checkpoint of either phase, or a bind network alone (bind_network.pth);
+            what it does not hold, and without it everything that is trained, starts fresh
+        injection: how features reach the layers: through each head's gate as in the release, or added to every token
+            through a gate of each layer (token) or one gate for all (token-shared)
+        arch: JSON file with what tensors do not show (head counts, picture size, ...); released sizes need none
+        words: merges of the text sense (CLIP's bpe_simple_vocab_16e6.txt.gz); without it that sense cannot be read
+        prompt_template: put around every prompt at its {}; the default is Alpaca's, which the release was trained with
+    """
+    problems = Problems()
+    told = read_arch(arch, problems)
+    form = INJECTIONS.get(injection)
+    if form is None:
+        problems.append(f"--injection is {injection!r}; there are {', '.join(INJECTIONS)}.")
+    towers, parameters = _read_imagebind(imagebind, told["imagebind"], words, problems)
+
+    def fit(cfg: LlamaConfig, tensors: Mapping[str, LazyTensor] | None) -> Adapter | None:
+        if towers is None or form is None:
+            return None
+        return imagebind_llm(towers, dataclasses.replace(cfg, injection=form), tensors, told, problems)
+
+    sources = {"imagebind": imagebind, "adapter": adapter, "words": words, "llm": llm}
+    return _inspect(sources, parameters, fit, prompt_template, problems)
+
+
+def inspect_llama_adapter(
+    llm: Path, *, adapter: Path | None = None, clip: Path | None = None, arch: Path | None = None,
+    raw_gates: bool = False, prompt_template: str = ALPACA,
+) -> Inspected:
+    """Converts LLaMA-Adapter, v1 (text) or v2 (images), from its parts.
+
+    Args:
+        llm: folder of LLaMA as Meta ships it (params.json, consolidated.NN.pth) or as transformers saves it
+        adapter: released adapter or training checkpoint; without it everything that is trained starts fresh, of v2 if
+            `clip` is given
+        clip: state dict of CLIP, of which v2 reads the picture tower (released: ViT-L/14)
+        arch: JSON file with what tensors do not show (adapter_v1: adapter_layer, adapter_len; adapter_v2: clip_heads,
+            v_num_heads, ...); released sizes need none
+        raw_gates: multiply by the gates themselves and not by their tanh, as v1's inference code does
+        prompt_template: put around every prompt at its {}; the default is Alpaca's, which the release was trained with
+    """
+    problems = Problems()
+    told = read_arch(arch, problems)
+    tower, parameters = _read_clip(clip, told["adapter_v2"], problems)
+
+    def fit(cfg: LlamaConfig, tensors: Mapping[str, LazyTensor] | None) -> Adapter | None:
+        if clip and tower is None:
+            return None
+        cfg = dataclasses.replace(cfg, injection="head", gate_tanh=not raw_gates)
+        return llama_adapter(tower, cfg, tensors, told, problems)
+
+    sources = {"adapter": adapter, "clip": clip, "llm": llm}
+    return _inspect(sources, parameters, fit, prompt_template, problems)
+
+
+def _read_imagebind(
+    path: Path, told: Mapping[str, Any], words: Path | None, problems: Problems
+) -> tuple[ImageBindConfig | None, dict[str, Parameter]]:
+    tensors = minigpt4.read(path, problems)
+    towers = imagebind.config(tensors, told, problems) if tensors else None
+    if towers is None:
+        return None, {}
+    if words:
+        _check_words(words, towers.text and towers.text.vocab, problems)
+    return towers, forward(imagebind.entries(towers), tensors, imagebind.IGNORED, path.name, problems)
+
+
+def _read_clip(
+    path: Path | None, arch: Mapping[str, Any], problems: Problems
+) -> tuple[ClipConfig | None, dict[str, Parameter]]:
+    told = visual.told(arch, problems)["clip"]
+    tensors = minigpt4.read(path, problems) if path else {}
+    cfg = visual.clip_config(tensors, told, problems) if tensors else None
+    if cfg is None:
+        return None, {}
+    return cfg, forward(
+        visual.clip_entries(cfg), tensors, visual.CLIP_IGNORED, path.name, problems)
+
+
+def _inspect(
+    sources: Mapping[str, Path | None], towers: dict[str, Parameter],
+    fit: Callable[[LlamaConfig, Mapping[str, LazyTensor] | None], Adapter | None], prompt_template: str,
+    problems: Problems,
+) -> Inspected:
+    """A language model with an adapter, which may bring norms in place of the base's.
+
+    sources: by option; "llm" is a folder, and without an "adapter" it starts fresh
+    towers:  all other parameters
+    fit:     what the adapter's tensors (None: no file) are to a base; None if that cannot be said
+    """
+    adapter = sources["adapter"]
+    release, base = language_model.read(sources["llm"], None, problems)
+    tensors = read(adapter, problems) if adapter else None
+    found = fit(release.cfg, tensors) if release and (tensors or not adapter) else None
+    own = forward(found.entries, tensors, found.ignored, adapter.name, problems) if found and tensors else {}
+    problems.check("Cannot convert")
+    files = {name: (path,) for name, path in sources.items() if path} | {"llm": release.files}
+    replaced = {path: base[path] for path in base.keys() & own.keys()}
+    text = dataclasses.replace(TEXT, prompt_template=prompt_template)
+    return Inspected(found.parts, towers | base | own, text, release.generation, files, release.tokenizer,
+                     tuple(found.fresh), replaced=replaced, words=sources.get("words"))
+
+
+def _check_words(path: Path, vocab: int | None, problems: Problems) -> None:
+    """Has a merges file as many merges as the text sense's embedding wants? Bytes, twice, and two marks go before."""
+    if vocab is None:
+        problems.append(f"{path.name} was given as --words, but ImageBind's file has no text tower.")
+        return
+    count = vocab - 2 * 256 - 2
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            merges = [line.split() for line in itertools.islice(file, 1, count + 1)]
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        problems.append(f"--words {path} cannot be read as a gzip file of merges: {error}")
+        return
+    if (found := sum(len(merge) == 2 for merge in merges)) != count:
+        problems.append(f"--words {path} holds {found} merges, but the text tower's {vocab} words need {count}.")

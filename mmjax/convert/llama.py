@@ -6,15 +6,18 @@ Facts: transformers' modeling_llama.py and configuration_llama.py, peft 0.2.0's 
 """
 
 import dataclasses
-from collections.abc import Mapping
+import json
+import re
+import shutil
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mmjax.convert import safetensors, torch_file
+from mmjax.convert import safetensors, torch_file, weight_files
 from mmjax.convert.lazy import LazyTensor, WeightFileError
-from mmjax.convert.tables import Computed, Entry, Ignored, Problems, expand, flat, read_json, reason
+from mmjax.convert.tables import Computed, Entry, Ignored, Problems, expand, flat, read_json, reason, whole_folder
 from mmjax.models.llama import LlamaConfig
 from mmjax.tokenizer import Tokenizer
 
@@ -51,10 +54,9 @@ FIELDS = {  # config.json -> LlamaConfig
     "num_attention_heads": "heads",
     "intermediate_size": "hidden",
 }
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLE = ("model.safetensors", "pytorch_model.bin")
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SHARD_BYTES = 5 * 10**9  # of the files that an export writes
 DELTA_SCALE = 0.05  # RMSNorm scales of a model are of the order of 1, those of a delta below 0.01
 PADDED_VOCABULARY = 64  # embeddings may be padded with unused rows to a multiple of this
 
@@ -103,7 +105,8 @@ def open_release(folder: Path, delta: Path | None, problems: Problems) -> Releas
     What is wrong goes to `problems`; then the release may have no tensors, and without a config there is none.
     """
     cfg = read_config(folder, problems)
-    files, tensors = read_tensors(folder, problems)
+    wanted = [key for entry in entries(cfg) for key in entry.keys] if cfg else []
+    files, tensors = read_tensors(folder, problems, wanted)
     if cfg is None:
         return None
     if is_delta(tensors):
@@ -111,7 +114,7 @@ def open_release(folder: Path, delta: Path | None, problems: Problems) -> Releas
                         f"Give the base model as --llama and this folder as --delta.")
     tokenizer = folder
     if delta is not None:
-        delta_files, changes = read_tensors(delta, problems)
+        delta_files, changes = read_tensors(delta, problems, [key for key in tensors if reason(key, IGNORED) is None])
         if changes and not is_delta(changes):
             problems.append(f"{delta} was given as --delta, but it holds a whole model: its norm scales are not near "
                             "0. Give it as --llama, without --delta.")
@@ -191,37 +194,74 @@ def generation_ids(folder: Path, problems: Problems) -> dict[str, Any]:
     return ids
 
 
-def read_tensors(folder: Path, problems: Problems) -> tuple[list[Path], dict[str, LazyTensor]]:
-    """(weight files, tensors) of a folder: one file, or shards and their index, in safetensors or PyTorch's format.
+def read_tensors(
+    folder: Path, problems: Problems, wanted: Collection[str] = ()
+) -> tuple[list[Path], dict[str, LazyTensor]]:
+    """(weight files, tensors) of the set in a folder that transformers takes, which is printed.
+
+    wanted: keys that it should hold. Where it is damaged or lacks some, and another set in the folder is complete, a
+            problem names that set; it is never taken instead.
 
     No tensors come with a problem: those of a missing shard would all be reported again, one by one.
     """
     before = len(problems)
-    index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
-    if index is None:
-        single = next((folder / name for name in SINGLE if (folder / name).is_file()), None)
-        if single is None:
-            problems.append(f"{folder} holds no weights: none of {', '.join(INDEXES + SINGLE)} is there.")
-            return [], {}
-        return [single], read_file(single, problems)
-    where = read_json(index, problems).get("weight_map", {})
-    if not where or any(Path(name).name != name for name in where.values()):
-        problems.append(f"{index} has no weight_map that names files of its own folder.")
+    names = weight_files.candidates(folder, problems)
+    if not names:
+        if len(problems) == before:
+            problems.append(_no_weights(folder))
         return [], {}
-    files = [folder / name for name in sorted(set(where.values()))]
-    absent = [file.name for file in files if not file.is_file()]
-    problems.extend(f"{folder}: {name} is missing, though {index.name} lists it. Download the folder again."
-                    for name in absent)
+    files, tensors = read_set(folder, names[0], problems, told=True)
+    if len(problems) > before or not tensors.keys() >= set(wanted):
+        problems.extend(_complete_set(folder, names, wanted))
+    return files, tensors
+
+
+def read_set(
+    folder: Path, name: str, problems: Problems, told: bool = False
+) -> tuple[list[Path], dict[str, LazyTensor]]:
+    """(weight files, tensors) of one file or of an index's shards. told: print what is read and what is not."""
+    before = len(problems)
+    chosen = weight_files.open_set(folder, name, problems)
+    if len(problems) > before:
+        return [], {}
+    if told:
+        used = {name, *(file.name for file in chosen.files)}
+        weight_files.report(folder, used, weight_files.why_ignored(folder, name))
+    where = chosen.weight_map
     tensors: dict[str, LazyTensor] = {}
-    for file in files:
-        if file.name not in absent:
-            found = read_file(file, problems)
-            problems.extend(f"{file.name}: {key} is here, but {index.name} does not say so"
-                             for key in found if where.get(key) != file.name)
-            problems.extend(f"{file.name}: {key} is missing, though {index.name} says it is here"
-                             for key in where if where[key] == file.name and key not in found)
-            tensors.update(found)
-    return files, tensors if len(problems) == before else {}
+    for file in chosen.files:
+        found = read_file(file, problems)
+        if where and found:  # one that cannot be read has said so
+            problems.extend(f"{file.name}: {key} is here, but {name} does not say so"
+                            for key in found if where.get(key) != file.name)
+            problems.extend(f"{file.name}: {key} is missing, though {name} says it is here"
+                            for key in where if where[key] == file.name and key not in found)
+        tensors.update(found)
+    return chosen.files, tensors if len(problems) == before else {}
+
+
+def _complete_set(folder: Path, names: Sequence[str], wanted: Collection[str]) -> list[str]:
+    """What to do if the first of the sets `names` is no good and a later one is: at most one line."""
+    for place, name in enumerate(names[1:], 1):
+        found = Problems()
+        _, tensors = read_set(folder, name, found)
+        if not found and tensors.keys() >= set(wanted):
+            return [f"{folder} also holds a complete set: {name}. If it is the one you want, delete "
+                    f"{' and '.join(names[:place])}, or move {'it' if place == 1 else 'them'} out of the folder."]
+    return []
+
+
+def _no_weights(folder: Path) -> str:
+    there = weight_files.unread(folder)
+    line = f"{folder} holds no weights: none of {', '.join(weight_files.ORDER)} is there."
+    if there:
+        line += f" It holds {weight_files.listed(there)}, which transformers would not read either."
+    if any(re.fullmatch(r".+-\d+-of-\d+\.(safetensors|bin)", name) for name in there):
+        line += " Shards are read through their index: download it as well."
+    if any(name.startswith("consolidated.") for name in there):
+        line += (" To convert Meta's consolidated.NN.pth, give a folder without config.json: only there are they "
+                 "looked for.")
+    return line
 
 
 def read_file(path: Path, problems: Problems) -> dict[str, LazyTensor]:
@@ -306,3 +346,39 @@ def check_vocabulary(folder: Path, said: int, key: str, tensors: Mapping[str, An
 
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
+
+
+# ---- back to a folder ----
+
+
+def write_folder(
+    cfg: LlamaConfig, generation: Mapping[str, Any], tokenizer: Path, out: Path, tensors: Mapping[str, LazyTensor]
+) -> None:
+    """Weights in shards with their index, config.json, generation_config.json and the tokenizer."""
+    shards: list[dict[str, LazyTensor]] = [{}]
+    room = SHARD_BYTES
+    for key, tensor in tensors.items():
+        if shards[-1] and tensor.nbytes > room:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][key] = tensor
+        room -= tensor.nbytes
+    names = [f"pytorch_model-{n:05}-of-{len(shards):05}.bin" for n in range(1, len(shards) + 1)]
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+             "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard}}
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        **{theirs: getattr(cfg, ours) for theirs, ours in FIELDS.items()},
+        "num_key_value_heads": cfg.kv_heads, "head_dim": cfg.head_dim, "rms_norm_eps": cfg.eps,
+        "rope_theta": cfg.rope_theta, "max_position_embeddings": cfg.max_positions, "tie_word_embeddings": cfg.tied,
+        "torch_dtype": str(next(iter(tensors.values())).dtype), **generation,
+    }
+    with whole_folder(out) as folder:
+        for name, shard in zip(names, shards, strict=True):
+            torch_file.save(folder / name, shard)
+        files = {"pytorch_model.bin.index.json": index, "config.json": config, "generation_config.json": generation}
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        for file in TOKENIZER_FILES:
+            if (tokenizer / file).is_file():
+                shutil.copyfile(tokenizer / file, folder / file)

@@ -9,17 +9,30 @@ Facts: llama/model.py and llama/generation.py of facebookresearch/llama, for LLa
 """
 
 import functools
+import itertools
+import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mmjax.convert import torch_file
+from mmjax.convert import torch_file, weight_files
 from mmjax.convert.lazy import LazyTensor, WeightFileError
 from mmjax.convert.llama import Release, axes, check_vocabulary
-from mmjax.convert.tables import Computed, Entry, Problems, expand, flat, read_json, reason
+from mmjax.convert.tables import (
+    Computed,
+    ConversionError,
+    Entry,
+    Problems,
+    expand,
+    flat,
+    read_json,
+    reason,
+    whole_folder,
+)
 from mmjax.models.llama import LlamaConfig
 from mmjax.tokenizer import Tokenizer
 
@@ -52,6 +65,7 @@ OPTIONS = {  # params.json: what else it may say, and what that may be
 EPS = 1e-5  # where params.json says nothing, the class's default
 MULTIPLE_OF = 256
 GENERATION = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # of every tokenizer.model by Meta
+SHOWN = 64  # missing shards in a message; Llama-2 70B has 8
 SHARD = re.compile(r"consolidated\.(\d+)\.pth")
 
 
@@ -144,14 +158,30 @@ def hidden_size(dim: int, multiple_of: int, multiplier: float | None = None) -> 
 
 
 def read_shards(folder: Path, problems: Problems) -> dict[str, dict[str, LazyTensor]]:
-    """{file name: its tensors} in the order of their numbers; nothing if a number is missing."""
-    numbers = {int(match[1]): match[0] for match in (SHARD.fullmatch(path.name) for path in folder.iterdir()) if match}
-    absent = [f"consolidated.{number:02}.pth" for number in range(max(numbers, default=0)) if number not in numbers]
-    if absent or not numbers:
-        problems.append(f"{folder} has {', '.join(sorted(numbers.values())) or 'no consolidated.NN.pth'}, but not "
-                        f"{', '.join(absent) or 'consolidated.00.pth'}. Download what is missing.")
-        return {}
+    """{file name: its tensors} in the order of their numbers; nothing if a number is missing or there twice."""
+    numbers: dict[int, str] = {}
     before = len(problems)
+    for name in sorted(path.name for path in folder.iterdir() if SHARD.fullmatch(path.name)):
+        number = int(SHARD.fullmatch(name)[1])
+        if number in numbers:
+            problems.append(f"{folder} has shard {number} twice: {numbers[number]} and {name}. Move the one that does "
+                            "not belong to the others out of the folder.")
+        numbers[number] = name
+    gaps = (number for number in range(max(numbers, default=0)) if number not in numbers)
+    absent = [f"consolidated.{number:02}.pth" for number in itertools.islice(gaps, SHOWN)]  # a name may say any number
+    if not numbers:
+        there = weight_files.listed(weight_files.unread(folder))
+        problems.append(f"{folder} has no consolidated.00.pth"
+                        + f"; it holds {there}, which is not read here" * bool(there)
+                        + ". Give a folder with Meta's consolidated.NN.pth, or one as transformers saves it, with its "
+                          "config.json.")
+    if absent:
+        problems.append(f"{folder} has {weight_files.listed(numbers.values())}, but not {', '.join(absent)}. Download "
+                        "what is missing.")
+    weight_files.check_finished([folder / name for name in numbers.values()], problems)
+    if len(problems) > before:
+        return {}
+    weight_files.report(folder, numbers.values(), "A folder without config.json is read as Meta ships it.")
     shards = {}
     for number in sorted(numbers):
         path = folder / numbers[number]
@@ -223,3 +253,16 @@ def params(cfg: LlamaConfig) -> dict[str, Any]:
         **({"n_kv_heads": cfg.kv_heads} if cfg.kv_heads != cfg.heads else {}),
         **({"rope_theta": cfg.rope_theta} if cfg.rope_theta != LlamaConfig.rope_theta else {}),
     }
+
+
+def write_folder(cfg: LlamaConfig, tokenizer: Path, out: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """params.json, all tensors in consolidated.00.pth, and tokenizer.model."""
+    if not (tokenizer / "tokenizer.model").is_file():
+        raise ConversionError(f"{tokenizer} has no tokenizer.model, without which Meta's format is not complete. "
+                              "Export the part `llm` instead.")
+    with whole_folder(out) as folder:
+        torch_file.save(folder / "consolidated.00.pth", tensors)
+        (folder / "params.json").write_text(json.dumps(params(cfg)) + "\n")
+        shutil.copyfile(tokenizer / "tokenizer.model", folder / "tokenizer.model")
+
+

@@ -8,18 +8,32 @@ Facts: minigpt4/models/{eva_vit,Qformer,minigpt_base}.py, and what its runner sa
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmjax.convert import llama, torch_file
+import numpy as np
+
+from mmjax.config import TextConfig
+from mmjax.convert import language_model, llama, torch_file
 from mmjax.convert.lazy import LazyTensor, WeightFileError
-from mmjax.convert.tables import Entry, Problems, expand, flat, read_json, shown
-from mmjax.models.eva_vit import VitConfig
+from mmjax.convert.tables import (
+    Computed,
+    Entry,
+    Inspected,
+    Parameter,
+    Problems,
+    expand,
+    flat,
+    forward,
+    read_json,
+    shown,
+    unknown_name,
+)
+from mmjax.models.eva_vit import JOINED, VitConfig
 from mmjax.models.llama import LlamaConfig
 from mmjax.models.qformer import QFormerConfig
 
@@ -175,14 +189,14 @@ def read_arch(path: Path | None, problems: Problems) -> dict[str, dict[str, Any]
     for part, fields in (read_json(path, problems) if path else {}).items():
         if part not in ARCH:
             if part != "llama":  # its folder's config.json says everything
-                problems.append(f"--arch {path.name}: {_unknown(part, ARCH)}")
+                problems.append(f"--arch {path.name}: {unknown_name(part, ARCH)}")
             continue
         if not isinstance(fields, dict):
             problems.append(f"--arch {path.name}: {part} is {fields!r}, expected a table of fields.")
             continue
         for name, value in fields.items():
             if name not in ARCH[part]:
-                problems.append(f"--arch {path.name}: {part}: {_unknown(name, ARCH[part])}")
+                problems.append(f"--arch {path.name}: {part}: {unknown_name(name, ARCH[part])}")
             elif name != "lora_targets" and (not isinstance(value, int | float) or value <= 0):
                 problems.append(f"--arch {path.name}: {part}.{name} is {value!r}, expected a number above 0.")
             else:
@@ -194,11 +208,6 @@ def read_arch(path: Path | None, problems: Problems) -> dict[str, dict[str, Any]
     if width is not None and told["vit"].get("dim", width) != width:
         problems.append(f"--arch {path.name}: qformer.encoder_width is {width}, vit.dim is {told['vit']['dim']}.")
     return told
-
-
-def _unknown(name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"unknown {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}.")
 
 
 def vit_config(tensors: Mapping[str, LazyTensor], arch: Mapping[str, Mapping[str, Any]], v2: bool,
@@ -266,3 +275,115 @@ def _config(cls, part: str, tensors: Mapping[str, LazyTensor], found: Mapping[st
         problems.append(f"{part}: {cfg.heads} heads do not divide the width {cfg.dim}.")
         return None
     return cfg
+
+
+# What the released models were trained with; which template belongs to a projector no weight file says.
+TEXT = TextConfig(end_sym="###", max_txt_len=160)
+TEXT_NO_QFORMER = TextConfig(end_sym="</s>", max_txt_len=160)
+TEXT_V2 = TextConfig(end_sym="</s>", max_txt_len=1024)
+
+
+def inspect(
+    vit: Path, llm: Path, *, qformer: Path | None = None, delta: Path | None = None,
+    projector: Path | None = None, lora: Path | None = None, lora_rank: int = 0, arch: Path | None = None,
+    prompt_template: str = "",
+) -> Inspected:
+    """Converts MiniGPT-4 or MiniGPT-v2 from its parts.
+
+    Args:
+        vit: eva_vit_g.pth
+        llm: folder of LLaMA, Vicuna or Llama-2 as transformers saves it, or as Meta ships it
+        qformer: blip2_pretrained*.pth; left out for the models without Q-Former (on Llama-2, and MiniGPT-v2)
+        delta: folder of a Vicuna delta to add to `llm`
+        projector: trained checkpoint that holds llama_proj; without it the projector starts fresh
+        lora: trained checkpoint that holds LoRA; may be the same file as `projector`
+        lora_rank: rank of a fresh LoRA to train, when there is no `lora`
+        arch: JSON file with what tensors do not show (head counts, image size, ...); released sizes need none
+        prompt_template: put around every prompt at its {} from now on, such as "###Human: {} ###Assistant: " (Vicuna),
+            "[INST] {} [/INST] " (Llama-2) or "[INST] {} [/INST]" (MiniGPT-v2); without it prompts are taken as they are
+    """
+    problems, parameters = Problems(), {}
+    told = read_arch(arch, problems)
+    is_v2 = lora is not None or lora_rank > 0
+    vit_cfg, found = _read_vit(vit, told, is_v2, problems)
+    parameters |= found
+    qformer_cfg, found, constant = _read_qformer(qformer, vit_cfg, told, problems)
+    parameters |= found
+    release, found = language_model.read(llm, delta, problems)
+    parameters |= found
+    trained, fresh = {path: read_trained(path, problems) for path in (projector, lora) if path}, []
+    if release:
+        cfg = release.cfg
+        if is_v2:
+            cfg = with_lora(cfg, trained.get(lora, {}), lora_rank, told, problems)
+        if vit_cfg and (qformer_cfg or not qformer):
+            inputs = qformer_cfg.dim if qformer_cfg else JOINED * vit_cfg.dim
+            found, fresh = _read_trained_parts(
+                trained, (("projector", projector, projector_entries(inputs, cfg.dim)),
+                          ("lora", lora, llama.lora_entries(cfg))), problems)
+            parameters |= found
+    problems.check("Cannot convert")
+    text = TEXT_V2 if is_v2 else TEXT if qformer else TEXT_NO_QFORMER
+    text = dataclasses.replace(text, prompt_template=prompt_template)
+    sources = {"vit": vit, "qformer": qformer, "projector": projector, "lora": lora}
+    sources = {name: (path,) for name, path in sources.items() if path} | {"llm": release.files}
+    parts = {"vit": vit_cfg, "qformer": qformer_cfg, "llm": cfg}
+    return Inspected(parts, parameters, text, release.generation, sources, release.tokenizer, tuple(fresh), constant)
+
+
+def _read_vit(path: Path, told: Mapping[str, Any], is_v2: bool,
+              problems: Problems) -> tuple[VitConfig | None, dict[str, Parameter]]:
+    tensors = read(path, problems)
+    cfg = vit_config(tensors, told, is_v2, problems)
+    return cfg, forward(vit_entries(cfg), tensors, vit_ignored(cfg), path.name, problems) if cfg else {}
+
+
+def _read_qformer(
+    path: Path | None, vit_cfg: VitConfig | None, told: Mapping[str, Any], problems: Problems
+) -> tuple[QFormerConfig | None, dict[str, Parameter], dict[str, float]]:
+    """(config, parameters, constant parameters): without a file the constant ln_vision, which the original then leaves
+    as it was initialised."""
+    if path:
+        tensors = read(path, problems)
+        cfg = qformer_config(tensors, told, problems)
+        if not (cfg and vit_cfg):
+            return cfg, {}, {}
+        return cfg, forward(qformer_entries(cfg, vit_cfg.dim), tensors, BLIP2_IGNORED, path.name, problems), {}
+    if not vit_cfg:
+        return None, {}, {}
+    if vit_cfg.grid**2 % JOINED:
+        problems.append(f"Without Q-Former {JOINED} patches become one token, but images of {vit_cfg.image_size} "
+                        f"pixels have {vit_cfg.grid**2} patches.")
+    constant = {"ln_vision/scale": 1.0, "ln_vision/bias": 0.0}
+    return None, {path: _filled(path, value, vit_cfg.dim) for path, value in constant.items()}, constant
+
+
+def _read_trained_parts(
+    files: Mapping[Path, Mapping[str, LazyTensor]], parts: Sequence[tuple[str, Path | None, list[Entry]]],
+    problems: Problems,
+) -> tuple[dict[str, Parameter], list[str]]:
+    """(parameters, fresh paths) of the trained parts, given as (option, its file, entries).
+
+    One file may serve both. A part that a file holds and nobody asked for would silently be lost, as it was in the
+    original: that is a problem.
+    """
+    parameters: dict[str, Parameter] = {}
+    for path, tensors in files.items():
+        entries, ignored = [], list(TRAINED_IGNORED)
+        for option, given, wanted in parts:
+            pattern = TRAINED_KEYS[option]
+            if given == path:
+                entries += wanted
+                continue
+            ignored.append((pattern, f"--{option} is another file"))
+            if given is None and any(re.fullmatch(pattern, key) for key in tensors):
+                problems.append(f"{path.name} holds a trained {option} as well, which would be lost: give the same "
+                                f"file as --{option}, too.")
+        if tensors:
+            parameters |= forward(entries, tensors, ignored, path.name, problems)
+    return parameters, [entry.path for _, given, wanted in parts if given is None for entry in wanted]
+
+
+def _filled(path: str, value: float, size: int) -> Parameter:
+    tensor = Computed(path, (size,), np.float32, lambda: np.full(size, value, np.float32))
+    return Parameter((size,), np.dtype(np.float32), "D -> D", {}, (tensor,), False)

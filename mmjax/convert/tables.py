@@ -13,18 +13,23 @@ Nothing is skipped in silence: a source key that no line uses must match a line 
 reason in words, and a parameter that no line fills must be named as fresh by the caller.
 """
 
+import contextlib
 import dataclasses
+import difflib
 import itertools
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import einops
 import numpy as np
 
+from mmjax.config import TextConfig
 from mmjax.convert.lazy import LazyTensor, contiguous
 
 Table = Sequence[tuple[str, str, str]]
@@ -84,6 +89,33 @@ class Parameter:
             yield from (piece[None] for piece in pieces)
         else:
             yield np.stack(list(pieces))
+
+
+@dataclasses.dataclass
+class Inspected:
+    """Released files that were checked and not yet converted.
+
+    parts:      the fields of the family's config
+    parameters: by path
+    generation: {"bos_token_id", "eos_token_id", "pad_token_id"}
+    sources:    the files by option
+    tokenizer:  folder whose tokenizer belongs to the language model
+    fresh:      parameters of the model that no source holds: training starts them anew
+    constant:   parameters that no source holds and that have a known value
+    replaced:   the base's parameters that an adapter has others for
+    words:      the merges file of the text sense
+    """
+
+    parts: dict[str, Any]
+    parameters: dict[str, Parameter]
+    text: TextConfig
+    generation: dict[str, Any]
+    sources: dict[str, Sequence[Path]]
+    tokenizer: Path
+    fresh: tuple[str, ...] = ()
+    constant: dict[str, float] = dataclasses.field(default_factory=dict)
+    replaced: dict[str, Parameter] = dataclasses.field(default_factory=dict)
+    words: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +214,7 @@ def read_json(path: Path, problems: Problems) -> dict[str, Any]:
     """A JSON object; if the file holds none, a problem and nothing."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problems.append(f"{path} is not readable JSON: {error}")
         return {}
     if not isinstance(values, dict):
@@ -207,6 +239,12 @@ def shown(tensors: Mapping[str, LazyTensor], where: Mapping[str, Sequence[str]],
     found.pop("", None)
     numbers = [int(match[1]) for match in (re.match(block, key) for key in tensors) if match] if block else []
     return found | ({"depth": max(numbers) + 1} if numbers else {})
+
+
+def unknown_name(name: str, known: Collection[str]) -> str:
+    """Says that a name is unknown, with the closest known one."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"unknown {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}.")
 
 
 def reason(key: str, ignored: Ignored) -> str | None:
@@ -262,3 +300,15 @@ def _rearrange(array: np.ndarray, layout: str, sizes: Mapping[str, int]) -> np.n
         block = tuple(slice(first, first + step) for first, step in zip(corner, steps, strict=True))
         result[block] = view[block]
     return result
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder that appears under its name when it is complete."""
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir()
+        yield partial
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

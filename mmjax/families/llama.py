@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 from mmjax.batch import Batch
-from mmjax.convert import llama as source
+from mmjax.convert import language_model as source
 from mmjax.families import parts
 from mmjax.families.base import Conversion, Family, FamilyConfig, register
 from mmjax.families.model import LanguageModel, example_batch

@@ -22,9 +22,9 @@ from mmjax.data.neighbours import Recall
 from mmjax.data.text import row_places
 from mmjax.families import FAMILIES
 from mmjax.inference.generate import GenerateConfig, Writing, row_keys
+from mmjax.inference.layouts import unstack
 from mmjax.inference.requests import is_text
 from mmjax.models import bind
-from mmjax.inference.layouts import unstack
 from mmjax.tokenizer import Tokenizer
 
 BROKEN = "\ufffd"  # what the bytes of a character give that are not all there yet

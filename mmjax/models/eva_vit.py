@@ -32,6 +32,7 @@ class VitConfig:
         return self.image_size // self.patch
 
 
+JOINED = 4  # neighbouring patches that MiniGPT-4 without a Q-Former joins into one token
 EVA_VIT_G = VitConfig()
 EVA_VIT_G_448 = VitConfig(image_size=448)
 TINY = VitConfig(image_size=28, patch=7, dim=32, depth=2, heads=4, hidden=48, table=4)

@@ -21,12 +21,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
-from mmjax import trees
-from mmjax.models import int8
-from mmjax.models.layers import Project, RMSNorm, attend, einsum, look_up, turn, uniform_fan_in
+from mmjax.models.layers import Project, RMSNorm, attend, einsum, look_up, uniform_fan_in
 
 
 @dataclasses.dataclass(frozen=True)

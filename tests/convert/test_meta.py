@@ -192,7 +192,7 @@ def test_missing_files(tmp_path):
     (folder / "consolidated.00.pth").unlink()
     assert "has consolidated.01.pth, but not consolidated.00.pth" in refused(tmp_path, write.llama, llm=folder)
     (folder / "consolidated.01.pth").unlink()
-    assert "has no consolidated.NN.pth, but not" in refused(tmp_path, write.llama, llm=folder)
+    assert "has no consolidated.00.pth. Give a folder" in refused(tmp_path, write.llama, llm=folder)
     shutil.copyfile(TWO / "consolidated.00.pth", folder / "consolidated.00.pth")
     message = refused(tmp_path, write.llama, llm=folder)
     assert "so there should be 2 shards; there are 1" in message and "1 problem." in message

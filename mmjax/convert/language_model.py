@@ -1,0 +1,43 @@
+"""A language model from a folder in either format: as transformers saves it, or as Meta ships it."""
+
+from pathlib import Path
+
+from mmjax.config import TextConfig
+from mmjax.convert import llama, meta
+from mmjax.convert.llama import Release
+from mmjax.convert.tables import Inspected, Parameter, Problems, forward
+from mmjax.tokenizer import Tokenizer
+
+
+def inspect(llm: Path, *, delta: Path | None = None) -> Inspected:
+    """Converts a language model alone: for text, and as a base for others.
+
+    Args:
+        llm: folder as transformers saves it (config.json, weights in .safetensors or .bin, tokenizer) or as Meta
+            ships it (params.json, consolidated.NN.pth; tokenizer.model in it or beside it)
+        delta: folder of a Vicuna delta to add to the weights
+    """
+    problems = Problems()
+    release, parameters = read(llm, delta, problems)
+    problems.check(f"Cannot convert {llm}")
+    tokenizer = Tokenizer.from_folder(release.tokenizer)
+    text = TextConfig(end_sym=tokenizer.decode([tokenizer.eos], skip_special=False))
+    return Inspected({"llm": release.cfg}, parameters, text, release.generation, {"llm": release.files},
+                     release.tokenizer)
+
+
+def read(
+    folder: Path, delta: Path | None, problems: Problems
+) -> tuple[Release | None, dict[str, Parameter]]:
+    """(release, parameters) of a folder in either format."""
+    if meta.recognised(folder):
+        release = meta.open_release(folder, problems)
+        if delta:
+            problems.append(f"--delta is a difference to a folder as transformers saves it, and {folder} is Meta's. "
+                            "Export that first: convert it with `llama`, then"
+                            " `mmjax export --checkpoint OUT --part llm --out FOLDER`.")
+    else:
+        release = llama.open_release(folder, delta, problems)
+    if release is None or not release.tensors:
+        return release, {}
+    return release, forward(release.entries, release.tensors, release.ignored, folder.name, problems)
