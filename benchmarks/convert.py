@@ -103,7 +103,7 @@ def main() -> None:
         from mmjax.convert import write as conversion
 
         start = time.perf_counter()
-        conversion.llama(*args.convert)
+        write.command("llama")(*args.convert)
         print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                           "seconds": time.perf_counter() - start}))
         return

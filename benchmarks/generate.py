@@ -217,7 +217,7 @@ def main() -> None:
         source, out = args.llama or Path(work) / "llama", Path(work) / "converted"
         if not args.llama:
             make(source)
-        write.llama(source, out)
+        write.command("llama")(source, out)
         loaded, theirs = endless(out, args.dtype), Theirs(source, args.dtype)
         speed = reading_speed()
         results = [measure(loaded, theirs, rows, args.prompt, args.new, args.turns, speed) for rows in args.rows]

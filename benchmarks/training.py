@@ -46,7 +46,7 @@ class Model:
 
     @property
     def rules(self) -> tuple[str, ...]:
-        return FAMILIES[self.family].TRAINED
+        return FAMILIES[self.family].trained
 
     def params(self) -> dict[str, np.ndarray]:
         return sizes.params(self.family, self.cfg, self.dtype, self.rules)

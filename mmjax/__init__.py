@@ -8,7 +8,7 @@
 """
 
 from mmjax.batch import Batch, Sample
-from mmjax.checkpoints.converted import export
+from mmjax.convert.export import export
 from mmjax.inference.loaded import Loaded, load
 from mmjax.training.run import train
 from mmjax.training.steps import loss

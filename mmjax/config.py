@@ -38,8 +38,8 @@ class WeightsConfig:
     """The converted checkpoint a run starts from.
 
     checkpoint: folder written by `convert_weights.py`
-    family:     what the sources are of: a command of `convert_weights.py`
-    sources:    released files by option name (`vit`, `qformer`, `llama`, `projector`, `lora`, `arch`); converted into
+    family:     what the sources are of: a command of `convert_weights.py`. Also where `mmjax plan` looks for a preset
+    sources:    released files by option name (`vit`, `qformer`, `llm`, `projector`, `lora`, `arch`); converted into
                 `checkpoint` first if that folder does not exist yet
     start_from: a finished run whose trained parameters this one starts from (stage 2 after stage 1)
     dtype:      frozen parameters and activations; trained parameters are float32 always
@@ -48,7 +48,7 @@ class WeightsConfig:
     """
 
     checkpoint: str = ""
-    family: str = "minigpt4"
+    family: str = ""
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
     start_from: str | None = None
     dtype: str = "bfloat16"

@@ -1,7 +1,7 @@
 """Where a model parts from its PyTorch original: the same inputs through both, compared stage by stage.
 
 The reference is an npz file with the inputs and with what the original's modules gave for them; docs/parity.md has the
-format, and a recipe that writes such a file. Inputs and stages have names: `INPUTS` and `STAGES`.
+format, and a recipe that writes such a file. Inputs and stages have names: `INPUTS`, and the family's `stages`.
 
 B rows   T tokens   F pictures a row   N = B·F   D model   V vocabulary
 """
@@ -22,10 +22,10 @@ from rich.table import Table
 
 from mmjax import sharding, trees
 from mmjax.batch import Batch
-from mmjax.families import FAMILIES, shapes
-from mmjax.families.base import causal_mask
+from mmjax.families import shapes
+from mmjax.families.base import NUMBER, Family, Stage
+from mmjax.families.model import causal_mask
 from mmjax.inference.loaded import Loaded
-from mmjax.models.imagebind import SENSES
 from mmjax.training import steps
 
 INPUTS = {
@@ -38,72 +38,9 @@ INPUTS = {
     "weight_{sense}": "float[B]: of that sense in the mix; without it, 1",
 }
 NO_TARGET = -100
-NUMBER = "{i}"
 # Relative to the largest magnitude, and typical to typical. In float32 models differ by some 1e-6 (docs/parity.md); the
 # others have 11 and 8 bits, and lose a few of them on the way.
 TOLERANCES = {"float32": 3e-5, "float16": 1e-2, "bfloat16": 0.15}
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """A place at which the two can be compared.
-
-    name:   in the file; `{i}` is the number of a layer
-    path:   of the module that gives it; layers that are scanned are one module
-    reads:  the parameters that act in it
-    theirs: the same in the original
-    """
-
-    name: str
-    path: str
-    reads: str
-    theirs: str
-
-    def of(self, number: str | int) -> "Stage":
-        """The stage of one layer."""
-        return Stage(*(text.replace(NUMBER, str(number)) for text in dataclasses.astuple(self)))
-
-
-STAGES = (  # in the order in which the data pass through them
-    Stage("vit_patches", "vit/patch", "vit/patch", "visual_encoder.patch_embed"),
-    Stage("vit_block_{i}", "vit/blocks", "vit/blocks [{i}] (block 0 also vit/cls and vit/pos)",
-          "visual_encoder.blocks.{i} (pos_embed, cls_token)"),
-    Stage("vit_out", "vit", "vit", "visual_encoder"),
-    Stage("ln_vision_out", "ln_vision", "ln_vision", "ln_vision"),
-    Stage("qformer_block_{i}", "qformer/layer_{i}", "qformer/layer_{i} (layer 0 also query_tokens and norm)",
-          "Qformer.bert.encoder.layer.{i} (query_tokens)"),
-    Stage("qformer_out", "qformer", "qformer", "Qformer.bert"),
-    Stage("proj_out", "projector", "projector", "llama_proj"),
-    Stage("clip_block_{i}", "clip/blocks", "clip/blocks [{i}] (block 0 also clip/patch, cls, pos, pre_norm)",
-          "clip.visual.transformer.resblocks.{i}"),
-    Stage("clip_out", "clip", "clip/post_norm, clip/out", "clip.visual.ln_post, clip.visual.proj"),
-    Stage("visual_block_{i}", "visual/blocks", "visual/blocks [{i}] (block 0 also visual/proj and visual/query)",
-          "visual_blocks.{i} (clip_proj, visual_query)"),
-    Stage("visual_out", "visual", "visual/out, visual/out_norm", "visual_proj, visual_proj_norm"),
-    *(stage for sense in SENSES for stage in (
-        Stage(f"{sense}_tokens", f"imagebind/{sense}/stem", f"imagebind/{sense}/stem",
-              f"image_bind.modality_preprocessors.{sense}"),
-        Stage(f"{sense}_block_{{i}}", f"imagebind/{sense}/blocks",
-              f"imagebind/{sense}/blocks [{{i}}] (block 0 also pre_norm)",
-              f"image_bind.modality_trunks.{sense}.blocks.{{i}}"),
-        Stage(f"{sense}_head", f"imagebind/{sense}/head", f"imagebind/{sense}/head",
-              f"image_bind.modality_heads.{sense}"),
-        Stage(f"{sense}_out", f"imagebind/{sense}", f"imagebind/{sense}/post",
-              f"image_bind.modality_postprocessors.{sense}"))),
-    Stage("mixed", "", "nothing: the senses, of length 1 each, are averaged by their weights", "forward_visual"),
-    Stage("bind_proj", "bind/proj", "bind/proj", "image_bind_proj"),
-    Stage("bind_block_{i}", "bind/block_{i}", "bind/block_{i}",
-          "image_bind_norm_{i}, image_bind_f1_{i}, f2_{i}, f3_{i}"),
-    Stage("bind_out", "bind", "bind", "forward_visual"),
-    Stage("llama_embed", "", "llm/embedding, and where soft tokens stand", "model.embed_tokens, tok_embeddings"),
-    Stage("llama_layer_{i}", "llm/layers", "llm/layers/… [{i}], its LoRA, and what is injected into it",
-          "model.layers.{i} (transformers), layers.{i} (Meta)"),
-    Stage("llama_norm", "llm/norm", "llm/norm", "model.norm"),
-    Stage("logits", "", "llama/head (llm/embedding where they are tied)", "lm_head, output"),
-    Stage("loss", "", "nothing: `targets` against `logits`", "loss"),
-)
-DECODED = ("llama_layer_{i}", "llama_norm", "logits")  # [B,T,...]; at padding they are nobody's business
-PATHS = {stage.path for stage in STAGES if stage.path}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,20 +78,21 @@ def parity(model: Loaded, reference: str | Path, tolerance: float | None = None)
         raise ValueError(f"{reference} holds no stage to compare, only {', '.join(held) or 'nothing'}.")
     batch, given = inputs(model, held)
     possible = known(model.family, model.config)
+    embedding = next((stage.name for stage in possible.values() if stage.kind == "embedding"), None)
     if unknown := [name for name in wanted if name not in possible]:
         raise ValueError(f"{reference} holds {', '.join(unknown)}, which this model does not have. It has the stages "
                          f"{', '.join(summary(possible))}, and takes the inputs {', '.join(INPUTS)}.")
     with sharding.use(model.mesh):
-        found = compute(model.module, frozenset(wanted), "targets" in held, model.params, batch, given)
+        found = compute(model.module, model.family, frozenset(wanted), "targets" in held, model.params, batch, given)
         if missing := [name for name in wanted if name not in found]:
             raise ValueError(f"{reference} has no inputs for {', '.join(summary(missing))}: pictures need `images`, "
-                             "senses `media_image` and the like, llama's stages `tokens` or `llama_embed`, and the "
-                             "loss `targets`.")
+                             "senses `media_image` and the like, the language model's stages `tokens` or "
+                             f"`{embedding}`, and the loss `targets`.")
     kind = jnp.dtype(model.module.dtype).name
-    ordered = [name for name in possible if name in wanted and not (given is not None and name == "llama_embed")]
+    ordered = [name for name in possible if name in wanted and not (given is not None and name == embedding)]
     if not ordered:
-        raise ValueError(f"{reference} holds `llama_embed` without `tokens`: then it is an input, and there is no "
-                         "other stage to compare.")
+        raise ValueError(f"{reference} holds `{embedding}` without `tokens`: then it is an input, and there is no other "
+                         "stage to compare.")
     return [compare(possible[name], found[name], held[name], np.asarray(batch.valid),
                     tolerance or max(TOLERANCES[kind], TOLERANCES.get(held[name].dtype.name, 0.0)))
             for name in ordered]
@@ -183,8 +121,9 @@ def inputs(model: Loaded, held: Mapping[str, np.ndarray]) -> tuple[Batch, np.nda
     """
     targets, given = held.get("targets"), None
     tokens = held.get("tokens")
-    if tokens is None and "llama_embed" in held:
-        given = held["llama_embed"].astype(np.float32)
+    embedding = next((stage.name for stage in model.family.stages if stage.kind == "embedding"), None)
+    if tokens is None and embedding in held:
+        given = held[embedding].astype(np.float32)
         tokens = np.zeros(given.shape[:2], np.int32) if targets is None else np.maximum(targets, 0)
     if tokens is None:  # of no stage of the language model
         rows = next((len(x) for name, x in held.items() if name == "images" or name.startswith("media_")), 1)
@@ -216,6 +155,9 @@ def inputs(model: Loaded, held: Mapping[str, np.ndarray]) -> tuple[Batch, np.nda
         if (most := soft.sum(1).max(initial=0)) > room:
             raise ValueError(f"`tokens` marks {most} places of soft tokens in a row, its pictures become {room}.")
     media = {name.removeprefix("media_"): _narrow(x) for name, x in held.items() if name.startswith("media_")}
+    mixed = [*media]
+    if "image" in media:  # of a model that mixes senses
+        pictures = media.pop("image")[:, None]
     return Batch(
         tokens=np.where(soft, 0, tokens),
         soft_index=np.where(soft, np.cumsum(soft, axis=1) - 1, -1).astype(np.int32),
@@ -225,7 +167,7 @@ def inputs(model: Loaded, held: Mapping[str, np.ndarray]) -> tuple[Batch, np.nda
         padded_length=np.full(rows, length, np.int32),
         images=pictures,
         media=media or None,
-        weights={name: held.get(f"weight_{name}", np.ones(rows)).astype(np.float32) for name in media} or None,
+        weights={name: held.get(f"weight_{name}", np.ones(rows)).astype(np.float32) for name in mixed} or None,
     ), given
 
 
@@ -234,31 +176,35 @@ def _narrow(x: np.ndarray) -> np.ndarray:
     return x.astype(np.float32 if np.issubdtype(x.dtype, np.floating) else np.int32)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def compute(module: nn.Module, wanted: frozenset[str], has_targets: bool, params: Any, batch: Batch,
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def compute(module: nn.Module, family: Family, wanted: frozenset[str], has_targets: bool, params: Any, batch: Batch,
             given: Any = None) -> dict[str, jax.Array]:
     """Those of the `wanted` stages that these inputs reach; nothing else is computed."""
-    return {name: x for name, x in stages(module, params, batch, given, has_targets).items() if name in wanted}
+    found = stages(module, family, params, batch, given, has_targets)
+    return {name: x for name, x in found.items() if name in wanted}
 
 
-def stages(module: nn.Module, params: Any, batch: Batch, given: Any = None,
+def stages(module: nn.Module, family: Family, params: Any, batch: Batch, given: Any = None,
            has_targets: bool = False) -> dict[str, jax.Array]:
     """`{name: array}`: every stage that these inputs reach.
 
     given: vectors that enter the first layer, in place of those of the tokens
     """
 
+    patterns = [stage.path.replace(NUMBER, r"\d+") for stage in family.stages if stage.path]
+    embedding = next((stage.name for stage in family.stages if stage.kind == "embedding"), "embedding")
+
     def told(part: nn.Module, method: str) -> bool:
-        return method == "__call__" and any(re.fullmatch(pattern, "/".join(part.path)) for pattern in _patterns())
+        return method == "__call__" and any(re.fullmatch(pattern, "/".join(part.path)) for pattern in patterns)
 
     def run(model: Any) -> dict[str, jax.Array]:
         found = {}
-        if batch.media is not None and model.cfg.senses:
+        if model.cfg.senses and (batch.images is not None or batch.media is not None):
             found["mixed"] = model.feature(batch)
         x, injection = model.encode(batch)
         x = x if given is None else jnp.asarray(given, x.dtype)
         hidden, _ = model.decode(x, batch.positions, causal_mask(batch.valid, batch.segments), injection=injection)
-        return found | {"llama_embed": x, "logits": model.logits(hidden)}
+        return found | {embedding: x, "logits": model.logits(hidden)}
 
     named, variables = module.apply(
         {"params": params}, method=run, capture_intermediates=told, mutable=["intermediates"])
@@ -267,46 +213,40 @@ def stages(module: nn.Module, params: Any, batch: Batch, given: Any = None,
     if has_targets:
         losses = steps.token_losses(named["logits"], batch)
         named["loss"] = losses.sum() / jnp.maximum(batch.loss_mask[:, 1:].sum(), 1)
-    return named | _named(calls)
+    return named | _named(family, calls)
 
 
-@functools.cache
-def _patterns() -> tuple[str, ...]:
-    return tuple(path.replace(NUMBER, r"\d+") for path in PATHS)
-
-
-def _named(calls: Mapping[str, Any]) -> dict[str, jax.Array]:
+def _named(family: Family, calls: Mapping[str, Any]) -> dict[str, jax.Array]:
     """What modules gave, by stage: scanned layers one by one, in the original's shapes."""
     found = {}
     for path, value in calls.items():
         value = value[0] if isinstance(value, tuple) else value
-        for stage in STAGES:
+        for stage in family.stages:
             if stage.path == path and NUMBER in stage.name:
                 found |= {stage.of(i).name: layer for i, layer in enumerate(value)}
             elif stage.path == path:
-                found[stage.name] = _as_theirs(stage.name, value)
+                found[stage.name] = _as_original(stage, value)
             elif NUMBER in stage.path and (match := re.fullmatch(stage.path.replace(NUMBER, r"(\d+)"), path)):
                 found[stage.of(match[1]).name] = value
     return found
 
 
-def _as_theirs(name: str, value: jax.Array) -> jax.Array:
-    if name == "vit_patches":  # [N,h,w,D], theirs [N,h·w,D]
-        return value.reshape(len(value), -1, value.shape[-1])
-    if name == "proj_out":  # [B,F,Q,D], theirs [N,Q,D]
-        return value.reshape(-1, *value.shape[2:])
-    return value
+def _as_original(stage: Stage, value: jax.Array) -> jax.Array:
+    """With those leading axes of ours as one that are one in the original."""
+    if stage.flatten is None:
+        return value
+    start, stop = stage.flatten
+    return value.reshape(*value.shape[:start], -1, *value.shape[stop:])
 
 
 @functools.cache
-def known(family: str, config: Any) -> dict[str, Stage]:
+def known(family: Family, config: Any) -> dict[str, Stage]:
     """`{name: stage}`: all that such a model has, in order."""
-    module = FAMILIES[family]
-    made = jax.eval_shape(functools.partial(stages, module.Model(config), has_targets=True),
-                          trees.unflatten(shapes(family, config)), module.example(config))
+    made = jax.eval_shape(functools.partial(stages, family.Model(config), family, has_targets=True),
+                          trees.unflatten(shapes(family, config)), family.example(config))
     found = {}
-    for stage in STAGES:
-        pattern = re.compile(stage.name.replace(NUMBER, r"(\d+)"))
+    for stage in family.stages:
+        pattern = re.compile(re.escape(stage.name).replace(re.escape(NUMBER), r"(\d+)"))
         matches = [match for match in map(pattern.fullmatch, made) if match]
         numbers = sorted(int(match[1]) if NUMBER in stage.name else 0 for match in matches)
         found |= {stage.of(number).name: stage.of(number) for number in numbers}
@@ -334,7 +274,7 @@ def compare(stage: Stage, got: Any, expected: np.ndarray, valid: np.ndarray, tol
         return Compared(stage, got.shape, nan, nan, nan, tolerance, "shape",
                         f"the original's has the shape {expected.shape}, ours {got.shape}")
     shape, expected = got.shape, expected.reshape(got.shape)
-    if any(re.fullmatch(name.replace(NUMBER, r"\d+"), stage.name) for name in DECODED):
+    if stage.kind == "decoder":
         got, expected = got[valid], expected[valid]
     if wrong := [whose for whose, x in (("the original's", expected), ("ours", got)) if not np.isfinite(x).all()]:
         return Compared(stage, shape, nan, nan, nan, tolerance, "parts",
@@ -361,7 +301,7 @@ def verdict(rows: list[Compared]) -> str:
     before = (f"{rows[place - 1].stage.name}, which comes before it in the file, agrees" if place
               else "nothing before it was compared")
     return (f"They first part at {row.stage.name}: {how}; {before}. It reads {row.stage.reads}; in the original that "
-            f"is {row.stage.theirs}. Whatever comes after it can only be judged when this is right.")
+            f"is {row.stage.original}. Whatever comes after it can only be judged when this is right.")
 
 
 def show(rows: list[Compared], console: Console) -> None:

@@ -50,7 +50,7 @@ from mmjax.convert.tables import backward
 from mmjax.data import scenes as world
 from mmjax.data import text
 from mmjax.families import llama, minigpt4
-from mmjax.families.base import causal_mask
+from mmjax.families.model import causal_mask
 from mmjax.models.eva_vit import EvaVit, VitConfig
 from mmjax.models.layers import LayerNorm
 from mmjax.models.llama import LlamaConfig

@@ -21,7 +21,7 @@ def _folder() -> tempfile.TemporaryDirectory:
 def checkpoint() -> Path:
     """The reference set's MiniGPT-4, converted (pictures of 56 pixels, vocabulary 600)."""
     ckpt, out = GOLDEN / "ckpt", Path(_folder().name) / "checkpoint"
-    write.minigpt4(ckpt / "eva_vit.pth", ckpt / "llama_hf", out, qformer=ckpt / "blip2_pretrained.pth",
+    write.command("minigpt4")(ckpt / "eva_vit.pth", ckpt / "llama_hf", out, qformer=ckpt / "blip2_pretrained.pth",
                      projector=ckpt / "minigpt4_proj.pth", arch=GOLDEN / "model_sizes.json")
     return out
 

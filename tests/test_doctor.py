@@ -35,7 +35,7 @@ def _folder() -> tempfile.TemporaryDirectory:
 def scenes() -> Path:
     """MiniGPT-4 on the shipped towers, which were trained; its projector was not."""
     out = Path(_folder().name) / "scenes"
-    write.minigpt4(SHIPPED / "eva_vit.pth", SHIPPED / "llama", out, qformer=SHIPPED / "blip2_pretrained.pth",
+    write.command("minigpt4")(SHIPPED / "eva_vit.pth", SHIPPED / "llama", out, qformer=SHIPPED / "blip2_pretrained.pth",
                      arch=SHIPPED / "arch.json")
     return out
 
@@ -44,7 +44,7 @@ def scenes() -> Path:
 def minigpt_v2() -> Path:
     """The reference set's, with LoRA and without Q-Former."""
     ckpt, out = small.GOLDEN / "ckpt", Path(_folder().name) / "v2"
-    write.minigpt4(ckpt / "eva_vit.pth", ckpt / "llama_hf", out, projector=ckpt / "minigpt_v2.pth",
+    write.command("minigpt4")(ckpt / "eva_vit.pth", ckpt / "llama_hf", out, projector=ckpt / "minigpt_v2.pth",
                      lora=ckpt / "minigpt_v2.pth", arch=small.GOLDEN / "model_sizes.json")
     return out
 
@@ -56,7 +56,7 @@ def imagebind_llm() -> Path:
     towers, kept = Path(_folder().name) / "imagebind.pth", ("vision", "text", "audio")
     torch_file.save(towers, {key: value for key, value in released.tensors(golden / "imagebind.pth").items()
                              if key.split(".")[1] in kept})
-    write.imagebind_llm(towers, golden / "llama_meta", out, adapter=golden / "adapter.pth",
+    write.command("imagebind_llm")(towers, golden / "llama_meta", out, adapter=golden / "adapter.pth",
                           arch=golden / "config.json")
     return out
 

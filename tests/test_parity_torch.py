@@ -42,7 +42,7 @@ def test_a_llama_of_transformers(dump, tmp_path):
         loss = theirs(input_ids=tokens, labels=tokens).loss
         dump(theirs, tmp_path / "reference.npz", lambda: theirs(input_ids=tokens), tokens=tokens.numpy(),
              targets=tokens.numpy(), loss=loss.numpy())
-    write.llama(tmp_path / "hf", tmp_path / "checkpoint")
+    write.command("llama")(tmp_path / "hf", tmp_path / "checkpoint")
     m = load(tmp_path / "checkpoint", dtype="float32")
     rows = parity.parity(m, tmp_path / "reference.npz")
     assert [row.stage.name for row in rows] == [

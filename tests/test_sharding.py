@@ -65,7 +65,7 @@ def test_meshes_that_do_not_fill_the_devices(sizes):
 def test_one_device_is_a_mesh():
     made = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     assert dict(made.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
-    cfg = FAMILIES["minigpt4"].PRESETS["tiny"]
+    cfg = FAMILIES["minigpt4"].presets["tiny"]
     placed = sharding.shardings(shapes("minigpt4", cfg), FAMILIES["minigpt4"].AXES, made)
     assert all(place.is_fully_replicated for place in placed.values())
 

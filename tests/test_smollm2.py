@@ -40,7 +40,7 @@ def folder():
     with tempfile.TemporaryDirectory() as made:
         write_model = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "smollm2.py"))["write"]
         write_model(Path(made) / "smollm2")
-        write.llama(Path(made) / "smollm2", Path(made) / "checkpoint")
+        write.command("llama")(Path(made) / "smollm2", Path(made) / "checkpoint")
         yield Path(made)
 
 

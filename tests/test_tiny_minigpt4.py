@@ -41,7 +41,7 @@ def test_shipped_language_model_reads_words(tmp_path):
     from mmjax.convert import write
 
     job = config.load(str(CONFIG))
-    write.llama(job.weights.sources["llm"], tmp_path / "words")
+    write.command("llama")(job.weights.sources["llm"], tmp_path / "words")
     model = mmjax.load(tmp_path / "words", dtype="float32")
     template = job.text.prompt_template
     scene = next(scene for scene in scenes.scenes("held_out", 50) if len(scene.things) == 1)

@@ -1,4 +1,4 @@
-"""What lies in a folder: a converted checkpoint or a run, by its description, and what a run has trained."""
+"""Converted checkpoints and runs by their folders: what their cards say, and what a run has trained."""
 
 import dataclasses
 import json
@@ -6,54 +6,55 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmjax.checkpoints import format1
 from mmjax.checkpoints.training import trained as read_trained
 from mmjax.config import TextConfig
-from mmjax.convert.export import export as write_part
-from mmjax.convert.write import FORMAT
-from mmjax.families import FAMILIES, config_from_dict
-from mmjax.families import shapes as family_shapes
+from mmjax.families import FAMILIES, Family, config_from_dict, shapes
 from mmjax.tokenizer import Tokenizer
 
-RUN_CARD = "run.json"
+CARD, RUN_CARD = "config.json", "run.json"
+FORMAT = 2  # of both; `mmjax.checkpoints.format1` reads the one before
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
+class ConvertedCheckpoint:
     """The description of a converted checkpoint: `config.json` read and checked, no weights."""
 
     folder: Path
-    family: str
+    family: Family
     config: Any
     text: TextConfig
-    generation: dict[str, int]
+    generation: dict[str, Any]
     fresh: tuple[str, ...]
 
     @staticmethod
-    def open(folder: str | Path) -> "Checkpoint":
+    def open(folder: str | Path) -> "ConvertedCheckpoint":
         """Raises FileNotFoundError or ValueError naming the file and what is wrong with it."""
-        path = Path(folder) / "config.json"
+        path = Path(folder) / CARD
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} is neither a converted checkpoint (no config.json) nor a finished run "
+            raise FileNotFoundError(f"{folder} is neither a converted checkpoint (no {CARD}) nor a finished run "
                                     f"(no {RUN_CARD}). Make a checkpoint with convert_weights.py.")
-        card = read_card(path)
+        card = read_checkpoint_card(Path(folder))
         if card.get("format") != FORMAT or card.get("family") not in FAMILIES:
             raise ValueError(
                 f"{path} is of format {card.get('format')!r} and family {card.get('family')!r}; this mmjax reads "
-                f"format {FORMAT} of {', '.join(FAMILIES)}. Is it a Hugging Face folder? Then convert it first.")
+                f"format {FORMAT} and before, of {', '.join(FAMILIES)}. Is it a Hugging Face folder? Then convert it "
+                "first. Is it of a family of another package? Then import its module first.")
         require(path, card, "architecture", "text", "generation", "fresh")
-        config = config_from_dict(FAMILIES[card["family"]].Config, card["architecture"])
-        return Checkpoint(Path(folder), card["family"], config, TextConfig(**card["text"]), card["generation"],
-                          tuple(card["fresh"]))
+        family = FAMILIES[card["family"]]
+        config = config_from_dict(family.Config, card["architecture"])
+        return ConvertedCheckpoint(Path(folder), family, config, TextConfig(**card["text"]), card["generation"],
+                                   tuple(card["fresh"]))
 
     @property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_folder(self.folder / "tokenizer")
 
-    def of(self, config: Any) -> "Checkpoint":
+    def of(self, config: Any) -> "ConvertedCheckpoint":
         """The same with another architecture; the parameters that only that one has are fresh."""
         if config == self.config:
             return self
-        held, wanted = (family_shapes(self.family, c) for c in (self.config, config))
+        held, wanted = (shapes(self.family, c) for c in (self.config, config))
         fresh = tuple(path for path in wanted if path in self.fresh or path not in held)
         return dataclasses.replace(self, config=config, fresh=fresh)
 
@@ -68,14 +69,30 @@ def read_card(path: Path) -> dict[str, Any]:
     return card
 
 
+def read_checkpoint_card(folder: Path) -> dict[str, Any]:
+    """The config.json of a converted checkpoint, with the names of today's format."""
+    card = read_card(folder / CARD)
+    if card.get("format") == format1.FORMAT:
+        card = format1.checkpoint_card(card) | {"format": FORMAT}
+    return card
+
+
+def read_run_card(folder: Path) -> dict[str, Any]:
+    """The run.json of a run, with the names of today's format."""
+    card = read_card(folder / RUN_CARD)
+    if card.get("format", format1.FORMAT) == format1.FORMAT:
+        card = format1.run_card(card) | {"format": FORMAT}
+    return card
+
+
 def require(path: Path, card: Mapping[str, Any], *fields: str) -> None:
     if absent := [field for field in fields if field not in card]:
         raise ValueError(f"{path} has no {', '.join(absent)}.")
 
 
-def read_run(folder: Path) -> Checkpoint:
+def read_run(folder: Path) -> ConvertedCheckpoint:
     """The checkpoint that a run started from, with the run's architecture and text settings."""
-    card = read_card(folder / RUN_CARD)
+    card = read_run_card(folder)
     require(folder / RUN_CARD, card, "checkpoint", "architecture", "config")
     base = Path(card["checkpoint"])
     if not base.is_absolute():
@@ -83,14 +100,14 @@ def read_run(folder: Path) -> Checkpoint:
     if not base.is_dir():
         raise FileNotFoundError(f"{folder} was trained on the checkpoint {base}, which is not there. Put it back, or "
                                 f"change `checkpoint` in {folder / RUN_CARD}.")
-    source = Checkpoint.open(base)
-    source = source.of(config_from_dict(FAMILIES[source.family].Config, card["architecture"]))
+    source = ConvertedCheckpoint.open(base)
+    source = source.of(config_from_dict(source.family.Config, card["architecture"]))
     return dataclasses.replace(source, text=TextConfig(**card["config"]["text"]))
 
 
 def lineage(folder: Path) -> list[Path]:
     """A run and those it started from, the oldest first. Raises FileNotFoundError naming one that is gone."""
-    card = read_card(folder / RUN_CARD)
+    card = read_run_card(folder)
     if not card.get("start_from"):
         return [folder]
     before = folder / card["start_from"]
@@ -103,21 +120,3 @@ def lineage(folder: Path) -> list[Path]:
 def trained_params(folder: Path) -> dict[str, Any]:
     """`{path: array}`: what a run, and the runs it started from, have trained; of each parameter the latest."""
     return {path: leaf for run in lineage(folder) for path, leaf in read_trained(run / "checkpoints").items()}
-
-
-def export(checkpoint: Path, part: str, out: Path) -> None:
-    """Writes a part of a converted checkpoint or of a training run in its released PyTorch format.
-
-    Args:
-        checkpoint: converted checkpoint, or run folder (its newest trained parameters are written)
-        part: llama or llama-meta (a folder as transformers saves it, or as Meta ships it);
-            of MiniGPT-4 projector (with LoRA if there is one), vit, qformer;
-            of ImageBind-LLM adapter, bind, imagebind; of LLaMA-Adapter adapter, clip
-        out: file to write; a folder for llama and llama-meta
-    """
-    folder = Path(checkpoint)
-    if (folder / RUN_CARD).is_file():
-        run = read_run(folder)
-        write_part(run.folder, part, Path(out), trained=trained_params(folder), config=run.config)
-    else:
-        write_part(folder, part, Path(out))

@@ -20,6 +20,7 @@ import tensorstore as ts
 from etils import epath
 
 from mmjax import trees
+from mmjax.checkpoints import format1
 from mmjax.models import int8
 from mmjax.models.int8 import Int8
 
@@ -98,13 +99,19 @@ def save(folder, parameters: Mapping[str, Slices], advance: Callable[[int], None
 
 def metadata(folder) -> dict[str, jax.ShapeDtypeStruct]:
     """`{path: shape and stored dtype}`. Raises FileNotFoundError if `folder` holds no checkpoint."""
+    return {path: leaf for path, (_, leaf) in _stored(folder).items()}
+
+
+def _stored(folder) -> dict[str, tuple[str, jax.ShapeDtypeStruct]]:
+    """`{path: (name on disk, shape and stored dtype)}`; raises as `metadata` does."""
     folder = epath.Path(folder).absolute()
     if not (folder / "_METADATA").exists():
         raise FileNotFoundError(f"{folder} holds no Orbax checkpoint (it has no file _METADATA). "
                                 "Make one with `mmjax convert`.")
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.metadata(folder).item_metadata.tree
-    return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in trees.flatten(tree).items()}
+    return {format1.rename(name): (name, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+            for name, leaf in trees.flatten(tree).items()}
 
 
 def restore(folder, shapes: Mapping[str, Any], only: Callable[[str], bool] = lambda path: True) -> dict[str, Any]:
@@ -129,7 +136,7 @@ def restore(folder, shapes: Mapping[str, Any], only: Callable[[str], bool] = lam
     quantised = {path: shape for path, shape in wanted.items() if isinstance(shape, Int8)}
     plain = {path: shape for path, shape in wanted.items() if path not in quantised}
     try:
-        flat = trees.flatten(_restore(folder, plain)) if plain else {}
+        flat = _restore(folder, plain) if plain else {}
         if quantised:
             stored = arrays(folder)
             flat |= {path: _restore_int8(stored[path], shape) for path, shape in quantised.items()}
@@ -149,10 +156,12 @@ def _restore(folder, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, An
             restore_type=jax.Array, dtype=shape.dtype, sharding=getattr(shape, "sharding", None) or default,
             global_shape=shape.shape)
 
-    wanted = trees.unflatten(wanted)
+    names = {path: name for path, (name, _) in _stored(folder).items() if path in wanted}
+    wanted = trees.unflatten({names[path]: shape for path, shape in wanted.items()})
     restore_args = ocp.args.PyTreeRestore(wanted, restore_args=jax.tree.map(how, wanted), partial_restore=True)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(epath.Path(folder).absolute(), args=restore_args)
+        read = trees.flatten(checkpointer.restore(epath.Path(folder).absolute(), args=restore_args))
+    return {path: read[name] for path, name in names.items()}
 
 
 def _restore_int8(stored: ts.TensorStore, wanted: Int8) -> Int8:
@@ -204,5 +213,5 @@ def arrays(folder) -> dict[str, ts.TensorStore]:
     def spec(path):
         return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": path.replace("/", ".") + "/"}}
 
-    opening = {path: ts.open(spec(path), read=True) for path in metadata(folder)}
+    opening = {path: ts.open(spec(name), read=True) for path, (name, _) in _stored(folder).items()}
     return {path: future.result() for path, future in opening.items()}

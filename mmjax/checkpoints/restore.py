@@ -1,6 +1,11 @@
-"""Parameters from where they lie onto the devices: each in its dtype, straight onto its place on the mesh."""
+"""A model on a mesh: its module, the dtype and sharding of every parameter, and the parameters restored onto it.
 
-from collections.abc import Callable, Mapping
+`ModelSpec` is the one builder of these for training, plans, features, the doctor and `mmjax.load`, so that none of them
+can see another model than the others do.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -9,71 +14,97 @@ from flax import linen as nn
 
 from mmjax import sharding, trees
 from mmjax.checkpoints import frozen as frozen_weights
-from mmjax.checkpoints.converted import Checkpoint
-from mmjax.families import FAMILIES, initial
-from mmjax.families import shapes as family_shapes
+from mmjax.checkpoints.converted import ConvertedCheckpoint
+from mmjax.families import initial, shapes
 from mmjax.models import int8
 from mmjax.models.int8 import Int8
 
 
-def read_params(
-    source: Checkpoint,
-    module: nn.Module,
-    mesh: jax.sharding.Mesh,
-    dtype: Callable[[str], Any],
-    init_fresh: int | None = None,
-    trained: Mapping[str, Any] | None = None,
-    only: Callable[[str], bool] = lambda path: True,
-) -> dict[str, Any]:
-    """All parameters of `module`, or some, each straight onto its place on the mesh.
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelSpec:
+    """A model before any weight is read.
 
-    dtype:      of the parameter at a path; int8 makes an `Int8` of it, which only some can be (see `frozen_kind`)
-    init_fresh: seed for the parameters that no source file held; None raises ValueError naming them
-    trained:    `{path: array}` that take the place of the checkpoint's, such as an earlier run's; ValueError names what
-                does not belong to this model
-    only:       which paths
+    source:       its checkpoint, with the architecture that is wanted
+    dtype:        of activations and frozen parameters
+    frozen_dtype: "int8" holds the large frozen matrices as int8; None: as `dtype`
+    trained:      path rules of the parameters that are float32
+    exact:        paths that are never held as int8
+    remat:        recompute layers in the backward pass
     """
-    trained = trained or {}
-    fresh = [path for path in source.fresh if path not in trained and only(path)]
-    if fresh and init_fresh is None:
-        raise ValueError(
-            f"{source.folder} was converted without {', '.join(fresh)}. Convert it with the trained "
-            "file (--projector, --lora, --adapter), load the run that trained them, or start them anew with "
-            "init_fresh=SEED.")
-    family = FAMILIES[source.family]
-    shapes = family_shapes(source.family, module.cfg)
-    placed = sharding.shardings(shapes, family.AXES, mesh)
-    wanted = {path: as_held(path, shape.shape, dtype(path), placed[path])
-              for path, shape in shapes.items() if only(path)}
-    places = {path: jax.tree.map(lambda leaf: leaf.format, held) for path, held in wanted.items()}
-    if wrong := trees.compare({path: shapes[path] for path in trained.keys() & shapes.keys()}, trained):
-        raise ValueError("The trained parameters are of another model:\n  " + "\n  ".join(wrong))
-    flat = trees.flatten(frozen_weights.restore(
-        source.folder / "weights", wanted, only=lambda path: path not in trained and path not in fresh))
-    flat |= {path: jax.device_put(cast(path, leaf, wanted[path]), places[path])
-             for path, leaf in trained.items() if only(path)}
 
-    def start() -> dict[str, jax.Array]:
-        every = trees.flatten(initial(source.family, module.cfg)(jax.random.key(init_fresh)))
-        return {path: cast(path, every[path], wanted[path]) for path in fresh}
+    source: ConvertedCheckpoint
+    mesh: jax.sharding.Mesh
+    dtype: Any
+    frozen_dtype: str | None = None
+    trained: tuple[str, ...] = ()
+    exact: Collection[str] = ()
+    remat: bool = False
 
-    if fresh:
-        flat |= jax.jit(start, out_shardings={path: places[path] for path in fresh})()
-    return trees.unflatten(flat)
+    @property
+    def module(self) -> nn.Module:
+        return self.source.family.Model(self.source.config, jnp.dtype(self.dtype), self.remat)
+
+    def param_dtype(self, path: str) -> Any:
+        """float32 for a trained parameter, int8 for a frozen one of `int8.MATRICES` where that is asked for."""
+        if trees.matches(path, self.trained):
+            return jnp.float32
+        holds = self.frozen_dtype == "int8" and path not in self.exact and int8.holds(path)
+        return jnp.int8 if holds else jnp.dtype(self.dtype)
+
+    def param_specs(self, only: Callable[[str], bool] = lambda path: True) -> dict[str, Any]:
+        """`{path: jax.ShapeDtypeStruct with its sharding, or an Int8 of two}`.
+
+        Raises ValueError naming every parameter that the mesh cannot divide.
+        """
+        every = shapes(self.source.family, self.source.config)
+        placed = sharding.shardings(every, self.source.family.all_axes(self.source.config), self.mesh)
+        return {path: param_spec(path, shape.shape, self.param_dtype(path), placed[path])
+                for path, shape in every.items() if only(path)}
+
+    def restore(
+        self,
+        init_fresh: int | None = None,
+        trained: Mapping[str, Any] | None = None,
+        only: Callable[[str], bool] = lambda path: True,
+    ) -> dict[str, Any]:
+        """All parameters, or some, each straight onto its place on the mesh.
+
+        init_fresh: seed for the parameters that no source file held; None raises ValueError naming them
+        trained:    `{path: array}` that take the place of the checkpoint's, such as an earlier run's; ValueError names
+                    what does not belong to this model
+        only:       which paths
+        """
+        source, trained = self.source, trained or {}
+        fresh = [path for path in source.fresh if path not in trained and only(path)]
+        if fresh and init_fresh is None:
+            raise ValueError(
+                f"{source.folder} was converted without {', '.join(fresh)}. Convert it with the trained "
+                "file (--projector, --lora, --adapter), load the run that trained them, or start them anew with "
+                "init_fresh=SEED.")
+        every, specs = shapes(source.family, source.config), self.param_specs(only)
+        formats = {path: jax.tree.map(lambda leaf: leaf.format, spec) for path, spec in specs.items()}
+        if wrong := trees.compare({path: every[path] for path in trained.keys() & every.keys()}, trained):
+            raise ValueError("The trained parameters are of another model:\n  " + "\n  ".join(wrong))
+        flat = trees.flatten(frozen_weights.restore(
+            source.folder / "weights", specs, only=lambda path: path not in trained and path not in fresh))
+        flat |= {path: jax.device_put(_cast(path, leaf, specs[path]), formats[path])
+                 for path, leaf in trained.items() if only(path)}
+
+        def start() -> dict[str, jax.Array]:
+            made = trees.flatten(initial(source.family, source.config)(jax.random.key(init_fresh)))
+            return {path: _cast(path, made[path], specs[path]) for path in fresh}
+
+        if fresh:
+            flat |= jax.jit(start, out_shardings={path: formats[path] for path in fresh})()
+        return trees.unflatten(flat)
 
 
-def frozen_kind(path: str, dtype: Any, frozen_dtype: str | None) -> Any:
-    """The dtype of a frozen parameter: int8 if it is to be and `int8.MATRICES` has it, or `dtype`."""
-    return jnp.int8 if frozen_dtype == "int8" and int8.holds(path) else dtype
-
-
-def as_held(path: str, shape: tuple[int, ...], dtype: Any, place: Any) -> Any:
+def param_spec(path: str, shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
     """What a parameter is to be on the devices: `jax.ShapeDtypeStruct`, or an `Int8` of two."""
     if jnp.dtype(dtype) == jnp.int8:
-        return int8.shapes(shape, place, int8.summed(path, len(shape)))
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+        return int8.shapes(shape, sharding, int8.summed(path, len(shape)))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def cast(path: str, leaf: jax.Array, held: Any) -> Any:
-    """A parameter as it is to be held."""
-    return int8.quantise(leaf, int8.summed(path, leaf.ndim)) if isinstance(held, Int8) else leaf.astype(held.dtype)
+def _cast(path: str, leaf: jax.Array, spec: Any) -> Any:
+    return int8.quantise(leaf, int8.summed(path, leaf.ndim)) if isinstance(spec, Int8) else leaf.astype(spec.dtype)

@@ -27,6 +27,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from mmjax import files, trees
+from mmjax.checkpoints import format1
 
 SEAL = "seal.json"
 LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes them behind the seal; nothing here reads them
@@ -81,9 +82,8 @@ def _plain(state: Any) -> Any:
     return trees.unflatten(flat)
 
 
-def _restored(state: Any, plain: Any) -> Any:
-    """`state` with its leaves taken from what `_plain` made."""
-    flat = trees.flatten(plain)
+def _restored(state: Any, flat: dict[str, Any]) -> Any:
+    """`state` with its leaves taken from what `_plain` made, by path."""
 
     def pick(path: str, leaf: Any) -> Any:
         is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -129,7 +129,8 @@ def _read_seal(folder: Path) -> dict[str, Any]:
 
 def _progress(content: dict[str, Any]) -> Progress:
     told = content["progress"]
-    return Progress(**(told | {"records": tuple(told["records"])}))
+    frozen = {format1.rename(path): found for path, found in told["frozen"].items()}
+    return Progress(**(told | {"records": tuple(told["records"]), "frozen": frozen}))
 
 
 def _sha256_of(content: Any) -> str:
@@ -164,7 +165,8 @@ def arrays(place: Path) -> dict[str, jax.Array]:
     with ocp.StandardCheckpointer() as reader:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=first),
                               reader.metadata(place).item_metadata.tree)
-        return trees.flatten(reader.restore(place, shapes))
+        held = trees.flatten(reader.restore(place, shapes))
+    return {format1.rename(path): leaf for path, leaf in held.items()}
 
 
 def _chosen(folder: Path, step: int | None) -> int:
@@ -306,11 +308,14 @@ class Checkpoints:
         step = self._whole(step)
         place = self.folder / str(step)
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _plain(state))
-        held = trees.flatten(self._writer.metadata(place).item_metadata.tree)
-        if differences := trees.compare(trees.flatten(wanted), held):
+        wanted, held = trees.flatten(wanted), trees.flatten(self._writer.metadata(place).item_metadata.tree)
+        names = format1.stored_names(held)
+        if differences := trees.compare(wanted, {path: held[name] for path, name in names.items()}):
             raise ValueError(f"{place} was saved by a run with other trained parameters or another optimizer:\n  "
                              + "\n  ".join(differences))
-        return _restored(state, self._writer.restore(place, args=_Restore(wanted)))
+        wanted = trees.unflatten({names[path]: leaf for path, leaf in wanted.items()})
+        read = trees.flatten(self._writer.restore(place, args=_Restore(wanted)))
+        return _restored(state, {path: read[name] for path, name in names.items()})
 
     def _whole(self, step: int | None) -> int:
         self.wait()  # the newest may still be on its way to the disk

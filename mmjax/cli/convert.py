@@ -4,18 +4,26 @@ from collections.abc import Sequence
 
 import tyro
 
+ALIASES = {"--llama": "--llm"}  # options of earlier versions
+
 
 def convert(args: Sequence[str]) -> None:
-    """Convert released PyTorch files into a checkpoint: minigpt4, imagebind-llm, llama-adapter or llama."""
-    from mmjax.convert import write as conversions
+    """Convert released PyTorch files into a checkpoint, with a subcommand for each family."""
+    from mmjax.convert import write
+    from mmjax.families import FAMILIES
 
-    commands = {"minigpt4": conversions.minigpt4, "imagebind-llm": conversions.imagebind_llm,
-                "llama-adapter": conversions.llama_adapter, "llama": conversions.llama}
-    tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="convert")
+    commands = {name.replace("_", "-"): write.command(family) for name, family in FAMILIES.items() if family.conversion}
+    tyro.extras.subcommand_cli_from_dict(commands, args=[_today(arg) for arg in args], prog="convert")
+
+
+def _today(arg: str) -> str:
+    """An option by its name of today."""
+    name, equals, value = arg.partition("=")
+    return ALIASES.get(name, name) + equals + value
 
 
 def export(args: Sequence[str]) -> None:
     """Write a part of a checkpoint or of a finished run in its released PyTorch format."""
-    from mmjax.checkpoints.converted import export as write
+    from mmjax.convert.export import export as write
 
     tyro.cli(write, args=args, prog="mmjax export")

@@ -139,7 +139,7 @@ def data_features(
         phase: of those in the file
         batch_size: pictures that the encoder gets at once
     """
-    from mmjax.checkpoints.converted import Checkpoint
+    from mmjax.checkpoints.converted import ConvertedCheckpoint
     from mmjax.training import encode_features, run
 
     built = load_config(str(config))
@@ -150,7 +150,7 @@ def data_features(
         chosen = phases[name]
         run.check(chosen)
         run.prepare(chosen)
-        source = Checkpoint.open(chosen.weights.checkpoint)
+        source = ConvertedCheckpoint.open(chosen.weights.checkpoint)
         source = source.of(run.architecture(source, chosen))
         made = encode_features.make(chosen, source, out / name if phase is None else out, crops, dtype, batch_size)
         print(*encode_features.summary(made), sep="\n")
@@ -158,7 +158,7 @@ def data_features(
 
 def _rows(config: RunConfig, tokenizer: Path | None, console: Any) -> Any:
     """How a run makes rows, as `mmjax.data.check` wants to know it; None without a tokenizer."""
-    from mmjax.checkpoints.converted import Checkpoint
+    from mmjax.checkpoints.converted import ConvertedCheckpoint
     from mmjax.data.check import Rows
     from mmjax.tokenizer import Tokenizer
     from mmjax.training import run
@@ -171,5 +171,5 @@ def _rows(config: RunConfig, tokenizer: Path | None, console: Any) -> Any:
         console.print(f"There is no checkpoint {config.weights.checkpoint} yet, so captions are counted in words.",
                       highlight=False)
         return None
-    source = Checkpoint.open(config.weights.checkpoint)
+    source = ConvertedCheckpoint.open(config.weights.checkpoint)
     return Rows(source.tokenizer, config.text, run.architecture(source, config).image_tokens)

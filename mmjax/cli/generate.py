@@ -130,7 +130,7 @@ def _one(model: Any, options: Options, recall: Any) -> str:
 
     media = {name: requests.sense(name, value) for name, value in (options.media or {}).items()}
     sample = Sample(images=list(options.image), prompt=options.prompt, weights=options.weights or {}, media=media)
-    sample = requests.placed(sample, model.config.image_tokens)
+    sample = requests.with_images(sample, model.family.prompt)
     return model.generate([sample], **options.decoding.settings(model), recall=recall, **options.text)[0]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from mmjax import trees
 from mmjax.checkpoints import frozen as frozen_weights
-from mmjax.checkpoints.converted import ConvertedCheckpoint
+from mmjax.checkpoints.converted import RUN_CARD, ConvertedCheckpoint, read_run, trained_params
 from mmjax.convert.adapter import REPLACED
 from mmjax.convert.tables import ConversionError, backward
 from mmjax.families.base import Export, ExportContext, Family
@@ -14,18 +14,33 @@ from mmjax.families.base import Export, ExportContext, Family
 ALIASES = {"llama": "llm", "llama-meta": "llm-meta"}  # names of parts before checkpoints of format 2
 
 
-def export(source: ConvertedCheckpoint, part: str, out: Path, trained: Mapping[str, Any] | None = None) -> None:
-    """Writes a part of a converted checkpoint in its released format.
+def export(checkpoint: Path, part: str, out: Path) -> None:
+    """Writes a part of a converted checkpoint or of a training run in its released PyTorch format.
 
-    source:  the checkpoint, with the architecture of `trained`
-    part:    one of the family's `exports`. The language model is written without what an adapter adds to it or
-             replaces in it
-    trained: parameters, nested or by path, that take the place of the checkpoint's, such as those of a training run
+    Args:
+        checkpoint: converted checkpoint, or run folder (its newest trained parameters are written)
+        part: llm or llm-meta (the language model as transformers saves it, or as Meta ships it, without what an adapter
+            adds to it or replaces in it); of MiniGPT-4 projector (with LoRA if there is one), vit, qformer;
+            of ImageBind-LLM adapter, bind, imagebind; of LLaMA-Adapter adapter, clip
+        out: file to write; a folder for llm and llm-meta. It must not exist
 
     Raises ConversionError if the model has no such part or a parameter of it is missing or has another shape,
-    FileExistsError if `out` exists.
+    FileExistsError if `out` exists, and FileNotFoundError or ValueError for a folder that cannot be read.
     """
-    out, part = Path(out), ALIASES.get(part, part)
+    folder = Path(checkpoint)
+    if (folder / RUN_CARD).is_file():
+        export_part(read_run(folder), part, Path(out), trained_params(folder))
+    else:
+        export_part(ConvertedCheckpoint.open(folder), part, Path(out))
+
+
+def export_part(source: ConvertedCheckpoint, part: str, out: Path, trained: Mapping[str, Any] | None = None) -> None:
+    """Writes a part of an opened checkpoint; raises as `export` does.
+
+    source:  the checkpoint, with the architecture of `trained`
+    trained: parameters, nested or by path, that take the place of the checkpoint's, such as those of a training run
+    """
+    part = ALIASES.get(part, part)
     if out.exists():
         raise FileExistsError(f"{out} exists. Choose another name.")
     family, cfg = source.family, source.config

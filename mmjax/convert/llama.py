@@ -18,6 +18,7 @@ import numpy as np
 from mmjax.convert import safetensors, torch_file, weight_files
 from mmjax.convert.lazy import LazyTensor, WeightFileError
 from mmjax.convert.tables import Computed, Entry, Ignored, Problems, expand, flat, read_json, reason, whole_folder
+from mmjax.convert.vocabulary import DELTA_SCALE, PADDED_VOCABULARY
 from mmjax.models.llama import LlamaConfig
 from mmjax.tokenizer import Tokenizer
 
@@ -57,8 +58,6 @@ FIELDS = {  # config.json -> LlamaConfig
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SHARD_BYTES = 5 * 10**9  # of the files that an export writes
-DELTA_SCALE = 0.05  # RMSNorm scales of a model are of the order of 1, those of a delta below 0.01
-PADDED_VOCABULARY = 64  # embeddings may be padded with unused rows to a multiple of this
 
 
 def entries(cfg: LlamaConfig) -> list[Entry]:

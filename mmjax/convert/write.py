@@ -23,13 +23,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from mmjax import trees
 from mmjax.checkpoints import frozen as frozen_weights
+from mmjax.checkpoints.converted import CARD, FORMAT
 from mmjax.convert.adapter import REPLACED
 from mmjax.convert.llama import TOKENIZER_FILES
 from mmjax.convert.tables import Inspected, Problems
 from mmjax.families.base import Family, find, shapes
 from mmjax.tokenizer import WORDS
-
-FORMAT = 2  # of the checkpoint folder
 
 
 def command(name: str | Family) -> Callable[..., None]:
@@ -60,7 +59,8 @@ def command(name: str | Family) -> Callable[..., None]:
     convert.__name__ = family.name
     convert.__doc__ = (
         inspect.cleandoc(family.conversion.inspect.__doc__)
-        + "\n    out: checkpoint folder to write; must not exist, or be empty\n    overwrite: replace `out` if it exists\n")
+        + "\n    out: checkpoint folder to write; must not exist, or be empty"
+        + "\n    overwrite: replace `out` if it exists\n")
     return convert
 
 
@@ -88,7 +88,8 @@ def write(family: Family, found: Inspected, out: Path, overwrite: bool = False) 
         _copy_tokenizer(found.tokenizer, partial / "tokenizer")
         if found.words:
             shutil.copyfile(found.words, partial / "tokenizer" / WORDS)
-        (partial / "config.json").write_text(json.dumps(_config(family, architecture, found, fingerprints.join()), indent=2) + "\n")
+        card = _config(family, architecture, found, fingerprints.join())
+        (partial / CARD).write_text(json.dumps(card, indent=2) + "\n")
         _move(partial, out, overwrite)
     finally:
         fingerprints.stop()
@@ -137,7 +138,8 @@ class Fingerprints:
         self._thread.join()
 
 
-def _config(family: Family, architecture: Any, found: Inspected, files: Mapping[Path, dict[str, Any]]) -> dict[str, Any]:
+def _config(family: Family, architecture: Any, found: Inspected,
+            files: Mapping[Path, dict[str, Any]]) -> dict[str, Any]:
     sources = {name: [files[path] for path in paths] for name, paths in found.sources.items()}
     return {
         "format": FORMAT,

@@ -25,7 +25,6 @@ from flax import linen as nn
 
 from mmjax import trees
 from mmjax.batch import Batch
-from mmjax.models.llama import LlamaConfig
 from mmjax.training import steps
 
 OTHER = "other"
@@ -35,7 +34,7 @@ UNKNOWN = ("conv_general_dilated", "ragged_dot", "ragged_dot_general", "pallas_c
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Operations of one step over the whole batch, of all devices together; by part, such as "vit" or "llama".
+    """Operations of one step over the whole batch, of all devices together; by part, such as "vit" or "llm".
 
     recomputed: what `remat` does a second time
     logits:     of forward and backward, what makes logits, at so many `places`
@@ -82,11 +81,11 @@ def train_step(module: nn.Module, trained: Any, frozen: Any, batch: Batch) -> Fl
 
 
 def by_shape(trace: Callable[[steps.TrainState, Batch], jax.stages.Traced],
-             llama: LlamaConfig) -> Callable[[steps.TrainState, Batch], Flops | None]:
+             llm: Any) -> Callable[[steps.TrainState, Batch], Flops | None]:
     """The operations of `steps.train_step`, counted once for each shape of a batch; None where they cannot be.
 
     trace: what the step's `trace` gives for them. JAX keeps that of a step that has run, so no model is traced again
-    llama: of the model
+    llm:   the language model's config
     """
     found: dict[Any, Flops | None] = {}
 
@@ -95,7 +94,7 @@ def by_shape(trace: Callable[[steps.TrainState, Batch], jax.stages.Traced],
         key = structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
         if key not in found:
             try:
-                found[key] = _counted(trace(state, batch).jaxpr, state.params.keys(), llama)
+                found[key] = _counted(trace(state, batch).jaxpr, state.params.keys(), llm)
             except ValueError:  # an operation whose work is not known beforehand
                 found[key] = None
         return found[key]
@@ -103,7 +102,7 @@ def by_shape(trace: Callable[[steps.TrainState, Batch], jax.stages.Traced],
     return count
 
 
-def _counted(jaxpr: Any, parts: Collection[str], llama: LlamaConfig) -> Flops:
+def _counted(jaxpr: Any, parts: Collection[str], llm: Any) -> Flops:
     """The operations of a loss and its gradient, or of a whole step, as a `jax.extend.core.ClosedJaxpr`."""
     counts = {"forward": Counter(), "backward": Counter(), "recomputed": Counter()}
     logits = Counter()
@@ -112,7 +111,7 @@ def _counted(jaxpr: Any, parts: Collection[str], llama: LlamaConfig) -> Flops:
         names = (name.split(".")[0] for name in scope.split("/"))
         counts[kind][next((name for name in names if name in parts), OTHER)] += operations
         logits[kind] += operations if "llm.logits/" in scope else 0
-    places = max(logits["forward"] // (2 * llama.dim * llama.vocab), 1)
+    places = max(logits["forward"] // (2 * llm.dim * llm.vocab), 1)
     return Flops(**{kind: dict(count) for kind, count in counts.items()}, logits=logits.total(), places=places)
 
 

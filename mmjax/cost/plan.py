@@ -24,15 +24,16 @@ from rich.table import Table
 
 from mmjax import sharding, trees
 from mmjax.batch import Batch, Sample
-from mmjax.checkpoints import restore
-from mmjax.checkpoints.converted import Checkpoint
+from mmjax.checkpoints.converted import ConvertedCheckpoint
+from mmjax.checkpoints.restore import ModelSpec
 from mmjax.config import MeshConfig, RunConfig
 from mmjax.cost import flops, hardware, hlo
 from mmjax.cost.flops import Flops
 from mmjax.cost.hardware import Topology
 from mmjax.cost.hlo import Collective
 from mmjax.data import text
-from mmjax.families import FAMILIES, shapes
+from mmjax.data.collate import batch_spec
+from mmjax.families import FAMILIES, Family, find
 from mmjax.training import encode_features, optim, run, steps
 
 GIB = hardware.GIB
@@ -140,34 +141,41 @@ def plan(config: RunConfig, where: str, preset: str | None = None, length: int |
     found, traffic = (hlo.collectives(words, mesh), hlo.memory_traffic(words)) if words else (None, None)
     sizes = {kind: sum(leaf.size for leaf in jax.tree.leaves(tree, is_leaf=_is_matrix))
              for kind, tree in (("trained", step.state.params), ("frozen", step.frozen))}
-    made = Plan(source.family, str(source.folder), where, dict(mesh.shape), config.data.batch_size, length, sizes,
+    made = Plan(source.family.name, str(source.folder), where, dict(mesh.shape), config.data.batch_size, length, sizes,
                 memory, count, None if compiled is None else seconds, found, traffic,
                 least(place, mesh.size, count, found, traffic), notes, [])
     return made if memory.fits else dataclasses.replace(made, advice=advice(config, source, place, made))
 
 
-def architecture(config: RunConfig, preset: str | None) -> tuple[Checkpoint, list[str]]:
+def architecture(config: RunConfig, preset: str | None) -> tuple[ConvertedCheckpoint, list[str]]:
     """What a run trains, and a line for what had to be guessed.
 
     Raises ValueError if there is neither a checkpoint nor a preset, or for a phase or picture size that does not exist.
     """
     folder, notes = Path(config.weights.checkpoint), []
-    presets = FAMILIES[config.weights.family].PRESETS
     if preset is None and folder.exists():
-        source = Checkpoint.open(folder)
+        source = ConvertedCheckpoint.open(folder)
     else:
         name = preset or folder.name
-        if name not in presets:
+        family = find(config.weights.family) if config.weights.family else _family_of(name)
+        if family is None or name not in family.presets:
+            known = family.presets if family else [name for each in FAMILIES.values() for name in each.presets]
             raise ValueError((f"preset = {preset!r}" if preset else f"There is no checkpoint {folder}")
-                             + f": name one of the presets of {config.weights.family} with --preset: "
-                             + ", ".join(presets) + ".")
+                             + ": name one of the presets" + (f" of {family}" if family else "") + " with --preset: "
+                             + ", ".join(dict.fromkeys(known)) + ".")
         if preset is None:
             notes.append(f"{folder} is not there; planned for the preset {name}.")
-        source = Checkpoint(Path(name), config.weights.family, presets[name], config.text, {}, ())
+        source = ConvertedCheckpoint(Path(name), family, family.presets[name], config.text, {}, ())
     return dataclasses.replace(source, config=run.architecture(source, config), text=config.text), notes
 
 
-def row_length(config: RunConfig, source: Checkpoint) -> tuple[int, list[str]]:
+def _family_of(preset: str) -> Family | None:
+    """The one family that has a preset of that name."""
+    found = [family for family in FAMILIES.values() if preset in family.presets]
+    return found[0] if len(found) == 1 else None
+
+
+def row_length(config: RunConfig, source: ConvertedCheckpoint) -> tuple[int, list[str]]:
     """Tokens of the longest row that the text settings allow, rounded up as batches are; and how it was found.
 
     Without a tokenizer a prompt is taken to have a token a byte. Questions that come with the data are not known here:
@@ -185,7 +193,7 @@ def row_length(config: RunConfig, source: Checkpoint) -> tuple[int, list[str]]:
     def count(words: str) -> int:
         pictures = words.count(text.PLACEHOLDER) if words else int(model.image_size is not None)
         sample = Sample(images=[""] * pictures, prompt=words, answer="")
-        return len(text.prompt_places(sample, tokenizer, settings, model.image_tokens))
+        return len(text.prompt_slots(sample, tokenizer, settings, model.image_tokens))
 
     prompt = max(map(count, config.data.prompts or ("",)))
     length = _up(1 + prompt + settings.max_txt_len, multiple)
@@ -219,39 +227,20 @@ class Step:
     mesh: Any
 
     @staticmethod
-    def of(config: RunConfig, source: Checkpoint, mesh: Any, length: int) -> "Step":
+    def of(config: RunConfig, source: ConvertedCheckpoint, mesh: Any, length: int) -> "Step":
         """As `mmjax.training.run.train` would call it. Raises ValueError for parameters that the mesh cannot divide."""
-        family, dtype = FAMILIES[source.family], jnp.dtype(config.weights.dtype)
-        module = family.Model(source.config, dtype, config.remat)
-        rules = run.trained_rules(config, source.family)
-        params = parameters(config, source, mesh)
-        trained, frozen = trees.split(params, trees.mask(params, rules))
+        spec = run.model_spec(config, source, mesh)
+        params = trees.unflatten(spec.param_specs(run.loaded_by(config, source.family)))
+        trained, frozen = trees.split(params, trees.mask(params, spec.trained))
         optimizer = optim.optimizer(config.optim)
-        return Step(module, steps.train_step(module, optimizer), _state(trained, optimizer, config.seed, mesh), frozen,
-                    _batch(config, source, module, mesh, length), mesh)
+        return Step(spec.module, steps.train_step(spec.module, optimizer),
+                    _state(trained, optimizer, config.seed, mesh), frozen, batch_of(config, spec, length), mesh)
 
     @property
     def held(self) -> dict[str, int]:
         """Bytes of one device for each kind of argument; what the state has beside parameters is the optimizer's."""
         return {"frozen": nbytes(self.frozen), "trained": nbytes(self.state.params),
                 "optimizer": nbytes(dataclasses.replace(self.state, params=None)), "batch": nbytes(self.batch)}
-
-
-def parameters(config: RunConfig, source: Checkpoint, mesh: Any) -> dict[str, Any]:
-    """All parameters that a run holds, as shapes with their dtypes and places."""
-    family, dtype = FAMILIES[source.family], jnp.dtype(config.weights.dtype)
-    rules, of_encoder = run.trained_rules(config, source.family), encode_features.rule(source.family)
-    every = shapes(source.family, source.config)
-    places = sharding.shardings(every, family.AXES, mesh)
-
-    def kind(path: str) -> Any:
-        if trees.matches(path, rules):
-            return jnp.float32
-        return restore.frozen_kind(path, dtype, config.weights.frozen_dtype)
-
-    return trees.unflatten({
-        path: restore.as_held(path, shape.shape, kind(path), places[path]) for path, shape in every.items()
-        if not (config.data.features and of_encoder(path))})
 
 
 def _state(trained: Any, optimizer: optax.GradientTransformation, seed: int, mesh: Any) -> steps.TrainState:
@@ -269,35 +258,14 @@ def _state(trained: Any, optimizer: optax.GradientTransformation, seed: int, mes
     return steps.TrainState(whole(state.step), trained, opt_state, whole(state.key))
 
 
-def _batch(config: RunConfig, source: Checkpoint, module: Any, mesh: Any, length: int) -> Batch:
-    """What the pipeline gives: a picture a row for models that take pictures, `pack_pictures` of packed rows."""
-    place, rows, model = sharding.batch_sharding(mesh), config.data.batch_size, source.config
-    packed = config.data.pack_length is not None
-
-    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=place)
-
-    ids = array(jnp.int32, length)
-    seen = array(jnp.bool_, length)
-    batch = Batch(ids, ids, seen, seen, ids, array(jnp.int32), segments=ids if packed else None)
-    side = model.image_size
-    if side is None:
-        return batch
-    if model.senses:
-        batch = dataclasses.replace(batch, media={"image": array(jnp.float32, 3, side, side)},
-                                    weights={"image": array(jnp.float32)})
-    elif model.image_tokens:
-        pictures = config.data.pack_pictures if packed else 1
-        batch = dataclasses.replace(batch, images=array(jnp.uint8, pictures, side, side, 3))
-    else:
-        batch = dataclasses.replace(batch, images=array(jnp.float32, 1, 3, side, side))
-    if not config.data.features:
-        return batch
-    everything = trees.unflatten(shapes(source.family, model))
-    feature = jax.eval_shape(lambda params, batch: module.apply({"params": params}, batch, method="feature"),
-                             everything, batch)
-    return dataclasses.replace(batch, images=None, weights=None, media={
-        "feature": array(jnp.dtype(config.weights.dtype), *feature.shape[1:])})
+def batch_of(config: RunConfig, spec: ModelSpec, length: int) -> Batch:
+    """The batch that the pipeline feeds, as shapes: rows with an image each, `pack_pictures` of packed rows."""
+    packed = None if config.data.pack_length is None else config.data.pack_pictures
+    feature = None
+    if config.data.features:
+        feature = jax.ShapeDtypeStruct(encode_features.feature_shape(spec), jnp.dtype(config.weights.dtype))
+    return batch_spec(spec.source.config, config.data.batch_size, length, sharding.batch_sharding(spec.mesh), packed,
+                      feature)
 
 
 def _is_matrix(leaf: Any) -> bool:
@@ -353,7 +321,7 @@ def least(place: Topology, devices: int, count: Flops, found: list[Collective] |
 # ---- what to change ----
 
 
-def advice(config: RunConfig, source: Checkpoint, place: Topology, made: Plan) -> list[str]:
+def advice(config: RunConfig, source: ConvertedCheckpoint, place: Topology, made: Plan) -> list[str]:
     """Changes with which a plan fits by arithmetic, the fewest that do.
 
     What a device holds is computed as for the plan itself; temporaries are taken to grow with the rows of a device and
@@ -372,7 +340,7 @@ def advice(config: RunConfig, source: Checkpoint, place: Topology, made: Plan) -
     return [*lines, "These are estimates: plan again with them."]
 
 
-def _changes(config: RunConfig, source: Checkpoint, place: Topology, made: Plan) -> list[tuple[str, int]]:
+def _changes(config: RunConfig, source: ConvertedCheckpoint, place: Topology, made: Plan) -> list[tuple[str, int]]:
     """(options, bytes that a device then needs) for each smallest set of options that suffices."""
     ways = made.mesh["data"] * made.mesh["fsdp"]
     rows, before = made.rows // ways, MeshConfig(**made.mesh)
@@ -399,7 +367,7 @@ def _changes(config: RunConfig, source: Checkpoint, place: Topology, made: Plan)
     return [change for kinds, change in found.items() if len(kinds) == fewest]
 
 
-def _held(config: RunConfig, source: Checkpoint, place: Topology, length: int) -> int | None:
+def _held(config: RunConfig, source: ConvertedCheckpoint, place: Topology, length: int) -> int | None:
     """Bytes of all arguments on a device; None where the mesh cannot divide the parameters."""
     try:
         step = Step.of(config, source, sharding.make_mesh(config.mesh, place.devices), length)

@@ -1,106 +1,151 @@
-"""Samples to batches: text, and pictures or whatever else a model's senses take."""
+"""Samples to batches: text, and images or whatever else a model's senses take."""
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from mmjax.batch import Batch, Sample
-from mmjax.config import TextConfig
+from mmjax.config import RunConfig, TextConfig
 from mmjax.data import images, packing, senses, text
 from mmjax.data.features import Features
-from mmjax.data.packing import Size
+from mmjax.data.text import Tokenized
+from mmjax.families.base import FamilyConfig
 from mmjax.tokenizer import WORDS, Tokenizer
 
 
-def collate(samples: Sequence[Sample], tokenizer: Tokenizer, settings: TextConfig, config: Any,
+def collate(samples: Sequence[Sample | Tokenized], tokenizer: Tokenizer, settings: TextConfig, config: FamilyConfig,
             length: int | None = None, multiple: int = 1) -> Batch:
-    """Samples to a batch, one a row; `config` is the family's, `length` and `multiple` are those of `text.rows`.
+    """Samples to a batch, one a row; `length` and `multiple` are those of `text.rows`.
 
-    Raises ValueError naming the rows, pictures or settings that cannot be used.
+    Raises ValueError naming the rows, images or settings that cannot be used.
     """
-    _check_senses(samples, config)
+    plain = [_sample(sample) for sample in samples]
+    check_senses(plain, config)
     rows = text.rows(samples, tokenizer, settings, config.image_tokens, length, multiple)
+    return dataclasses.replace(rows, **inputs(plain, config, tokenizer.folder / WORDS))
+
+
+def inputs(samples: Sequence[Sample], config: FamilyConfig, words: Path | None = None) -> dict[str, Any]:
+    """The fields of a `Batch` that hold what the encoder of a model reads. words: the text sense's merges"""
     if config.senses:
-        media, weights = senses.stack(samples, config.imagebind, tokenizer.folder / WORDS)
-        return dataclasses.replace(rows, media=media, weights=weights)
-    pictures = None if config.image_size is None else images.stack(samples, config)
-    return dataclasses.replace(rows, images=pictures)
+        return senses.stack(samples, config.media, words)
+    return {"images": None if config.images is None else images.stack(samples, config.images)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Collator:
     """How a run's samples become batches; see `mmjax.data.pipeline.Collator`.
 
-    config:        the family's
-    most_pictures: pictures of every packed row; None where rows are not packed
-    features:      what the encoder makes of the pictures, read in place of them; None: pictures are
+    config:      the family's
+    most_images: images of every packed row; None where rows are not packed
+    features:    what the encoder makes of the images, read in place of them; None: images are
     """
 
     tokenizer: Tokenizer
     text: TextConfig
-    config: Any
-    most_pictures: int | None = None
+    config: FamilyConfig
+    most_images: int | None = None
     features: Features | None = None
 
     def __post_init__(self):
-        if self.most_pictures is not None:
+        if self.most_images is not None:
             packing.check(self.config)
+
+    @staticmethod
+    def of(config: RunConfig, tokenizer: Tokenizer, model: FamilyConfig, features: Features | None = None) -> "Collator":
+        """The collator of a run; `model` is the config of what it trains."""
+        most = None if config.data.pack_length is None else config.data.pack_pictures
+        return Collator(tokenizer, config.text, model, most, features)
 
     @property
     def blank(self) -> np.ndarray:
         if self.features is not None:
             return self.features.blank
-        side = self.config.image_size or 1  # of a language model alone there are no pictures
+        side = self.config.image_size or 1  # of a language model alone there are no images
         return np.zeros((side, side, 3), np.uint8)
 
-    def size(self, sample: Sample) -> Size:
+    def tokenize(self, sample: Sample) -> Tokenized:
         """See `pipeline.Collator`. Raises ValueError naming what this model or the text settings do not take."""
-        _check_senses([sample], self.config)
-        ((places,), _) = text.row_places([sample], self.tokenizer, self.text, self.config.image_tokens)
-        return Size(len(places), len(sample.images))
+        check_senses([sample], self.config)
+        return text.tokenize([sample], self.tokenizer, self.text, self.config.image_tokens)[0]
 
-    def picture(self, image: Any, random: np.random.Generator | None) -> np.ndarray:
+    def image(self, image: Any, random: np.random.Generator | None) -> np.ndarray:
         """uint8[S,S,3], or of one that comes normalised float32[3,S,S]; or its feature. Raises ValueError as
         `images.load` and `Features.find` do."""
         if self.features is not None:
             return self.features.picture(image, random)
-        return images.load(image, self.config.image_size, self.config.crops, random)
+        return images.read(image, self.config.images, random)
 
-    def batch(self, rows: Sequence[Sequence[Sample]], length: int) -> Batch:
+    def batch(self, rows: Sequence[Sequence[Tokenized]], length: int) -> Batch:
         """Raises ValueError as `collate` does."""
-        if self.features is not None:
-            feature = self.features.stack(rows, self.config.image_tokens > 0, self.most_pictures)
-            media = None if feature is None else {"feature": feature}
-            return dataclasses.replace(self._words(rows, length), media=media)
-        if self.most_pictures is None:
+        if self.features is None and self.most_images is None:
             return collate([sample for (sample,) in rows], self.tokenizer, self.text, self.config, length)
-        return dataclasses.replace(
-            self._words(rows, length), images=_stacked(rows, self.config, self.most_pictures))
+        samples = [[sample.sample for sample in row] for row in rows]
+        if self.features is not None:
+            features = self.features.stack(samples, self.config.image_tokens > 0, self.most_images)
+            return dataclasses.replace(self._tokens(rows, length), features=features)
+        return dataclasses.replace(self._tokens(rows, length), images=_packed_images(samples, self.config,
+                                                                                     self.most_images))
 
-    def _words(self, rows: Sequence[Sequence[Sample]], length: int) -> Batch:
-        places = self.config.image_tokens
-        if self.most_pictures is None:
-            return text.rows([sample for (sample,) in rows], self.tokenizer, self.text, places, length)
-        return packing.packed(rows, self.tokenizer, self.text, places, length)
+    def _tokens(self, rows: Sequence[Sequence[Tokenized]], length: int) -> Batch:
+        slots = self.config.image_tokens
+        if self.most_images is None:
+            return text.rows([sample for (sample,) in rows], self.tokenizer, self.text, slots, length)
+        return packing.packed(rows, self.tokenizer, self.text, slots, length)
 
 
-def _stacked(rows: Sequence[Sequence[Sample]], config: Any, most: int) -> np.ndarray | None:
-    """`Batch.images` of packed rows, [B,F,...] with F = `most`: behind a row's own pictures stand black ones."""
-    if config.image_size is None:
+def batch_spec(config: FamilyConfig, rows: int, length: int, sharding: Any, packed_images: int | None = None,
+               feature: jax.ShapeDtypeStruct | None = None) -> Batch:
+    """The batch that a `Collator` makes of rows with an image each, as shapes; nothing is read or allocated.
+
+    packed_images: images of a packed row; None where rows are not packed
+    feature:       of one image, where features are read in place of images
+    """
+
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
+
+    numbers, flags = array(np.int32, length), array(np.bool_, length)
+    batch = Batch(numbers, numbers, flags, flags, numbers, array(np.int32),
+                  segments=None if packed_images is None else numbers)
+    spec, count = config.images, 1 if packed_images is None else packed_images
+    if spec is None:
+        return batch
+    if feature is not None:
+        shape = (count, *feature.shape) if spec.tokens else feature.shape
+        return dataclasses.replace(batch, features=array(feature.dtype, *shape))
+    pixels = array(np.uint8, count, spec.size, spec.size, 3)
+    if config.senses:
+        return dataclasses.replace(batch, images=pixels, image_valid=array(np.bool_, 1),
+                                   weights={"image": array(np.float32)})
+    return dataclasses.replace(
+        batch, images=pixels if spec.tokens else array(np.float32, count, 3, spec.size, spec.size))
+
+
+def _packed_images(rows: Sequence[Sequence[Sample]], config: FamilyConfig, most: int) -> np.ndarray | None:
+    """`Batch.images` of packed rows, [B,F,...] with F = `most`: behind a row's own images stand black ones."""
+    if config.images is None:
         return None
-    together = [Sample(images=[picture for sample in row for picture in sample.images]) for row in rows]
-    pictures = images.stack(together, config)
-    if pictures is None:
+    together = [Sample(images=[image for sample in row for image in sample.images]) for row in rows]
+    pixels = images.stack(together, config.images)
+    if pixels is None:
         return np.zeros((len(rows), most, config.image_size, config.image_size, 3), np.uint8)
-    return np.pad(pictures, [(0, 0), (0, most - pictures.shape[1])] + [(0, 0)] * (pictures.ndim - 2))
+    return np.pad(pixels, [(0, 0), (0, most - pixels.shape[1])] + [(0, 0)] * (pixels.ndim - 2))
 
 
-def _check_senses(samples: Sequence[Sample], config: Any) -> None:
+def _sample(sample: Sample | Tokenized) -> Sample:
+    return sample.sample if isinstance(sample, Tokenized) else sample
+
+
+def check_senses(samples: Sequence[Sample], config: FamilyConfig) -> None:
+    """Raises ValueError naming the rows that give what a model does not read."""
     if config.senses:
         return
     if more := [row for row, sample in enumerate(samples) if sample.media or sample.weights]:
         raise ValueError(f"Rows {more} have media or weights, but this model does not mix senses.")
-    if config.image_size is None and (seeing := [row for row, sample in enumerate(samples) if sample.images]):
-        raise ValueError(f"Rows {seeing} have pictures, but this is a language model without a picture tower.")
+    if config.images is None and (seeing := [row for row, sample in enumerate(samples) if sample.images]):
+        raise ValueError(f"Rows {seeing} have images, but this is a language model without an image encoder.")

@@ -21,17 +21,21 @@ import numpy as np
 from PIL import Image
 
 from mmjax.batch import Sample
+from mmjax.families.base import ImageSpec
+from mmjax.models import pixels
 
 KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 
 
-def load(source: Any, size: int, crops: bool = False, random: np.random.Generator | None = None) -> np.ndarray:
+def load(source: Any, size: int, fit: str = "stretch", random: np.random.Generator | None = None,
+         fill: tuple[float, ...] = pixels.MEAN) -> np.ndarray:
     """uint8[S,S,3]; or of a picture that comes normalised, float32[3,S,S] unchanged.
 
     source: a path, something to `read()` the file's bytes from (a member of an archive), a PIL image, uint8[H,W,3] (or
             [H,W]: grey), or float32[3,S,S]
-    crops:  keep the aspect ratio and cut out the middle; otherwise the whole picture is squashed
-    random: with `crops`, draws what is cut out instead, as in training
+    fit:    "stretch", "center_crop" or "pad", see `mmjax.families.base.ImageSpec`
+    random: with "center_crop", draws what is cut out instead, as in training
+    fill:   color of the padding, between 0 and 1
 
     Raises ValueError naming the file, or the shape and dtype, that cannot be used.
     """
@@ -45,11 +49,18 @@ def load(source: Any, size: int, crops: bool = False, random: np.random.Generato
         if source.dtype == np.uint8 and source.shape == (size, size, 3) and random is None:
             return source  # nothing to scale or to cut away
     image = rgb(source)
-    if not crops:
+    if fit == "stretch":
         return _resized(image, size, size)
+    if fit == "pad":
+        return _resized(padded(image, fill), size, size)
     if random is None:
         return middle(image, size)
     return crop(image, random_box(random, image.height, image.width), size)
+
+
+def read(source: Any, spec: ImageSpec, random: np.random.Generator | None = None) -> np.ndarray:
+    """`load` for a model that takes images as `spec` says."""
+    return load(source, spec.size, spec.fit, random, spec.mean)
 
 
 def rgb(source: Any) -> Image.Image:
@@ -81,6 +92,14 @@ def _decoded(file: Any) -> Image.Image:
             raise ValueError(f"its {image.width} x {image.height} pixels are more than PIL.Image.MAX_IMAGE_PIXELS = "
                              f"{most}")
         return image.convert("RGB")
+
+
+def padded(image: Image.Image, fill: tuple[float, ...]) -> Image.Image:
+    """The image in the middle of a square of one color (llava/mm_utils.py: expand2square)."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in fill))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
 
 
 def middle(image: Image.Image, size: int) -> np.ndarray:
@@ -119,28 +138,30 @@ def _resized(image: Image.Image, width: int, height: int) -> np.ndarray:
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def stack(samples: Sequence[Sample], config: Any) -> np.ndarray | None:
-    """`Batch.images` of these rows: uint8[B,F,S,S,3] or normalised float32[B,F,3,S,S]. None if no row has a picture.
+def stack(samples: Sequence[Sample], spec: ImageSpec) -> np.ndarray | None:
+    """`Batch.images` of these rows: uint8[B,F,S,S,3] or normalised float32[B,F,3,S,S]. None if no row has an image.
 
-    config: the family's: `image_size`, `crops` and `normalise` say how it takes pictures
+    Where images take slots of the text, F is the longest row's number of images, and the others are filled up with black
+    ones that no soft token refers to; pixels stay uint8 until they are on the device, unless an image came normalised.
+    Where images take no slots, every row has one: of text alone zeros, as in the originals. Those are zeros after
+    normalisation, so all of the batch is normalised here.
 
-    Where pictures take places among the words, F is the longest row's number of pictures, and the others are filled up
-    with black ones that no soft token refers to; pixels stay uint8 until they are on the device, unless a picture came
-    normalised. Where pictures take no places, every row has one: of text alone zeros, as in the originals. Those are
-    zeros after normalisation, so all of the batch is normalised here.
-
-    Raises ValueError naming the rows that have too many pictures, or the picture that cannot be used.
+    Raises ValueError naming the rows that have too many images, or the image that cannot be used.
     """
-    size, placed = config.image_size, config.image_tokens > 0
-    most = max((len(sample.images) for sample in samples), default=0)
+    size, most = spec.size, max((len(sample.images) for sample in samples), default=0)
     if most == 0:
         return None
-    if not placed and (many := [row for row, sample in enumerate(samples) if len(sample.images) > 1]):
-        raise ValueError(f"Rows {many} have more than one picture, but this model reads one a row.")
-    rows = [[load(picture, size, config.crops) for picture in sample.images] for sample in samples]
-    if not placed or any(picture.dtype == np.float32 for row in rows for picture in row):
-        rows = [[config.normalise(picture) for picture in row] for row in rows]
+    check_one_image(samples, spec)
+    rows = [[read(image, spec) for image in sample.images] for sample in samples]
+    if not spec.tokens or any(image.dtype == np.float32 for row in rows for image in row):
+        rows = [[spec.normalise(image) for image in row] for row in rows]
         blank = np.zeros((3, size, size), np.float32)
     else:
         blank = np.zeros((size, size, 3), np.uint8)
     return np.stack([np.stack(row + [blank] * (most - len(row))) for row in rows])
+
+
+def check_one_image(samples: Sequence[Sample], spec: ImageSpec) -> None:
+    """Raises ValueError naming the rows with several images, if a model reads one a row."""
+    if not spec.tokens and (many := [row for row, sample in enumerate(samples) if len(sample.images) > 1]):
+        raise ValueError(f"Rows {many} have more than one image, but this model reads one a row.")

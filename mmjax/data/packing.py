@@ -18,6 +18,7 @@ import numpy as np
 from mmjax.batch import Batch, Sample
 from mmjax.config import TextConfig
 from mmjax.data import text
+from mmjax.data.text import Tokenized
 from mmjax.tokenizer import Tokenizer
 
 
@@ -56,7 +57,7 @@ def pack(sizes: Iterable[Size], room: Size, rows: int) -> list[list[int]]:
     return placed
 
 
-def packed(rows: Sequence[Sequence[Sample]], tokenizer: Tokenizer, settings: TextConfig, image_tokens: int,
+def packed(rows: Sequence[Sequence[Sample | Tokenized]], tokenizer: Tokenizer, settings: TextConfig, image_tokens: int,
            length: int) -> Batch:
     """A batch of rows of several samples each, with `images` left None.
 
@@ -66,7 +67,7 @@ def packed(rows: Sequence[Sequence[Sample]], tokenizer: Tokenizer, settings: Tex
     of them has them; `padded_length` is T. Raises ValueError naming the rows whose samples do not fit, and what
     `text.rows` raises.
     """
-    pieces, _ = text.row_places([sample for row in rows for sample in row], tokenizer, settings, image_tokens)
+    pieces, _ = text.row_slots([sample for row in rows for sample in row], tokenizer, settings, image_tokens)
     lengths = iter(map(len, pieces))
     taken = [sum(next(lengths) for _ in row) for row in rows]
     if too_long := [f"row {row}: {n} tokens" for row, n in enumerate(taken) if n > length]:
@@ -84,13 +85,13 @@ def packed(rows: Sequence[Sequence[Sample]], tokenizer: Tokenizer, settings: Tex
             grid[(*here, text.SOFT)] += np.where(piece[:, text.SOFT] >= 0, first_soft, 0)
             positions[here], segments[here] = np.arange(len(piece)), segment
             start += len(piece)
-            first_soft += len(sample.images) * image_tokens
+            images = (sample.sample if isinstance(sample, Tokenized) else sample).images
+            first_soft += len(images) * image_tokens
     return text.batch(grid, positions, length, segments)
 
 
 def check(config: Any) -> None:
     """Raises ValueError for a family that packed rows cannot feed; `config` is the family's."""
-    if config.senses or config.llm.injection:
-        raise ValueError("Packing is for models whose pictures are soft tokens among the words (MiniGPT-4, MiniGPT-v2) "
-                         "and for LLaMA alone. What this model injects into its layers is one a row: set "
-                         "data.pack_length = None.")
+    if config.injects:
+        raise ValueError("Packing is for models whose images are soft tokens of the text, and for a language model alone. "
+                         "What this model injects into its layers is one a row: set data.pack_length = None.")

@@ -28,6 +28,7 @@ from mmjax.batch import Batch, Sample
 from mmjax.config import DataConfig
 from mmjax.data.formats import FORMATS, Record, clean_caption
 from mmjax.data.packing import Size, pack
+from mmjax.data.text import Tokenized
 
 ATTEMPTS = 20  # records tried for one position
 TRIED_FIRST = 16  # records of a source with which a configuration is tried before the first batch
@@ -39,21 +40,21 @@ BOUNDLESS = Size(sys.maxsize, sys.maxsize)
 class Collator(Protocol):
     """How samples become rows; `mmjax.data.collate.Collator` for a model.
 
-    size:    what a sample takes of a row, by its words alone; raises ValueError if it can become none
-    picture: opens a record's picture for a sample, cropped by what draws its crop (None where none is drawn)
-    blank:   what stands for a picture where none can be opened
-    batch:   rows of samples, each one sample where rows are not packed, as rows of that length
+    tokenize: a sample with the slots of its row, by its text alone; raises ValueError if it can become none
+    image:    opens a record's image for a sample, cropped by what draws its crop (None where none is drawn)
+    blank:    what stands for an image where none can be opened
+    batch:    rows of tokenised samples, each one sample where rows are not packed, as rows of that length
 
     All of them run in the reading threads.
     """
 
     blank: Any
 
-    def size(self, sample: Sample) -> Size: ...
+    def tokenize(self, sample: Sample) -> Tokenized: ...
 
-    def picture(self, image: Any, random: np.random.Generator | None) -> Any: ...
+    def image(self, image: Any, random: np.random.Generator | None) -> Any: ...
 
-    def batch(self, rows: Sequence[Sequence[Sample]], length: int) -> Batch: ...
+    def batch(self, rows: Sequence[Sequence[Tokenized]], length: int) -> Batch: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,9 +196,18 @@ class _Place:
     position: int
     attempt: int
     record: Record
-    sample: Sample
-    size: Size
+    tokenized: Tokenized
     bad: tuple[BadRecord, ...]
+
+    @property
+    def size(self) -> Size:
+        """What it takes of a row."""
+        return Size(self.tokenized.length, len(self.tokenized.sample.images))
+
+    def with_images(self, images: list[Any], **changes: Any) -> "_Place":
+        """The same with its images opened."""
+        sample = dataclasses.replace(self.tokenized.sample, images=images)
+        return dataclasses.replace(self, tokenized=dataclasses.replace(self.tokenized, sample=sample), **changes)
 
 
 class _NoneFits(Exception):
@@ -236,8 +246,8 @@ class _Records:
             record = None
             try:
                 record = self.sources[source][index]
-                made = sample(record, prompt, self.cfg)
-                size = self.collator.size(made)
+                place = _Place(position, number, record, self.collator.tokenize(sample(record, prompt, self.cfg)), bad)
+                size = place.size
                 if not size.within(self.row):
                     raise ValueError(f"{size.tokens} tokens and {size.pictures} pictures, but a packed row has room "
                                      f"for {self.row.tokens} and {self.row.pictures}")
@@ -245,7 +255,7 @@ class _Records:
                 bad = (*bad, self.named(position, number, record, error))
             else:
                 if size.within(room):
-                    return _Place(position, number, record, made, size, bad)
+                    return place
         if len(bad) < ATTEMPTS:
             raise _NoneFits(bad)
         path = self.cfg.sources[self.order(position)[0]].path
@@ -265,17 +275,16 @@ class _Records:
             if self.cfg.random_crop:
                 random = np.random.default_rng([self.cfg.seed, place.position, CROP])
             try:
-                pictures = [self.collator.picture(image, random) for image in place.sample.images]
+                images = [self.collator.image(image, random) for image in place.tokenized.sample.images]
             except (ValueError, OSError) as error:
                 bad = (*place.bad, self.named(place.position, place.attempt, place.record, error))
             else:
-                return dataclasses.replace(place, sample=dataclasses.replace(place.sample, images=pictures)), True
+                return place.with_images(images), True
             try:
                 place = self.usable(place.position, prompt, room, place.attempt + 1, bad)
             except _NoneFits as none:
-                blank = [self.collator.blank] * len(first.sample.images)
-                unseen = dataclasses.replace(first.sample, images=blank)
-                return dataclasses.replace(first, sample=unseen, bad=none.bad), False
+                blank = [self.collator.blank] * first.size.pictures
+                return first.with_images(blank, bad=none.bad), False
 
     def named(self, position: int, attempt: int, record: Record | None, error: Exception) -> BadRecord:
         source, index = self.order(position, attempt)
@@ -344,7 +353,7 @@ class _Steps(Sequence[Step]):
             return self._records.opened(place, plan.prompt, place.size if packed else Size(plan.length, sys.maxsize))
 
         made = [[opened(place) for place in row] for row in rows]
-        batch = self._records.collator.batch([[place.sample for place, _ in row] for row in made], plan.length)
+        batch = self._records.collator.batch([[place.tokenized for place, _ in row] for row in made], plan.length)
         for row, places in enumerate(made):
             for segment, (_, learnt) in enumerate(places):
                 if not learnt:
@@ -370,8 +379,9 @@ def _try_out(sources: Sequence[Sequence[Record]], cfg: DataConfig, collator: Col
                 made = sample(record, prompt, cfg)
                 blank = [collator.blank] * len(made.images)
                 try:
-                    size = collator.size(made)
-                    collator.batch([[dataclasses.replace(made, images=blank)]], size.tokens)
+                    tokenized = collator.tokenize(made)
+                    opened = dataclasses.replace(tokenized, sample=dataclasses.replace(made, images=blank))
+                    collator.batch([[opened]], tokenized.length)
                 except ValueError as error:
                     errors.append(error)
                 else:

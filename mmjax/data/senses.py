@@ -294,9 +294,8 @@ def _words(text: str) -> list[str]:
 NAMES = ("video", "audio", "depth", "thermal", "imu", "text")  # of `Sample.media`
 
 
-def stack(samples: Sequence[Sample], cfg: ImageBindConfig,
-          words: Path | None = None) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """`Batch.media` and `Batch.weights` of these rows: by name inputs [B,...] and float32[B].
+def stack(samples: Sequence[Sample], cfg: ImageBindConfig, words: Path | None = None) -> dict[str, Any]:
+    """The fields `images`, `image_valid`, `media` and `weights` of the `Batch` of these rows.
 
     cfg:   the towers; they say how large inputs are
     words: the text tower's merges, needed for text that is not yet ids
@@ -307,9 +306,9 @@ def stack(samples: Sequence[Sample], cfg: ImageBindConfig,
         audio    a .wav file, (float[C,samples], samples a second), or spectrograms float32[clips,1,M,T]
         depth, thermal   float32[1,H,W]         imu   float32[6,steps]        text   a string, or ids int[77]
     A row without one of the senses of another row has zeros there, and the weight 0. A sample that gives nothing gets
-    a picture of zeros with the weight 1, as the original's rows of text alone do. These are zeros behind the
-    normalisation. That is left to the model, pixels being a quarter of the bytes, and a further input, "blank" bool[B],
-    says which rows have no picture; only if one of them came normalised, all are normalised here.
+    an image of zeros with the weight 1, as the original's rows of text alone do. These are zeros after the
+    normalisation. That is left to the model, pixels being a quarter of the bytes, and `image_valid` says which rows have
+    an image; only if one of them came normalised, all are normalised here, and `image_valid` is None.
 
     Raises ValueError naming the rows and senses that cannot be used, and the senses of this model.
     """
@@ -332,11 +331,13 @@ def stack(samples: Sequence[Sample], cfg: ImageBindConfig,
                          + f"\nThe senses of this model are {', '.join(senses)}.")
     media = {name: np.stack([inputs.get(name, np.zeros_like(like)) for inputs in read])
              for name, (_, like) in first.items()}
-    if "image" in media and media["image"].dtype == np.uint8:
-        media["blank"] = np.array([not sample.images for sample in samples])
+    image, valid = media.pop("image", None), None
+    if image is not None and image.dtype == np.uint8:
+        valid = np.array([[bool(sample.images)] for sample in samples])
     weights = {name: np.array([sample.weights.get(name, 1.0) if name in inputs else 0.0
                                for sample, inputs in zip(samples, read, strict=True)], np.float32) for name in first}
-    return media, weights
+    return {"images": None if image is None else image[:, None], "image_valid": valid, "media": media or None,
+            "weights": weights}
 
 
 def _inputs(sample: Sample, cfg: ImageBindConfig,
@@ -374,7 +375,7 @@ def _input(name: str, source: Any, cfg: ImageBindConfig, words: Path | None) -> 
     if name == "image":
         if len(source) > 1:
             raise ValueError(f"{len(source)} pictures, but a row takes one")
-        return load(source[0], tower.image_size, crops=True)
+        return load(source[0], tower.image_size, "center_crop")
     if name == "video" and isinstance(source, tuple):
         frames, fps = source
         return video(np.asarray(frames), fps, tower.image_size, shown=tower.frames)

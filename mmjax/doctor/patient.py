@@ -14,17 +14,12 @@ from mmjax import trees
 from mmjax.checkpoints import converted
 from mmjax.checkpoints import frozen as frozen_weights
 from mmjax.checkpoints import training as training_checkpoints
-from mmjax.checkpoints.converted import Checkpoint
+from mmjax.checkpoints.converted import ConvertedCheckpoint
 from mmjax.convert.adapter import REPLACED
 from mmjax.doctor.finding import Finding, some
-from mmjax.families import FAMILIES, shapes
+from mmjax.families import shapes
 
 SLICE_BYTES = 16 * 2**20  # of a tensor, read at once
-SOURCES = (  # whose file a parameter comes from, by option of convert_weights.py; the first that matches and was given
-    (r"vit/.*", "vit"), (r"(ln_vision|qformer)/.*", "qformer"), (r"projector/.*", "projector"),
-    (r"imagebind/.*", "imagebind"), (r"clip/.*", "clip"), (r"llm/.*/lora_[ab]", "lora"),
-    (r"(bind|visual)/.*|query|llm/.*/(lora_[ab]|b|gate|new_gate)|llm/gate", "adapter"), (r"llm/.*", "llama"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +89,7 @@ class Patient:
     fresh:   parameters that no file held and no run has trained
     """
 
-    source: Checkpoint
+    source: ConvertedCheckpoint
     card: Mapping[str, Any]
     read: Mapping[str, "Rows"]
     tensors: Mapping[str, Tensor]
@@ -110,7 +105,8 @@ class Patient:
     def comes_from(self, path: str) -> str:
         """Which file it came from, for the end of a sentence."""
         held = self.card.get("sources", {})
-        for pattern, option in SOURCES:
+        conversion = self.source.family.conversion
+        for pattern, option in conversion.origins if conversion else ():
             if re.fullmatch(pattern, path) and option in held:
                 files = held[option] if isinstance(held[option], list) else [held[option]]
                 names = [file["file"] for file in files]
@@ -142,8 +138,8 @@ def open_folder(folder: Path) -> tuple[Patient, list[Finding]]:
     Raises FileNotFoundError or ValueError if there is no checkpoint at all, or its config.json is damaged.
     """
     run = folder if (folder / converted.RUN_CARD).is_file() else None
-    source = converted.read_run(folder) if run else Checkpoint.open(folder)
-    card = converted.read_card(source.folder / "config.json")
+    source = converted.read_run(folder) if run else ConvertedCheckpoint.open(folder)
+    card = converted.read_checkpoint_card(source.folder)
     wanted = shapes(source.family, source.config)
     trained, found = _trained(run) if run else ({}, [])
     try:
@@ -152,7 +148,7 @@ def open_folder(folder: Path) -> tuple[Patient, list[Finding]]:
         raise
     except Exception as error:
         return Patient(source, card, {}, {}, run), [*found, damaged(source.folder, error)]
-    axes = FAMILIES[source.family].AXES
+    axes = source.family.all_axes(source.config)
     read = {path: Rows(tuple(array.shape), functools.partial(_stored, array), trees.lookup(path, axes)[0] == "layer")
             for path, array in held.items() if path in wanted and path not in trained}
     read |= {path: Rows(leaf.shape, functools.partial(_rows, np.asarray(leaf)), trees.lookup(path, axes)[0] == "layer")

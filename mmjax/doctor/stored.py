@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from mmjax.convert.llama import DELTA_SCALE
+from mmjax.convert.vocabulary import DELTA_SCALE
 from mmjax.doctor.finding import Finding, some
 from mmjax.doctor.patient import Moments, Patient, Rows
 
@@ -122,7 +122,7 @@ def delta(patient: Patient) -> Iterator[Finding]:
         yield Finding(
             "delta", "wrong", f"The language model is a delta, not a model: the scales of its norms are {middle:.2g} "
             f"in the median ({negative:.0%} of them negative); a model's are 0.1 to 1, and positive. Convert the base "
-            f"model as --llama, and what was given here ({patient.comes_from('llm/norm/scale')}) as --delta.",
+            f"model as --llm, and what was given here ({patient.comes_from('llm/norm/scale')}) as --delta.",
             figures)
     else:
         yield Finding("delta", "ok", f"The language model is no delta: norm scales are {middle:.2g} in the median, "

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from mmjax.convert.llama import PADDED_VOCABULARY
+from mmjax.convert.vocabulary import PADDED_VOCABULARY
 from mmjax.doctor.finding import Finding, some
 from mmjax.doctor.patient import Patient
 from mmjax.tokenizer import Tokenizer

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,13 +11,12 @@ import numpy as np
 
 from mmjax import parity, sharding, trees
 from mmjax.batch import Batch, Sample
-from mmjax.checkpoints import converted, restore
+from mmjax.checkpoints import converted
 from mmjax.checkpoints import training as training_checkpoints
+from mmjax.checkpoints.restore import ModelSpec
 from mmjax.config import MeshConfig
-from mmjax.data.conversation import PICTURE
 from mmjax.doctor.finding import Finding, Verdict, some
 from mmjax.doctor.patient import Patient
-from mmjax.families import FAMILIES
 from mmjax.inference.loaded import Loaded
 from mmjax.training import steps
 
@@ -41,21 +39,18 @@ FAINT, LOUD = 1 / 30, 1000.0  # lengths of soft tokens over those of words
 
 def base_weights(patient: Patient) -> Iterator[Finding]:
     """Are a run's frozen parameters those that it was trained with? A few are read at a time."""
-    told = converted.read_card(patient.run / converted.RUN_CARD)["config"]
+    told = converted.read_run_card(patient.run)["config"]
     place = patient.run / "checkpoints"
     saved = training_checkpoints.verify(place / str(training_checkpoints.saved(place)[-1])).frozen
     mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     before = converted.lineage(patient.run)[:-1]
     earlier = converted.trained_params(before[-1]) if before else {}
-    module = FAMILIES[patient.source.family].Model(patient.source.config)
+    spec = ModelSpec(patient.source, mesh, told["weights"]["dtype"], told["weights"]["frozen_dtype"])
     known = [path for path in saved if path not in patient.source.fresh or path in earlier]
-
-    def kind(path: str) -> Any:
-        return restore.frozen_kind(path, jnp.dtype(told["weights"]["dtype"]), told["weights"]["frozen_dtype"])
 
     other = []
     for paths in _together(known, patient):
-        read = restore.read_params(patient.source, module, mesh, kind, told["seed"], earlier, paths.__contains__)
+        read = spec.restore(told["seed"], earlier, paths.__contains__)
         other += [path for path, leaf in trees.flatten(read).items() if int(steps.fingerprint(leaf)) != saved[path]]
     if other:
         yield Finding(
@@ -99,8 +94,8 @@ def plain_text(model: Loaded, texts: Sequence[str], before: Sequence[Finding]) -
     words, random = model.tokenizer, np.random.default_rng(0)
     ids = [words.encode(text) for text in texts]
     batch = text_rows([*ids, *(random.permutation(row).tolist() for row in ids)], words.bos)
-    found = _run(model, batch, "llama_")
-    if bad := not_finite(found):
+    found = _run(model, batch, language_only=True)
+    if bad := not_finite(model, found):
         yield bad
         return
     yield Finding("outputs", "ok", f"All {len(found)} stages of reading text are finite.", {"sizes": _sizes(found)})
@@ -158,11 +153,12 @@ def text_rows(ids: Sequence[Sequence[int]], bos: int) -> Batch:
                  positions=places, padded_length=np.full(len(ids), length, np.int32))
 
 
-def _run(model: Loaded, batch: Batch, start: str = "") -> dict[str, np.ndarray]:
-    """The stages of a batch whose names begin so, and its logits, in order."""
-    names = [name for name in parity.known(model.family, model.config) if name.startswith((start, "logits"))]
+def _run(model: Loaded, batch: Batch, language_only: bool = False) -> dict[str, np.ndarray]:
+    """The stages of a batch, or those of the language model, in order."""
+    known = parity.known(model.family, model.config)
+    names = [name for name, stage in known.items() if not language_only or stage.kind != "encoder"]
     with sharding.use(model.mesh):
-        found = parity.compute(model.module, frozenset(names), False, model.params, batch)
+        found = parity.compute(model.module, model.family, frozenset(names), False, model.params, batch)
     return {name: np.asarray(found[name].astype(jnp.float32)) for name in names if name in found}
 
 
@@ -170,13 +166,12 @@ def _sizes(found: Mapping[str, np.ndarray]) -> dict[str, float]:
     return {name: float(np.sqrt(np.square(x, dtype=np.float64).mean())) for name, x in found.items()}
 
 
-def not_finite(found: Mapping[str, np.ndarray]) -> Finding | None:
+def not_finite(model: Loaded, found: Mapping[str, np.ndarray]) -> Finding | None:
     """The first stage that is not finite."""
     name = next((name for name, x in found.items() if not np.isfinite(x).all()), None)
     if name is None:
         return None
-    reads = next(stage.of(name.rpartition("_")[2]).reads for stage in parity.STAGES
-                 if re.fullmatch(stage.name.replace(parity.NUMBER, r"\d+"), name))
+    reads = parity.known(model.family, model.config)[name].reads
     return Finding("outputs", "wrong", f"NaN or infinity appears at {name} first, which reads {reads}. If no stored "
                    "number is NaN, the activations overflow: try --dtype float32.", {"stage": name})
 
@@ -186,7 +181,7 @@ def pictures(model: Loaded, patient: Patient) -> Iterator[Finding]:
     if (batch := seeing(model)) is None:
         return
     found = _run(model, batch)
-    if bad := not_finite(found):
+    if bad := not_finite(model, found):
         yield bad
         return
     yield Finding("outputs", "ok", f"All {len(found)} stages of seeing are finite.", {"sizes": _sizes(found)})
@@ -202,7 +197,8 @@ def pictures(model: Loaded, patient: Patient) -> Iterator[Finding]:
     if not soft.any():
         yield Finding("pictures", "ok", f"{told}.", figures)
         return
-    lengths = np.linalg.norm(found["llama_embed"], axis=-1)
+    embedded = next(name for name, stage in parity.known(model.family, model.config).items() if stage.kind == "embedding")
+    lengths = np.linalg.norm(found[embedded], axis=-1)
     of_words, of_soft = float(lengths[~soft & batch.valid].mean()), float(lengths[soft].mean())
     factor = of_soft / max(of_words, 1e-30)
     figures |= {"soft tokens": of_soft, "words": of_words}
@@ -219,14 +215,15 @@ def seeing(model: Loaded) -> Batch | None:
     random, cfg = np.random.default_rng(0), model.config
     if cfg.senses:
         rows = model.batch([Sample(prompt="What is it?")] * 2)
-        inputs = {sense: _sense(tower, random) for sense, tower in cfg.imagebind.towers.items()}
-        return dataclasses.replace(rows, media=inputs, weights={sense: np.ones(2, np.float32) for sense in inputs})
+        inputs = {sense: _sense(tower, random) for sense, tower in cfg.media.towers.items()}
+        weights = {sense: np.ones(2, np.float32) for sense in inputs}
+        return dataclasses.replace(rows, images=None, image_valid=None, media=inputs, weights=weights)
     if cfg.image_size is None:
         return None
     side = cfg.image_size
     slope = np.linspace(0, 255, side).astype(np.uint8)
     drawn = (random.integers(0, 256, (side, side, 3), np.uint8), np.stack([np.tile(slope, (side, 1))] * 3, -1))
-    prompt = f"{PICTURE} What is it?" if cfg.image_tokens else "What is it?"
+    prompt = model.family.prompt.with_images("What is it?", 1)
     return model.batch([Sample(images=[picture], prompt=prompt) for picture in drawn])
 
 

@@ -15,7 +15,6 @@ from flax import linen as nn
 from mmjax import sharding
 from mmjax.batch import Batch
 from mmjax.data import text
-from mmjax.families import FAMILIES
 from mmjax.inference.loaded import Loaded
 from mmjax.inference.predictions import Opened, read, rows
 from mmjax.inference.requests import Ask
@@ -110,14 +109,12 @@ class Choices:
         return found
 
     def _shown(self, asks: Sequence[Ask]) -> dict[str, Any]:
-        """`Batch.media` and the like of these samples, seen by the encoder where the family has one; or pixels."""
+        """The fields of a `Batch` for what these samples show: features where the family has an encoder, or images."""
         model, place = self.model, sharding.batch_sharding(self.model.mesh)
         batch = model.batch([ask.sample for ask in asks], **dataclasses.asdict(self._text))
-        if not FAMILIES[model.family].ENCODER or batch.images is None and batch.media is None:
+        if not model.family.encoder or batch.images is None and batch.media is None:
             return {"images": jax.device_put(batch.images, place)}
-        feature = seen(model.module, model.params, jax.device_put(batch, place))
-        weights = {"feature": jax.device_put(np.ones(len(asks), np.float32), place)} if model.config.senses else None
-        return {"media": {"feature": feature}, "weights": weights}
+        return {"features": seen(model.module, model.params, jax.device_put(batch, place))}
 
     def _column(self, asks: Sequence[Ask], place: int, shown: Mapping[str, Any]) -> list[tuple[float, int, int]]:
         """(loss in nats, tokens it is of, padded length) of each row's choice at that place; of one with fewer choices,

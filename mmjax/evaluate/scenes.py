@@ -15,7 +15,6 @@ from rich.table import Table
 from mmjax.batch import Sample
 from mmjax.config import ScenesConfig
 from mmjax.data import scenes
-from mmjax.data.conversation import PICTURE
 from mmjax.data.neighbours import Recall
 from mmjax.evaluate import report
 from mmjax.evaluate.report import Example
@@ -40,8 +39,7 @@ def look(model: Loaded, scene: scenes.Scene, sense: str, words: str) -> Sample:
     """A scene as one of the senses gives it, and words about it."""
     if sense != "image":
         return Sample(media={sense: scenes.MEDIA[sense](scene)}, prompt=words)
-    prompt = f"{PICTURE} {words}" if model.config.image_tokens else words
-    return Sample(images=[scenes.draw(scene)], prompt=prompt)
+    return Sample(images=[scenes.draw(scene)], prompt=model.family.prompt.with_images(words, 1))
 
 
 def score_scenes(

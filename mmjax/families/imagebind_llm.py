@@ -129,9 +129,7 @@ class Model(LanguageModel):
 
 
 def example(cfg: Config) -> Batch:
-    media = imagebind.example(cfg.imagebind)
-    images = media.pop("image", None)
-    return example_batch(None if images is None else cfg.image_size, media, mixed=True)
+    return example_batch(media=imagebind.example(cfg.imagebind), mixed=True)
 
 
 STAGES = (

@@ -232,7 +232,7 @@ def take(model: Loaded, sense: str, source: Any) -> Any:
         raise ValueError(f"This model does not perceive {sense!r}; "
                          + (f"it perceives {', '.join(able)}." if able else "it reads words alone."))
     if sense == IMAGE:
-        return images.load(source, model.config.image_size, model.config.crops)
+        return images.read(source, model.config.images)
     value = _read(sense, source) if isinstance(source, (str, os.PathLike)) else source
     try:
         model.batch([Sample(prompt="?", media={sense: value})], prompt_template="")
@@ -273,7 +273,7 @@ def prompt(model: Loaded, talk: Conversation, settings: ChatSettings = ChatSetti
     *earlier, last = talk.turns
     length = 0
     for made in _shorter_and_shorter(model, talk, earlier, last):
-        ((places,), _) = text.row_places([made.sample], model.tokenizer, bare, model.config.image_tokens)
+        ((places,), _) = text.row_slots([made.sample], model.tokenizer, bare, model.config.image_tokens)
         length = len(places)
         if length <= room:
             return made

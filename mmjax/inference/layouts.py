@@ -8,7 +8,7 @@ import numpy as np
 
 from mmjax import trees
 from mmjax.models import int8
-from mmjax.models.layers import turn
+from mmjax.models.layers import transpose_weight
 
 
 def unstack(params: dict[str, Any], transposed: bool = False) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def unstack(params: dict[str, Any], transposed: bool = False) -> dict[str, Any]:
               for layer in range(len(stacks[0]))}
     flat = trees.flatten(params | {"llm": language | {"layers": layers}})
     if transposed:
-        flat |= {path: turn(leaf, len(int8.summed(path, len(leaf.shape)))) for path, leaf in flat.items()
+        flat |= {path: transpose_weight(leaf, len(int8.summed(path, len(leaf.shape)))) for path, leaf in flat.items()
                  if path.startswith("llm/") and path.endswith("/w")}
     return trees.unflatten(flat)
 

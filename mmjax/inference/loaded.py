@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from mmjax import sharding
 from mmjax.batch import Batch, Sample
-from mmjax.checkpoints import converted, restore
-from mmjax.checkpoints.converted import Checkpoint
+from mmjax.checkpoints import converted
+from mmjax.checkpoints.converted import ConvertedCheckpoint
+from mmjax.checkpoints.restore import ModelSpec
 from mmjax.config import MeshConfig, TextConfig
 from mmjax.data.collate import collate
 from mmjax.data.neighbours import Recall
-from mmjax.data.text import row_places
-from mmjax.families import FAMILIES
+from mmjax.data.text import row_slots
+from mmjax.families import Family
 from mmjax.inference.generate import GenerateConfig, Writing, row_keys
 from mmjax.inference.layouts import unstack
 from mmjax.inference.requests import is_text
@@ -59,26 +59,21 @@ def load(
         raise ValueError(f"dtype = {dtype!r}: float32 or bfloat16")
     if frozen_dtype not in (None, "int8"):
         raise ValueError(f"frozen_dtype = {frozen_dtype!r}: int8, or None for the same as dtype")
-    folder, kind = Path(path), jnp.dtype(dtype or default_dtype())
+    folder = Path(path)
     mesh = mesh or sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     if (folder / converted.RUN_CARD).is_file():
         source, trained = converted.read_run(folder), converted.trained_params(folder)
     else:
-        source, trained = Checkpoint.open(folder), {}
-    module = FAMILIES[source.family].Model(source.config, kind)
-
-    def held(path: str) -> Any:
-        return kind if path in trained or path in source.fresh else restore.frozen_kind(path, kind, frozen_dtype)
-
-    params = restore.read_params(source, module, mesh, held, init_fresh, trained)
-    return Loaded.of(source, module, params, mesh)
+        source, trained = ConvertedCheckpoint.open(folder), {}
+    spec = ModelSpec(source, mesh, dtype or default_dtype(), frozen_dtype, exact={*trained, *source.fresh})
+    return Loaded.of(source, spec.module, spec.restore(init_fresh, trained), mesh)
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
     """A model with everything around it. `module` and `params` are for `module.apply({"params": params}, batch)`."""
 
-    family: str
+    family: Family
     module: nn.Module
     params: Any
     config: Any
@@ -88,7 +83,7 @@ class Loaded:
     mesh: jax.sharding.Mesh
 
     @staticmethod
-    def of(source: Checkpoint, module: nn.Module, params: Any, mesh: jax.sharding.Mesh) -> "Loaded":
+    def of(source: ConvertedCheckpoint, module: nn.Module, params: Any, mesh: jax.sharding.Mesh) -> "Loaded":
         """The model that a checkpoint or run describes, with these parameters."""
         return Loaded(source.family, module, params, source.config, source.tokenizer, source.text, source.generation,
                       mesh)
@@ -208,7 +203,7 @@ class Loaded:
         if strange := [row for row, sample in enumerate(samples) if not is_text(sample.prompt + sample.input)]:
             raise ValueError(f"The prompts of the rows {strange} hold characters that are no text (unpaired "
                              "surrogates). Read them as what they were written in, such as UTF-8.")
-        made, _ = row_places(samples, self.tokenizer, self._text(settings), self.config.image_tokens)
+        made, _ = row_slots(samples, self.tokenizer, self._text(settings), self.config.image_tokens)
         lengths, most = [len(row) for row in made], self.config.llm.max_positions
         if long := [f"row {row}: {n} tokens" for row, n in enumerate(lengths) if n + max_new_tokens > most]:
             raise ValueError(f"With max_new_tokens = {max_new_tokens} these prompts need more than the {most} "
@@ -260,14 +255,13 @@ class Loaded:
         """The same batch with the mix of each row's senses in place of the senses, after a look at known pictures."""
         if not self.config.senses:
             raise ValueError(f"recall is for models that mix senses; the family {self.family} does not.")
-        width = self.config.imagebind.out
+        width = self.config.media.out
         if recall.vectors.shape[1] != width:
             raise ValueError(f"The vectors to recall are {recall.vectors.shape[1]} wide, this model's features {width}."
                              " Take the vectors that belong to its ImageBind.")
         mixed = mix_and_recall(self.module, recall.count, self.params, batch, recall.vectors, recall.sharpness,
                                recall.weight)
-        ones = np.ones(len(mixed), np.float32)
-        return dataclasses.replace(batch, media={"feature": mixed}, weights={"feature": ones})
+        return dataclasses.replace(batch, images=None, image_valid=None, media=None, weights=None, features=mixed)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -183,10 +183,9 @@ def rows(model: Loaded, batch_size: int) -> int:
 def read(ask: Ask, model: Loaded) -> Ask:
     """With its pictures and arrays read, and its pictures placed in the prompt. Raises ValueError naming the file that
     cannot be read."""
-    config = model.config
-    sample = requests.placed(ask.sample, config.image_tokens)
-    if config.image_size is not None:
-        opened = [images.load(image, config.image_size, config.crops) for image in sample.images]
+    sample, spec = requests.with_images(ask.sample, model.family.prompt), model.config.images
+    if spec is not None:
+        opened = [images.read(image, spec) for image in sample.images]
         sample = dataclasses.replace(sample, images=opened)
     media = {name: requests.sense(name, value) for name, value in sample.media.items()}
     return dataclasses.replace(ask, sample=dataclasses.replace(sample, media=media))
@@ -203,10 +202,10 @@ def identity(path: str | Path) -> dict[str, Any]:
     """
     folder = Path(path)
     if not (folder / converted.RUN_CARD).is_file():
-        source, runs = converted.Checkpoint.open(folder), []
+        source, runs = converted.ConvertedCheckpoint.open(folder), []
     else:
         source, runs = converted.read_run(folder), converted.lineage(folder)
-    return {"family": source.family, "config": files.sha256(source.folder / "config.json"),
+    return {"family": source.family.name, "config": files.sha256(source.folder / "config.json"),
             "architecture": _sha256(dataclasses.asdict(source.config)), "trained": [_seal(run) for run in runs]}
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from mmjax.batch import Sample
-from mmjax.data.conversation import PICTURE
 from mmjax.data.formats.rows import field, parse_json, picture, shown, text
 from mmjax.data.text import PLACEHOLDER
+from mmjax.families.base import PromptStyle
 
 KEYS = ("id", "image", "images", "prompt", "media", "weights")
 WORDED = ("text",)  # of the other senses: what stands in the line is what is given, not the name of a file
@@ -102,12 +102,12 @@ def is_text(words: str) -> bool:
     return True
 
 
-def placed(sample: Sample, image_tokens: int) -> Sample:
-    """The sample with its pictures in front of a prompt that does not say where they stand, for models (`image_tokens`
-    above 0) whose pictures take places among the words."""
-    if not image_tokens or not sample.images or PLACEHOLDER in sample.prompt:
+def with_images(sample: Sample, style: PromptStyle) -> Sample:
+    """The sample with its images in front of a prompt that does not say where they stand, for families whose images
+    take slots of the text."""
+    if PLACEHOLDER in sample.prompt:
         return sample
-    return dataclasses.replace(sample, prompt=f"{PICTURE * len(sample.images)} {sample.prompt}")
+    return dataclasses.replace(sample, prompt=style.with_images(sample.prompt, len(sample.images)))
 
 
 def sense(name: str, value: Any) -> Any:

@@ -276,7 +276,7 @@ def _title(model: Loaded, page: Page) -> str:
     total = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     count = f"{total / 1e9:.2f} billion" if total >= 1e9 else f"{total / 1e6:.2f} million"
     memory = "remembers the conversation" if Conversation(page.template).remembers else "takes each question alone"
-    facts = (model.family, f"{count} parameters", f"perceives {', '.join(perceived(model)) or 'words'}",
+    facts = (model.family.name, f"{count} parameters", f"perceives {', '.join(perceived(model)) or 'words'}",
              f"template {page.template}: {memory}", jax.devices()[0].platform)
     return f"<h1>{_literal(page.name)}</h1>" + "".join(f"<span>{_literal(fact)}</span>" for fact in facts)
 

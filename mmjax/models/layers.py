@@ -50,7 +50,7 @@ def _einsum_int8(letters: str, x: jax.Array, w: Int8) -> jax.Array:
     return (einsum(letters, x, w.values).astype(jnp.float32) * scale).astype(x.dtype)
 
 
-def look_up(table: jax.Array | Int8, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def embedding_lookup(table: jax.Array | Int8, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows of a table [V,D]: int[...] -> [...,D] of a dtype."""
     rows = jax.tree.map(lambda leaf: jnp.take(leaf, ids, axis=0), table)
     return (int8.wide(rows) if isinstance(rows, Int8) else rows).astype(dtype)
@@ -67,7 +67,7 @@ class Project(nn.Module):
 
     shape:     the weight's axes, inputs first, `contracted` of them
     zero_bias: the bias starts from zero instead of as torch.nn.Linear's
-    turned:    the weight is held as a plain matrix [outputs, inputs] (see `turn`); the axes of the product are then
+    transposed:    the weight is held as a plain matrix [outputs, inputs] (see `transpose_weight`); the axes of the product are then
                those of `x` that are not summed over, followed by the outputs
     """
 
@@ -75,32 +75,32 @@ class Project(nn.Module):
     contracted: int = 1
     use_bias: bool = False
     zero_bias: bool = False
-    turned: bool = False
+    transposed: bool = False
 
     def setup(self):
         fan_in = math.prod(self.shape[: self.contracted])
-        held = (math.prod(self.shape) // fan_in, fan_in) if self.turned else self.shape
+        held = (math.prod(self.shape) // fan_in, fan_in) if self.transposed else self.shape
         self.w = self.param("w", uniform_fan_in(fan_in), held)
         if self.use_bias:
             start = nn.initializers.zeros_init() if self.zero_bias else uniform_fan_in(fan_in)
             self.b = self.param("b", start, self.shape[self.contracted :])
 
     def __call__(self, letters: str, x: jax.Array) -> jax.Array:
-        y = self.bare(letters, x)
+        y = self.matmul(letters, x)
         return y + self.b.astype(y.dtype) if self.use_bias else y
 
-    def bare(self, letters: str, x: jax.Array) -> jax.Array:
+    def matmul(self, letters: str, x: jax.Array) -> jax.Array:
         """The product with the matrix, and nothing that is added to it."""
         kept = x.shape[: x.ndim - self.contracted]
         if math.prod(kept) == 1 and x.dtype != jnp.float32 and on_cpu():
-            return self.bare(letters, jnp.concatenate([x, x]))[:1]  # XLA there multiplies one row ten times slower
-        if not self.turned:
+            return self.matmul(letters, jnp.concatenate([x, x]))[:1]  # XLA there multiplies one row ten times slower
+        if not self.transposed:
             return einsum(letters, x, self.w)
         y = einsum("XI,OI->XO", x.reshape(math.prod(kept), -1), self.w)
         return y.reshape(*kept, *self.shape[self.contracted :])
 
 
-def turn(w: jax.Array | Int8, inputs: int) -> jax.Array | Int8:
+def transpose_weight(w: jax.Array | Int8, inputs: int) -> jax.Array | Int8:
     """A weight whose first axes, `inputs` of them, are summed over, as a matrix [outputs, inputs].
 
     XLA on a CPU multiplies a few rows with such a matrix up to 1.5 times as fast as with one that begins with the

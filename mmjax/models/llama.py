@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mmjax.models.layers import Project, RMSNorm, attend, einsum, look_up, uniform_fan_in
+from mmjax.models.layers import Project, RMSNorm, attend, einsum, embedding_lookup, uniform_fan_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +137,7 @@ def projection(cfg: LlamaConfig, transposed: bool, name: str, shape: tuple[int, 
     return Project(shape, **common)
 
 
-def written(cache: dict[str, jax.Array], start: int | jax.Array, axis: int, **new: jax.Array) -> dict[str, jax.Array]:
+def update_cache(cache: dict[str, jax.Array], start: int | jax.Array, axis: int, **new: jax.Array) -> dict[str, jax.Array]:
     """The cache with new keys and values in its slots from `start` on; the slots are an `axis`."""
     return {name: jax.lax.dynamic_update_slice_in_dim(cache[name], x.astype(cache[name].dtype), start, axis)
             for name, x in new.items()}
@@ -183,10 +183,10 @@ class Attention(nn.Module):
         if cache is None:
             out = attend(q, k, v, mask)
         elif cache["k"].ndim == 5:
-            cache = written(cache, start, 2, k=heads_to_front(k), v=heads_to_front(v))
+            cache = update_cache(cache, start, 2, k=heads_to_front(k), v=heads_to_front(v))
             out = attend_heads_first(q, cache["k"], cache["v"], mask)
         else:
-            cache = written(cache, start, 1, k=k, v=v)
+            cache = update_cache(cache, start, 1, k=k, v=v)
             out = attend(q, cache["k"], cache["v"], mask)
         if c.injection == "head":
             gate = self.param("gate", nn.initializers.zeros_init(), (c.heads,))
@@ -202,10 +202,10 @@ class Attention(nn.Module):
 
         Prompts have no positions, are not normalised and pass the bare matrices, without LoRA (as in the original).
         """
-        v = to_v.bare("BPD,DKH->BPKH", prompts)
+        v = to_v.matmul("BPD,DKH->BPKH", prompts)
         if prompts.shape[1] == 1:  # a softmax over one key is 1
             return jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
-        return attend(q, to_k.bare("BPD,DKH->BPKH", prompts), v)
+        return attend(q, to_k.matmul("BPD,DKH->BPKH", prompts), v)
 
 
 class FeedForward(nn.Module):
@@ -300,7 +300,7 @@ class Llama(nn.Module):
         # Where the table's columns are cut over fsdp, each device looks up its columns for the rows of all of them.
         # Said here because XLA, left alone, gathers everything everywhere on some meshes.
         tokens = nn.with_logical_constraint(tokens, ("lookup", "length"))
-        x = nn.with_logical_constraint(look_up(self.embedding, tokens, self.dtype), ("lookup", "length", "embed"))
+        x = nn.with_logical_constraint(embedding_lookup(self.embedding, tokens, self.dtype), ("lookup", "length", "embed"))
         return nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
     def __call__(self, x, positions, mask, cache=None, start=0, injection=None):

@@ -24,16 +24,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mmjax import sharding, trees
 from mmjax.batch import Batch, Sample
-from mmjax.checkpoints import converted, restore
+from mmjax.checkpoints import converted
+from mmjax.checkpoints.restore import ModelSpec
 from mmjax.config import RunConfig, WeightsConfig
 from mmjax.data import features as stored
-from mmjax.data import images, pipeline, senses
+from mmjax.data import images, pipeline
+from mmjax.data.collate import inputs
 from mmjax.data.features import Card, Features, Held, Names, Writer
 from mmjax.data.formats import Record
-from mmjax.families import FAMILIES, shapes
+from mmjax.families import shapes
+from mmjax.families.base import ImageSpec
 
 CROPS = 4  # of a picture that is cropped at random
-RANDOM, MIDDLE, SQUASHED = "random crops", "the middle", "the whole, squashed"  # what the encoder sees of a picture
+RANDOM = "random crops"  # what the encoder sees of an image
+SEEN = {"center_crop": "the middle", "stretch": "the whole, squashed", "pad": "the whole, padded"}
 ERRORS = "features_errors.jsonl"
 AHEAD = 3  # batches whose pictures are read while one is computed
 console = Console(stderr=True)
@@ -63,13 +67,7 @@ class Made:
 # ---- what features are of ----
 
 
-def rule(family: str) -> Callable[[str], bool]:
-    """Whether the parameter at a path is of the family's encoder."""
-    patterns = FAMILIES[family].ENCODER.values()
-    return lambda path: trees.matches(path, patterns)
-
-
-def encoder(source: converted.Checkpoint, weights: WeightsConfig, earlier: dict[str, Any] | None) -> dict[str, Any]:
+def encoder(source: converted.ConvertedCheckpoint, weights: WeightsConfig, earlier: dict[str, Any] | None) -> dict[str, Any]:
     """What a feature depends on beside its picture; known without reading a weight of the encoder.
 
     files:        SHA-256 of the released files that the encoder's parameters were converted from
@@ -79,12 +77,12 @@ def encoder(source: converted.Checkpoint, weights: WeightsConfig, earlier: dict[
 
     Raises ValueError for a family without an encoder of pictures, and for a checkpoint that does not name its files.
     """
-    parts, config = FAMILIES[source.family].ENCODER, source.config
+    parts, config = source.family.encoder, source.config
     if not parts or config.image_size is None:
         raise ValueError(f"The model of {source.folder} has no encoder of pictures whose features could be stored: set "
                          "data.features = None.")
-    path = source.folder / "config.json"
-    files = converted.read_card(path).get("sources", {})
+    path = source.folder / converted.CARD
+    files = converted.read_checkpoint_card(source.folder).get("sources", {})
     used = {part: getattr(config, part) for part in parts}
     if unknown := [part for part, cfg in used.items() if cfg is not None and "sha256" not in files.get(part, {})]:
         raise ValueError(f"{path} does not say of which file {', '.join(unknown)} is, so that features cannot be told "
@@ -93,7 +91,7 @@ def encoder(source: converted.Checkpoint, weights: WeightsConfig, earlier: dict[
         "files": {part: files[part]["sha256"] for part, cfg in used.items() if cfg is not None},
         "architecture": {part: cfg and dataclasses.asdict(cfg) for part, cfg in used.items()},
         "dtypes": [weights.dtype, weights.frozen_dtype or weights.dtype],
-        "trained": _hash({path: leaf for path, leaf in (earlier or {}).items() if rule(source.family)(path)}),
+        "trained": _hash({path: leaf for path, leaf in (earlier or {}).items() if source.family.in_encoder(path)}),
     }
 
 
@@ -109,11 +107,11 @@ def _hash(parameters: dict[str, Any]) -> str | None:
 
 def transform(config: RunConfig, model: Any) -> dict[str, Any]:
     """How pictures become the encoder's input: the side of the square, and what of a picture is in it."""
-    cut = RANDOM if config.data.random_crop else MIDDLE if model.crops else SQUASHED
+    cut = RANDOM if config.data.random_crop else SEEN[model.images.fit]
     return {"size": model.image_size, "cut": cut}
 
 
-def load(config: RunConfig, source: converted.Checkpoint, rules: Sequence[str], records: Sequence[Sequence[Record]],
+def load(config: RunConfig, source: converted.ConvertedCheckpoint, rules: Sequence[str], records: Sequence[Sequence[Record]],
          earlier: dict[str, Any] | None = None) -> Features:
     """The features that `config.data.features` names, for a run.
 
@@ -125,8 +123,8 @@ def load(config: RunConfig, source: converted.Checkpoint, rules: Sequence[str], 
     Raises FileNotFoundError or ValueError if the run trains the encoder, if there are none, if another encoder or
     transform made them, or if the pictures are others.
     """
-    of_encoder = rule(source.family)
-    trained = [path for path in shapes(source.family, source.config) if of_encoder(path) and trees.matches(path, rules)]
+    family = source.family
+    trained = [path for path in shapes(family, source.config) if family.in_encoder(path) and trees.matches(path, rules)]
     if trained or config.drop_path:
         what = f"{trained[0]} and {len(trained) - 1} more of its parameters" if trained else "drop_path"
         raise ValueError(f"data.features = {config.data.features}: this run trains the encoder ({what}), so that its "
@@ -143,7 +141,7 @@ def load(config: RunConfig, source: converted.Checkpoint, rules: Sequence[str], 
 # ---- making them ----
 
 
-def make(config: RunConfig, source: converted.Checkpoint, folder: Path, crops: int | None = None,
+def make(config: RunConfig, source: converted.ConvertedCheckpoint, folder: Path, crops: int | None = None,
          dtype: str | None = None, batch_size: int = 64) -> Made:
     """Runs a run's frozen encoder over every picture of its data and stores what `folder` does not hold yet.
 
@@ -161,10 +159,10 @@ def make(config: RunConfig, source: converted.Checkpoint, folder: Path, crops: i
                          "features` on one of them alone, with `out` where all can read it.")
     earlier = _earlier(config)
     made_by = encoder(source, config.weights, earlier)
-    module = FAMILIES[source.family].Model(source.config, jnp.dtype(config.weights.dtype))
+    spec = ModelSpec(source, sharding.make_mesh(config.mesh), config.weights.dtype, config.weights.frozen_dtype)
     card = Card(made_by, transform(config, source.config), _crops(config, source.config, crops),
                 config.data.seed if config.data.random_crop else 0, dtype or config.weights.dtype,
-                _shape(source, module))
+                feature_shape(spec))
     records = pipeline.read(config.data)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn())
@@ -174,10 +172,10 @@ def make(config: RunConfig, source: converted.Checkpoint, folder: Path, crops: i
         new = places[stored.missing(writer.keys, keys)]
         unread = 0
         if len(new):
-            rows, encode = _encoder(config, source, module, earlier, card, batch_size)
+            rows, encode = _encoder(spec, earlier, card, batch_size)
             at_once = rows // card.crops
             with concurrent.futures.ThreadPoolExecutor(config.data.threads) as pool:
-                opened = _ahead(pool, _Reader(records, names, card), new, AHEAD * at_once)
+                opened = _ahead(pool, _Reader(records, names, card, source.config.images), new, AHEAD * at_once)
                 task = bar.add_task("encoding", total=len(new))
                 unread = _store(opened, encode, at_once, writer, lambda n: bar.advance(task, n))
     return Made(folder, writer.card, len(writer.index), len(new) - unread, unread)
@@ -195,8 +193,9 @@ def summary(made: Made) -> Iterator[str]:
 
 
 def _crops(config: RunConfig, model: Any, crops: int | None) -> int:
-    if config.data.random_crop and not model.crops:
-        raise ValueError("This model's pictures are squashed, not cropped: set data.random_crop = False.")
+    if config.data.random_crop and model.images.fit != "center_crop":
+        raise ValueError(f"This model's images are read with the fit {model.images.fit!r}, not cropped: set "
+                         "data.random_crop = False.")
     if not config.data.random_crop:
         if crops not in (None, 1):
             raise ValueError(f"crops = {crops}, but this run's pictures are not cropped at random (data.random_crop): "
@@ -220,11 +219,12 @@ def _earlier(config: RunConfig) -> dict[str, Any] | None:
     return converted.trained_params(Path(before))
 
 
-def _shape(source: converted.Checkpoint, module: Any) -> tuple[int, ...]:
-    """Of one picture's feature."""
-    blank = np.zeros((source.config.image_size, source.config.image_size, 3), np.uint8)
-    params = trees.unflatten(shapes(source.family, source.config))
-    return jax.eval_shape(_feature(module), params, _batch([blank], source.config)).shape[1:]
+def feature_shape(spec: ModelSpec) -> tuple[int, ...]:
+    """Of one image's feature."""
+    config = spec.source.config
+    blank = np.zeros((config.image_size, config.image_size, 3), np.uint8)
+    params = trees.unflatten(shapes(spec.source.family, config))
+    return jax.eval_shape(_feature(spec.module), params, _batch([blank], config)).shape[1:]
 
 
 def _feature(module: Any) -> Callable[[Any, Batch], jax.Array]:
@@ -240,11 +240,10 @@ def _feature(module: Any) -> Callable[[Any, Batch], jax.Array]:
 def _batch(pictures: Sequence[np.ndarray | None], model: Any) -> Batch:
     """Rows of one picture each, without words; None is the picture of zeros. `model` is the family's config."""
     samples = [Sample(images=[] if picture is None else [picture]) for picture in pictures]
-    media, weights = senses.stack(samples, model.imagebind) if model.senses else (None, None)
     none = np.zeros((len(samples), 1), np.int32)
-    return Batch(tokens=none, soft_index=none - 1, valid=none == 0, loss_mask=none != 0, positions=none,
-                 padded_length=none[:, 0] + 1, images=None if model.senses else images.stack(samples, model),
-                 media=media, weights=weights)
+    batch = Batch(tokens=none, soft_index=none - 1, valid=none == 0, loss_mask=none != 0, positions=none,
+                  padded_length=none[:, 0] + 1)
+    return dataclasses.replace(batch, **inputs(samples, model))
 
 
 def _pictures(records: Sequence[Sequence[Record]], names: Names, with_nothing: bool,
@@ -291,6 +290,7 @@ class _Reader:
     records: Sequence[Sequence[Record]]
     names: Names
     card: Card
+    images: ImageSpec
 
     def __call__(self, place: np.ndarray) -> _Opened:
         source, number = map(int, place)
@@ -308,9 +308,8 @@ class _Reader:
         return dataclasses.replace(opened, content=stored.content_hash(held.content), crops=crops)
 
     def _crop(self, whole: Any, name: str, crop: int) -> np.ndarray:
-        size, cut = self.card.transform["size"], self.card.transform["cut"]
-        random = stored.crop_random(self.card.seed, name, crop) if cut == RANDOM else None
-        return images.load(whole, size, cut != SQUASHED, random)
+        random = stored.crop_random(self.card.seed, name, crop) if self.card.transform["cut"] == RANDOM else None
+        return images.read(whole, self.images, random)
 
 
 def _store(opened: Iterator[_Opened], encode: Callable[[Sequence[_Opened]], np.ndarray], at_once: int, writer: Writer,
@@ -342,22 +341,18 @@ def _ahead(pool: concurrent.futures.Executor, reader: _Reader, places: np.ndarra
         yield waiting.popleft().result()
 
 
-def _encoder(config: RunConfig, source: converted.Checkpoint, module: Any, earlier: dict[str, Any] | None, card: Card,
+def _encoder(spec: ModelSpec, earlier: dict[str, Any] | None, card: Card,
              batch_size: int) -> tuple[int, Callable[[Sequence[_Opened]], np.ndarray]]:
     """How many rows are computed at once, and what computes the features [n,K,...] of no more pictures than that.
 
     Of the model only the encoder is read.
     """
-    mesh, of_encoder, kind = sharding.make_mesh(config.mesh), rule(source.family), jnp.dtype(config.weights.dtype)
-
-    def held(path: str) -> Any:
-        return restore.frozen_kind(path, kind, config.weights.frozen_dtype)
-
-    params = trees.flatten(restore.read_params(source, module, mesh, held, None, earlier, of_encoder))
+    source, mesh = spec.source, spec.mesh
+    params = trees.flatten(spec.restore(None, earlier, source.family.in_encoder))
     # A module asks for the parameters that are its own, whichever of its methods is called. Nothing reads these.
-    params |= {path: jnp.zeros(shape.shape, kind) for path, shape in shapes(source.family, source.config).items()
+    params |= {path: jnp.zeros(shape.shape, spec.dtype) for path, shape in shapes(source.family, source.config).items()
                if "/" not in path}
-    params, place, feature = trees.unflatten(params), sharding.batch_sharding(mesh), _feature(module)
+    params, place, feature = trees.unflatten(params), sharding.batch_sharding(mesh), _feature(spec.module)
     call = jax.jit(lambda params, batch: feature(params, batch).astype(card.dtype))
     ways = sharding.ways(mesh, "batch")
     rows = -(-max(batch_size, card.crops) // ways) * ways

@@ -38,7 +38,7 @@ def differences(config: RunConfig, out: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{out / 'checkpoints'} has checkpoints, but there is no {path} to tell what they are "
                                 "of. Put it back, or name another `out`.")
-    card = converted.read_card(path)
+    card = converted.read_run_card(out)
     converted.require(path, card, "config")
     changed = list(_changes(card["config"], json.loads(json.dumps(dataclasses.asdict(config)))))
     lines = {name: f"{name.replace('/', '.')} {before!r} -> {now!r}" for name, before, now in changed}

@@ -24,22 +24,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mmjax import compilation, evaluate, files, sharding, trees
 from mmjax.batch import Batch
-from mmjax.checkpoints import converted, restore
+from mmjax.checkpoints import converted
 from mmjax.checkpoints import training as training_checkpoints
+from mmjax.checkpoints.restore import ModelSpec
 from mmjax.config import RunConfig
 from mmjax.convert import write
 from mmjax.cost import flops, hardware
 from mmjax.data import formats, pipeline, scenes
 from mmjax.data.collate import Collator
 from mmjax.data.features import Features
-from mmjax.families import FAMILIES
+from mmjax.families import FAMILIES, Family
 from mmjax.inference.loaded import Loaded
 from mmjax.training import distributed, encode_features, metrics_log, optim, preemption, resume, steps
 
-CONVERSIONS = {"minigpt4": write.minigpt4, "imagebind_llm": write.imagebind_llm,
-               "llama_adapter": write.llama_adapter, "llama": write.llama}
 console = Console(stderr=True)
-FORMAT = 1  # of the run's card
 
 
 class TrainingStopped(RuntimeError):
@@ -60,19 +58,15 @@ class Run:
 class Job:
     """What a run is made of, before any weight is read.
 
-    source:  the checkpoint, with the run's architecture and text settings
     records: of each of the data's sources
-    rules:   what is trained
+    spec:    the model: module, dtypes, shardings, what is trained
     earlier: parameters that the run starts from, in place of the checkpoint's
     stored:  what the encoder makes of the pictures, where the run does not encode them itself
     """
 
     config: RunConfig
-    source: converted.Checkpoint
     records: list[Sequence[formats.Record]]
-    mesh: jax.sharding.Mesh
-    module: nn.Module
-    rules: tuple[str, ...]
+    spec: ModelSpec
     earlier: Mapping[str, Any] | None
     stored: Features | None
 
@@ -80,22 +74,32 @@ class Job:
     def out(self) -> Path:
         return Path(self.config.out)
 
+    @property
+    def source(self) -> converted.ConvertedCheckpoint:
+        """The checkpoint, with the run's architecture and text settings."""
+        return self.spec.source
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        return self.spec.mesh
+
+    @property
+    def module(self) -> nn.Module:
+        return self.spec.module
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """Of the trained parameters."""
+        return self.spec.trained
+
     def params(self, only: Callable[[str], bool]) -> dict[str, Any]:
         """Parameters on the mesh, those whose path `only` takes; the trained ones as float32."""
-        config = self.config
-
-        def kind(path: str) -> Any:
-            if trees.matches(path, self.rules):
-                return jnp.float32
-            return restore.frozen_kind(path, jnp.dtype(config.weights.dtype), config.weights.frozen_dtype)
-
-        return restore.read_params(self.source, self.module, self.mesh, kind, config.seed, self.earlier, only)
+        return self.spec.restore(self.config.seed, self.earlier, only)
 
     def batches(self, started: int, position: int) -> Iterator[tuple[pipeline.Step, Batch]]:
         """The batches that are left from step `started` on, see `ahead`."""
         config, data = self.config, self.config.data
-        most = None if data.pack_length is None else data.pack_pictures
-        collator = Collator(self.source.tokenizer, config.text, self.source.config, most, self.stored)
+        collator = Collator.of(config, self.source.tokenizer, self.source.config, self.stored)
         read = pipeline.batches(self.records, data, collator, started, position,
                                 sharding.own_rows(self.mesh, data.batch_size))
         return ahead(itertools.islice(read, config.optim.steps - started), self.mesh, data.batch_size)
@@ -181,20 +185,21 @@ def train(config: RunConfig) -> Run:
 def set_up(config: RunConfig) -> Job:
     """Raises ValueError for what does not go together: the checkpoint, the devices, the data and what is trained."""
     records = pipeline.read(config.data)
-    source = converted.Checkpoint.open(config.weights.checkpoint)
+    source = converted.ConvertedCheckpoint.open(config.weights.checkpoint)
     source = dataclasses.replace(source.of(architecture(source, config)), text=config.text)
     mesh = sharding.make_mesh(config.mesh)
     if config.data.batch_size % sharding.ways(mesh, "batch"):
         raise ValueError(f"data.batch_size = {config.data.batch_size} cannot be cut into "
                          f"{sharding.ways(mesh, 'batch')} (mesh {dict(mesh.shape)}).")
-    if config.data.random_crop and not (source.config.image_size and source.config.crops):
-        raise ValueError("Only models that keep the aspect ratio of pictures (ImageBind-LLM, LLaMA-Adapter v2) are "
-                         "trained with pictures cropped at random: set data.random_crop = False.")
-    rules = trained_rules(config, source.family)
-    module = FAMILIES[source.family].Model(source.config, jnp.dtype(config.weights.dtype), config.remat)
+    images = source.config.images
+    if config.data.random_crop and not (images and images.fit == "center_crop"):
+        raise ValueError(f"data.random_crop is for models that crop images; those of {source.family} "
+                         + (f"are read with the fit {images.fit!r}" if images else "read no images")
+                         + ". Set data.random_crop = False.")
+    spec = model_spec(config, source, mesh)
     earlier = converted.trained_params(Path(config.weights.start_from)) if config.weights.start_from else None
-    stored = encode_features.load(config, source, rules, records, earlier) if config.data.features else None
-    return Job(config, source, records, mesh, module, rules, earlier, stored)
+    stored = encode_features.load(config, source, spec.trained, records, earlier) if config.data.features else None
+    return Job(config, records, spec, earlier, stored)
 
 
 def begin(job: Job, optimizer: optax.GradientTransformation,
@@ -205,8 +210,7 @@ def begin(job: Job, optimizer: optax.GradientTransformation,
     """
     config, out = job.config, job.out
     changed = "" if checkpoints.latest is None else resume.differences(config, out)
-    of_encoder = encode_features.rule(job.source.family)
-    params = job.params(lambda path: not (job.stored and of_encoder(path)))
+    params = job.params(loaded_by(config, job.source.family))
     mask = trees.mask(params, job.rules)
     trained, frozen = trees.split(params, mask)
     begun = training_checkpoints.Progress(records=tuple(map(len, job.records)), frozen=resume.fingerprints(frozen))
@@ -260,8 +264,8 @@ def check(config: RunConfig) -> None:
             *((s.path, f"data.mixture: the source of format {s.format!r} has no path") for s in d.mixture),
             *((0 < s.ratio < math.inf, f"data.mixture: ratio = {s.ratio} of {s.path}: above 0") for s in d.mixture),
             (o.schedule in optim.SCHEDULES, f"optim.schedule = {o.schedule!r}: one of {', '.join(optim.SCHEDULES)}"),
-            (config.weights.family in CONVERSIONS,
-             f"weights.family = {config.weights.family!r}: one of {', '.join(CONVERSIONS)}"),
+            (not config.weights.sources or config.weights.family in FAMILIES,
+             f"weights.family = {config.weights.family!r}: weights.sources needs one of {', '.join(FAMILIES)}"),
             (config.weights.frozen_dtype in (None, "int8"),
              f"weights.frozen_dtype = {config.weights.frozen_dtype!r}: int8, or None for the same as weights.dtype"),
             (config.weights.dtype in ("float32", "bfloat16"), f"weights.dtype = {config.weights.dtype!r}: "
@@ -282,48 +286,44 @@ def prepare(config: RunConfig) -> None:
     weights, data = config.weights, config.data
     if weights.sources and not Path(weights.checkpoint).exists():
         console.print(f"Converting released files into {weights.checkpoint}")
-        command = CONVERSIONS[weights.family]
-        known = inspect.signature(command).parameters
-        if unknown := sorted(weights.sources.keys() - known.keys()):
+        convert = write.command(weights.family)
+        known = inspect.signature(convert).parameters.keys() - {"out", "overwrite"}
+        if unknown := sorted(weights.sources.keys() - known):
             raise ValueError(f"weights.sources names {', '.join(unknown)}; a conversion of {weights.family} takes "
-                             f"{', '.join(known)}.")
-        command(out=weights.checkpoint, **weights.sources)
+                             f"{', '.join(sorted(known))}.")
+        convert(out=weights.checkpoint, **weights.sources)
     if data.scenes is not None:
-        last, write = scenes.LAYOUTS[data.format]
+        last, draw = scenes.LAYOUTS[data.format]
         if not (Path(data.path) / last).exists():
             console.print(f"Drawing {data.scenes.count} scenes into {data.path}")
             world = scenes.scenes("train", data.scenes.count, data.scenes.seed, most=data.scenes.most)
-            write(data.path, world)
+            draw(data.path, world)
 
 
-def trained_rules(config: RunConfig, name: str) -> tuple[str, ...]:
-    """What a run of a family trains: its own rules, its phase's, or the family's."""
-    family = FAMILIES[name]
-    if config.phase is not None and config.phase not in family.PHASES:
-        raise ValueError(f"phase = {config.phase!r}: the family {name} has "
-                         + (f"{', '.join(family.PHASES)}." if family.PHASES else "no phases."))
-    return config.trained or (family.PHASES[config.phase] if config.phase else family.TRAINED)
-
-
-def architecture(source: converted.Checkpoint, config: RunConfig) -> Any:
-    """The checkpoint's, with what the run's phase adds and the run's picture size and drop path."""
-    trained_rules(config, source.family)  # the phase exists
-    base = FAMILIES[source.family].with_phase(source.config, config.phase) if config.phase else source.config
-    changes = {}
-    if config.image_size is not None:
-        changes["image_size"] = config.image_size
-    if config.drop_path:
-        changes["drop_path"] = config.drop_path
+def architecture(source: converted.ConvertedCheckpoint, config: RunConfig) -> Any:
+    """The checkpoint's, with what the run's phase adds and the run's image size and drop path."""
+    family, cfg = source.family, source.config
+    family.rules(config.phase)  # the phase exists
+    if config.phase:
+        cfg = family.with_phase(cfg, config.phase)
+    changes = [name for name, given in (("image_size", config.image_size is not None),
+                                        ("drop_path", config.drop_path)) if given]
     if not changes:
-        return base
-    if not hasattr(base, "vit"):
-        raise ValueError(f"The family {source.family} has no picture tower whose {', '.join(changes)} can be set.")
-    changed = dataclasses.replace(base, vit=dataclasses.replace(base.vit, **changes))
-    side = changed.vit.patch if changed.qformer else 2 * changed.vit.patch  # four patches join without a Q-Former
-    if changed.image_size <= 0 or changed.image_size % side:
-        raise ValueError(f"image_size = {changed.image_size}: must be a multiple of {side}, the side of "
-                         f"{'a patch' if changed.qformer else 'two patches'} of {source.folder}.")
-    return changed
+        return cfg
+    if family.resize is None:
+        raise ValueError(f"The family {family} has no image encoder whose {', '.join(changes)} can be set.")
+    return family.resize(cfg, config.image_size, config.drop_path)
+
+
+def model_spec(config: RunConfig, source: converted.ConvertedCheckpoint, mesh: jax.sharding.Mesh) -> ModelSpec:
+    """The model that a run trains; `source` has the run's architecture."""
+    return ModelSpec(source, mesh, config.weights.dtype, config.weights.frozen_dtype,
+                     source.family.rules(config.phase, config.trained), remat=config.remat)
+
+
+def loaded_by(config: RunConfig, family: Family) -> Callable[[str], bool]:
+    """Which parameters a run loads: with stored features the encoder's are not."""
+    return lambda path: not (config.data.features and family.in_encoder(path))
 
 
 def loop(
@@ -437,8 +437,8 @@ def write_card(job: Job) -> None:
     """`run.json`: what anyone needs to load, repeat or understand the run."""
     config, source, out, start = job.config, job.source, job.out, job.config.weights.start_from
     card = {
-        "format": FORMAT,
-        "family": source.family,
+        "format": converted.FORMAT,
+        "family": source.family.name,
         "checkpoint": os.path.relpath(source.folder.absolute(), out.absolute()),
         "architecture": dataclasses.asdict(source.config),
         "trained": list(job.rules),
@@ -474,8 +474,8 @@ def score(job: Job, params: dict[str, Any]) -> list[list[Any]] | None:
         return None
     config, source = job.config, job.source
     if job.stored:
-        params |= job.params(encode_features.rule(source.family))
-    module = FAMILIES[source.family].Model(source.config, jnp.dtype(config.weights.dtype))
+        params |= job.params(source.family.in_encoder)
+    module = job.module.clone(remat=False)
     untrained = dataclasses.replace(job, earlier=None).params(lambda path: True)
     model = Loaded.of(source, module, params, job.mesh)
     sizes = {path: leaf.size for path, leaf in trees.flatten(params).items()}

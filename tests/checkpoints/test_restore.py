@@ -10,14 +10,14 @@ import pytest
 import mmjax
 from mmjax import sharding, trees
 from mmjax.checkpoints import restore
-from mmjax.checkpoints.converted import Checkpoint
+from mmjax.checkpoints.converted import ConvertedCheckpoint
 from mmjax.config import MeshConfig
 from mmjax.families import FAMILIES
 from tests import small
 
 
 def read(**changes):
-    source = Checkpoint.open(small.checkpoint())
+    source = ConvertedCheckpoint.open(small.checkpoint())
     module = FAMILIES[source.family].Model(source.config, jnp.float32)
     return trees.flatten(restore.read_params(source, module, sharding.make_mesh(MeshConfig(data=1)),
                                              lambda path: jnp.float32, **changes))

@@ -17,7 +17,7 @@ def adapted(tmp_path_factory):
         "article": {"adapter": IMAGEBIND / "bind_network.pth"},
         "token": {"adapter": IMAGEBIND / "adapter.pth", "injection": "token"},
     }.items():
-        write.imagebind_llm(out=folder / name, **IMAGEBIND_LLM, **more)
-    write.llama_adapter(out=folder / "v1", **ADAPTER_V1)
-    write.llama_adapter(out=folder / "v2", **ADAPTER_V2)
+        write.command("imagebind_llm")(out=folder / name, **IMAGEBIND_LLM, **more)
+    write.command("llama_adapter")(out=folder / "v1", **ADAPTER_V1)
+    write.command("llama_adapter")(out=folder / "v2", **ADAPTER_V2)
     return folder

@@ -141,7 +141,7 @@ def test_what_a_bind_network_alone_leaves_fresh(adapted, tmp_path):
     assert card["fresh"] == ["query", "llm/layers/attn/gate"] and card["architecture"]["query_layers"] == 4
     assert_same({path: held[path] for path in held if path.startswith("bind/")},
                 {path: value for path, value in params(adapted / "pretrain").items() if path.startswith("bind/")})
-    write.imagebind_llm(out=tmp_path / "shared", **IMAGEBIND_LLM, adapter=ARTICLE, injection="token-shared")
+    write.command("imagebind_llm")(out=tmp_path / "shared", **IMAGEBIND_LLM, adapter=ARTICLE, injection="token-shared")
     assert described(tmp_path / "shared")["fresh"] == ["llm/gate"]
 
 
@@ -155,7 +155,7 @@ def test_token_form_of_a_released_adapter(adapted):
 def test_nothing_to_start_from(tmp_path):
     arch = json.loads((IMAGEBIND / "config.json").read_text()) | {"query_layer": 3}
     (tmp_path / "arch.json").write_text(json.dumps(arch))
-    write.imagebind_llm(out=tmp_path / "out", **IMAGEBIND_LLM | {"arch": tmp_path / "arch.json"})
+    write.command("imagebind_llm")(out=tmp_path / "out", **IMAGEBIND_LLM | {"arch": tmp_path / "arch.json"})
     card = described(tmp_path / "out")
     assert card["architecture"]["query_layers"] == 3 and card["architecture"]["bind"]["hidden"] == 128
     made = config_from_dict(imagebind_llm.Config, card["architecture"])
@@ -174,10 +174,10 @@ def test_llama_adapters(adapted):
 
 
 def test_llama_adapters_afresh(tmp_path):
-    write.llama_adapter(out=tmp_path / "v1", **ADAPTER_V1 | {"adapter": None}, raw_gates=True)
+    write.command("llama_adapter")(out=tmp_path / "v1", **ADAPTER_V1 | {"adapter": None}, raw_gates=True)
     card = described(tmp_path / "v1")
     assert card["fresh"] == ["query", "llm/layers/attn/gate"] and not card["architecture"]["llm"]["gate_tanh"]
-    write.llama_adapter(out=tmp_path / "v2", **ADAPTER_V2 | {"adapter": None})
+    write.command("llama_adapter")(out=tmp_path / "v2", **ADAPTER_V2 | {"adapter": None})
     card = described(tmp_path / "v2")
     assert {path.split("/")[0] for path in card["fresh"]} == {"visual", "query", "llama"}
     assert (card["architecture"]["query_layers"], card["architecture"]["query_len"]) == (3, 4)
@@ -185,7 +185,7 @@ def test_llama_adapters_afresh(tmp_path):
 
 def test_the_same_from_a_transformers_folder(adapted, tmp_path):
     export(adapted / "finetune", "llama", tmp_path / "hf")
-    write.imagebind_llm(out=tmp_path / "out", **IMAGEBIND_LLM | {"llm": tmp_path / "hf"}, adapter=ADAPTER)
+    write.command("imagebind_llm")(out=tmp_path / "out", **IMAGEBIND_LLM | {"llm": tmp_path / "hf"}, adapter=ADAPTER)
     assert_same(params(tmp_path / "out"), params(adapted / "finetune"))
 
 
@@ -199,7 +199,7 @@ def test_training_checkpoint(adapted, tmp_path):
     torch_file.save(tmp_path / "checkpoint-3.pth", {
         "model": whole, "optimizer": {"state": {0: {"step": 3.0}}, "param_groups": [{"lr": 1e-4}]}, "epoch": 3,
         "scaler": {}, "args": vars(argparse.Namespace(lr=None, output_dir="out"))})
-    write.imagebind_llm(out=tmp_path / "out", **IMAGEBIND_LLM, adapter=tmp_path / "checkpoint-3.pth")
+    write.command("imagebind_llm")(out=tmp_path / "out", **IMAGEBIND_LLM, adapter=tmp_path / "checkpoint-3.pth")
     assert_same(params(tmp_path / "out"), params(adapted / "finetune"))
 
 
@@ -220,7 +220,7 @@ def test_everything_wrong_is_said_at_once(tmp_path):
                  llama__layers__1__attention__lora_wk_l2__weight=np.zeros((32, 8), np.float32),
                  llama__layers__0__ffn_norm__weight=None, llama__layers__3__attention__wk__bias=np.ones(32, np.float32),
                  llama__layers__0__feed_forward__w2__bias=np.zeros(32, np.float16))
-    message = refused(tmp_path, write.imagebind_llm, **IMAGEBIND_LLM, adapter=bad)
+    message = refused(tmp_path, write.command("imagebind_llm"), **IMAGEBIND_LLM, adapter=bad)
     for line in ("bad.pth: llama.layers.2.attention.gate is missing", "bad.pth: ema [3] is neither used nor known",
                  "lora_wk_l2.weight has shape [32, 8], expected [32, 16]",
                  "bad.pth: llama.layers.0.ffn_norm.weight is missing", "attention.wk.bias [32] is neither used",
@@ -231,35 +231,35 @@ def test_everything_wrong_is_said_at_once(tmp_path):
 def test_lora_without_its_rank(tmp_path):
     changes = {f"llama__layers__{n}__attention__lora_wq_l1__weight": None for n in range(4)}
     bad = edited(ADAPTER, tmp_path / "bad.pth", **changes)
-    assert "without it the rank is unknown" in refused(tmp_path, write.imagebind_llm, **IMAGEBIND_LLM, adapter=bad)
+    assert "without it the rank is unknown" in refused(tmp_path, write.command("imagebind_llm"), **IMAGEBIND_LLM, adapter=bad)
 
 
 def test_files_that_do_not_belong_together(tmp_path):
     file = tensors(PRETRAIN)
     narrow = edited(PRETRAIN, tmp_path / "narrow.pth", image_bind_proj__weight=file["image_bind_proj.weight"][:, :20])
-    message = refused(tmp_path, write.imagebind_llm, **IMAGEBIND_LLM, adapter=narrow)
+    message = refused(tmp_path, write.command("imagebind_llm"), **IMAGEBIND_LLM, adapter=narrow)
     assert "reads features of 20, but --imagebind makes features of 24" in message
     small = tmp_path / "small.pth"
     torch_file.save(small, {key: value[:16] if value.shape[0] == 32 else value[..., :16] for key, value in
                             tensors(ARTICLE).items() if key != "linear_0.weight"}
                     | {"linear_0.weight": tensors(ARTICLE)["linear_0.weight"][:16]})
-    message = refused(tmp_path, write.imagebind_llm, **IMAGEBIND_LLM, adapter=small)
+    message = refused(tmp_path, write.command("imagebind_llm"), **IMAGEBIND_LLM, adapter=small)
     assert "makes vectors of 16, but --llama has a width of 32: these files do not belong together" in message
     tall = edited(PRETRAIN, tmp_path / "tall.pth", prefix_query__weight=np.zeros((6, 32), np.float32))
     arch = {"imagebind": json.loads((IMAGEBIND / "config.json").read_text())["imagebind"]}
     (tmp_path / "arch.json").write_text(json.dumps(arch))
     assert "injects into 6 layers, but --llama has only 4" in refused(
-        tmp_path, write.imagebind_llm, **IMAGEBIND_LLM | {"arch": tmp_path / "arch.json"}, adapter=tall)
+        tmp_path, write.command("imagebind_llm"), **IMAGEBIND_LLM | {"arch": tmp_path / "arch.json"}, adapter=tall)
 
 
 @pytest.mark.parametrize("function, arguments, said", [
-    (write.imagebind_llm, IMAGEBIND_LLM | {"adapter": ADAPTER_V2["adapter"]}, "it is LLaMA-Adapter's. Convert it"),
-    (write.llama_adapter, ADAPTER_V1 | {"adapter": ADAPTER}, "It is ImageBind-LLM's: convert it with imagebind-llm"),
-    (write.llama_adapter, ADAPTER_V2 | {"adapter": ADAPTER_V1["adapter"]}, "v1's, which has no pictures"),
-    (write.llama_adapter, ADAPTER_V2 | {"clip": None}, "v2's, which sees pictures: give its CLIP as --clip"),
-    (write.imagebind_llm, IMAGEBIND_LLM | {"adapter": IMAGEBIND / "imagebind.pth"}, "f1_1.weight is missing"),
-    (write.imagebind_llm, IMAGEBIND_LLM | {"injection": "tokens"}, "there are released, token, token-shared"),
-    (write.llama_adapter, ADAPTER_V1 | {"llm": IMAGEBIND}, "is it a LLaMA's config.json?"),
+    (write.command("imagebind_llm"), IMAGEBIND_LLM | {"adapter": ADAPTER_V2["adapter"]}, "it is LLaMA-Adapter's. Convert it"),
+    (write.command("llama_adapter"), ADAPTER_V1 | {"adapter": ADAPTER}, "It is ImageBind-LLM's: convert it with imagebind-llm"),
+    (write.command("llama_adapter"), ADAPTER_V2 | {"adapter": ADAPTER_V1["adapter"]}, "v1's, which has no pictures"),
+    (write.command("llama_adapter"), ADAPTER_V2 | {"clip": None}, "v2's, which sees pictures: give its CLIP as --clip"),
+    (write.command("imagebind_llm"), IMAGEBIND_LLM | {"adapter": IMAGEBIND / "imagebind.pth"}, "f1_1.weight is missing"),
+    (write.command("imagebind_llm"), IMAGEBIND_LLM | {"injection": "tokens"}, "there are released, token, token-shared"),
+    (write.command("llama_adapter"), ADAPTER_V1 | {"llm": IMAGEBIND}, "is it a LLaMA's config.json?"),
 ])
 def test_the_wrong_file(tmp_path, function, arguments, said):
     assert said in refused(tmp_path, function, **arguments)
@@ -268,7 +268,7 @@ def test_the_wrong_file(tmp_path, function, arguments, said):
 def test_gates_of_the_token_form_in_the_released_one(tmp_path):
     bad = edited(PRETRAIN, tmp_path / "bad.pth", gate=np.zeros(4, np.float32))
     assert "gate [4] is neither used nor known" in refused(
-        tmp_path, write.imagebind_llm, **IMAGEBIND_LLM, adapter=bad)
+        tmp_path, write.command("imagebind_llm"), **IMAGEBIND_LLM, adapter=bad)
 
 
 @pytest.mark.parametrize("change, said", [
@@ -284,7 +284,7 @@ def test_arch_of_imagebind_llm(tmp_path, change, said):
     arch = json.loads((IMAGEBIND / "config.json").read_text()) | change
     (tmp_path / "arch.json").write_text(json.dumps(arch))
     arguments = IMAGEBIND_LLM | {"arch": tmp_path / "arch.json", "adapter": ADAPTER}
-    assert said in refused(tmp_path, write.imagebind_llm, **arguments)
+    assert said in refused(tmp_path, write.command("imagebind_llm"), **arguments)
 
 
 @pytest.mark.parametrize("arguments, part, change, said", [
@@ -299,7 +299,7 @@ def test_arch_of_imagebind_llm(tmp_path, change, said):
 def test_arch_of_llama_adapter(tmp_path, arguments, part, change, said):
     arch = json.loads((IMAGEBIND / "config.json").read_text())
     (tmp_path / "arch.json").write_text(json.dumps(arch | {part: arch[part] | change}))
-    assert said in refused(tmp_path, write.llama_adapter, **arguments | {"arch": tmp_path / "arch.json"})
+    assert said in refused(tmp_path, write.command("llama_adapter"), **arguments | {"arch": tmp_path / "arch.json"})
 
 
 def test_words_that_do_not_fit(tmp_path):
@@ -308,9 +308,9 @@ def test_words_that_do_not_fit(tmp_path):
     for words, said in ((few, "holds 2 merges, but the text tower's 604 words need 90"),
                         (ADAPTER, "cannot be read as a gzip file of merges"),
                         (tmp_path / "none.gz", "No such file")):
-        assert said in refused(tmp_path, write.imagebind_llm, **IMAGEBIND_LLM, words=words)
+        assert said in refused(tmp_path, write.command("imagebind_llm"), **IMAGEBIND_LLM, words=words)
     blind = edited(IMAGEBIND_LLM["imagebind"], tmp_path / "blind.pth", **{
         key.replace(".", "__"): None for key in tensors(IMAGEBIND_LLM["imagebind"]) if ".text." in key})
-    message = refused(tmp_path, write.imagebind_llm, **IMAGEBIND_LLM | {"imagebind": blind},
+    message = refused(tmp_path, write.command("imagebind_llm"), **IMAGEBIND_LLM | {"imagebind": blind},
                       words=IMAGEBIND / "bpe_tiny.txt.gz")
     assert "was given as --words, but ImageBind's file has no text tower" in message

@@ -34,7 +34,7 @@ def converted(tmp_path_factory):
     """The golden set's three models."""
     folder = tmp_path_factory.mktemp("converted")
     for name, arguments in {"minigpt4": MINIGPT4, "no_qformer": NO_QFORMER, "v2": V2}.items():
-        write.minigpt4(out=folder / name, **arguments)
+        write.command("minigpt4")(out=folder / name, **arguments)
     return folder
 
 
@@ -91,14 +91,14 @@ def test_v2(converted):
 
 def test_other_spellings_give_the_same(converted, tmp_path):
     newer = CKPT / "minigpt_v2_newer_peft_keys.pth"
-    write.minigpt4(out=tmp_path / "out", **V2 | {
+    write.command("minigpt4")(out=tmp_path / "out", **V2 | {
         "llm": CKPT / "llama_hf_safetensors", "lora": str(newer), "projector": V2["projector"].parent / ".." / "ckpt"
         / "minigpt_v2_newer_peft_keys.pth"})
     assert_same(params(tmp_path / "out"), params(converted / "v2"))
 
 
 def test_fresh_parts(tmp_path):
-    write.minigpt4(out=tmp_path / "out", **MINIGPT4 | {"projector": None, "qformer": None, "lora_rank": 4})
+    write.command("minigpt4")(out=tmp_path / "out", **MINIGPT4 | {"projector": None, "qformer": None, "lora_rank": 4})
     fresh = described(tmp_path / "out")["fresh"]
     assert set(fresh) == {"projector/w", "projector/b", *(
         f"llm/layers/attn/{which}/lora_{side}" for which in "qv" for side in "ab")}
@@ -111,7 +111,7 @@ def test_one_safetensors_file_is_enough(tmp_path, converted):
     folder = llama_folder(tmp_path / "llama", {})
     (folder / "pytorch_model.bin").unlink()
     save_file(llama_tensors(), folder / "model.safetensors")
-    write.llama(folder, tmp_path / "out")
+    write.command("llama")(folder, tmp_path / "out")
     expected = {path: array for path, array in params(converted / "minigpt4").items() if path.startswith("llama/")}
     assert_same(params(tmp_path / "out"), expected)
     assert described(tmp_path / "out")["family"] == "llama"
@@ -131,7 +131,7 @@ def test_grouped_tied_bfloat16_and_new_rope_spelling(tmp_path):
     folder = llama_folder(
         tmp_path / "llama", grouped_tied(ml_dtypes.bfloat16), num_key_value_heads=2, tie_word_embeddings=True,
         rope_parameters={"rope_theta": 1e5, "rope_type": "default"}, rms_norm_eps=1e-5)
-    write.llama(folder, tmp_path / "out")
+    write.command("llama")(folder, tmp_path / "out")
     cfg = described(tmp_path / "out")["architecture"]["llm"]
     assert (cfg["kv_heads"], cfg["tied"], cfg["rope_theta"], cfg["eps"]) == (2, True, 1e5, 1e-5)
     held = params(tmp_path / "out")
@@ -142,17 +142,17 @@ def test_grouped_tied_bfloat16_and_new_rope_spelling(tmp_path):
 
 def test_old_rope_spelling(tmp_path):
     folder = llama_folder(tmp_path / "llama", llama_tensors(), rope_theta=5e5, rope_scaling=None)
-    write.llama(folder, tmp_path / "out")
+    write.command("llama")(folder, tmp_path / "out")
     assert described(tmp_path / "out")["architecture"]["llm"]["rope_theta"] == 5e5
 
 
 def test_a_tied_head_may_be_stored_if_it_is_equal(tmp_path):
     held = llama_tensors() | {"lm_head.weight": llama_tensors()["model.embed_tokens.weight"]}
-    write.llama(llama_folder(tmp_path / "equal", held, tie_word_embeddings=True), tmp_path / "out")
+    write.command("llama")(llama_folder(tmp_path / "equal", held, tie_word_embeddings=True), tmp_path / "out")
     assert "llm/head/w" not in params(tmp_path / "out")
     other = llama_folder(tmp_path / "other", llama_tensors(), tie_word_embeddings=True)
     shutil.rmtree(tmp_path / "out")
-    assert "lm_head.weight is not the same" in refused(tmp_path, write.llama, llm=other)
+    assert "lm_head.weight is not the same" in refused(tmp_path, write.command("llama"), llm=other)
 
 
 @pytest.mark.parametrize("generation, expected", [
@@ -164,7 +164,7 @@ def test_generation_ids(tmp_path, generation, expected):
     (folder / "generation_config.json").unlink()
     if generation:
         (folder / "generation_config.json").write_text(json.dumps(generation))
-    write.llama(folder, tmp_path / "out")
+    write.command("llama")(folder, tmp_path / "out")
     assert tuple(described(tmp_path / "out")["generation"].values()) == expected
 
 
@@ -194,9 +194,9 @@ def delta():
 
 def test_delta(tmp_path, delta):
     folder = llama_folder(tmp_path / "delta", delta)
-    write.llama(CKPT / "llama_hf_safetensors", tmp_path / "out", delta=folder)
+    write.command("llama")(CKPT / "llama_hf_safetensors", tmp_path / "out", delta=folder)
     merged = {key: array + delta[key] for key, array in llama_tensors().items()}
-    write.llama(llama_folder(tmp_path / "merged", merged), tmp_path / "expected")
+    write.command("llama")(llama_folder(tmp_path / "merged", merged), tmp_path / "expected")
     assert_same(params(tmp_path / "out"), params(tmp_path / "expected"))
     assert len(described(tmp_path / "out")["sources"]["llm"]) == 3
 
@@ -207,7 +207,7 @@ def test_delta_may_add_words(tmp_path, delta):
         delta[key] = np.concatenate([delta[key], np.full((1, 64), 0.25, np.float16)])
     folder = llama_folder(tmp_path / "delta", delta, vocab_size=601)
     (folder / "added_tokens.json").write_text('{"[PAD]": 600}')
-    write.llama(CKPT / "llama_hf", tmp_path / "out", delta=folder)
+    write.command("llama")(CKPT / "llama_hf", tmp_path / "out", delta=folder)
     held = params(tmp_path / "out")
     assert described(tmp_path / "out")["architecture"]["llm"]["vocab"] == 601
     assert (tmp_path / "out" / "tokenizer" / "added_tokens.json").exists()
@@ -220,7 +220,7 @@ def test_delta_must_fit(tmp_path, delta):
     del delta["model.norm.weight"]
     delta["model.extra"] = np.zeros(3, np.float16)
     delta["model.layers.1.mlp.up_proj.weight"] = np.zeros((7, 64), np.float16)
-    message = refused(tmp_path, write.llama, llm=CKPT / "llama_hf", delta=llama_folder(tmp_path / "delta", delta))
+    message = refused(tmp_path, write.command("llama"), llm=CKPT / "llama_hf", delta=llama_folder(tmp_path / "delta", delta))
     assert "model.norm.weight is in llama_hf but not in the delta" in message
     assert "model.extra is in the delta delta but not in llama_hf" in message
     assert "model.layers.1.mlp.up_proj.weight has shape [172, 64] in llama_hf but [7, 64] in the delta" in message
@@ -228,8 +228,8 @@ def test_delta_must_fit(tmp_path, delta):
 
 def test_delta_alone_is_no_model_and_a_model_is_no_delta(tmp_path, delta):
     folder = llama_folder(tmp_path / "weights", delta)
-    assert "holds a delta, not a model" in refused(tmp_path, write.llama, llm=folder)
-    message = refused(tmp_path, write.llama, llm=CKPT / "llama_hf", delta=CKPT / "llama_hf")
+    assert "holds a delta, not a model" in refused(tmp_path, write.command("llama"), llm=folder)
+    message = refused(tmp_path, write.command("llama"), llm=CKPT / "llama_hf", delta=CKPT / "llama_hf")
     assert "given as --delta, but it holds a whole model" in message
 
 
@@ -269,14 +269,14 @@ def test_shards_and_index_must_agree(tmp_path):
     first, second = sorted(set(index["weight_map"].values()))
     index["weight_map"]["lm_head.weight"] = first
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    message = refused(tmp_path, write.llama, llm=folder)
+    message = refused(tmp_path, write.command("llama"), llm=folder)
     assert f"{first}: lm_head.weight is missing, though pytorch_model.bin.index.json says it is here" in message
     assert f"{second}: lm_head.weight is here, but pytorch_model.bin.index.json does not say so" in message
     (folder / second).unlink()
-    assert f"{second} is missing, though" in refused(tmp_path, write.llama, llm=folder)
+    assert f"{second} is missing, though" in refused(tmp_path, write.command("llama"), llm=folder)
     index["weight_map"]["lm_head.weight"] = "../elsewhere.bin"
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    assert "names files of its own folder" in refused(tmp_path, write.llama, llm=folder)
+    assert "names files of its own folder" in refused(tmp_path, write.command("llama"), llm=folder)
 
 
 @pytest.mark.parametrize("changes, said", [
@@ -294,7 +294,7 @@ def test_shards_and_index_must_agree(tmp_path):
 ])
 def test_configs_that_ask_for_something_else(tmp_path, changes, said):
     folder = llama_folder(tmp_path / "llama", llama_tensors(), **changes)
-    assert said in refused(tmp_path, write.llama, llm=folder)
+    assert said in refused(tmp_path, write.command("llama"), llm=folder)
 
 
 @pytest.mark.parametrize("rows, added, fits", [
@@ -307,9 +307,9 @@ def test_vocabulary(tmp_path, rows, added, fits):
     if added:
         (folder / "added_tokens.json").write_text(json.dumps({added: 600}))
     if fits:
-        write.llama(folder, tmp_path / "out")
+        write.command("llama")(folder, tmp_path / "out")
     else:
-        assert f"has {rows} rows, the tokenizer" in refused(tmp_path, write.llama, llm=folder)
+        assert f"has {rows} rows, the tokenizer" in refused(tmp_path, write.command("llama"), llm=folder)
 
 
 def test_trained_parts_are_never_lost(tmp_path):
@@ -323,7 +323,7 @@ def test_trained_parts_are_never_lost(tmp_path):
 
 
 def test_each_trained_part_from_its_own_file(tmp_path, converted):
-    write.minigpt4(out=tmp_path / "out", **V2 | {"projector": NO_QFORMER["projector"]})
+    write.command("minigpt4")(out=tmp_path / "out", **V2 | {"projector": NO_QFORMER["projector"]})
     held, v2 = params(tmp_path / "out"), params(converted / "v2")
     for path in ("llm/layers/attn/q/lora_a", "llm/layers/attn/v/lora_b"):
         np.testing.assert_array_equal(held[path], v2[path])
@@ -381,17 +381,17 @@ def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(write.weights, "save", truncate_then_save)
     with pytest.raises(WeightFileError, match="vit.pth"):
-        write.minigpt4(out=tmp_path / "out", **MINIGPT4 | {"vit": vit})
+        write.command("minigpt4")(out=tmp_path / "out", **MINIGPT4 | {"vit": vit})
     assert {path.name for path in tmp_path.iterdir()} == {"vit.pth"}
 
 
 def test_out_is_replaced_only_on_request(tmp_path):
     (tmp_path / "out").mkdir()
-    write.llama(CKPT / "llama_hf", tmp_path / "out")  # an empty folder is as good as none
+    write.command("llama")(CKPT / "llama_hf", tmp_path / "out")  # an empty folder is as good as none
     (tmp_path / "out" / "mine").write_text("precious")
     with pytest.raises(FileExistsError, match="--overwrite"):
-        write.llama(CKPT / "llama_hf", tmp_path / "out")
+        write.command("llama")(CKPT / "llama_hf", tmp_path / "out")
     assert (tmp_path / "out" / "mine").exists()
-    write.llama(CKPT / "llama_hf", tmp_path / "out", overwrite=True)
+    write.command("llama")(CKPT / "llama_hf", tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "mine").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"out"}

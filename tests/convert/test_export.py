@@ -27,9 +27,9 @@ from tests.convert.released import (
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
-    write.minigpt4(out=folder / "minigpt4", **MINIGPT4)
-    write.minigpt4(out=folder / "v2", **V2)
-    write.minigpt4(out=folder / "fresh", **MINIGPT4 | {"projector": None})
+    write.command("minigpt4")(out=folder / "minigpt4", **MINIGPT4)
+    write.command("minigpt4")(out=folder / "v2", **V2)
+    write.command("minigpt4")(out=folder / "fresh", **MINIGPT4 | {"projector": None})
     return folder
 
 
@@ -51,7 +51,7 @@ def test_converting_an_export_gives_the_same_checkpoint(checkpoints, tmp_path):
     for part in ("vit", "qformer", "projector", "llama"):
         export(checkpoints / "minigpt4", part, tmp_path / (part if part == "llama" else f"{part}.pth"))
     arguments = {part: tmp_path / f"{part}.pth" for part in ("vit", "qformer", "projector")}
-    write.minigpt4(out=tmp_path / "out", llm=tmp_path / "llama", arch=MINIGPT4["arch"], **arguments)
+    write.command("minigpt4")(out=tmp_path / "out", llm=tmp_path / "llama", arch=MINIGPT4["arch"], **arguments)
     assert_same(params(tmp_path / "out"), params(checkpoints / "minigpt4"))
     old, new = (json.loads((folder / "config.json").read_text())
                 for folder in (checkpoints / "minigpt4", tmp_path / "out"))
@@ -145,7 +145,7 @@ def test_token_form_there_and_back(adapted, tmp_path):
     np.testing.assert_array_equal(written.pop("gate"), gate[:, 0])
     assert_same(written, {key: value for key, value in original.items()
                           if key != "prefix_query.weight" and not key.endswith(".gate")})
-    write.imagebind_llm(out=tmp_path / "out", **IMAGEBIND_LLM, adapter=tmp_path / "token.pth", injection="token")
+    write.command("imagebind_llm")(out=tmp_path / "out", **IMAGEBIND_LLM, adapter=tmp_path / "token.pth", injection="token")
     assert described(tmp_path / "out")["fresh"] == []
     assert_same(params(tmp_path / "out"), params(adapted / "token") | {"llm/layers/gate": gate})
 

@@ -71,7 +71,7 @@ def test_rows_of_a_head_change_places():
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     out = tmp_path_factory.mktemp("converted") / "one"
-    write.llama(llm=ONE, out=out)
+    write.command("llama")(llm=ONE, out=out)
     return out
 
 
@@ -85,7 +85,7 @@ def test_folder(converted):
 
 
 def test_shards_are_the_same_model(converted, tmp_path):
-    write.llama(llm=TWO, out=tmp_path / "two")
+    write.command("llama")(llm=TWO, out=tmp_path / "two")
     assert_same(params(tmp_path / "two"), params(converted))
     assert [file["file"] for file in described(tmp_path / "two")["sources"]["llm"]] == [
         "consolidated.00.pth", "consolidated.01.pth"]
@@ -112,7 +112,7 @@ def test_both_formats_come_back(converted, tmp_path):
     assert json.loads((tmp_path / "meta" / "params.json").read_text()) == original | {"vocab_size": 600}
     assert (tmp_path / "meta" / "tokenizer.model").read_bytes() == (IMAGEBIND / "tokenizer.model").read_bytes()
     for name in ("meta", "hf"):
-        write.llama(llm=tmp_path / name, out=tmp_path / f"{name}_again")
+        write.command("llama")(llm=tmp_path / name, out=tmp_path / f"{name}_again")
         assert_same(params(tmp_path / f"{name}_again"), params(converted))
         again = described(tmp_path / f"{name}_again")
         assert all(again[field] == described(converted)[field] for field in ("architecture", "generation", "text"))
@@ -129,7 +129,7 @@ def test_rope_agrees_with_transformers_permutation(converted, tmp_path):
 
 def test_a_hugging_face_model_in_metas_format(tmp_path):
     """Its vocabulary has added tokens, which Meta's tokenizer does not: its size stands in params.json."""
-    write.llama(llm=CKPT / "llama_hf", out=tmp_path / "hf")
+    write.command("llama")(llm=CKPT / "llama_hf", out=tmp_path / "hf")
     export(tmp_path / "hf", "llama-meta", tmp_path / "meta")
     problems = Problems()
     cfg = meta.read_params(tmp_path / "meta", None, problems)
@@ -174,14 +174,14 @@ def test_params_come_back(tmp_path, cfg):
     ({"vocab_size": 601}, "tok_embeddings.weight has 600 rows, params.json says vocab_size 601"),
 ])
 def test_params_that_do_not_fit(tmp_path, change, said):
-    assert said in refused(tmp_path, write.llama, llm=meta_folder(tmp_path / "llama", **change))
+    assert said in refused(tmp_path, write.command("llama"), llm=meta_folder(tmp_path / "llama", **change))
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "null"])
 def test_params_that_are_none(tmp_path, text):
     folder = meta_folder(tmp_path / "llama")
     (folder / "params.json").write_text(text)
-    assert refused(tmp_path, write.llama, llm=folder).count("\n") == 1
+    assert refused(tmp_path, write.command("llama"), llm=folder).count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------- shards
@@ -190,20 +190,20 @@ def test_params_that_are_none(tmp_path, text):
 def test_missing_files(tmp_path):
     folder = meta_folder(tmp_path / "llama", TWO)
     (folder / "consolidated.00.pth").unlink()
-    assert "has consolidated.01.pth, but not consolidated.00.pth" in refused(tmp_path, write.llama, llm=folder)
+    assert "has consolidated.01.pth, but not consolidated.00.pth" in refused(tmp_path, write.command("llama"), llm=folder)
     (folder / "consolidated.01.pth").unlink()
-    assert "has no consolidated.00.pth. Give a folder" in refused(tmp_path, write.llama, llm=folder)
+    assert "has no consolidated.00.pth. Give a folder" in refused(tmp_path, write.command("llama"), llm=folder)
     shutil.copyfile(TWO / "consolidated.00.pth", folder / "consolidated.00.pth")
-    message = refused(tmp_path, write.llama, llm=folder)
+    message = refused(tmp_path, write.command("llama"), llm=folder)
     assert "so there should be 2 shards; there are 1" in message and "1 problem." in message
     (folder / "params.json").unlink()
-    assert "has consolidated*.pth, but no params.json" in refused(tmp_path, write.llama, llm=folder)
+    assert "has consolidated*.pth, but no params.json" in refused(tmp_path, write.command("llama"), llm=folder)
 
 
 def test_no_tokenizer(tmp_path):
     folder = meta_folder(tmp_path / "llama")
     (folder / "tokenizer.model").unlink()
-    assert "There is no tokenizer.model in" in refused(tmp_path, write.llama, llm=folder)
+    assert "There is no tokenizer.model in" in refused(tmp_path, write.command("llama"), llm=folder)
 
 
 def test_fewer_rows_than_words(tmp_path):
@@ -211,7 +211,7 @@ def test_fewer_rows_than_words(tmp_path):
     held = tensors(ONE / "consolidated.00.pth")
     edited(ONE / "consolidated.00.pth", folder / "consolidated.00.pth",
            tok_embeddings__weight=held["tok_embeddings.weight"][:599], output__weight=held["output.weight"][:599])
-    message = refused(tmp_path, write.llama, llm=folder)
+    message = refused(tmp_path, write.command("llama"), llm=folder)
     assert "tok_embeddings.weight has 599 rows, params.json says vocab_size 600" in message
     assert "tok_embeddings.weight has 599 rows, the tokenizer in" in message
 
@@ -221,7 +221,7 @@ def test_shards_that_do_not_belong_together(tmp_path):
     edited(TWO / "consolidated.01.pth", folder / "consolidated.01.pth",
            layers__1__attention__wq__weight=np.zeros((8, 32), np.float16), layers__0__ffn_norm__weight=None,
            norm__weight=np.full(32, 7, np.float16), output__weight=np.zeros((300, 32), np.float32))
-    message = refused(tmp_path, write.llama, llm=folder)
+    message = refused(tmp_path, write.command("llama"), llm=folder)
     for line in ("layers.1.attention.wq.weight is not alike in all shards: float16 [8, 32], float16 [16, 32]",
                  "layers.0.ffn_norm.weight is missing in the shards [1]", "norm.weight differs between the shards",
                  "output.weight is not alike in all shards: float16 [300, 32], float32 [300, 32]", "4 problems"):
@@ -232,18 +232,18 @@ def test_a_stray_tensor_in_shards(tmp_path):
     folder = meta_folder(tmp_path / "llama", TWO)
     for number, name in enumerate(("consolidated.00.pth", "consolidated.01.pth")):
         edited(TWO / name, folder / name, extra__weight=np.full(3, number, np.float16))
-    assert "extra.weight [3] is neither used nor known" in refused(tmp_path, write.llama, llm=folder)
+    assert "extra.weight [3] is neither used nor known" in refused(tmp_path, write.command("llama"), llm=folder)
 
 
 def test_a_damaged_shard(tmp_path):
     folder = meta_folder(tmp_path / "llama", TWO)
     (folder / "consolidated.01.pth").write_bytes((TWO / "consolidated.01.pth").read_bytes()[:5_000])
-    message = refused(tmp_path, write.llama, llm=folder)
+    message = refused(tmp_path, write.command("llama"), llm=folder)
     assert "consolidated.01.pth is cut off or damaged" in message and "1 problem." in message
 
 
 def test_a_delta_needs_a_transformers_folder(tmp_path):
-    assert "is Meta's. Export that first" in refused(tmp_path, write.llama, llm=ONE, delta=CKPT / "llama_hf")
+    assert "is Meta's. Export that first" in refused(tmp_path, write.command("llama"), llm=ONE, delta=CKPT / "llama_hf")
 
 
 def test_a_folder_with_both_is_read_as_transformers(tmp_path, converted):

@@ -153,7 +153,7 @@ def test_release_is_recognised_and_fills_the_model(released, preset):
     (folder / "config.json").write_text(json.dumps(LLAMA_CONFIGS[size]))
     released.place({"pytorch_model.bin": unread(language_model(LLAMA_CONFIGS[size]), np.float16)}, folder)
 
-    write.minigpt4(vit, folder, released.folder / "out", projector=checkpoint,
+    write.command("minigpt4")(vit, folder, released.folder / "out", projector=checkpoint,
                      qformer=qformer if has_qformer else None, lora=checkpoint if has_lora else None)
 
     card = json.loads((released.folder / "out" / "config.json").read_text())
@@ -240,7 +240,7 @@ def test_imagebind_llm_of_real_sizes(released, size, phase):
     held = pretrained(size) | (finetuned(size) if phase == "finetune" else {})
     towers, adapter = released.place({"imagebind_w3D.pth": unread(towers, np.float32),
                                       "7B.pth": {"model": unread(held, np.float32)}})
-    write.imagebind_llm(towers, place_meta(released, size), released.folder / "out", adapter=adapter)
+    write.command("imagebind_llm")(towers, place_meta(released, size), released.folder / "out", adapter=adapter)
     card = json.loads((released.folder / "out" / "config.json").read_text())
     expected = expected_llm(size, phase)
     assert config_from_dict(imagebind_llm.Config, card["architecture"]) == expected and card["fresh"] == []
@@ -289,7 +289,7 @@ def test_llama_adapter_of_real_sizes(released, version):
         if lora:
             expected = dataclasses.replace(expected, llm=dataclasses.replace(
                 imagebind_llm.adapted(expected.llm, lora), new_gate=True))
-    write.llama_adapter(place_meta(released, "7b"), released.folder / "out", adapter=adapter, clip=clip)
+    write.command("llama_adapter")(place_meta(released, "7b"), released.folder / "out", adapter=adapter, clip=clip)
     card = json.loads((released.folder / "out" / "config.json").read_text())
     assert config_from_dict(adapters.Config, card["architecture"]) == expected and card["fresh"] == []
     written = {path: leaf for path, leaf in released.written.items() if not path.startswith("replaced/")}

@@ -48,9 +48,9 @@ def test_there_and_back(name, dtype):
     assert_same({key: tensor.read() for key, tensor in back.items()}, source)
 
 
-@pytest.mark.parametrize("preset", FAMILIES["minigpt4"].PRESETS)
+@pytest.mark.parametrize("preset", FAMILIES["minigpt4"].presets)
 def test_tables_fill_the_model_exactly(preset):
-    cfg = FAMILIES["minigpt4"].PRESETS[preset]
+    cfg = FAMILIES["minigpt4"].presets[preset]
     entries = [*minigpt4.vit_entries(cfg.vit), *minigpt4.projector_entries(cfg.soft_width, cfg.llm.dim),
                *llama.entries(cfg.llm), *llama.lora_entries(cfg.llm)]
     filled = {"ln_vision/scale": (cfg.vit.dim,), "ln_vision/bias": (cfg.vit.dim,)}

@@ -17,8 +17,8 @@ PROMPTS = ("a dog", "", "the boat and the man, again")
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
-    write.minigpt4(out=folder / "minigpt4", **MINIGPT4)
-    write.minigpt4(out=folder / "v2", **V2)
+    write.command("minigpt4")(out=folder / "minigpt4", **MINIGPT4)
+    write.command("minigpt4")(out=folder / "v2", **V2)
     return folder
 
 
@@ -104,7 +104,7 @@ def test_language_model(tmp_path, make):
     from transformers import LlamaForCausalLM
 
     released = make(tmp_path)
-    write.llama(released, tmp_path / "checkpoint")
+    write.command("llama")(released, tmp_path / "checkpoint")
     export(tmp_path / "checkpoint", "llama", tmp_path / "llama")
     shards = [read(path) for path in sorted((tmp_path / "llama").glob("*.bin"))]
     originals = [read(path) for path in sorted(released.glob("*.bin"))]

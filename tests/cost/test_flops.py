@@ -59,7 +59,7 @@ def test_what_cannot_be_counted_is_an_error():
 
 
 def test_a_trained_language_model_is_6N():
-    c = FAMILIES["llama"].PRESETS["tiny"]
+    c = FAMILIES["llama"].presets["tiny"]
     found = count("llama", c, ("llm/.*",), tiny.batch(B, T, pictures=0))
     forward = sum(layers(c.llm, B, T)) + head(c.llm, B, T)
     assert found.forward == {"llm": forward} and found.backward == {"llm": 2 * forward}
@@ -130,8 +130,8 @@ def test_only_the_logits_of_targets_are_useful():
     assert found.logits == 2 * head(c.llm, B, T) and found.places == B * T
     assert found.useful(B * T) == found.model
     assert found.model - found.useful(6) == found.logits * (B * T - 6) // (B * T)
-    tied = dataclasses.replace(FAMILIES["llama"].PRESETS["tiny"].llm, tied=True)
-    words = count("llama", dataclasses.replace(FAMILIES["llama"].PRESETS["tiny"], llm=tied), ("llm/norm/.*",),
+    tied = dataclasses.replace(FAMILIES["llama"].presets["tiny"].llm, tied=True)
+    words = count("llama", dataclasses.replace(FAMILIES["llama"].presets["tiny"], llm=tied), ("llm/norm/.*",),
                   tiny.batch(B, T, pictures=0))
     assert words.logits == 2 * head(tied, B, T)
 

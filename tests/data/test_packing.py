@@ -19,7 +19,7 @@ from mmjax.data.collate import Collator
 from mmjax.data.packing import Size, pack
 from mmjax.data.text import rows
 from mmjax.families import FAMILIES, llama, minigpt4
-from mmjax.families.base import causal_mask
+from mmjax.families.model import causal_mask
 from mmjax.tokenizer import Tokenizer
 from mmjax.training import steps
 from tests import tiny
@@ -358,7 +358,7 @@ def test_other_refusals():
 
 @pytest.mark.parametrize("family", ["imagebind_llm", "llama_adapter"])
 def test_families_that_inject_are_refused(family):
-    cfg = FAMILIES[family].PRESETS["tiny"]
+    cfg = FAMILIES[family].presets["tiny"]
     with pytest.raises(ValueError, match="injects into its layers is one a row"):
         make(config=cfg, most_pictures=0)
     example = FAMILIES[family].example(cfg)

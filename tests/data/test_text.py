@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from mmjax.batch import Sample
 from mmjax.config import TextConfig
-from mmjax.data.text import answer_places, crop_left, prompt_places, rows
+from mmjax.data.text import answer_slots, prompt_slots, rows
 from mmjax.tokenizer import Tokenizer
+from tests.parity.crop import crop_left
 
 TOKENIZER = Tokenizer.from_folder(Path(__file__).parents[1] / "golden" / "minigpt4" / "ckpt" / "llama_hf")
 Q = 3  # soft tokens of a picture
@@ -163,7 +164,7 @@ def test_rows_hold_their_places_and_nothing_else(samples, multiple, max_txt_len,
     assert T % multiple == 0
     assert (batch.padded_length == batch.padded_length[0]).all()
     for row, sample in enumerate(samples):
-        places = prompt_places(sample, TOKENIZER, text, Q) + answer_places(sample, TOKENIZER, text)
+        places = prompt_slots(sample, TOKENIZER, text, Q) + answer_slots(sample, TOKENIZER, text)
         n = 1 + len(places)
         assert n <= batch.padded_length[row]
         assert batch.tokens[row, 0] == TOKENIZER.bos

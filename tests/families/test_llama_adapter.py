@@ -12,8 +12,8 @@ import pytest
 from mmjax import trees
 from mmjax.config import OptimConfig
 from mmjax.families import llama, llama_adapter, shapes
-from mmjax.families.base import causal_mask
 from mmjax.families.llama_adapter import PHASES, PRESETS, TRAINED, Config, Model, normalise, with_phase
+from mmjax.families.model import causal_mask
 from mmjax.models import clip, visual
 from mmjax.models.pixels import MEAN, STD
 from mmjax.training import optim, steps

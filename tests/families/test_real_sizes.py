@@ -24,7 +24,7 @@ IMAGEBIND_HUGE = 1_200_781_057 + 4  # as published, and four factors that are bu
 
 @functools.cache
 def parameters(family, preset):
-    return shapes(family, FAMILIES[family].PRESETS[preset])
+    return shapes(family, FAMILIES[family].presets[preset])
 
 
 def count(paths):
@@ -102,7 +102,7 @@ SIZES = {"minigpt4": minigpt4_sizes, "imagebind_llm": imagebind_llm_sizes, "llam
 
 @each_preset
 def test_parameter_count(family, preset):
-    cfg = FAMILIES[family].PRESETS[preset]
+    cfg = FAMILIES[family].presets[preset]
     expected = {"llm": llama_size(cfg.llm)} | SIZES[family](cfg)
     found = {}
     for path, shape in parameters(family, preset).items():
@@ -117,13 +117,13 @@ def test_published_counts():
     for preset, published in (("minigpt4-7b", LLAMA_7B), ("minigpt4-13b", LLAMA_13B)):
         language = {path: shape for path, shape in parameters("minigpt4", preset).items() if path.startswith("llama/")}
         assert count(language) == published
-    assert round(vit_size(FAMILIES["minigpt4"].PRESETS["minigpt4-7b"].vit) / 1e6) == 986  # BLIP-2: ViT-g
+    assert round(vit_size(FAMILIES["minigpt4"].presets["minigpt4-7b"].vit) / 1e6) == 986  # BLIP-2: ViT-g
 
 
 @each_preset
 def test_soft_tokens(family, preset):
     expected = {"minigpt4-7b": 32, "minigpt4-13b": 32, "minigpt4-llama2-7b": 64, "minigpt-v2-7b": 256}
-    cfg = FAMILIES[family].PRESETS[preset]
+    cfg = FAMILIES[family].presets[preset]
     assert cfg.image_tokens == expected.get(preset, 4 if family == "minigpt4" else 0)
 
 
@@ -137,14 +137,14 @@ def test_each_parameter_is_described_by_one_line_of_axes(family, preset):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_line_of_axes_is_idle(family):
-    paths = {path for preset in FAMILIES[family].PRESETS for path in parameters(family, preset)}
+    paths = {path for preset in FAMILIES[family].presets for path in parameters(family, preset)}
     # what can be added to a LLaMA stands in no preset of its own
     added = [dataclasses.replace(llama.TINY, injection=form, new_gate=True, lora_rank=2, lora_on=matrices,
                                  bias_on=matrices)
              for form in ("head", "layer", "shared") for matrices in [("q", "k", "v", "o", "gate", "up", "down")]]
     paths |= {path for cfg in added for path in shapes("llama", FAMILIES["llama"].Config(cfg))}
     if family == "imagebind_llm":  # nor does the bind network's older form
-        tiny = FAMILIES[family].PRESETS["tiny"]
+        tiny = FAMILIES[family].presets["tiny"]
         legacy = dataclasses.replace(tiny, bind=dataclasses.replace(tiny.bind, legacy=True))
         paths |= shapes(family, legacy).keys()
     idle = [pattern for pattern, _ in FAMILIES[family].AXES if not any(re.fullmatch(pattern, path) for path in paths)]
@@ -154,7 +154,7 @@ def test_no_line_of_axes_is_idle(family):
 @each_preset
 def test_trained_rules_match(family, preset):
     """The family's own trained set, and for MiniGPT-v2 the LoRA factors with it."""
-    rules = FAMILIES[family].TRAINED
+    rules = FAMILIES[family].trained
     if preset == "minigpt-v2-7b":
         rules = (*rules, "llm/.*/lora_[ab]")
     paths = parameters(family, preset)

@@ -152,7 +152,7 @@ def test_scenes_of_a_run(tmp_path):
 
 def length(model, sample):
     bare = dataclasses.replace(model.text, prompt_template="")
-    ((places,), _) = text.row_places([sample], model.tokenizer, bare, model.config.image_tokens)
+    ((places,), _) = text.row_slots([sample], model.tokenizer, bare, model.config.image_tokens)
     return len(places)
 
 

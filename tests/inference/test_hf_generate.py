@@ -45,7 +45,7 @@ def pair(request, tmp_path_factory):
     theirs.save_pretrained(folder / "hf")
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(GOLDEN / "ckpt" / "llama_hf" / name, folder / "hf")
-    write.llama(llm=folder / "hf", out=folder / "converted")
+    write.command("llama")(llm=folder / "hf", out=folder / "converted")
     return theirs, mmjax.load(folder / "converted"), request.param
 
 

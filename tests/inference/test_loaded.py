@@ -215,7 +215,7 @@ def test_bfloat16_is_close(model, samples):
 
 
 def test_language_model_alone(samples, tmp_path):
-    write.llama(small.GOLDEN / "ckpt" / "llama_hf", tmp_path / "llama")
+    write.command("llama")(small.GOLDEN / "ckpt" / "llama_hf", tmp_path / "llama")
     model = mmjax.load(tmp_path / "llama", dtype="float32")
     words = model.generate([mmjax.Sample(prompt="A dog"), mmjax.Sample(prompt="Two children look at")], 6)
     assert len(words) == 2 and all(words)
@@ -230,7 +230,7 @@ def test_language_model_alone(samples, tmp_path):
 def mixing(tmp_path_factory):
     """The reference set's ImageBind-LLM."""
     golden, out = small.GOLDEN.parent / "imagebind_llm", tmp_path_factory.mktemp("imagebind_llm") / "checkpoint"
-    write.imagebind_llm(golden / "imagebind.pth", golden / "llama_meta", out, adapter=golden / "adapter.pth",
+    write.command("imagebind_llm")(golden / "imagebind.pth", golden / "llama_meta", out, adapter=golden / "adapter.pth",
                           arch=golden / "config.json", words=golden / "bpe_tiny.txt.gz")
     return mmjax.load(out, dtype="float32")
 
@@ -298,7 +298,7 @@ def test_what_only_a_model_that_mixes_senses_takes(model, samples):
 def seeing(tmp_path_factory):
     """The reference set's LLaMA-Adapter v2."""
     out = tmp_path_factory.mktemp("llama_adapter") / "v2"
-    write.llama_adapter(out=out, **ADAPTER_V2)
+    write.command("llama_adapter")(out=out, **ADAPTER_V2)
     return mmjax.load(out, dtype="float32")
 
 

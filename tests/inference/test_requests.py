@@ -101,10 +101,10 @@ def test_names_that_cannot_be_written_down_are_refused(tmp_path):
 
 def test_pictures_are_placed_where_the_prompt_does_not_say(tmp_path):
     sample = Sample(images=["a", "b"], prompt="Which?")
-    assert requests.placed(sample, 32).prompt == "<Img><ImageHere></Img><Img><ImageHere></Img> Which?"
-    assert requests.placed(sample, 0) is sample
+    assert requests.with_images(sample, SOFT).prompt == "<Img><ImageHere></Img><Img><ImageHere></Img> Which?"
+    assert requests.with_images(sample, PromptStyle()) == sample
     for other in (Sample(prompt="Which?"), Sample(images=["a"], prompt="This <ImageHere>?")):
-        assert requests.placed(other, 32) is other
+        assert requests.with_images(other, SOFT) == other
 
 
 def test_arrays_are_read_and_words_are_not(tmp_path):

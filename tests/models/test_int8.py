@@ -14,7 +14,7 @@ from mmjax.families import FAMILIES, shapes
 from mmjax.inference import generate, loaded
 from mmjax.models import int8
 from mmjax.models.int8 import Int8
-from mmjax.models.layers import einsum, look_up
+from mmjax.models.layers import einsum, embedding_lookup
 from mmjax.training import steps
 from tests import small, tiny
 from tests.checkpoints.test_frozen import Sliced
@@ -47,7 +47,7 @@ def wide():
 
 
 def split(params):
-    return trees.split(params, trees.mask(params, FAMILIES["minigpt4"].TRAINED))
+    return trees.split(params, trees.mask(params, FAMILIES["minigpt4"].trained))
 
 
 def test_it_is_the_nearest():
@@ -98,18 +98,18 @@ def test_a_tpu_gets_what_is_summed_over_before_the_last_axis():
 
 def test_look_up():
     table, ids = int8.quantise(draw(7, 6), (1,)), jnp.array([[3, 0], [6, 3]])
-    np.testing.assert_array_equal(look_up(table, ids, jnp.float32), int8.wide(table)[ids])
+    np.testing.assert_array_equal(embedding_lookup(table, ids, jnp.float32), int8.wide(table)[ids])
 
 
 @pytest.mark.parametrize("family, preset", [
     ("minigpt4", "minigpt4-7b"), ("imagebind_llm", "imagebind-llm-7b"), ("llama_adapter", "llama-adapter-v2-7b")])
 def test_every_large_matrix_is_in_the_table(family, preset):
-    sizes = {path: math.prod(shape.shape) for path, shape in shapes(family, FAMILIES[family].PRESETS[preset]).items()}
+    sizes = {path: math.prod(shape.shape) for path, shape in shapes(family, FAMILIES[family].presets[preset]).items()}
     assert sum(size for path, size in sizes.items() if not int8.holds(path)) < 0.01 * sum(sizes.values())
 
 
 def test_every_line_of_the_table_is_of_some_parameter():
-    paths = [path for family in FAMILIES for path in shapes(family, FAMILIES[family].PRESETS["tiny"])]
+    paths = [path for family in FAMILIES for path in shapes(family, FAMILIES[family].presets["tiny"])]
     for pattern, _ in int8.MATRICES:
         assert any(trees.matches(path, [pattern]) for path in paths), pattern
 
@@ -117,7 +117,7 @@ def test_every_line_of_the_table_is_of_some_parameter():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_matrix_is_scaled_where_it_is_used(family):
     """A scale that is not one of the product's channels could not be traced."""
-    config = FAMILIES[family].PRESETS["tiny"]
+    config = FAMILIES[family].presets["tiny"]
     module = FAMILIES[family].Model(config)
     params = jax.eval_shape(held, trees.unflatten(shapes(family, config)))
     logits = jax.eval_shape(lambda params: module.apply({"params": params}, FAMILIES[family].example(config)), params)
@@ -172,7 +172,7 @@ def test_a_fingerprint_sees_one_value():
 
 
 def test_greedy_words_are_those_of_the_wide_matrices():
-    config = FAMILIES["llama"].PRESETS["tiny"]
+    config = FAMILIES["llama"].presets["tiny"]
     params = held(tiny.params("llama", config))
     settings = generate.GenerateConfig(max_new_tokens=6, stop=())
     found, expected = (generate.generate(FAMILIES["llama"].Model(config), params, tiny.batch(pictures=0), settings)

@@ -12,10 +12,10 @@ import pytest
 from mmjax import trees
 from mmjax.families import FAMILIES
 from mmjax.families import llama as family
-from mmjax.families.base import causal_mask
 from mmjax.families.imagebind_llm import adapted
-from mmjax.models import int8
+from mmjax.families.model import causal_mask
 from mmjax.inference.layouts import unstack
+from mmjax.models import int8
 from mmjax.models.llama import TINY, Llama, LlamaConfig, LoraProject, rope
 from tests import tiny
 
@@ -255,15 +255,15 @@ def test_unknown_injection_is_refused():
 
 
 def test_rope_turns_complex_numbers():
-    """Element j and j + H/2 are one complex number, turned by position · theta^(-2j/H)."""
+    """Element j and j + H/2 are one complex number, transposed by position · theta^(-2j/H)."""
     H, theta = 8, 100.0
     x = np.random.default_rng(0).normal(size=(2, 5, 3, H)).astype(np.float32)
     positions = np.array([[0, 1, 2, 3, 4], [7, 7, 0, 40, 1000]])
     numbers = x[..., : H // 2].astype(np.float64) + 1j * x[..., H // 2 :]
     angles = np.array([[[p * theta ** (-2 * j / H) for j in range(H // 2)] for p in row] for row in positions])
-    turned = numbers * np.exp(1j * angles)[:, :, None]
+    transposed = numbers * np.exp(1j * angles)[:, :, None]
     found = rope(x, positions, theta)
-    np.testing.assert_allclose(found, np.concatenate([turned.real, turned.imag], -1), atol=2e-4)
+    np.testing.assert_allclose(found, np.concatenate([transposed.real, transposed.imag], -1), atol=2e-4)
     np.testing.assert_array_equal(found[0, 0], x[0, 0])
 
 
@@ -303,8 +303,8 @@ BIASED = dataclasses.replace(adapted(HEAD, 3), new_gate=True)
 APART = {**CACHED, "LoRA and biases": (BIASED, 3), "tied": (dataclasses.replace(TINY, tied=True), 0)}
 
 
-def apart(params, turned=False):
-    return unstack({"llm": params}, turned)["llm"]
+def apart(params, transposed=False):
+    return unstack({"llm": params}, transposed)["llm"]
 
 
 def in_steps(model, params, injection):
@@ -331,8 +331,8 @@ def in_steps(model, params, injection):
 def test_unrolled_layers_equal_scanned_ones(cfg, count):
     injection = injected(count) if count else None
     expected = in_steps(Llama(cfg), params(cfg), injection)
-    for turned in (False, True):
-        found = in_steps(Llama(cfg, scan_layers=False, transposed_weights=turned), apart(params(cfg), turned), injection)
+    for transposed in (False, True):
+        found = in_steps(Llama(cfg, scan_layers=False, transposed_weights=transposed), apart(params(cfg), transposed), injection)
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -347,10 +347,10 @@ def test_unrolled_layers_of_int8():
     held = trees.unflatten({path: int8.quantise(leaf, int8.summed(path, leaf.ndim)) if int8.holds(path) else leaf
                             for path, leaf in trees.flatten({"llm": params(LORA)}).items()})["llm"]
     expected = in_steps(Llama(LORA), held, None)
-    for turned in (False, True):
-        weights = apart(held, turned)
+    for transposed in (False, True):
+        weights = apart(held, transposed)
         assert isinstance(weights["layers"]["1"]["mlp"]["up"]["w"], int8.Int8)
-        found = in_steps(Llama(LORA, scan_layers=False, transposed_weights=turned), weights, None)
+        found = in_steps(Llama(LORA, scan_layers=False, transposed_weights=transposed), weights, None)
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -359,10 +359,10 @@ def test_unstacked_parameters_are_those_of_the_unrolled_module(family_name):
     family = FAMILIES[family_name]
     cfg = family.PRESETS["tiny"]
     stacked = tiny.params(family_name, cfg)
-    for turned in (True, False):
-        module = family.Model(cfg, scan_layers=False, transposed_weights=turned)
+    for transposed in (True, False):
+        module = family.Model(cfg, scan_layers=False, transposed_weights=transposed)
         expected = jax.eval_shape(module.init, jax.random.key(0), family.example(cfg))["params"]
-        found = trees.flatten(unstack(stacked, turned))
+        found = trees.flatten(unstack(stacked, transposed))
         assert not trees.compare(trees.flatten(expected), found)
     for path, stack in trees.flatten(stacked["llm"]["layers"]).items():
         for layer in range(cfg.llm.depth):
@@ -391,5 +391,5 @@ def test_layers_that_cannot_be_looked_into_are_refused():
 
 
 def test_a_form_that_there_is_not_is_refused():
-    with pytest.raises(ValueError, match="form = 'unrolled': stacked, apart, turned"):
+    with pytest.raises(ValueError, match="transposed_weights is for unstacked layers"):
         Llama(TINY, transposed_weights=True).init(jax.random.key(0), jnp.zeros((1, 2, TINY.dim)), jnp.zeros((1, 2), int), None)

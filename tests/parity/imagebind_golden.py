@@ -132,7 +132,7 @@ def model(adapter: str) -> Loaded:
     article = tables.is_article(tensors(adapter))
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "converted"
-        write.imagebind_llm(folder() / "imagebind.pth", folder() / "llama_meta", out, adapter=folder() / adapter,
+        write.command("imagebind_llm")(folder() / "imagebind.pth", folder() / "llama_meta", out, adapter=folder() / adapter,
                               arch=folder() / "config.json", injection="token" if article else "released")
         return load_checkpoint(out, dtype="float32", init_fresh=0 if article else None)
 

@@ -17,7 +17,7 @@ def model(case: golden.Case) -> Loaded:
 def _model(files: golden.Checkpoint) -> Loaded:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "converted"
-        write.minigpt4(
+        write.command("minigpt4")(
             files.vit, files.llama, out, qformer=files.qformer, projector=files.projector or files.lora,
             lora=files.lora, arch=golden.folder() / "model_sizes.json")
         return load(out, dtype="float32")

@@ -8,10 +8,10 @@ import numpy as np
 
 from mmjax import evaluate
 from mmjax.data.conversation import answer_of_chat, answer_of_generate
-from mmjax.data.text import crop_left
 from mmjax.inference import generate as generation
 from tests.parity import golden
 from tests.parity.close import EMBEDDING, LOGIT, LOSS, assert_close
+from tests.parity.crop import crop_left
 from tests.parity.model import model
 from tests.parity.test_forward import batch_of, capture
 

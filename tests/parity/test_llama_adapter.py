@@ -31,7 +31,7 @@ def converted(files: tuple[str, ...], raw_gates: bool = False) -> Loaded:
     llama, own, *clip = (golden.folder() / file for file in files)
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "converted"
-        write.llama_adapter(llama, out, adapter=own, clip=clip[0] if clip else None, raw_gates=raw_gates,
+        write.command("llama_adapter")(llama, out, adapter=own, clip=clip[0] if clip else None, raw_gates=raw_gates,
                               arch=golden.folder() / "config.json")
         return load(out, dtype="float32")
 

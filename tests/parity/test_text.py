@@ -5,8 +5,9 @@ import re
 import numpy as np
 
 from mmjax.data.conversation import Template, Transcript, answer_of_chat, answer_of_generate
-from mmjax.data.text import answer_places, crop_left, prompt_places, rows
+from mmjax.data.text import answer_slots, prompt_slots, rows
 from tests.parity import golden
+from tests.parity.crop import crop_left
 
 IGNORED = -100
 
@@ -34,8 +35,8 @@ def test_rows_padded_as_the_original(case):
 def test_prompt_and_answer_blocks(case):
     """The parts before assembly, each padded by itself."""
     tokenizer, text = golden.tokenizer(), golden.text_config(case)
-    prompts = [prompt_places(sample, tokenizer, text, golden.image_tokens(case)) for sample in golden.samples(case)]
-    answers = [answer_places(sample, tokenizer, text) for sample in golden.samples(case)]
+    prompts = [prompt_slots(sample, tokenizer, text, golden.image_tokens(case)) for sample in golden.samples(case)]
+    answers = [answer_slots(sample, tokenizer, text) for sample in golden.samples(case)]
 
     def block(parts, fill, value):
         width = max(map(len, parts))

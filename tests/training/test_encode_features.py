@@ -41,7 +41,7 @@ def with_features(config, folder, out):
 def opened(config):
     """The checkpoint with the run's architecture."""
     run.prepare(config)
-    source = converted.Checkpoint.open(config.weights.checkpoint)
+    source = converted.ConvertedCheckpoint.open(config.weights.checkpoint)
     return source.of(run.architecture(source, config))
 
 
@@ -65,7 +65,7 @@ def minigpt4(tmp_path_factory):
 def imagebind(tmp_path_factory):
     """(config, folder of its features): pictures, and among them text alone."""
     folder = tmp_path_factory.mktemp("imagebind")
-    write.imagebind_llm(GOLDEN / "imagebind.pth", GOLDEN / "llama_meta", folder / "base",
+    write.command("imagebind_llm")(GOLDEN / "imagebind.pth", GOLDEN / "llama_meta", folder / "base",
                           adapter=GOLDEN / "adapter_pretrain.pth", arch=GOLDEN / "config.json")
     data = folder / "asked"
     scenes.write_finetune(data, scenes.scenes("train", 3, most=1))
@@ -85,7 +85,7 @@ def imagebind(tmp_path_factory):
 
 def llama_adapter(folder):
     data = GOLDEN / "cases" / "adapter_v2"
-    write.llama_adapter(GOLDEN / "llama_meta", folder / "base", adapter=data / "adapter_v2.pth",
+    write.command("llama_adapter")(GOLDEN / "llama_meta", folder / "base", adapter=data / "adapter_v2.pth",
                           clip=data / "clip_visual.pth", arch=GOLDEN / "config.json")
     weights = WeightsConfig(checkpoint=str(folder / "base"), dtype="float32")
     return small.run_config(folder / "run", weights=weights)
@@ -334,7 +334,7 @@ def test_run_that_is_yet_to_come(minigpt4, tmp_path, capsys):
 
 def test_model_without_an_encoder(tmp_path):
     out = tmp_path / "llama"
-    write.llama(small.GOLDEN / "ckpt" / "llama_hf", out)
+    write.command("llama")(small.GOLDEN / "ckpt" / "llama_hf", out)
     config = small.run_config(tmp_path / "run", weights=WeightsConfig(checkpoint=str(out), dtype="float32"))
     with pytest.raises(ValueError, match=r"has no encoder of pictures .*: set data\.features = None"):
         encode_features.make(config, opened(config), tmp_path / "features")

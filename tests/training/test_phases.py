@@ -24,7 +24,7 @@ GOLDEN = small.GOLDEN.parent / "imagebind_llm"
 @functools.cache
 def base(folder):
     out = folder / "base"
-    write.imagebind_llm(GOLDEN / "imagebind.pth", GOLDEN / "llama_meta", out, arch=GOLDEN / "config.json")
+    write.command("imagebind_llm")(GOLDEN / "imagebind.pth", GOLDEN / "llama_meta", out, arch=GOLDEN / "config.json")
     return out
 
 
@@ -91,7 +91,7 @@ def test_finetuned_run_is_exported_as_an_adapter(folder, tmp_path):
     keys = torch_file.load(GOLDEN / "adapter.pth")["model"].keys()
     assert written.keys() == keys
     out = tmp_path / "again"
-    write.imagebind_llm(GOLDEN / "imagebind.pth", GOLDEN / "llama_meta", out, adapter=tmp_path / "adapter.pth",
+    write.command("imagebind_llm")(GOLDEN / "imagebind.pth", GOLDEN / "llama_meta", out, adapter=tmp_path / "adapter.pth",
                           arch=GOLDEN / "config.json")
     before, after = (trees.flatten(mmjax.load(path, dtype="float32").params) for path in (folder / "finetune", out))
     assert before.keys() == after.keys()
