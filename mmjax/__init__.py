@@ -8,10 +8,17 @@
 """
 
 from mmjax.batch import Batch, Sample
+from mmjax.config import RunConfig
 from mmjax.convert.export import export
+from mmjax.evaluate.scenes import score_job
 from mmjax.inference.loaded import Loaded, load
-from mmjax.training.run import train
+from mmjax.training import run
 from mmjax.training.steps import loss
 
 __all__ = ["Batch", "Loaded", "Sample", "export", "load", "loss", "train"]
 __version__ = "0.1.0"
+
+
+def train(config: RunConfig) -> run.Run:
+    """`mmjax.training.run.train`, with the scores of a run on scenes."""
+    return run.train(config, score_job)

@@ -28,7 +28,7 @@ def test_two_steps_of_each_phase(tmp_path):
             phase, out=str(tmp_path / name), weights=weights,
             data=dataclasses.replace(phase.data, path=str(tmp_path / phase.data.format), batch_size=4, scenes=few),
             optim=dataclasses.replace(phase.optim, steps_per_epoch=2, warmup_steps=1))
-    done = run.train_phases(phases)
+    done = run.train_phases(phases, evaluate.score_job)
     assert done.folder == tmp_path / "finetune" and np.isfinite(done.loss)
     assert done.scores[0] == ["", "held-out", "held-out, blind", "new pairs", "new pairs, blind", "depth",
                               "depth, blind", "depth, cache", "untrained"]

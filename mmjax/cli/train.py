@@ -16,6 +16,7 @@ def train(args: Sequence[str]) -> None:
     Exit status 75: told to end (SIGTERM); its state is saved, and the same command goes on.
     """
     from mmjax import compilation
+    from mmjax.evaluate.scenes import score_job
     from mmjax.training import run
 
     if args[:1] in (["--help"], ["-h"]):
@@ -27,9 +28,9 @@ def train(args: Sequence[str]) -> None:
     built = overridden(args[1], args[2:], "train")
     compilation.enable()
     if isinstance(built, RunConfig):
-        run.train(built)
+        run.train(built, score_job)
     else:
-        run.train_phases(built)
+        run.train_phases(built, score_job)
 
 
 def overridden(path: str, args: Sequence[str], command: str) -> RunConfig | dict[str, RunConfig]:

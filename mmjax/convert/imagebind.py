@@ -23,7 +23,6 @@ from mmjax.convert.tables import Computed, Entry, Problems, Table, expand, shown
 from mmjax.models.bind import BindConfig
 from mmjax.models.imagebind import (
     IMAGEBIND_HUGE,
-    SENSES,
     ImageBindConfig,
     MotionConfig,
     PatchesConfig,
@@ -31,6 +30,7 @@ from mmjax.models.imagebind import (
     VisionConfig,
     WordsConfig,
 )
+from mmjax.models.senses import SENSES
 
 _CLASS = (("cls_token", "cls", "1 1 D -> D"),)
 _HELPER = (*_CLASS, ("pos_embedding_helper.pos_embed", "pos", "1 A D -> A D"))

@@ -24,8 +24,8 @@ import numpy as np
 
 from mmjax.batch import Sample
 from mmjax.data.images import load
-from mmjax.models.imagebind import ImageBindConfig, TowerConfig, sense_of
 from mmjax.models.pixels import MEAN, STD, normalise
+from mmjax.models.senses import sense_of
 from mmjax.tokenizer import WORDS
 
 # ---- pictures ----
@@ -294,10 +294,10 @@ def _words(text: str) -> list[str]:
 NAMES = ("video", "audio", "depth", "thermal", "imu", "text")  # of `Sample.media`
 
 
-def stack(samples: Sequence[Sample], cfg: ImageBindConfig, words: Path | None = None) -> dict[str, Any]:
+def stack(samples: Sequence[Sample], cfg: Any, words: Path | None = None) -> dict[str, Any]:
     """The fields `images`, `image_valid`, `media` and `weights` of the `Batch` of these rows.
 
-    cfg:   the towers; they say how large inputs are
+    cfg:   `FamilyConfig.media`; its towers say how large inputs are
     words: the text tower's merges, needed for text that is not yet ids
 
     What a sample may give, always with the weight it names or 1:
@@ -340,8 +340,7 @@ def stack(samples: Sequence[Sample], cfg: ImageBindConfig, words: Path | None = 
             "weights": weights}
 
 
-def _inputs(sample: Sample, cfg: ImageBindConfig,
-            words: Path | None) -> tuple[dict[str, np.ndarray], list[str]]:
+def _inputs(sample: Sample, cfg: Any, words: Path | None) -> tuple[dict[str, np.ndarray], list[str]]:
     """What a sample gives to the towers by name, and what is wrong with it."""
     wrong = [f"{name}: there is no such sense (pictures go into `images`)" for name in sample.media
              if name not in NAMES]
@@ -367,7 +366,7 @@ def _inputs(sample: Sample, cfg: ImageBindConfig,
     return inputs, wrong
 
 
-def _input(name: str, source: Any, cfg: ImageBindConfig, words: Path | None) -> np.ndarray:
+def _input(name: str, source: Any, cfg: Any, words: Path | None) -> np.ndarray:
     """What one sense takes; raises ValueError saying what is expected instead."""
     tower = cfg.towers.get(sense_of(name))
     if tower is None:
@@ -404,7 +403,7 @@ def _floats(source: Any, shape: tuple[int | None, ...]) -> np.ndarray:
     return array.astype(np.float32)
 
 
-def _words_row(source: Any, tower: TowerConfig, words: Path | None) -> np.ndarray:
+def _words_row(source: Any, tower: Any, words: Path | None) -> np.ndarray:
     if isinstance(source, str):
         if words is None or not words.is_file():
             raise ValueError(f"the text tower's merges, {WORDS}, are not among the checkpoint's tokenizer files; put "

@@ -1,6 +1,7 @@
 """Scores of a model: on published benchmarks, on choices ranked by their loss, and on the embedded default's scenes."""
 
 from mmjax.evaluate.rank import NO_CHOICE, Choices, rank
-from mmjax.evaluate.scenes import ROWS, ScenesScore, report_scenes, score_scenes
+from mmjax.evaluate.scenes import ROWS, ScenesScore, report_scenes, score_job, score_scenes
 
-__all__ = ["NO_CHOICE", "ROWS", "Choices", "ScenesScore", "rank", "report_scenes", "score_scenes"]
+__all__ = ["NO_CHOICE", "ROWS", "Choices", "ScenesScore", "rank", "report_scenes", "score_job",
+           "score_scenes"]

@@ -12,7 +12,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from mmjax import trees
 from mmjax.batch import Sample
+from mmjax.checkpoints import converted
 from mmjax.config import ScenesConfig
 from mmjax.data import scenes
 from mmjax.data.neighbours import Recall
@@ -20,6 +22,7 @@ from mmjax.evaluate import report
 from mmjax.evaluate.report import Example
 from mmjax.inference.loaded import Loaded
 from mmjax.inference.predictions import Decoding
+from mmjax.training.run import Job
 
 GREEDY = Decoding()
 AT_ONCE = 100  # scenes, unless told another number
@@ -150,3 +153,20 @@ def report_scenes(model: Loaded, untrained: Loaded, cfg: ScenesConfig, folder: P
     console.print(table)
     console.print(f"Report with pictures: {page}")
     return rows
+
+
+def score_job(job: Job, params: dict[str, Any]) -> list[list[Any]]:
+    """Scores what a run has trained, beside the same model before any training; see `report_scenes`.
+
+    params: those that the run loaded; the others are read now
+    """
+    config, source = job.config, job.source
+    if job.stored:
+        params |= job.params(source.family.in_encoder)
+    untrained = dataclasses.replace(job, earlier=None).params(lambda path: True)
+    model = Loaded.of(source, job.module.clone(remat=False), params, job.mesh)
+    sizes = {path: leaf.size for path, leaf in trees.flatten(params).items()}
+    trained = sum(size for path, size in sizes.items() if trees.matches(path, job.rules))
+    facts = {"trained parameters": f"{trained:,} of {sum(sizes.values()):,}", "steps": f"{config.optim.steps:,}"}
+    return report_scenes(model, dataclasses.replace(model, params=untrained), config.data.scenes, job.out,
+                         converted.lineage(job.out), facts)

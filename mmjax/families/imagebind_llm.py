@@ -37,8 +37,9 @@ from mmjax.families.base import (
 from mmjax.families.model import LanguageModel, example_batch, for_every_layer
 from mmjax.models import bind, imagebind, llama
 from mmjax.models.bind import BIND_7B, Bind, BindConfig, mix
-from mmjax.models.imagebind import IMAGEBIND_HUGE, SENSES, ImageBind, ImageBindConfig, sense_of
+from mmjax.models.imagebind import IMAGEBIND_HUGE, ImageBind, ImageBindConfig
 from mmjax.models.llama import LLAMA_7B, LlamaConfig
+from mmjax.models.senses import SENSES, sense_of
 from mmjax.trees import prefixed
 
 LORA_RANK = 16

@@ -31,7 +31,7 @@ from mmjax.data import conversation, images, senses, text
 from mmjax.inference.generate import GenerateConfig
 from mmjax.inference.loaded import Loaded
 from mmjax.inference.requests import is_text
-from mmjax.models.imagebind import sense_of
+from mmjax.models.senses import sense_of
 
 IMAGE = "image"  # the sense whose inputs go into `Sample.images`
 HISTORIES = {"vicuna": conversation.TEMPLATES["vicuna0"], "llama2": conversation.TEMPLATES["llama2"],

@@ -20,6 +20,7 @@ import numpy as np
 from flax import linen as nn
 
 from mmjax.models.layers import FeedForward, LayerNorm, Project, attend, resize_positions, unit
+from mmjax.models.senses import SENSES
 
 EPS = 1e-6  # of every norm but the stems'
 STEM_EPS = 1e-5  # torch's default, which the original leaves in place there
@@ -135,7 +136,6 @@ class ImageBindConfig:
         return {sense: getattr(self, sense) for sense in SENSES if getattr(self, sense) is not None}
 
 
-SENSES = ("vision", "text", "audio", "depth", "thermal", "imu")
 IMAGEBIND_HUGE = ImageBindConfig()
 TINY = ImageBindConfig(
     vision=VisionConfig(dim=24, depth=2, heads=4, image_size=28),
@@ -169,17 +169,6 @@ AXES = (
     (r"\w+/head/out/w", ("embed", "sense")),
     (r"\w+/post/log_scale", ("one",)),
 )
-
-
-def sense_of(name: str) -> str:
-    """The tower that reads an input of this name: `Image` and `Video` are vision, the others have their tower's name.
-
-    Raises ValueError naming the ones there are.
-    """
-    sense = {"image": "vision", "video": "vision"}.get(name.lower(), name.lower())
-    if sense not in SENSES:
-        raise ValueError(f"No sense is called {name!r}; there are image, video, {', '.join(SENSES[1:])}.")
-    return sense
 
 
 def windows(x: jax.Array, size: int, stride: int) -> jax.Array:

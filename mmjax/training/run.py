@@ -22,7 +22,7 @@ from flax import linen as nn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mmjax import compilation, evaluate, files, sharding, trees
+from mmjax import compilation, files, sharding, trees
 from mmjax.batch import Batch
 from mmjax.checkpoints import converted
 from mmjax.checkpoints import training as training_checkpoints
@@ -34,7 +34,6 @@ from mmjax.data import formats, pipeline, scenes
 from mmjax.data.collate import Collator
 from mmjax.data.features import Features
 from mmjax.families import FAMILIES, Family
-from mmjax.inference.loaded import Loaded
 from mmjax.training import distributed, encode_features, metrics_log, optim, preemption, resume, steps
 
 console = Console(stderr=True)
@@ -136,8 +135,15 @@ class Work:
         return f"  mfu {value:.2f}" if name == "mfu" else f"  {value:,.0f} GFLOP/s"
 
 
-def train(config: RunConfig) -> Run:
+# Scores the model of a finished job, whose parameters, loaded by the run and trained, are the second argument.
+Score = Callable[[Job, dict[str, Any]], list[list[Any]]]
+
+
+def train(config: RunConfig, score: Score | None = None) -> Run:
     """Trains as configured, or goes on with the run in `config.out` where it stopped.
+
+    score: scores the result where `config.score` asks for it and the run is trained on scenes; None: nothing does. It is
+           called by runs of one process alone
 
     Raises ValueError for a configuration that cannot work, before anything is written, or that the run in `config.out`
     cannot go on with; `TrainingStopped` when the numbers say that going on is pointless; OSError when something cannot
@@ -177,8 +183,11 @@ def train(config: RunConfig) -> Run:
             raise TrainingStopped(f"Frozen parameters changed during training: {', '.join(moved)}. That is a bug in "
                                   f"mmjax; please report it with {out / converted.RUN_CARD}.")
         scores = None
-        if config.data.scenes and config.score:
-            scores = score(job, trees.merge(state.params, frozen))
+        if score and config.data.scenes and config.score:
+            if jax.process_count() > 1:
+                console.print("Scores are given by runs of one process: the same command on one host makes them now.")
+            else:
+                scores = score(job, trees.merge(state.params, frozen))
     return Run(out, int(state.step), loss, scores)
 
 
@@ -228,11 +237,11 @@ def begin(job: Job, optimizer: optax.GradientTransformation,
     return state, frozen, progress
 
 
-def train_phases(phases: Mapping[str, RunConfig]) -> Run:
-    """One run after the other, in order; the last one's result."""
+def train_phases(phases: Mapping[str, RunConfig], score: Score | None = None) -> Run:
+    """One run after the other, in order; the last one's result. score: as of `train`"""
     for name, config in phases.items():
         console.rule(name)
-        done = train(config)
+        done = train(config, score)
     return done
 
 
@@ -423,7 +432,7 @@ def check_first_loss(loss: float, vocab: int, parts: dict[str, Any]) -> None:
     if abs(loss - math.log(vocab)) > 0.01 * math.log(vocab):
         return
     leaves = {f"{part}/{path}": leaf for part, tree in parts.items() for path, leaf in trees.flatten(tree).items()
-              if leaf is not None and path.startswith("llama/") and not path.endswith("lora_b")}
+              if leaf is not None and path.startswith("llm/") and not path.endswith("lora_b")}
     dead = [path for path, leaf in leaves.items() if not any(float(jnp.abs(a).max()) for a in jax.tree.leaves(leaf))]
     raise TrainingStopped(
         f"The first loss is {loss:.4f}, which is ln({vocab}) = {math.log(vocab):.4f}: the language model holds every "
@@ -462,24 +471,3 @@ def announce(job: Job, params: Any, mask: Any) -> None:
                   f"{sizes[False]:,} frozen ({config.weights.frozen_dtype or config.weights.dtype})")
     console.print(f"mesh {dict(mesh.shape)} of {mesh.size} {mesh.devices.flat[0].platform} device(s); "
                   f"run folder {config.out}")
-
-
-def score(job: Job, params: dict[str, Any]) -> list[list[Any]] | None:
-    """Scores a run on scenes it never saw, beside the same model before any training; see `evaluate.report_scenes`.
-
-    None on several hosts, which is said. Parameters that the run did not load are read now.
-    """
-    if jax.process_count() > 1:
-        console.print("Scores are given by runs of one process: the same command on one host makes them now.")
-        return None
-    config, source = job.config, job.source
-    if job.stored:
-        params |= job.params(source.family.in_encoder)
-    module = job.module.clone(remat=False)
-    untrained = dataclasses.replace(job, earlier=None).params(lambda path: True)
-    model = Loaded.of(source, module, params, job.mesh)
-    sizes = {path: leaf.size for path, leaf in trees.flatten(params).items()}
-    trained = sum(size for path, size in sizes.items() if trees.matches(path, job.rules))
-    facts = {"trained parameters": f"{trained:,} of {sum(sizes.values()):,}", "steps": f"{config.optim.steps:,}"}
-    return evaluate.report_scenes(model, dataclasses.replace(model, params=untrained), config.data.scenes,
-                                  Path(config.out), converted.lineage(Path(config.out)), facts)

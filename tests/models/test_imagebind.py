@@ -20,9 +20,9 @@ from mmjax.models.imagebind import (
     ImageBindConfig,
     Tower,
     example,
-    sense_of,
     windows,
 )
+from mmjax.models.senses import sense_of
 from tests import tiny
 
 

@@ -12,7 +12,8 @@ from mmjax import trees
 from mmjax.data import senses
 from mmjax.data.images import crop, rgb
 from mmjax.models import bind
-from mmjax.models.imagebind import SENSES, ImageBind, sense_of
+from mmjax.models.imagebind import ImageBind
+from mmjax.models.senses import SENSES, sense_of
 from mmjax.models.layers import resize_positions, unit
 from mmjax.models.pixels import normalise
 from tests import tiny
