@@ -4,8 +4,6 @@ from collections.abc import Sequence
 
 import tyro
 
-ALIASES = {"--llama": "--llm"}  # options of earlier versions
-
 
 def convert(args: Sequence[str]) -> None:
     """Convert released PyTorch files into a checkpoint, with a subcommand for each family."""
@@ -13,13 +11,7 @@ def convert(args: Sequence[str]) -> None:
     from mmjax.families import FAMILIES
 
     commands = {name.replace("_", "-"): write.command(family) for name, family in FAMILIES.items() if family.conversion}
-    tyro.extras.subcommand_cli_from_dict(commands, args=[_today(arg) for arg in args], prog="convert")
-
-
-def _today(arg: str) -> str:
-    """An option by its name of today."""
-    name, equals, value = arg.partition("=")
-    return ALIASES.get(name, name) + equals + value
+    tyro.extras.subcommand_cli_from_dict(commands, args=[write.renamed(arg) for arg in args], prog="convert")
 
 
 def export(args: Sequence[str]) -> None:

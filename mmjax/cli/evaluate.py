@@ -150,15 +150,17 @@ def _load(options: Options) -> Any:
 def _scenes(options: Options) -> None:
     """What training does at its end, for a run that is there: `evaluate.report_scenes`."""
     from mmjax import trees
-    from mmjax.checkpoints import converted, restore
+    from mmjax.checkpoints import converted
+    from mmjax.checkpoints.restore import ModelSpec
     from mmjax.config import ScenesConfig
     from mmjax.evaluate import scenes
+    from mmjax.models.int8 import Int8
 
     made, run = _config_of_scenes(options), options.checkpoint
     model = _load(options)
-    held = trees.flatten(model.params)
-    untrained = dataclasses.replace(model, params=restore.read_params(
-        converted.read_run(run), model.module, model.mesh, lambda path: held[path].dtype, made["seed"]))
+    exact = [path for path, leaf in trees.flatten(model.params).items() if not isinstance(leaf, Int8)]
+    spec = ModelSpec(converted.read_run(run), model.mesh, model.module.dtype, options.frozen_dtype, exact=exact)
+    untrained = dataclasses.replace(model, params=spec.restore(made["seed"]))
     facts = {"run": run.name, "steps": f"{made['optim']['epochs'] * made['optim']['steps_per_epoch']:,}"}
     options.out.mkdir(parents=True, exist_ok=True)
     scenes.report_scenes(model, untrained, ScenesConfig(**made["data"]["scenes"]), options.out, converted.lineage(run),
@@ -179,7 +181,7 @@ def _config_of_scenes(options: Options) -> dict[str, Any]:
     elif not (run / converted.RUN_CARD).is_file():
         wrong.append(f"--checkpoint: it is for runs, which {run} is not: it has no {converted.RUN_CARD}")
     _refuse(options, wrong)
-    made = converted.read_card(run / converted.RUN_CARD)["config"]
+    made = converted.read_run_card(run)["config"]
     if not made["data"].get("scenes"):
         raise ValueError(f"The run {run} was not trained on scenes. Other benchmarks are for it.")
     return made

@@ -31,6 +31,15 @@ from mmjax.families.base import Family, find, shapes
 from mmjax.tokenizer import WORDS
 
 
+ALIASES = {"--llama": "--llm"}  # options of earlier versions
+
+
+def renamed(arg: str) -> str:
+    """An argument of the command line, with an option of earlier versions by its name of today."""
+    name, equals, value = arg.partition("=")
+    return ALIASES.get(name, name) + equals + value
+
+
 def command(name: str | Family) -> Callable[..., None]:
     """The conversion of a family as a function: what its `Conversion.inspect` takes, `out` and `overwrite`.
 

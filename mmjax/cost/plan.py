@@ -83,7 +83,7 @@ class Plan:
 
     family: str
     source: str
-    hardware: str
+    topology: str
     mesh: dict[str, int]
     rows: int
     length: int

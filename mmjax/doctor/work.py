@@ -139,7 +139,7 @@ def suspects(findings: Sequence[Finding]) -> list[str]:
     named = [finding.figures.get("tensor", (finding.figures.get("tensors") or [""])[0])
              for finding in findings if finding.verdict == "wrong"]
     delta = ["llm/layers/attn_norm/scale"] * any((f.name, f.verdict) == ("delta", "wrong") for f in findings)
-    return list(dict.fromkeys([*delta, *(name for name in named if name.startswith("llama/"))]))
+    return list(dict.fromkeys([*delta, *(name for name in named if name.startswith("llm/"))]))
 
 
 def text_rows(ids: Sequence[Sequence[int]], bos: int) -> Batch:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.batch import Sample
-from mmjax.checkpoints.converted import RUN_CARD, read_card
+from mmjax.checkpoints.converted import RUN_CARD, read_run_card
 from mmjax.config import ALPACA, ScenesConfig, TextConfig
 from mmjax.data import conversation, images, senses, text
 from mmjax.inference.generate import GenerateConfig
@@ -209,8 +209,9 @@ def template_of(model: Loaded, scenes: ScenesConfig | None = None) -> str:
 
 def scenes_of(checkpoint: Path) -> ScenesConfig | None:
     """The scenes that a run was trained on; None for any other model. Raises ValueError for a damaged file."""
-    card = Path(checkpoint) / RUN_CARD
-    drawn = read_card(card).get("config", {}).get("data", {}).get("scenes") if card.is_file() else None
+    folder = Path(checkpoint)
+    card = read_run_card(folder) if (folder / RUN_CARD).is_file() else {}
+    drawn = card.get("config", {}).get("data", {}).get("scenes")
     return None if drawn is None else ScenesConfig(**drawn)
 
 

@@ -286,7 +286,7 @@ def blocks(model: Loaded, page: Page) -> Any:
     check()
     import gradio as gr
 
-    does, able, start = Handlers(model, page), perceived(model), page.settings
+    does, able = Handlers(model, page), perceived(model)
     with gr.Blocks(title=f"{page.name} - mmjax", analytics_enabled=False, delete_cache=(600, 600)) as made:
         visit = gr.State(does.visit())
         gr.HTML(_title(model, page), elem_id="title", padding=False)
@@ -317,15 +317,7 @@ def blocks(model: Loaded, page: Page) -> Any:
                                           for *_, image in does.examples], show_label=False, columns=4, buttons=[],
                                          allow_preview=False, interactive=False, height="auto", elem_id="examples")
                 with gr.Accordion("How answers are written", open=False, elem_id="settings"):
-                    knobs = [
-                        gr.Slider(0, 2, start.temperature, step=0.05, label="temperature",
-                                  info="0 takes the best word, above 0 draws"),
-                        gr.Slider(1, 10, start.num_beams, step=1, label="beams",
-                                  info="above 1 searches, at temperature 0; the answer comes in one piece"),
-                        gr.Slider(0.05, 1, start.top_p, step=0.05, label="top-p",
-                                  info="draws from the words that hold this share of the probability"),
-                        gr.Slider(1, max(1000, start.max_new_tokens), start.max_new_tokens, step=1,
-                                  label="longest answer", info="in tokens")]
+                    knobs = _sliders(page.settings)
 
         private = {"api_visibility": "private"}
         model_alone = {"concurrency_limit": 1, "concurrency_id": "model", **private}
@@ -347,6 +339,21 @@ def blocks(model: Loaded, page: Page) -> Any:
             gallery.select(chosen, visit, [panel, notice], show_progress="hidden", **private)
         made.queue(default_concurrency_limit=4, max_size=64)
     return made
+
+
+def _sliders(start: ChatSettings) -> list[Any]:
+    """How answers are written, as `Handlers.answer` takes it."""
+    import gradio as gr
+
+    return [
+        gr.Slider(0, 2, start.temperature, step=0.05, label="temperature",
+                  info="0 takes the best word, above 0 draws"),
+        gr.Slider(1, 10, start.num_beams, step=1, label="beams",
+                  info="above 1 searches, at temperature 0; the answer comes in one piece"),
+        gr.Slider(0.05, 1, start.top_p, step=0.05, label="top-p",
+                  info="draws from the words that hold this share of the probability"),
+        gr.Slider(1, max(1000, start.max_new_tokens), start.max_new_tokens, step=1, label="longest answer",
+                  info="in tokens")]
 
 
 def _always(answer: Callable, question: str) -> Callable:

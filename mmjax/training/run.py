@@ -142,8 +142,7 @@ Score = Callable[[Job, dict[str, Any]], list[list[Any]]]
 def train(config: RunConfig, score: Score | None = None) -> Run:
     """Trains as configured, or goes on with the run in `config.out` where it stopped.
 
-    score: scores the result where `config.score` asks for it and the run is trained on scenes; None: nothing does. It is
-           called by runs of one process alone
+    score: scores the result of a run on scenes, if `config.score` asks for it and there is one process; None: no scores
 
     Raises ValueError for a configuration that cannot work, before anything is written, or that the run in `config.out`
     cannot go on with; `TrainingStopped` when the numbers say that going on is pointless; OSError when something cannot
@@ -367,25 +366,12 @@ def loop(
         asked = time.monotonic()
         for item, batch in fed:
             waited = time.monotonic() - asked
-            if bad.add(item):
-                raise TrainingStopped(
-                    f"{bad.count} of the first {bad.tried} records that were tried cannot be used, more than "
-                    f"data.max_bad_share = {config.data.max_bad_share} allows. {out / 'data_errors.jsonl'} names them. "
-                    f"Mend them, or raise data.max_bad_share. {last_good(checkpoints)}")
-            if not distributed.totals(item.batch.loss_mask[:, 1:].any())[0]:
-                raise TrainingStopped(
-                    f"Batch {item.number} has no token to learn: all its answers are empty or cut away "
-                    f"(text.max_txt_len = {config.text.max_txt_len}). {samples(item)} "
-                    f"{last_good(checkpoints)}")
+            check_batch(config, item, bad, checkpoints)
             first = item.number == started
             with compilation.told("the training step", console) if first else contextlib.nullcontext():
                 state, metrics = advance(state, batch)
             loss = float(metrics["loss"])
-            if not bool(metrics["finite"]):
-                raise TrainingStopped(
-                    f"The loss, a gradient or the update of batch {item.number} is not finite (loss {loss}, gradient "
-                    f"norm {float(metrics['grad_norm'])}). The update was not made. {samples(item)} "
-                    f"{last_good(checkpoints)}")
+            check_step(item, metrics, checkpoints)
             if item.number == 0 and config.check_first_loss:
                 diagnose(loss, state)
             operations = work.operations(state, batch, metrics)
@@ -404,6 +390,29 @@ def loop(
                 break
             asked = time.monotonic()
     return state, loss
+
+
+def check_batch(config: RunConfig, item: pipeline.Step, bad: metrics_log.BadData,
+                checkpoints: training_checkpoints.Checkpoints) -> None:
+    """Records what of the data was unusable. Raises TrainingStopped if that is too much, or there is nothing to learn."""
+    if bad.add(item):
+        raise TrainingStopped(
+            f"{bad.count} of the first {bad.tried} records that were tried cannot be used, more than "
+            f"data.max_bad_share = {config.data.max_bad_share} allows. {Path(config.out) / 'data_errors.jsonl'} names "
+            f"them. Mend them, or raise data.max_bad_share. {last_good(checkpoints)}")
+    if not distributed.totals(item.batch.loss_mask[:, 1:].any())[0]:
+        raise TrainingStopped(
+            f"Batch {item.number} has no token to learn: all its answers are empty or cut away "
+            f"(text.max_txt_len = {config.text.max_txt_len}). {samples(item)} {last_good(checkpoints)}")
+
+
+def check_step(item: pipeline.Step, metrics: Mapping[str, Any], checkpoints: training_checkpoints.Checkpoints) -> None:
+    """Raises TrainingStopped if the step met NaN or infinity."""
+    if not bool(metrics["finite"]):
+        raise TrainingStopped(
+            f"The loss, a gradient or the update of batch {item.number} is not finite (loss {float(metrics['loss'])}, "
+            f"gradient norm {float(metrics['grad_norm'])}). The update was not made. {samples(item)} "
+            f"{last_good(checkpoints)}")
 
 
 def ahead(batches: Iterator[pipeline.Step], mesh: Any, rows: int) -> Iterator[tuple[pipeline.Step, Batch]]:
