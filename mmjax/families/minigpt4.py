@@ -13,7 +13,6 @@ order are joined instead. Mirrors minigpt4/models/{minigpt_base,minigpt4,minigpt
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 from mmjax.batch import Batch
 from mmjax.convert import llama as llama_source
@@ -30,7 +29,7 @@ from mmjax.families.base import (
     register,
     save_flat,
 )
-from mmjax.families.model import LanguageModel, example_batch
+from mmjax.families.model import LanguageModel, example_batch, place_soft_tokens
 from mmjax.models import eva_vit, llama, qformer
 from mmjax.models.eva_vit import EVA_VIT_G, EVA_VIT_G_448, JOINED, EvaVit, VitConfig
 from mmjax.models.layers import LayerNorm, Project
@@ -75,12 +74,6 @@ TRAINED = (r"projector/.*",)
 ENCODER = {"vit": r"vit/.*", "qformer": r"(ln_vision|qformer)/.*"}
 
 
-def place(words: jax.Array, soft: jax.Array, soft_index: jax.Array) -> jax.Array:
-    """words [B,T,D], soft [B,M,D] -> [B,T,D]: the row's soft token number `soft_index` [B,T] wherever that is >= 0."""
-    chosen = jnp.take_along_axis(soft, jnp.maximum(soft_index, 0)[..., None], axis=1)
-    return jnp.where(soft_index[..., None] >= 0, chosen, words)
-
-
 class Model(LanguageModel):
     cfg: Config
 
@@ -114,7 +107,7 @@ class Model(LanguageModel):
     def encode(self, batch: Batch) -> tuple[jax.Array, None]:
         words = self.embed(batch.tokens)
         if batch.images is not None or batch.features is not None:
-            words = place(words, self.soft_tokens(batch), batch.soft_index)
+            words = place_soft_tokens(words, self.soft_tokens(batch), batch.soft_index)
         return words, None
 
 

@@ -31,6 +31,12 @@ def for_every_layer(prompts: jax.Array, depth: int) -> jax.Array:
     return jnp.pad(prompts, ((depth - len(prompts), 0), (0, 0), (0, 0), (0, 0)))
 
 
+def place_soft_tokens(words: jax.Array, soft: jax.Array, soft_index: jax.Array) -> jax.Array:
+    """words [B,T,D], soft [B,M,D] -> [B,T,D]: the row's soft token number `soft_index` [B,T] wherever that is >= 0."""
+    chosen = jnp.take_along_axis(soft, jnp.maximum(soft_index, 0)[..., None], axis=1)
+    return jnp.where(soft_index[..., None] >= 0, chosen, words)
+
+
 class LanguageModel(nn.Module):
     """An encoder in front of a language model. A family adds its towers in `setup` and encodes a batch in `encode`.
 

@@ -1,0 +1,165 @@
+"""A family declared outside `mmjax/` goes through every command, and no file of the package names it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mmjax
+from mmjax import cli
+from mmjax.checkpoints import training as training_checkpoints
+from mmjax.config import DataConfig, OptimConfig, RunConfig, WeightsConfig
+from mmjax.convert import torch_file
+from mmjax.cost import plan
+from mmjax.inference import chat
+from mmjax.parity import NO_TARGET
+from mmjax.parity import stages as stages_of
+from mmjax.training import metrics_log, run
+from tests import small
+from tests.outside import patchwork
+
+ROOT = Path(__file__).parents[2]
+QUESTION = "<ImageHere> What is it?"
+
+
+def call(*args):
+    """A command line, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["mmjax", *map(str, args)])
+        cli.main()
+
+
+def encoder_file(path: Path) -> Path:
+    random = np.random.default_rng(0)
+
+    def drawn(*shape):
+        return random.normal(0, 0.2, shape).astype(np.float32)
+
+    torch_file.save(path, {"embed.weight": drawn(24, 3, 16, 16), "embed.bias": drawn(24), "norm.weight": 1 + drawn(24),
+                           "norm.bias": drawn(24)})
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("patchwork")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder):
+    call("convert", "patchwork", "--patches", encoder_file(folder / "patches.pth"), "--llm",
+         small.GOLDEN / "ckpt" / "llama_hf", "--out", folder / "checkpoint")
+    return folder / "checkpoint"
+
+
+def config(checkpoint, out, **data) -> RunConfig:
+    return RunConfig(
+        out=str(out), weights=WeightsConfig(str(checkpoint), dtype="float32"),
+        data=DataConfig(path=str(small.pictures()), prompts=(QUESTION,), batch_size=2, pack_length=96, pack_pictures=2,
+                        **data),
+        text=patchwork.TEXT, optim=OptimConfig(init_lr=1e-2, warmup_steps=1, epochs=1, steps_per_epoch=4), log_every=1,
+        save_every=2)
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoint, folder):
+    """The folder of a finished run."""
+    run.train(config(checkpoint, folder / "run"))
+    return folder / "run"
+
+
+class Killed(BaseException):
+    """Ends a run at once, as SIGKILL does: nothing is saved."""
+
+
+def saved(run_folder):
+    step = training_checkpoints.saved(run_folder / "checkpoints")[-1]
+    return {path: np.asarray(leaf) for path, leaf in
+            training_checkpoints.arrays((run_folder / "checkpoints" / str(step)).absolute()).items()}
+
+
+def test_a_killed_run_ends_as_the_one_that_was_left_alone(checkpoint, trained, folder, monkeypatch):
+    add = metrics_log.Metrics.add
+
+    def killed(self, item, *rest):
+        add(self, item, *rest)
+        if item.number == 2:
+            raise Killed
+
+    monkeypatch.setattr(metrics_log.Metrics, "add", killed)
+    with pytest.raises(Killed):
+        run.train(config(checkpoint, folder / "killed"))
+    monkeypatch.undo()
+    run.train(config(checkpoint, folder / "killed"))
+    expected, found = saved(trained), saved(folder / "killed")
+    assert expected.keys() == found.keys()
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(found[path], leaf, err_msg=path)
+
+
+def test_data_are_checked_and_features_train_as_the_encoder_does(checkpoint, trained, folder):
+    path = folder / "config.py"
+    path.write_text(f"from tests.outside.test_patchwork import config as made\n\n\ndef config():\n"
+                    f"    return made({str(checkpoint)!r}, {str(folder / 'unused')!r})\n")
+    call("data", "check", "--config", path, "--out", folder)
+    assert json.loads((folder / "data_check.json").read_text())
+    call("data", "features", "--config", path, "--out", folder / "features")
+    run.train(config(checkpoint, folder / "cached", features=str(folder / "features")))
+    for path, leaf in saved(trained).items():
+        np.testing.assert_allclose(saved(folder / "cached")[path], leaf, rtol=0, atol=1e-5, err_msg=path)
+
+
+def test_it_generates_chats_and_is_evaluated(trained, folder, capsys):
+    image = small.pictures() / "image" / "0.jpg"
+    call("generate", "--checkpoint", trained, "--image", image, "--prompt", "What is it?", "--max-new-tokens", 4)
+    words = capsys.readouterr().out.strip()
+    model = mmjax.load(trained, dtype="float32")
+    assert words and words == model.generate([mmjax.Sample(images=[image], prompt=QUESTION)], max_new_tokens=4)[0]
+    talk = chat.Conversation(chat.template_of(model))
+    chat.add(model, talk, "image", chat.take(model, "image", image))
+    talk.ask("What is it?")
+    assert isinstance("".join(chat.reply(model, talk, chat.ChatSettings(max_new_tokens=4))), str)
+    lines = folder / "questions.jsonl"
+    lines.write_text(json.dumps({"image": str(image), "prompt": "What?", "choices": ["red", "blue"], "answer": 0}) + "\n")
+    call("evaluate", "--benchmark", "jsonl_choices", "--data", lines, "--root", "/", "--checkpoint", trained, "--out",
+         folder / "scores", "--dtype", "float32")
+    assert json.loads((folder / "scores" / "scores.json").read_text())
+
+
+def test_parts_are_written_as_they_were_read(checkpoint, trained, folder):
+    call("export", "--checkpoint", checkpoint, "--part", "patches", "--out", folder / "again.pth")
+    before, after = (torch_file.load(folder / name) for name in ("patches.pth", "again.pth"))
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        np.testing.assert_array_equal(after[key].read(), tensor.read())
+    call("export", "--checkpoint", trained, "--part", "projector", "--out", folder / "projector.pth")
+    held = saved(trained)
+    np.testing.assert_array_equal(torch_file.load(folder / "projector.pth")["2.weight"].read(),
+                                  held["params/fc2/w"].T)
+
+
+def test_it_is_planned_as_it_is_fed(checkpoint, folder):
+    made = plan.plan(config(checkpoint, folder / "unused"), "local")
+    assert made.family == "patchwork" and made.memory.total > 0
+
+
+def test_the_doctor_and_parity_know_it(trained, folder, capsys):
+    with pytest.raises(SystemExit) if False else __import__("contextlib").suppress(SystemExit):
+        call("doctor", trained)
+    said = capsys.readouterr().out
+    assert "parameters" in said and "Traceback" not in said
+    model = mmjax.load(trained, dtype="float32")
+    sample = mmjax.Sample(images=[small.pictures() / "image" / "0.jpg"], prompt=QUESTION, answer="A dog.")
+    batch = model.batch([sample])
+    found = stages_of(model.module, model.family, model.params, batch, has_targets=True)
+    tokens = np.where(batch.soft_index >= 0, -1, batch.tokens)
+    np.savez(folder / "reference.npz", tokens=tokens, valid=batch.valid, images=model.config.images.normalise(batch.images),
+             targets=np.where(batch.loss_mask, tokens, NO_TARGET), **{name: np.asarray(x) for name, x in found.items()})
+    call("parity", trained, "--reference", folder / "reference.npz")
+    assert "All" in capsys.readouterr().out
+
+
+def test_no_file_of_the_package_names_it():
+    assert not [path for path in (ROOT / "mmjax").rglob("*.py") if "patchwork" in path.read_text(encoding="utf-8").lower()]
+    assert len(Path(patchwork.__file__).read_text(encoding="utf-8").splitlines()) <= 150
