@@ -63,8 +63,8 @@ class Config(FamilyConfig):
 
     @property
     def images(self) -> ImageSpec | None:
-        """The original reads images by OpenCV and leaves its order of colors: blue passes as red, is normalised by red's
-        mean and deviation, and meets red's weights."""
+        """The original reads images by OpenCV and leaves its order of colors: blue passes as red, is normalised by
+        red's mean and deviation, and meets red's weights."""
         return ImageSpec(self.clip.image_size, "center_crop", reverse=True) if self.clip else None
 
 

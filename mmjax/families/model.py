@@ -40,8 +40,8 @@ def place_soft_tokens(words: jax.Array, soft: jax.Array, soft_index: jax.Array) 
 class LanguageModel(nn.Module):
     """An encoder in front of a language model. A family adds its towers in `setup` and encodes a batch in `encode`.
 
-    The language model is whatever `cfg.llm.build(dtype, remat, scan_layers, transposed_weights)` makes, below `llm/`. It
-    has `embed(tokens)`, `__call__(x, positions, mask, cache, start, injection)`, `logits(hidden)` and
+    The language model is whatever `cfg.llm.build(dtype, remat, scan_layers, transposed_weights)` makes, below `llm/`.
+    It has `embed(tokens)`, `__call__(x, positions, mask, cache, start, injection)`, `logits(hidden)` and
     `empty_cache(rows, length)`, as `mmjax.models.llama.Llama` documents them; its config has `vocab`, `dim`, `depth`,
     `max_positions` and `axes`.
 
