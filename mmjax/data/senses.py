@@ -39,7 +39,7 @@ def picture(source: Any, size: int = 224, random: np.random.Generator | None = N
 
     Raises ValueError naming what cannot be used.
     """
-    return normalise(load(source, size, crops=True, random=random))
+    return normalise(load(source, size, "center_crop", random))
 
 
 # ---- video and its clips ----
@@ -70,7 +70,7 @@ def video(frames: np.ndarray, fps: float, size: int = 224, clips: int = 5, secon
                              "second; take longer clips.")
         chosen = frames[[inside[int(i)] for i in np.linspace(0, len(inside) - 1, shown)]]
         pixels = _scaled(chosen.astype(np.float32) / np.float32(255), size)
-        pixels = ((pixels - MEAN) / STD).transpose(3, 0, 1, 2)
+        pixels = ((pixels - np.float32(MEAN)) / np.float32(STD)).transpose(3, 0, 1, 2)
         height, width = pixels.shape[2:]
         for part in range(3):
             top, left = math.ceil((height - size) / 2), math.ceil((width - size) / 2)

@@ -10,16 +10,20 @@ from PIL import Image
 
 from mmjax.batch import Sample
 from mmjax.data.formats import Member
-from mmjax.data.images import crop, load, middle, random_box, rgb, stack
+from mmjax.data.images import crop, load, middle, random_box, read, rgb, stack
 from mmjax.families import llama_adapter, minigpt4
-from mmjax.families.llama_adapter import normalise as swapped
+from mmjax.families.base import ImageSpec
 from mmjax.models import clip, eva_vit
 from mmjax.models.pixels import normalise
 
 SIZE = 8
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
-SQUASHED = dataclasses.replace(minigpt4.PRESETS["tiny"], vit=dataclasses.replace(eva_vit.TINY, image_size=SIZE))
-CROPPED = dataclasses.replace(llama_adapter.PRESETS["tiny"], clip=dataclasses.replace(clip.TINY, image_size=SIZE))
+SQUASHED = dataclasses.replace(
+    minigpt4.PRESETS["tiny"], vit=dataclasses.replace(eva_vit.TINY, image_size=SIZE)).images
+CROPPED = dataclasses.replace(
+    llama_adapter.PRESETS["tiny"], clip=dataclasses.replace(clip.TINY, image_size=SIZE)).images
+swapped = CROPPED.normalise
+FITS = ("stretch", "center_crop", "pad")
 NORMALISED = np.random.default_rng(1).normal(size=(3, SIZE, SIZE)).astype(np.float32)
 
 
@@ -72,10 +76,10 @@ def test_normalised_pictures_pass_unchanged():
     (NORMALISED[:, 1:], r"must be float32\[3,8,8\], got float32\[3, 7, 8\]"),
     (NORMALISED.transpose(1, 2, 0), r"float32\[3,8,8\], got float32\[8, 8, 3\]"),
 ])
-@pytest.mark.parametrize("crops", [False, True])
-def test_arrays_of_another_kind(picture, message, crops):
+@pytest.mark.parametrize("fit", FITS)
+def test_arrays_of_another_kind(picture, message, fit):
     with pytest.raises(ValueError, match=message):
-        load(picture, SIZE, crops)
+        load(picture, SIZE, fit)
 
 
 def test_files_that_cannot_be_read(tmp_path, file, monkeypatch):
@@ -142,7 +146,7 @@ def test_the_middle_keeps_the_aspect_ratio(height, width):
     first = round((long - SIZE) / 2)
     cut = (0, first, SIZE, first + SIZE) if height > width else (first, 0, first + SIZE, SIZE)
     np.testing.assert_array_equal(middle(picture, SIZE), np.asarray(whole.crop(cut)))
-    np.testing.assert_array_equal(load(picture, SIZE, crops=True), middle(picture, SIZE))
+    np.testing.assert_array_equal(load(picture, SIZE, "center_crop"), middle(picture, SIZE))
 
 
 @pytest.mark.parametrize(("height", "width"), [(100, 100), (60, 100), (10, 100), (100, 3), (1, 1)])
@@ -156,7 +160,7 @@ def test_random_boxes(height, width):
 
 
 def test_random_crops_are_boxes_of_the_picture(file):
-    drawn = load(file, SIZE, crops=True, random=np.random.default_rng(3))
+    drawn = load(file, SIZE, "center_crop", random=np.random.default_rng(3))
     top, left, height, width = box = random_box(np.random.default_rng(3), *PIXELS.shape[:2])
     np.testing.assert_array_equal(drawn, crop(rgb(PIXELS), box, SIZE))
     np.testing.assert_array_equal(drawn, load(PIXELS[top:top + height, left:left + width], SIZE))
@@ -179,7 +183,26 @@ def test_one_normalised_picture_makes_the_batch_normalised():
     assert not found[0, 1].any()
 
 
-# ---- pictures that take no places among the words: LLaMA-Adapter v2 ----
+@pytest.mark.parametrize(("height", "width"), [(12, 20), (20, 12), (13, 20), (9, 9)])
+def test_padding_puts_the_whole_image_in_the_middle_of_a_square(height, width):
+    pixels = np.random.default_rng(2).integers(0, 256, (height, width, 3), np.uint8)
+    side, fill = max(height, width), (0.5, 0.25, 0.0)
+    top, left = (side - height) // 2, (side - width) // 2
+    square = np.tile(np.array([127, 63, 0], np.uint8), (side, side, 1))
+    square[top:top + height, left:left + width] = pixels
+    np.testing.assert_array_equal(load(pixels, SIZE, "pad", fill=fill), load(square, SIZE))
+    np.testing.assert_array_equal(read(pixels, ImageSpec(SIZE, "pad", mean=fill)), load(square, SIZE))
+
+
+def test_an_image_is_read_as_its_spec_says():
+    for spec, fit in ((SQUASHED, "stretch"), (CROPPED, "center_crop"), (ImageSpec(SIZE, "pad"), "pad")):
+        np.testing.assert_array_equal(read(PIXELS, spec), load(PIXELS, SIZE, fit))
+    drawn = read(PIXELS, CROPPED, np.random.default_rng(3))
+    np.testing.assert_array_equal(drawn, load(PIXELS, SIZE, "center_crop", np.random.default_rng(3)))
+    assert (drawn != read(PIXELS, CROPPED)).any()
+
+
+# ---- images that take no slots of the text: LLaMA-Adapter v2 ----
 
 
 def test_pictures_are_as_the_original_makes_them(file):
@@ -194,16 +217,16 @@ def test_pictures_are_as_the_original_makes_them(file):
 
 def test_pictures_that_were_cropped_for_training_are_left_alone():
     pixels = np.random.default_rng(4).integers(0, 256, (40, 44, 3), np.uint8)
-    cut = load(pixels, SIZE, crops=True, random=np.random.default_rng(1))
+    cut = load(pixels, SIZE, "center_crop", random=np.random.default_rng(1))
     np.testing.assert_array_equal(stack([Sample(images=[cut])], CROPPED)[0, 0], swapped(cut))
 
 
 def test_normalised_pictures_keep_their_order_of_colours():
     found = stack([Sample(images=[NORMALISED]), Sample(images=[PIXELS])], CROPPED)
     np.testing.assert_array_equal(found[0, 0], NORMALISED)
-    np.testing.assert_array_equal(found[1, 0], swapped(load(PIXELS, SIZE, crops=True)))
+    np.testing.assert_array_equal(found[1, 0], swapped(load(PIXELS, SIZE, "center_crop")))
 
 
 def test_a_row_has_one_picture():
-    with pytest.raises(ValueError, match=r"Rows \[1\] have more than one picture, but this model reads one a row"):
+    with pytest.raises(ValueError, match=r"Rows \[1\] have more than one image, but this model reads one a row"):
         stack([Sample(images=[PIXELS]), Sample(images=[PIXELS, PIXELS])], CROPPED)

@@ -17,7 +17,7 @@ from mmjax.config import TextConfig
 from mmjax.data import images
 from mmjax.data.collate import Collator
 from mmjax.data.packing import Size, pack
-from mmjax.data.text import rows
+from mmjax.data.text import rows, tokenize
 from mmjax.families import FAMILIES, llama, minigpt4
 from mmjax.families.model import causal_mask
 from mmjax.tokenizer import Tokenizer
@@ -47,17 +47,22 @@ STREAM = (  # the third stands behind the first, the fourth behind the second; t
 )
 
 
-def make(samples=STREAM, text=TEXT, config=CONFIG, length=LENGTH, rows=ROWS, most_pictures=PICTURES):
+def make(samples=STREAM, text=TEXT, config=CONFIG, length=LENGTH, rows=ROWS, most_images=PICTURES):
     """A batch of the first samples of a stream, and how many it took."""
-    collator = Collator(TOKENIZER, text, config, most_pictures)
-    placed = pack(map(collator.size, samples), Size(length, most_pictures), rows)
-    return collator.batch([[samples[number] for number in row] for row in placed], length), sum(map(len, placed))
+    collator, tokenized = Collator(TOKENIZER, text, config, most_images), []
+    sizes = (tokenized.append(collator.tokenize(sample)) or size(tokenized[-1]) for sample in samples)
+    placed = pack(sizes, Size(length, most_images), rows)
+    return collator.batch([[tokenized[number] for number in row] for row in placed], length), sum(map(len, placed))
+
+
+def size(tokenized):
+    return Size(tokenized.length, len(tokenized.sample.images))
 
 
 def apart(samples, config=CONFIG):
     """The same samples, one a row."""
     return dataclasses.replace(rows(samples, TOKENIZER, TEXT, config.image_tokens),
-                               images=images.stack(samples, config))
+                               images=images.stack(samples, config.images))
 
 
 def places(batch):
@@ -212,7 +217,7 @@ def test_the_token_behind_a_border_is_no_target():
              Sample(prompt="Continue")]
     joint = dataclasses.replace(text, joint=True)
     words = [Sample(prompt=prompt, answer="A dog.") for prompt in ("", "What?", "Where is it?")]
-    for batch, taken in (make(kinds, text, length=400, rows=1, most_pictures=5),
+    for batch, taken in (make(kinds, text, length=400, rows=1, most_images=5),
                          make(words, joint, llama.PRESETS["tiny"], 200, 1, 0)):
         borders = np.flatnonzero(np.diff(batch.segments[0]) != 0) + 1
         assert len(borders) == taken > 1  # the last one is the padding's
@@ -254,9 +259,9 @@ def test_shapes_are_the_callers_whatever_the_samples():
     words = [Sample(prompt="Name a color.", answer="Red")]
     for samples in (STREAM, words):
         assert make(samples)[0].images.shape == (ROWS, PICTURES, SIZE, SIZE, 3)
-    normalised = [dataclasses.replace(STREAM[3], images=[CONFIG.normalise(picture(0))])]
+    normalised = [dataclasses.replace(STREAM[3], images=[CONFIG.images.normalise(picture(0))])]
     assert make(normalised)[0].images.shape == (ROWS, PICTURES, 3, SIZE, SIZE)
-    assert make(words, config=llama.PRESETS["tiny"], most_pictures=0)[0].images is None
+    assert make(words, config=llama.PRESETS["tiny"], most_images=0)[0].images is None
 
 
 def test_a_stream_goes_on_behind_what_was_taken():
@@ -350,17 +355,17 @@ def test_a_sample_that_cannot_be_packed_is_named(sample, message):
 def test_other_refusals():
     with pytest.raises(ValueError, match="at least one sample"):
         make([])
-    with pytest.raises(ValueError, match="have pictures, but this is a language model"):
+    with pytest.raises(ValueError, match="have images, but this is a language model"):
         make(config=llama.PRESETS["tiny"])
     with pytest.raises(ValueError, match=r"(?s)1 of 1 packed rows do not fit into 20 places:\n  row 0: \d+ tokens"):
-        Collator(TOKENIZER, TEXT, CONFIG, PICTURES).batch([STREAM[:2]], 20)
+        Collator(TOKENIZER, TEXT, CONFIG, PICTURES).batch([tokenize(STREAM[:2], TOKENIZER, TEXT, Q)], 20)
 
 
 @pytest.mark.parametrize("family", ["imagebind_llm", "llama_adapter"])
 def test_families_that_inject_are_refused(family):
     cfg = FAMILIES[family].presets["tiny"]
     with pytest.raises(ValueError, match="injects into its layers is one a row"):
-        make(config=cfg, most_pictures=0)
+        make(config=cfg, most_images=0)
     example = FAMILIES[family].example(cfg)
     segments = np.zeros(example.tokens.shape, np.int32)
     with pytest.raises(ValueError, match="These rows are packed"):

@@ -13,8 +13,8 @@ from mmjax.batch import Sample
 from mmjax.config import DataConfig, Source
 from mmjax.data import images
 from mmjax.data.formats import Record
-from mmjax.data.packing import Size
 from mmjax.data.pipeline import Order, batches, interleaved
+from mmjax.data.text import Slot, Tokenized
 
 ROOT = Path(__file__).parents[2]
 RECORDS = [Record(f"r{number}", f"image/{number}.jpg", f"Caption, {number}!") for number in range(10)]
@@ -34,23 +34,24 @@ def path(image, random):
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-    """The samples stand for their batch; a picture is its path. A sample takes as many tokens as its answer letters.
+    """The samples stand for their batch; an image is its path. A sample has as many tokens as its answer letters.
 
     refused: what is asked or answered so can become no row
     """
 
     refused: tuple[str, ...] = ()
-    picture: Any = path
+    image: Any = path
     blank = "blank"
 
-    def size(self, sample):
+    def tokenize(self, sample):
         if {sample.prompt, sample.answer} & set(self.refused):
             raise ValueError("this cannot be used")
-        return Size(len(sample.answer), len(sample.images))
+        return Tokenized(sample, None, np.zeros((len(sample.answer), len(Slot._fields)), np.int32))
 
     def batch(self, rows, length):
-        assert all(sum(self.size(sample).tokens for sample in row) <= length for row in rows)
-        return Row(tuple(map(tuple, rows)), np.ones((len(rows), length), bool))
+        assert all(sum(tokenized.length for tokenized in row) <= length for row in rows)
+        samples = tuple(tuple(tokenized.sample for tokenized in row) for row in rows)
+        return Row(samples, np.ones((len(rows), length), bool))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +191,7 @@ def opened_by(process, processes):
         return image
 
     cfg = dataclasses.replace(CFG, batch_size=8, threads=1)
-    take(6, cfg, 0, [source("a", 48)], Plain(picture=note), process, processes)
+    take(6, cfg, 0, [source("a", 48)], Plain(image=note), process, processes)
     return opened[:48 // processes]  # what it has read ahead is of the next pass
 
 
@@ -253,7 +254,7 @@ def test_crops_are_drawn_anew_for_each_position_and_the_same_after_a_stop():
         return None if random is None else random.integers(1 << 30)
 
     def drawn(*args, **options):
-        taken = take(*args, collator=Plain(picture=draw), **options)
+        taken = take(*args, collator=Plain(image=draw), **options)
         return [[sample.images[0] for sample in step.batch] for step in taken]
 
     cfg = dataclasses.replace(CFG, random_crop=True)
@@ -263,12 +264,13 @@ def test_crops_are_drawn_anew_for_each_position_and_the_same_after_a_stop():
     assert drawn(1) == [[None] * 4]
 
 
-@pytest.mark.parametrize(("crops", "random"), [(False, None), (True, None), (True, 3)])
-def test_a_picture_of_the_towers_size_goes_into_a_batch_unchanged(crops, random):
+@pytest.mark.parametrize(("fit", "random"), [
+    ("stretch", None), ("center_crop", None), ("center_crop", 3), ("pad", None)])
+def test_a_picture_of_the_towers_size_goes_into_a_batch_unchanged(fit, random):
     """A run opens pictures one by one, and batches are made of what came of it."""
     picture = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
-    ready = images.load(picture, 28, crops, random and np.random.default_rng(random))
-    np.testing.assert_array_equal(images.load(ready, 28, crops), ready)
+    ready = images.load(picture, 28, fit, random and np.random.default_rng(random))
+    np.testing.assert_array_equal(images.load(ready, 28, fit), ready)
 
 
 # ---- what cannot make batches ----
@@ -405,7 +407,7 @@ def test_what_takes_the_place_of_a_picture_fits_there():
         return image
 
     whole, mended = (take(8, PACKED, sources=[given], collator=collator)
-                     for collator in (Plain(), Plain(picture=unreadable)))
+                     for collator in (Plain(), Plain(image=unreadable)))
     replaced = 0
     for step, other in zip(mended, whole, strict=True):
         assert step.end == other.end
@@ -426,7 +428,7 @@ def test_where_nothing_fits_the_words_stay_and_are_not_learnt(cfg):
             raise OSError("short.jpg is no picture")
         return image
 
-    steps = take(12, dataclasses.replace(cfg, batch_size=1), sources=[given], collator=Plain(picture=unreadable))
+    steps = take(12, dataclasses.replace(cfg, batch_size=1), sources=[given], collator=Plain(image=unreadable))
     unlearnt = 0
     for step in steps:
         for row, mask in zip(step.batch.rows, step.batch.loss_mask, strict=True):

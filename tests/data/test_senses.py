@@ -44,7 +44,7 @@ def test_pictures_of_any_shape(shape, tmp_path):
 def test_the_middle_is_kept():
     pixels = np.zeros((10, 30, 3), np.uint8)
     pixels[:, 10:20] = 255
-    white = ((1 - MEAN) / STD)[:, None, None]
+    white = ((1 - np.float32(MEAN)) / np.float32(STD))[:, None, None]
     np.testing.assert_allclose(senses.picture(pixels, 10), np.broadcast_to(white, (3, 10, 10)), rtol=1e-6)
 
 
@@ -54,7 +54,7 @@ def test_the_middle_is_kept():
 def test_the_crops_of_a_video_go_along_its_long_side():
     columns = np.broadcast_to(np.arange(40, dtype=np.uint8)[:, None], (8, 20, 40, 3))
     wide = senses.video(columns, 4, 20, clips=1, seconds=2)
-    assert wide.shape == (3, 3, 2, 20, 20)
+    assert wide.shape == (3, 3, 2, 20, 20) and wide.dtype == np.float32
     back = (wide.transpose(0, 2, 3, 4, 1) * STD + MEAN)[:, 0, 0, :, 0] * 255
     np.testing.assert_allclose(back, [np.arange(20), np.arange(10, 30), np.arange(20, 40)], atol=1e-3)
     tall = senses.video(columns.transpose(0, 2, 1, 3), 4, 20, clips=1, seconds=2)
@@ -201,10 +201,13 @@ def inputs(name, clips=2):
 
 def test_every_sense_beside_a_picture():
     pixels, given = picture(), {name: inputs(name) for name in senses.NAMES}
-    media, weights = senses.stack([Sample(images=[pixels], media=given)], CFG)
-    assert media.keys() - {"blank"} == weights.keys() == {"image", *senses.NAMES}
-    assert media["image"].dtype == np.uint8 and media["blank"].tolist() == [False]
-    np.testing.assert_array_equal(normalise(media["image"]), senses.picture(pixels, SIDE)[None])
+    stacked = senses.stack([Sample(images=[pixels], media=given)], CFG)
+    images, media, weights = stacked["images"], stacked["media"], stacked["weights"]
+    assert stacked.keys() == {"images", "image_valid", "media", "weights"}
+    assert media.keys() == set(senses.NAMES) and weights.keys() == {"image", *senses.NAMES}
+    assert images.shape == (1, 1, SIDE, SIDE, 3) and images.dtype == np.uint8
+    assert stacked["image_valid"].tolist() == [[True]] and stacked["image_valid"].dtype == bool
+    np.testing.assert_array_equal(normalise(images), senses.picture(pixels, SIDE)[None, None])
     for name, array in given.items():
         np.testing.assert_array_equal(media[name], array[None])
         assert media[name].dtype == (np.int32 if name == "text" else np.float32)
@@ -215,14 +218,17 @@ def test_rows_that_sense_different_things():
     audio, depth = inputs("audio"), inputs("depth")
     rows = [Sample(images=[picture()], media={"audio": audio}, weights={"audio": 0.5}), Sample(media={"depth": depth}),
             Sample(prompt="Only words")]
-    media, weights = senses.stack(rows, CFG)
-    assert {name: weight.tolist() for name, weight in weights.items()} == {
+    stacked = senses.stack(rows, CFG)
+    images, media = stacked["images"], stacked["media"]
+    assert {name: weight.tolist() for name, weight in stacked["weights"].items()} == {
         "image": [1, 0, 1], "audio": [0.5, 0, 0], "depth": [0, 1, 0]}
+    assert media.keys() == {"audio", "depth"}
     np.testing.assert_array_equal(media["audio"], [audio, audio * 0, audio * 0])
     np.testing.assert_array_equal(media["depth"], [depth * 0, depth, depth * 0])
-    assert media["image"].shape == (3, SIDE, SIDE, 3) and media["blank"].tolist() == [False, True, True]
-    assert media["image"][0].any() and not media["image"][1:].any()
-    assert not senses.stack([rows[1]], CFG)[0].keys() & {"image", "blank"}
+    assert images.shape == (3, 1, SIDE, SIDE, 3) and stacked["image_valid"].tolist() == [[True], [False], [False]]
+    assert images[0].any() and not images[1:].any()
+    alone = senses.stack([rows[1]], CFG)
+    assert alone["images"] is None and alone["image_valid"] is None and alone["weights"].keys() == {"depth"}
 
 
 def test_raw_inputs_go_through_the_transforms(tmp_path):
@@ -230,7 +236,7 @@ def test_raw_inputs_go_through_the_transforms(tmp_path):
     wav = write_wav(tmp_path / "a.wav", (waveform * 32_000).astype("<i2").tobytes(), 2)
     rows = [Sample(media={"video": (frames, 4.0), "audio": (waveform, 16_000)}), Sample(media={"audio": wav}),
             Sample(media={"audio": str(wav)})]
-    media, _ = senses.stack(rows, CFG)
+    media = senses.stack(rows, CFG)["media"]
     np.testing.assert_array_equal(media["video"][0], senses.video(frames, 4.0, SIDE, shown=CFG.vision.frames))
     bins, length = CFG.audio.height, CFG.audio.width
     np.testing.assert_array_equal(media["audio"][0], sound((waveform, 16_000), bins, length))
@@ -241,17 +247,17 @@ def test_raw_inputs_go_through_the_transforms(tmp_path):
 def test_ready_pictures_are_left_alone():
     ready = RANDOM.normal(size=(3, SIDE, SIDE)).astype(np.float32)
     pixels = picture()
-    media, weights = senses.stack([Sample(images=[ready]), Sample(prompt="Only words"), Sample(images=[pixels])], CFG)
-    assert media.keys() == {"image"} and weights["image"].tolist() == [1, 1, 1]
-    np.testing.assert_array_equal(media["image"], [ready, ready * 0, senses.picture(pixels, SIDE)])
+    stacked = senses.stack([Sample(images=[ready]), Sample(prompt="Only words"), Sample(images=[pixels])], CFG)
+    assert stacked["media"] is None and stacked["image_valid"] is None
+    assert stacked["weights"].keys() == {"image"} and stacked["weights"]["image"].tolist() == [1, 1, 1]
+    np.testing.assert_array_equal(stacked["images"][:, 0], [ready, ready * 0, senses.picture(pixels, SIDE)])
 
 
 def test_pictures_that_were_cropped_for_training_are_left_alone():
     pixels = picture()
-    cut = load(pixels, SIDE, crops=True, random=np.random.default_rng(1))
-    media, _ = senses.stack([Sample(images=[cut])], CFG)
-    np.testing.assert_array_equal(media["image"][0], cut)
-    assert (cut != load(pixels, SIDE, crops=True)).any()
+    cut = load(pixels, SIDE, "center_crop", random=np.random.default_rng(1))
+    np.testing.assert_array_equal(senses.stack([Sample(images=[cut])], CFG)["images"][0, 0], cut)
+    assert (cut != load(pixels, SIDE, "center_crop")).any()
 
 
 def test_text_in_words_and_in_ids(tmp_path):
@@ -259,8 +265,8 @@ def test_text_in_words_and_in_ids(tmp_path):
     path.write_bytes(gzip.compress(b"header\nt h\nth e</w>\nc a\nca t</w>\n"))
     cfg = dataclasses.replace(CFG, text=dataclasses.replace(CFG.text, vocab=512 + 4 + 2))
     ids = WordTokenizer(path, cfg.text.vocab).rows(["the cat"], cfg.text.context)[0]
-    media, _ = senses.stack([Sample(media={"text": "the cat"}), Sample(media={"text": ids})], cfg, path)
-    np.testing.assert_array_equal(media["text"], [ids, ids])
+    stacked = senses.stack([Sample(media={"text": "the cat"}), Sample(media={"text": ids})], cfg, path)
+    np.testing.assert_array_equal(stacked["media"]["text"], [ids, ids])
 
 
 def test_everything_that_cannot_be_used_is_named(tmp_path):

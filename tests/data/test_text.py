@@ -127,7 +127,7 @@ def test_rows_that_do_not_fit_are_all_named():
     samples = [Sample(prompt="a b c d e f", answer="x"), Sample(prompt="a", answer="x"), Sample(prompt="a b c d e f g")]
     lengths = make(*samples).valid.sum(axis=1)
     assert make(*samples, length=int(max(lengths))).tokens.shape == (3, max(lengths))
-    with pytest.raises(ValueError, match="2 of 3 rows do not fit into 6 places") as error:
+    with pytest.raises(ValueError, match="2 of 3 rows do not fit into 6 slots") as error:
         make(*samples, length=6)
     assert f"row 0: {lengths[0]} tokens" in str(error.value)
     assert f"row 2: {lengths[2]} tokens" in str(error.value)
@@ -312,9 +312,9 @@ def test_a_conversation_about_a_picture_that_takes_no_places():
     (Sample(prompt="a", input="c"), TEXT, 0, "row 1: an input, but the text settings have no input_template"),
     (Sample(images=["p"], prompt="<ImageHere> or <ImageHere>"), JOINT, 0, "row 1: 2 <ImageHere> for 1 pictures"),
     (Sample(prompt="<ImageHere> a"), JOINT, 0, "row 1: 1 <ImageHere> for 0 pictures"),
-    (Sample(prompt="a", input="<ImageHere>"), JOINT, 0, "Or none at all: pictures of this model take no places."),
+    (Sample(prompt="a", input="<ImageHere>"), JOINT, 0, "Or none at all: pictures of this model take no slots."),
     (Sample(turns=[("a", "b"), ("<ImageHere>", "d")]), TEXT, 0, "row 1: <ImageHere> in a later question"),
-    (Sample(prompt="a"), JOINT, 3, "joint = True is for models whose pictures take no places"),
+    (Sample(prompt="a"), JOINT, 3, "joint = True is for models whose pictures take no slots"),
     (Sample(prompt="a"), dataclasses.replace(JOINT, input_template="{}"), 0, "must have two '{}'"),
 ])
 def test_rows_that_do_not_fit_the_settings(sample, text, image_tokens, message):
