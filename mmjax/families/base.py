@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from mmjax import trees
 from mmjax.batch import Batch
@@ -324,33 +322,7 @@ def initial(family: str | Family, cfg: Any) -> Callable[[jax.Array], dict[str, A
 
 @functools.lru_cache(maxsize=32)  # to trace a model takes seconds
 def _initial(family: Family, cfg: Any) -> Callable[[jax.Array], dict[str, Any]]:
-    def init(key: jax.Array) -> dict[str, Any]:
-        params = family.Model(cfg).init(key, family.example(cfg))["params"]
-        if getattr(cfg.llm, "lora_rank", 0):
-            params = params | {"llm": trees.unflatten(trees.flatten(params["llm"]) | _fresh_lora(cfg.llm, key))}
-        return params
-
-    return jax.jit(init)
-
-
-class _NamedAsInFormat1(nn.Module):
-    """A language model below the name `llama`."""
-
-    cfg: Any
-
-    def setup(self):
-        self.llama = self.cfg.build()
-
-    def __call__(self):
-        x, positions = jnp.zeros((1, 1, self.cfg.dim)), jnp.zeros((1, 1), int)
-        return self.llama(x, positions, jnp.ones((1, 1, 1), bool))
-
-
-def _fresh_lora(cfg: Any, key: jax.Array) -> dict[str, jax.Array]:
-    """`{path below llm/: value}` of LoRA as it starts: what a seed gave in format 1, in which the language model was
-    `llama`. Flax derives a parameter's random numbers from its path."""
-    params = trees.flatten(_NamedAsInFormat1(cfg).init(key)["params"]["llama"])
-    return {path: leaf for path, leaf in params.items() if path.endswith("/lora_a")}
+    return jax.jit(lambda key: family.Model(cfg).init(key, family.example(cfg))["params"])
 
 
 def config_from_dict(cls: type, values: Mapping[str, Any], where: str = "architecture") -> Any:

@@ -3,6 +3,7 @@
 B rows   T query tokens   S key tokens   P prompts   L layers   D model   V vocabulary
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -37,6 +38,12 @@ def place_soft_tokens(words: jax.Array, soft: jax.Array, soft_index: jax.Array) 
     return jnp.where(soft_index[..., None] >= 0, chosen, words)
 
 
+def _as_in_format1(rng: Any) -> Any:
+    """A random stream of the language model as it was when its name was `llama`: Flax folds the names of modules into
+    it, and a seed goes on giving the same LoRA and the same dropout."""
+    return dataclasses.replace(rng, suffix=(*rng.suffix[:-1], "llama"))
+
+
 class LanguageModel(nn.Module):
     """An encoder in front of a language model. A family adds its towers in `setup` and encodes a batch in `encode`.
 
@@ -58,6 +65,8 @@ class LanguageModel(nn.Module):
 
     def setup(self):
         self.llm = self._language_model()
+        if self.llm.scope is not None:
+            self.llm.scope.rngs = {name: _as_in_format1(rng) for name, rng in self.llm.scope.rngs.items()}
 
     def _language_model(self, **fields: Any) -> nn.Module:
         return self.cfg.llm.build(dtype=self.dtype, remat=self.remat, scan_layers=self.scan_layers,
