@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the figures too")
     args = parser.parse_args()
     if args.convert:
-        from mmjax.convert import write as conversion
+        from mmjax.convert import write
 
         start = time.perf_counter()
         write.command("llama")(*args.convert)

@@ -93,7 +93,7 @@ def speed(feed: Callable[[], Iterator[pipeline.Step]], count: int) -> tuple[floa
 class Unopened(Collator):
     """Every picture is black, and no file is read."""
 
-    def picture(self, image: Any, random: np.random.Generator | None) -> np.ndarray:
+    def image(self, image: Any, random: np.random.Generator | None) -> np.ndarray:
         return self.blank
 
 

@@ -105,8 +105,8 @@ class Theirs:
         found |= {"valid": np.array(batch.valid), "loss_mask": np.array(batch.loss_mask)}
         if batch.images is not None:
             found["images"] = np.array(normalise(np.asarray(batch.images).reshape(-1, *batch.images.shape[2:])))
-        if batch.media is not None:
-            found["feature"] = np.array(batch.media["feature"], np.float32)
+        if batch.features is not None:
+            found["feature"] = np.array(batch.features, np.float32)
         return {name: self.torch.from_numpy(array).to(self.device) for name, array in found.items()}
 
 
@@ -193,7 +193,7 @@ def with_features(batch: Batch, cfg: Any, seed: int = 0) -> Batch:
     """What the encoder makes of the pictures in place of them: random here."""
     shape = (*batch.images.shape[:2], cfg.image_tokens, cfg.soft_width)
     feature = np.random.default_rng(seed).standard_normal(shape, np.float32)
-    return dataclasses.replace(batch, images=None, media={"feature": feature})
+    return dataclasses.replace(batch, images=None, features=feature)
 
 
 def step(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
@@ -236,7 +236,7 @@ def bound(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
     words = equal_rows(size, model.cfg)
     feature = np.random.default_rng(0).standard_normal((size.rows, model.cfg.bind.inputs), np.float32)
     feature /= np.linalg.norm(feature, axis=-1, keepdims=True)
-    batch = dataclasses.replace(words, media={"feature": feature}, weights=None)
+    batch = dataclasses.replace(words, features=feature)
     name = "ImageBind-LLM step"
     return train(size, model, {name: batch}, [batch], names, rounds, size.rows, target={name: 1.0})
 

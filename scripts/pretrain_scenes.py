@@ -49,11 +49,12 @@ from mmjax.convert import torch_file
 from mmjax.convert.tables import backward
 from mmjax.data import scenes as world
 from mmjax.data import text
-from mmjax.families import llama, minigpt4
+from mmjax.families import llama
 from mmjax.families.model import causal_mask
 from mmjax.models.eva_vit import EvaVit, VitConfig
 from mmjax.models.layers import LayerNorm
 from mmjax.models.llama import LlamaConfig
+from mmjax.models.pixels import normalise
 from mmjax.models.qformer import QFormer, QFormerConfig
 from mmjax.tokenizer import Tokenizer
 
@@ -79,7 +80,7 @@ def slots(scene: world.Scene, order=SLOTS) -> list[str]:
 def see(params, pictures):
     """uint8[B,48,48,3] -> (tokens [B,37,96], queries [B,12,96])."""
     tower = {"params": params["vit"]}
-    tokens = EvaVit(VIT).apply(tower, minigpt4.normalise(pictures[:, None])[:, 0])
+    tokens = EvaVit(VIT).apply(tower, normalise(pictures))
     tokens = LayerNorm(1e-5).apply({"params": params["ln_vision"]}, tokens)
     return tokens, QFormer(QFORMER).apply({"params": params["qformer"]}, tokens)
 

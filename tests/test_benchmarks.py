@@ -134,7 +134,7 @@ def test_both_sides_train_alike(family):
     batch = training.equal_rows(TOY, cfg)
     if family == "imagebind_llm":
         feature = np.random.default_rng(0).standard_normal((TOY.rows, cfg.bind.inputs), np.float32)
-        batch = dataclasses.replace(batch, media={"feature": feature / np.linalg.norm(feature, axis=-1, keepdims=True)})
+        batch = dataclasses.replace(batch, features=feature / np.linalg.norm(feature, axis=-1, keepdims=True))
     losses = {name: [side(batch) for _ in range(4)] for name, side in racing.items()}
     np.testing.assert_allclose(losses["ours"], losses["theirs"], rtol=1e-5)
     assert losses["ours"][-1] < losses["ours"][0]

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import mmjax
+from mmjax.convert import write
 from mmjax.inference.generate import GenerateConfig, generate
 
 pytestmark = pytest.mark.slow

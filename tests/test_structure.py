@@ -13,7 +13,7 @@ import pytest
 from tests.test_imports import MODULES, ROOT, imported
 
 PACKAGE = ROOT / "mmjax"
-FAMILIES = re.compile(r"minigpt_?4|imagebind|llama_?adapter|llava", re.IGNORECASE)  # `imagebind` is of imagebind_llm too
+FAMILIES = re.compile(r"minigpt_?4|imagebind|llama_?adapter|llava", re.IGNORECASE)
 LANGUAGE_MODELS = re.compile("llama", re.IGNORECASE)
 MODEL_FILES = {"models/imagebind.py"}  # the encoder ImageBind, which a family uses
 FORMATS = {"imagebind_llm", "imagebind_llm_pretrain", "imagebind_llm_finetune", "llava_instruct"}  # of data on disk

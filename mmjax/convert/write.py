@@ -30,7 +30,6 @@ from mmjax.convert.tables import Inspected, Problems
 from mmjax.families.base import Family, find, shapes
 from mmjax.tokenizer import WORDS
 
-
 ALIASES = {"--llama": "--llm"}  # options of earlier versions
 
 

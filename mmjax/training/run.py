@@ -394,7 +394,7 @@ def loop(
 
 def check_batch(config: RunConfig, item: pipeline.Step, bad: metrics_log.BadData,
                 checkpoints: training_checkpoints.Checkpoints) -> None:
-    """Records what of the data was unusable. Raises TrainingStopped if that is too much, or there is nothing to learn."""
+    """Records what of the data was unusable. Raises TrainingStopped if it is too much, or leaves nothing to learn."""
     if bad.add(item):
         raise TrainingStopped(
             f"{bad.count} of the first {bad.tried} records that were tried cannot be used, more than "
