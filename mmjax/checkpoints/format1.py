@@ -13,7 +13,7 @@ _OLD = re.compile(r"(^|/)llama(?=/)")
 
 
 def rename(path: str) -> str:
-    """Today's path of a parameter, also inside a training state: "params/llama/norm/scale" -> "params/llm/norm/scale"."""
+    """Today's path of a parameter, also inside a training state: "params/llama/gate" is "params/llm/gate"."""
     return _OLD.sub(r"\1llm", path)
 
 
@@ -23,28 +23,33 @@ def stored_names(stored: Iterable[str]) -> dict[str, str]:
 
 
 def rule(pattern: str) -> str:
-    """Today's form of a path rule, such as "llama/.*/lora_[ab]"."""
-    return re.sub(r"(?<![\w/-])llama/", "llm/", pattern)
+    """Today's form of a path rule, such as "query|llama/.*/gate" or "(llama|vit)/.*"."""
+    return re.sub(r"(?<![\w/-])llama(?![\w-])", "llm", pattern)
 
 
 def checkpoint_card(card: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a converted checkpoint with today's names."""
-    return _with_llm(card, "architecture", "sources", "constant") | {
-        "fresh": [rename(path) for path in card.get("fresh", ())]}
+    new = _with_llm(card, "architecture", "sources", "constant")
+    if isinstance(fresh := new.get("fresh"), list):
+        new["fresh"] = [rename(path) for path in fresh]
+    return new
 
 
 def run_card(card: Mapping[str, Any]) -> dict[str, Any]:
     """The run.json of a run with today's names."""
-    new = _with_llm(card, "architecture")
+    new = _with_rules(_with_llm(card, "architecture"))
     if isinstance(config := new.get("config"), dict):
-        weights = config.get("weights")
-        new["config"] = config | {"trained": _rules(config.get("trained"))} | (
-            {"weights": _with_llm(weights, "sources")} if isinstance(weights, dict) else {})
-    return new | {"trained": _rules(card.get("trained"))}
+        new["config"] = config = _with_rules(config)
+        if isinstance(weights := config.get("weights"), dict):
+            config["weights"] = weights = _with_llm(weights, "sources")
+            if not weights.get("sources"):  # a family was named all the same
+                weights.pop("family", None)
+    return new
 
 
-def _rules(rules: Any) -> Any:
-    return [rule(each) if isinstance(each, str) else each for each in rules] if isinstance(rules, list) else rules
+def _with_rules(card: Mapping[str, Any]) -> dict[str, Any]:
+    rules = card.get("trained")
+    return card | {"trained": [rule(each) for each in rules]} if isinstance(rules, list) else dict(card)
 
 
 def _with_llm(card: Mapping[str, Any], *tables: str) -> dict[str, Any]:
