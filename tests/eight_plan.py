@@ -58,7 +58,7 @@ def test_tensor_parallel_sums():
 
 def config(mesh, **changes):
     defaults = dict(
-        out="runs/x", weights=WeightsConfig(checkpoint="nowhere/tiny", dtype="float32"),
+        out="runs/x", weights=WeightsConfig(checkpoint="nowhere/tiny", family="minigpt4", dtype="float32"),
         data=DataConfig(path="data/x", prompts=("<Img><ImageHere></Img> Hi",), batch_size=8, length_multiple=8),
         text=TextConfig(max_txt_len=6, max_context_len=9), optim=OptimConfig(accumulate=2), mesh=mesh)
     return RunConfig(**(defaults | changes))
@@ -82,7 +82,7 @@ def test_the_state_is_as_a_run_has_it():
     source, _ = plan.architecture(settings, None)
     step = plan.Step.of(settings, source, mesh, 16)
     flat = trees.flatten(tiny.params("minigpt4", tiny.MINIGPT4))
-    places = sharding.shardings(flat, minigpt4.AXES, mesh)
+    places = sharding.shardings(flat, minigpt4.FAMILY.all_axes(tiny.MINIGPT4), mesh)
     with sharding.use(mesh):
         params = trees.unflatten({path: jax.device_put(leaf, places[path]) for path, leaf in flat.items()})
         trained, frozen = trees.split(params, trees.mask(params, settings.trained))

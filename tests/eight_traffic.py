@@ -30,7 +30,7 @@ def program(mesh, remat, frozen_dtype=None, trained=None):
     config = RunConfig(
         out="runs/x", mesh=mesh, remat=remat, trained=trained, optim=OptimConfig(),
         text=TextConfig(max_txt_len=6, max_context_len=9),
-        weights=WeightsConfig(checkpoint="nowhere/tiny", dtype=DTYPE, frozen_dtype=frozen_dtype),
+        weights=WeightsConfig(checkpoint="nowhere/tiny", family="minigpt4", dtype=DTYPE, frozen_dtype=frozen_dtype),
         data=DataConfig(path="data/x", prompts=("<Img><ImageHere></Img> Hi",), batch_size=8, length_multiple=8))
     source, _ = plan.architecture(config, None)
     devices = sharding.make_mesh(mesh, hardware.find(WHERE).devices)
@@ -81,7 +81,7 @@ def passed(passes):
     """{size: how many matrices of it there are in so many passes}; of the picture tower there is one."""
     count = collections.Counter()
     for path, shape in stacked().items():
-        count[math.prod(shape[1:])] += (passes if path.startswith("llama/") else 1) * shape[0]
+        count[math.prod(shape[1:])] += (passes if path.startswith("llm/") else 1) * shape[0]
     return count
 
 
@@ -89,7 +89,7 @@ def passed(passes):
 def test_no_frozen_gradient_is_made(mesh):
     """The backward pass of the layer scan would write it, a layer at a time, into an array of all layers."""
     text, devices = program(mesh, remat=True)
-    places = sharding.shardings(shapes("minigpt4", CFG), minigpt4.AXES, devices)
+    places = sharding.shardings(shapes("minigpt4", CFG), minigpt4.FAMILY.all_axes(CFG), devices)
     frozen = {size for path, shape in stacked().items()
               for size in (squeezed(shape), squeezed(places[path].shard_shape(shape)))}
     assert frozen and not written(text) & frozen

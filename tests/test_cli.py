@@ -49,7 +49,7 @@ def test_unreadable_picture_is_named(monkeypatch, capsys, tmp_path):
 
 def test_config_fields_are_overridden(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr("mmjax.training.run.train", seen.append)
+    monkeypatch.setattr("mmjax.training.run.train", lambda config, score: seen.append(config))
     call(monkeypatch, "train", "--config", "configs/tiny_minigpt4.py", "--optim.init-lr", "0.5", "--out", tmp_path,
          "--data.scenes.count", "7")
     assert (seen[0].optim.init_lr, seen[0].out, seen[0].data.scenes.count) == (0.5, str(tmp_path), 7)
@@ -57,7 +57,7 @@ def test_config_fields_are_overridden(monkeypatch, tmp_path):
 
 def test_fields_of_a_phase_are_behind_its_name(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr("mmjax.training.run.train_phases", seen.append)
+    monkeypatch.setattr("mmjax.training.run.train_phases", lambda phases, score: seen.append(phases))
     call(monkeypatch, "train", "--config", "configs/tiny_imagebind_llm.py", "--finetune.optim.init-lr", "0.5",
          "--pretrain.out", tmp_path)
     assert list(seen[0]) == ["pretrain", "finetune"]

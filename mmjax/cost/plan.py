@@ -157,22 +157,29 @@ def architecture(config: RunConfig, preset: str | None) -> tuple[ConvertedCheckp
         source = ConvertedCheckpoint.open(folder)
     else:
         name = preset or folder.name
-        family = find(config.weights.family) if config.weights.family else _family_of(name)
-        if family is None or name not in family.presets:
-            known = family.presets if family else [name for each in FAMILIES.values() for name in each.presets]
-            raise ValueError((f"preset = {preset!r}" if preset else f"There is no checkpoint {folder}")
-                             + ": name one of the presets" + (f" of {family}" if family else "") + " with --preset: "
-                             + ", ".join(dict.fromkeys(known)) + ".")
+        asked = f"preset = {preset!r}" if preset else f"There is no checkpoint {folder}"
+        family = _family_of(name, config.weights.family, asked)
         if preset is None:
             notes.append(f"{folder} is not there; planned for the preset {name}.")
         source = ConvertedCheckpoint(Path(name), family, family.presets[name], config.text, {}, ())
     return dataclasses.replace(source, config=run.architecture(source, config), text=config.text), notes
 
 
-def _family_of(preset: str) -> Family | None:
-    """The one family that has a preset of that name."""
-    found = [family for family in FAMILIES.values() if preset in family.presets]
-    return found[0] if len(found) == 1 else None
+def _family_of(preset: str, family: str, asked: str) -> Family:
+    """The family that has a preset of that name; `family` names the one to look at, "" all of them.
+
+    Raises ValueError, which begins with `asked`, if none or several have it.
+    """
+    families = [find(family)] if family else list(FAMILIES.values())
+    found = [each for each in families if preset in each.presets]
+    if len(found) > 1:
+        raise ValueError(f"{asked}: several families have a preset {preset!r}: {', '.join(map(str, found))}. Name one "
+                         "of them with --weights.family.")
+    if not found:
+        known = dict.fromkeys(name for each in families for name in each.presets)
+        raise ValueError(f"{asked}: name one of the presets{f' of {find(family)}' if family else ''} with --preset: "
+                         f"{', '.join(known)}.")
+    return found[0]
 
 
 def row_length(config: RunConfig, source: ConvertedCheckpoint) -> tuple[int, list[str]]:

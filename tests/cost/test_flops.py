@@ -79,8 +79,8 @@ def test_a_frozen_language_model_is_4N_and_a_tower_below_it_2N():
     patches = 2 * B * S * 3 * v.patch**2 * v.dim
     blocks = 2 * B * (S + 1) * (4 * v.dim**2 + 2 * v.dim * v.hidden) + 2 * 2 * B * (S + 1) ** 2 * v.dim
     assert found.forward["vit"] == patches + v.depth * blocks
-    assert found.backward.keys() == {"llama", "projector"} and found.recomputed.keys() == {"llama"}
-    assert found.parts[0] == "llama" and set(found.parts) == {"llama", "vit", "qformer", "projector"}
+    assert found.backward.keys() == {"llm", "projector"} and found.recomputed.keys() == {"llm"}
+    assert found.parts[0] == "llm" and set(found.parts) == {"llm", "vit", "qformer", "projector"}
 
 
 def test_a_trained_part_above_another_is_6N():
@@ -120,8 +120,8 @@ def test_packed_rows_and_features_are_counted():
     packed = dataclasses.replace(batch, segments=batch.positions)
     assert count("minigpt4", c, minigpt4.TRAINED, packed).model == count("minigpt4", c, minigpt4.TRAINED, batch).model
     feature = jnp.zeros((B, 1, c.image_tokens, c.soft_width))
-    ready = dataclasses.replace(batch, images=None, media={"feature": feature})
-    assert count("minigpt4", c, minigpt4.TRAINED, ready).forward.keys() == {"llama", "projector"}
+    ready = dataclasses.replace(batch, images=None, features=feature)
+    assert count("minigpt4", c, minigpt4.TRAINED, ready).forward.keys() == {"llm", "projector"}
 
 
 def test_only_the_logits_of_targets_are_useful():

@@ -1,6 +1,7 @@
 """Plans on one device of this machine, and the slow ones for TPUs; test_hlo.py runs those on eight, eight_plan.py."""
 
 import dataclasses
+import functools
 import importlib.util
 import io
 import json
@@ -13,14 +14,20 @@ import jax
 import pytest
 from rich.console import Console
 
-from mmjax import cli, config
-from mmjax.config import DataConfig, RunConfig, TextConfig, WeightsConfig
+from mmjax import cli, config, sharding
+from mmjax.config import DataConfig, MeshConfig, RunConfig, TextConfig, WeightsConfig
 from mmjax.cost import hardware, plan
+from mmjax.data import pipeline
+from mmjax.data.collate import Collator
+from mmjax.data.formats import Record
+from mmjax.families import FAMILIES
+from mmjax.tokenizer import Tokenizer
+from mmjax.training import encode_features, run
 from tests import small
 
 ROOT = Path(__file__).parents[2]
 TINY = RunConfig(
-    out="runs/x", weights=WeightsConfig(checkpoint="nowhere/tiny", dtype="float32"), remat=True,
+    out="runs/x", weights=WeightsConfig(checkpoint="nowhere/tiny", family="minigpt4", dtype="float32"), remat=True,
     data=DataConfig(path="data/x", batch_size=2, length_multiple=8), text=TextConfig(max_txt_len=6))
 
 
@@ -62,6 +69,9 @@ def test_a_phase_adds_to_a_preset():
 @pytest.mark.parametrize(("settings", "preset", "message"), [
     (TINY, "huge", "preset = 'huge': name one of the presets of minigpt4 .*minigpt4-7b, minigpt4-13b"),
     (changed(weights_checkpoint="nowhere/mine"), None, "There is no checkpoint nowhere/mine: name one of the presets"),
+    (changed(weights_checkpoint="nowhere/mine", weights_family=""), None,
+     "There is no checkpoint nowhere/mine: name one of the presets with --preset: .*llama-adapter-7b, .*minigpt4-7b"),
+    (changed(weights_family=""), None, "nowhere/tiny: several families have a preset 'tiny': imagebind_llm, .*--weights.family"),
     (changed(phase="pretrain"), None, "the family minigpt4 has no phases"),
 ])
 def test_an_architecture_that_is_none(settings, preset, message):
@@ -134,18 +144,87 @@ def test_packed_rows_features_and_int8_are_planned():
     """Nothing is compiled."""
     def step(**changes):
         settings = changed(**changes)
-        return plan.Step.of(settings, source(settings), plan.sharding.make_mesh(settings.mesh), 16)
+        return plan.Step.of(settings, source(settings), sharding.make_mesh(settings.mesh), 16)
 
     plain, packed = step(), step(data_pack_length=16, data_pack_pictures=3)
     assert packed.batch.images.shape[1] == 3 and packed.batch.segments.shape == plain.batch.tokens.shape
     ready = step(data_features="features", weights_dtype="bfloat16")
-    assert ready.batch.images is None and ready.batch.media["feature"].shape == (2, 1, 4, 24)
-    assert ready.batch.media["feature"].dtype == "bfloat16" and "vit" not in ready.frozen
+    assert ready.batch.images is None and ready.batch.features.shape == (2, 1, 4, 24)
+    assert ready.batch.features.dtype == "bfloat16" and "vit" not in ready.frozen
     assert ready.held["frozen"] < step(weights_dtype="bfloat16").held["frozen"]
     assert plain.held["frozen"] / 4 < step(weights_frozen_dtype="int8").held["frozen"] < plain.held["frozen"]
-    media = step(weights_family="imagebind_llm", phase="pretrain").batch
-    assert media.media["image"].shape == (2, 3, 28, 28) and media.weights["image"].shape == (2,)
+    mixed = step(weights_family="imagebind_llm", phase="pretrain").batch
+    assert (mixed.images.shape, mixed.images.dtype) == ((2, 1, 28, 28, 3), "uint8") and mixed.media is None
+    assert mixed.image_valid.shape == (2, 1) and mixed.weights["image"].shape == (2,)
     assert step(weights_family="llama_adapter").batch.images.shape == (2, 1, 3, 28, 28)
+
+
+FAMILY_PRESETS = [(name, preset) for name, family in FAMILIES.items() for preset in family.presets]
+
+
+def fed(settings, model):
+    """The first batch that the pipeline makes for a run of a model, of records with a picture each if it reads any."""
+    picture = str(small.pictures() / "image" / "0.jpg") if model.images else None
+    records = [Record(str(number), picture, "a red star") for number in range(4)]
+    collator = Collator.of(settings, small_tokenizer(), model)
+    return next(pipeline.batches([records] * len(settings.data.sources), settings.data, collator)).batch
+
+
+@functools.cache
+def small_tokenizer():
+    return Tokenizer.from_folder(small.GOLDEN / "ckpt" / "llama_hf")
+
+
+def planned_and_fed(settings):
+    """The batch that is planned for and the batch that is fed, as `{field: (shape, dtype)}`."""
+    found = source(settings)
+    batch = fed(settings, found.config)
+    spec = run.model_spec(settings, found, sharding.make_mesh(settings.mesh))
+    shapes = plan.batch_of(settings, spec, batch.tokens.shape[1])
+    return [{jax.tree_util.keystr(path): (leaf.shape, leaf.dtype) for path, leaf in
+             jax.tree_util.tree_leaves_with_path(made)} for made in (shapes, batch)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("family", "preset"), FAMILY_PRESETS)
+def test_the_planned_batch_is_what_a_family_is_fed(family, preset, packed):
+    model = FAMILIES[family].presets[preset]
+    if packed and model.injects:
+        pytest.skip("its rows are not packed")
+    prompt = FAMILIES[family].prompt.with_images("Hi", bool(model.image_size))
+    length = (2 * model.image_tokens + 100) if packed else None
+    expected, found = planned_and_fed(changed(
+        weights_checkpoint=f"nowhere/{preset}", weights_family=family, data_prompts=(prompt,), data_pack_length=length))
+    assert expected == found and (".images" in found) == bool(model.image_size)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_the_planned_batch_is_what_a_config_feeds(path):
+    loaded = config.load(str(path))
+    for settings in loaded.values() if isinstance(loaded, dict) else [loaded]:
+        weights = settings.weights
+        if path.stem.startswith("tiny_"):  # their checkpoints are of no preset
+            weights = dataclasses.replace(weights, checkpoint="nowhere/tiny", family=FAMILY_OF[path.stem])
+        data = dataclasses.replace(settings.data, batch_size=2)
+        expected, found = planned_and_fed(dataclasses.replace(
+            settings, weights=weights, data=data, mesh=MeshConfig(data=1)))
+        assert expected == found
+
+
+FAMILY_OF = {"tiny_minigpt4": "minigpt4", "tiny_imagebind_llm": "imagebind_llm"}
+
+
+def test_the_planned_batch_is_what_stored_features_give(tmp_path):
+    settings = small.run_config(tmp_path / "run", data=DataConfig(
+        path=str(small.pictures()), prompts=(small.PROMPT,), batch_size=2, length_multiple=64,
+        features=str(tmp_path / "features")))
+    encode_features.make(settings, source(settings), tmp_path / "features", batch_size=8)
+    job = run.set_up(settings)
+    (step, batch) = next(job.batches(0, 0))
+    expected = plan.batch_of(settings, job.spec, batch.tokens.shape[1])
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), expected) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), batch)
+    assert batch.images is None and batch.features.shape[0] == len(step.names)
 
 
 def test_times_are_of_the_published_figures():
@@ -220,7 +299,7 @@ def refused(words):
         def lower(self, *_):
             return Lowered()
 
-    step = plan.Step.of(TINY, source(TINY), plan.sharding.make_mesh(TINY.mesh), 16)
+    step = plan.Step.of(TINY, source(TINY), sharding.make_mesh(TINY.mesh), 16)
     return dataclasses.replace(step, call=Call())
 
 
