@@ -18,7 +18,8 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ def npy(descr: str, shape: str, content: bytes = bytes(64)) -> bytes:
 def nested(depth: int, around: bytes, key: bool = False) -> bytes:
     """A pickled list of a dictionary that holds, as a value or as a key, an empty tuple within `depth` of `around`."""
     inner = b")" + around * depth
-    return b"\x80\x04](}" + (inner + b"N" if key else b"N" + inner) + b"ue."
+    return b"\x80\x04](}(" + (inner + b"N" if key else b"N" + inner) + b"ue."
 
 
 def doubling(depth: int) -> bytes:
@@ -78,47 +79,57 @@ def npz(count: int, size: int) -> bytes:
     return file.getvalue()
 
 
+def tiff(side: int, tile: int) -> bytes:
+    """A picture of side x side grey pixels in tiles of tile x tile, whose content is missing."""
+    tags = ((256, 4, side), (257, 4, side), (258, 3, 8), (259, 3, 5), (262, 3, 1), (277, 3, 1), (322, 4, tile),
+            (323, 4, tile), (324, 4, 8), (325, 4, 100))
+    return (b"II*\0" + struct.pack("<I", 108) + bytes(100) + struct.pack("<H", len(tags))
+            + b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags) + bytes(4))
+
+
 def encoded(kind: str, size: tuple[int, int], mode: str = "L", **options: object) -> bytes:
     file = io.BytesIO()
     Image.new(mode, size).save(file, kind, **options)
     return file.getvalue()
 
 
-def cases() -> Iterator[tuple[str, bytes]]:
-    """(name, content) of each file."""
+def cases() -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """(name, what makes its content) of each file."""
     for rate in (0, 1, 2, 7, 41, 4_001, 44_101, 48_001, 192_001, 999_983, 2**31 - 1):
-        yield f"rate_{rate}.wav", wav(rate)
-        yield f"rate_{rate}_large.wav", wav(rate, 256_000)
-    yield "channels.wav", wav(41, 131_072, channels=65_535, bits=8)
-    yield "channels_64.wav", wav(41, 1_024_000, channels=64, bits=8)
-    yield "claim.wav", wav(16_000, claimed=2**31 - 2**20)
-    yield "pipe.wav", wav(16_000, claimed=2**32 - 1)
-    yield "bits_64.wav", wav(16_000, bits=64)
+        yield f"rate_{rate}.wav", partial(wav, rate)
+        yield f"rate_{rate}_large.wav", partial(wav, rate, 256_000)
+    yield "channels.wav", partial(wav, 41, 131_072, channels=65_535, bits=8)
+    yield "channels_64.wav", partial(wav, 41, 1_024_000, channels=64, bits=8)
+    yield "claim.wav", partial(wav, 16_000, claimed=2**31 - 2**20)
+    yield "pipe.wav", partial(wav, 16_000, claimed=2**32 - 1)
+    yield "bits_64.wav", partial(wav, 16_000, bits=64)
     for width, height in ((1, 3_000), (3_000, 1), (1, 65_535), (65_535, 1), (2, 1_000_000), (40_000_000, 1)):
-        yield f"thin_{width}x{height}.png", png(width, height)
-    yield "flat.png", png(9_000, 9_900, 6)
-    yield "flat_grey.png", png(5_600, 5_700)
-    yield "claim.png", png(60_000, 60_000, present=False)
-    yield "claim.gif", encoded("GIF", (8, 8))[:6] + b"\xff\xff\xff\xff" + encoded("GIF", (8, 8))[10:]
-    yield "claim.tiff", encoded("TIFF", (8, 8)).replace(struct.pack("<HHIHH", 256, 4, 1, 8, 0),
-                                                        struct.pack("<HHII", 256, 4, 1, 2**31 - 1))
-    yield "flat.jpg", encoded("JPEG", (9_000, 9_900), "RGB", progressive=True)
+        yield f"thin_{width}x{height}.png", partial(png, width, height)
+    yield "flat.png", partial(png, 9_000, 9_900, 6)
+    yield "flat_grey.png", partial(png, 5_600, 5_700)
+    yield "flat.jpg", partial(encoded, "JPEG", (9_000, 9_900), "RGB", progressive=True)
+    yield "claim.png", partial(png, 60_000, 60_000, present=False)
+    gif = encoded("GIF", (8, 8))
+    yield "claim.gif", lambda: gif[:6] + b"\xff" * 4 + gif[10:]
+    yield "frame.gif", lambda: gif.replace(b",\0\0\0\0\x08\0\x08\0", b",\0\0\0\0" + b"\xff" * 4)
+    yield "claim.tiff", partial(tiff, 2**31 - 1, 256)
+    yield "tile.tiff", partial(tiff, 8, 32_000)
     for name, descr, shape in (
             ("claim", "'<f4'", "(1000000, 1000000)"), ("negative", "'<f4'", "(-1, 4)"), ("bool", "'<f8'", "(True, 4)"),
-            ("overflow", "'<f8'", f"({10**20}, 1)"), ("hidden", "'<f4'", f"(0, {2**62}, 4)"), ("object", "'|O'", "(2,)"),
-            ("records", "[('a', '<f4')]", "(2,)"), ("empty", "'|V0'", "(1,)"), ("times", "'<M8[ns]'", "(2,)"),
-            ("brackets", "(" * 50, "(2,)"), ("big_endian", "'>f8'", "(2, 4)")):
-        yield f"{name}.npy", npy(descr, shape)
-    yield "bomb.npz", npz(4, 2**28)
-    yield "tuples_key.p", nested(200_000, b"\x85", key=True)
-    yield "tuples.p", nested(200_000, b"\x85")
-    yield "frozensets.p", b"\x80\x04](" + b"(" * 1_000 + b"\x91" * 1_000 + b"e."
-    yield "lists.p", b"\x80\x04" + b"]" * 100_000 + b"a" * 99_999 + b"."
-    yield "dicts.p", b"\x80\x04]" + b"}N" * 100_000 + b"N" + b"s" * 100_000 + b"a."
-    yield "doubling.p", doubling(15)
-    yield "doubling_deep.p", doubling(200)
-    yield "length.p", b"\x80\x04]\x8d" + b"\xff" * 7 + b"\x7fa."
-    yield "refs.p", pickle.dumps([{"sentences": [{"raw": "left"}], "split": "train"}])
+            ("overflow", "'<f8'", f"({10**20}, 1)"), ("hidden", "'<f4'", f"(0, {2**62}, 4)"),
+            ("object", "'|O'", "(2,)"), ("records", "[('a', '<f4')]", "(2,)"), ("empty", "'|V0'", "(1,)"),
+            ("times", "'<M8[ns]'", "(2,)"), ("brackets", "(" * 50, "(2,)"), ("big_endian", "'>f8'", "(2, 4)")):
+        yield f"{name}.npy", partial(npy, descr, shape)
+    yield "bomb.npz", partial(npz, 4, 2**28)
+    yield "tuples_key.p", partial(nested, 200_000, b"\x85", key=True)
+    yield "tuples.p", partial(nested, 200_000, b"\x85")
+    yield "frozensets.p", lambda: b"\x80\x04](" + b"(" * 1_000 + b"\x91" * 1_000 + b"e."
+    yield "lists.p", lambda: b"\x80\x04" + b"]" * 100_000 + b"a" * 99_999 + b"."
+    yield "dicts.p", lambda: b"\x80\x04]" + b"}N" * 100_000 + b"N" + b"s" * 100_000 + b"a."
+    yield "doubling.p", partial(doubling, 15)
+    yield "doubling_deep.p", partial(doubling, 200)
+    yield "length.p", lambda: b"\x80\x04]\x8d" + b"\xff" * 7 + b"\x7fa."
+    yield "refs.p", lambda: pickle.dumps([{"sentences": [{"raw": "left"}], "split": "train"}])
 
 
 # ---- reading them ----
@@ -171,7 +182,7 @@ def main() -> None:
         made = ((Path(folder) / name, content) for name, content in (() if options.files else cases()))
         for path, content in [(path, None) for path in options.files] or made:
             if content is not None:
-                path.write_bytes(content)
+                path.write_bytes(content())
             told, peak, seconds = measured(path)
             megabytes = "failed" if peak is None else f"{peak / 1e6:.0f} MB"
             print(f"{path.name:24} {path.stat().st_size:9,} bytes  {megabytes:>7} {seconds:5.1f} s  "

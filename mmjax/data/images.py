@@ -25,6 +25,8 @@ from mmjax.batch import Sample
 MOST_SIDE = 2**20
 UNFOLDED = 32_000_000  # pixels that a file of any size may have
 RATIO = 128  # pixels for each byte of a larger one; photographs have 30 at most
+TILE, MOST_TILE = (322, 323), 2**22  # a TIFF's tags for the sides of its tiles, and pixels that each may have
+MARGIN = 4  # pixels; scaling up looks at two
 THIN = 64  # how many times a picture's long side is its short one, from where it is cut before it is scaled
 KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 
@@ -99,13 +101,16 @@ def check_pixels(image: Image.Image, size: int) -> None:
     if width * height > UNFOLDED and width * height > RATIO * size:
         raise ValueError(f"its {size} bytes unfold to {width} x {height} pixels; above {UNFOLDED} pixels at most "
                          f"{RATIO} a byte are read. If it is meant so, scale it down")
+    tile = [int(getattr(image, "tag_v2", {}).get(tag, 1)) for tag in TILE]
+    if tile[0] * tile[1] > max(MOST_TILE, 2 * width * height):
+        raise ValueError(f"its tiles of {tile[0]} x {tile[1]} pixels are far larger than its {width} x {height} pixels")
 
 
 def middle(image: Image.Image, size: int) -> np.ndarray:
     """uint8[S,S,3]: the short side scaled to S, then what is in the middle of the long one."""
     short, long = sorted(image.size)
     long = int(size * long / short)
-    if long > THIN * size:
+    if long > THIN * size and short < size:  # otherwise it becomes smaller than it is
         return _thin_middle(image, long, size)
     pixels = _resized(image, *((size, long) if image.width <= image.height else (long, size)))
     top, left = (round((side - size) / 2) for side in pixels.shape[:2])
@@ -113,11 +118,20 @@ def middle(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _thin_middle(image: Image.Image, long: int, size: int) -> np.ndarray:
-    """The same of a picture whose scaled whole, with a long side of `long`, would take much memory."""
-    first = round((long - size) / 2)
+    """The same of a picture whose scaled whole, with a long side of `long`, would take much memory.
+
+    What is needed and a margin are cut out first; then the width is scaled before the height, as Pillow does the
+    whole.
+    """
+    first, (width, height) = round((long - size) / 2), image.size
     begin, end = (side * max(image.size) / long for side in (first, first + size))
-    box = (0, begin, image.width, end) if image.width < image.height else (begin, 0, end, image.height)
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
+    low, high = max(0, math.floor(begin) - MARGIN), min(max(image.size), math.ceil(end) + MARGIN)
+    begin, end = begin - low, end - low
+    if width < height:
+        image = image.crop((0, low, width, high)).resize((size, high - low), Image.Resampling.BICUBIC)
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, (0, begin, size, end)))
+    image = image.crop((low, 0, high, height)).resize((size, height), Image.Resampling.BICUBIC, (begin, 0, end, height))
+    return _resized(image, size, size)
 
 
 def crop(image: Image.Image, box: tuple[int, int, int, int], size: int) -> np.ndarray:

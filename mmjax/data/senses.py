@@ -193,7 +193,7 @@ def resample(waveform: np.ndarray, rate: int, target: int) -> np.ndarray:
 
 
 def resampled_part(waveform: np.ndarray, rate: int, target: int, start: int, stop: int) -> np.ndarray:
-    """float32[C,stop-start]: some samples of what `resample` gives, to 1e-5, in memory that no rate makes large.
+    """float32[C,stop-start]: some samples of what `resample` gives, to 1e-4, in memory that no rate makes large.
 
     The taps of each sample are computed for itself, those alone that are not zero.
     """

@@ -215,7 +215,8 @@ def plain_pickle(file: Path) -> list[Any]:
             raise ValueError("it numbers its parts beyond its length")
         _check_nesting(found, len(content))
     except Exception as error:  # the unpickler raises whatever comes to its mind
-        raise ValueError(f"{file} is not a pickle of plain values that can be read: {error}") from error
+        why = str(error) or type(error).__name__
+        raise ValueError(f"{file} is not a pickle of plain values that can be read: {why}") from error
     if not isinstance(found, list):
         raise ValueError(f"{file} must hold a list of references, not a {type(found).__name__}.")
     return found
