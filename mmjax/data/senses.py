@@ -140,12 +140,13 @@ def read_wav(path: str | Path) -> tuple[np.ndarray, int]:
         with wave.open(str(path), "rb") as file:
             channels, width, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
             if width not in (1, 2, 3, 4):
-                raise wave.Error(f"its samples have {8 * width} bits, not 8, 16, 24 or 32")
+                raise wave.Error(f"its samples have {width} bytes, not 1 to 4")
             claimed = file.getnframes() * channels * width
             frames = min(claimed, os.path.getsize(path)) // (channels * width)
             raw = np.frombuffer(file.readframes(frames), np.uint8)
     except (wave.Error, EOFError, OSError, RuntimeError) as error:  # the last for damaged lengths of chunks
-        raise ValueError(f"{path} is not a PCM .wav file ({error}). Convert it: ffmpeg -i FILE -c:a pcm_s16le NEW.wav"
+        why = str(error) or "its chunks are damaged"
+        raise ValueError(f"{path} is not a PCM .wav file ({why}). Convert it: ffmpeg -i FILE -c:a pcm_s16le NEW.wav"
                          ) from error
     try:
         _check_sound(channels, rate)
