@@ -22,11 +22,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mmjax.batch import Sample
 from mmjax.config import ALPACA, ScenesConfig, TextConfig
 from mmjax.data import conversation, images, senses, text
+from mmjax.data.arrays import read_npy
 from mmjax.data.asked import is_text
 from mmjax.folders import RUN_CARD, read_card
 from mmjax.generate import GenerateConfig
@@ -247,8 +246,8 @@ def _read(sense: str, source: str | os.PathLike) -> Any:
     if sense == "audio":
         return senses.read_wav(source)
     try:
-        return np.load(source, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        return read_npy(source)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{source} cannot be read as the .npy file of an array: {error}") from error
 
 

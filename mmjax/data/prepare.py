@@ -214,10 +214,7 @@ def _picture(image: Any, decode: bool) -> bytes:
         content = Path(image).read_bytes()
     try:
         with Image.open(io.BytesIO(content), formats=images.KINDS) as opened:
-            most = Image.MAX_IMAGE_PIXELS
-            if most is not None and opened.width * opened.height > most:
-                raise ValueError(f"its {opened.width} x {opened.height} pixels are more than "
-                                 f"PIL.Image.MAX_IMAGE_PIXELS = {most}")
+            images.check_pixels(opened, len(content))
             if decode:
                 opened.load()
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
