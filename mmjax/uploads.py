@@ -26,10 +26,11 @@ MAX_BODY = 2**20  # bytes of a request that is no upload
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".wav")  # that a file keeps on disk
 COOKIE = "mmjax-visitor"
 API = "/gradio_api/"
-GET = re.compile(r"/|/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|(assets|static|svelte)/.+)|" + API
-                 + r"(theme\.css|info|app_id|login_check|startup-events|upload_progress|heartbeat/[^/]+|queue/(data|status)|file=.+)")
+GET = re.compile(r"/|/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|(assets|static|svelte)/.+)|" + API +
+                 r"(theme\.css|info|app_id|login_check|startup-events|upload_progress|heartbeat/[^/]+|file=.+"
+                 r"|queue/(data|status))")
 POST = re.compile(API + "(upload|queue/join|run/predict|cancel|reset)")
-ASKED = ("data", "event_data", "fn_index", "trigger_id", "session_hash")  # what the page puts into a request of its handlers
+ASKED = ("data", "event_data", "fn_index", "trigger_id", "session_hash")  # what the page sends to its handlers
 FILE_KEYS = {"path", "url", "meta"}  # one of them, and Gradio may take a dict for a file
 
 

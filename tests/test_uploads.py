@@ -1,4 +1,5 @@
-"""Which files a visitor of the chat page may have opened: the check alone, and, where Gradio is installed, the page."""
+"""Which files a visitor of the chat page may have opened: the check, without Gradio. With it:
+tests/test_demo_gradio.py."""
 
 import asyncio
 import io
@@ -7,7 +8,7 @@ import json
 import pytest
 from PIL import Image
 
-from mmjax import demo, uploads
+from mmjax import uploads
 from mmjax.uploads import Gate, Uploads
 
 META = {"_type": "gradio.FileData"}
@@ -47,8 +48,8 @@ def strange(tmp_path, theirs):
     link = tmp_path / "kept" / "link.png"
     link.symlink_to(secret)
     folder = theirs.rpartition("/")[0]
-    return ["/etc/passwd", str(secret), str(link), f"{folder}/../../secret.png", theirs, f"{folder}/./x.png", folder, "",
-            "http://127.0.0.1:1/a.png", "https://example.org/a.png", "file:///etc/passwd", "//host/share/a.png",
+    return ["/etc/passwd", str(secret), str(link), f"{folder}/../../secret.png", theirs, f"{folder}/./x.png", folder,
+            "", "http://127.0.0.1:1/a.png", "https://example.org/a.png", "file:///etc/passwd", "//host/share/a.png",
             "data:image/png;base64,AAAA", "a\0.png", "\ud800.png", "/gradio_api/file=/etc/passwd"]
 
 
@@ -188,17 +189,20 @@ def test_a_request_that_cannot_be_checked_does_not_pass(gate, body, status):
 
 def test_no_address_serves_files_or_calls_handlers_unchecked(gate, kept):
     own = sent(kept)
-    for path in (*(f"/gradio_api/file={path}" for path in (
-            own, "/etc/passwd", "http://127.0.0.1:1/", "https://example.org/a.png", "/page/../page/1.webp", "/page/1.webp\n")),
-            "/gradio_api/file//etc/passwd", "/gradio_api/proxy=http://127.0.0.1:1/", "//gradio_api/file=/etc/passwd",
-            "/gradio_api/stream/s/0/1/playlist-file", "/gradio_api/custom_component/1/a/b/c", "/gradio_api/vibe-code"):
+    files = (own, "/etc/passwd", "http://127.0.0.1:1/", "https://example.org/a.png", "/page/../page/1.webp",
+             "/page/1.webp\n")
+    for path in (*(f"/gradio_api/file={path}" for path in files), "/gradio_api/file//etc/passwd",
+                 "/gradio_api/proxy=http://127.0.0.1:1/", "//gradio_api/file=/etc/passwd",
+                 "/gradio_api/stream/s/0/1/playlist-file", "/gradio_api/custom_component/1/a/b/c",
+                 "/gradio_api/vibe-code"):
         for method in ("GET", "HEAD", "OPTIONS"):
             assert ask(gate, path, method=method)[0] == 403, path
-    for route in ("component_server", "call/answer", "call/v2/answer", "run/answer", "api/predict", "api/answer", "queue/join/",
-                  "process_recording", "stream/1", "vibe-edit", "run/predict/"):
+    for route in ("component_server", "call/answer", "call/v2/answer", "run/answer", "api/predict", "api/answer",
+                  "queue/join/", "process_recording", "stream/1", "vibe-edit", "run/predict/"):
         assert ask(gate, f"/gradio_api/{route}", {"data": []})[0] == 403, route
     assert gate.inner.seen == []
-    for path in ("/", "/config", "/assets/a.js", "/theme.css", "/gradio_api/file=/page/1.webp", "/gradio_api/queue/data"):
+    for path in ("/", "/config", "/assets/a.js", "/theme.css", "/gradio_api/file=/page/1.webp",
+                 "/gradio_api/queue/data"):
         assert ask(gate, path)[0] == 200, path
 
 
@@ -220,46 +224,3 @@ def test_what_was_not_read_goes_with_the_last_page(gate, kept):
     assert [str(file) for file in kept.folder.iterdir()] == [theirs] and own != theirs
     asyncio.run(gate({"type": "lifespan"}, None, None))
     assert not kept.folder.exists()
-
-
-# ---- the page ----
-
-
-class Seeing:
-    """What the page asks of a model that sees, before it answers."""
-
-    class config:
-        image_size, image_tokens, senses, crops = 32, 4, ("image",), 1
-
-    family, params = "none", {}
-
-    def batch(self, samples, **settings):
-        pass
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """(the page's application, the folder of its files, its handlers' numbers and inputs by name)"""
-    pytest.importorskip("gradio")
-    folder = tmp_path_factory.mktemp("gradio")
-    from starlette.testclient import TestClient
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(folder))
-        app = demo.app(Seeing(), demo.Page("eyes", "vicuna"))
-        with TestClient(app, base_url="http://127.0.0.1") as client:
-            numbers = {one["api_name"]: one["id"] for one in client.get("/config").json()["dependencies"]}
-            yield app, folder, numbers
-    assert not [*folder.glob("visitors-*")]
-
-
-def visitor(served):
-    from starlette.testclient import TestClient
-
-    client = TestClient(served[0], base_url="http://127.0.0.1")
-    assert client.get("/").status_code == 200 and client.cookies[uploads.COOKIE]
-    return client
-
-
-def upload(client, name="a.png", data=None):
-    return client.post("/gradio_api/upload", files={"files": (name, data or picture())})
