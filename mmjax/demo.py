@@ -6,11 +6,13 @@ the page itself, so no address serves one visitor's pictures to another. No file
 sent (`mmjax.uploads`). One answer is written at a time, others wait.
 """
 
+import asyncio
 import base64
 import contextlib
 import dataclasses
 import html
 import io
+import logging
 import os
 import signal
 import socket
@@ -428,26 +430,35 @@ def serve(model: Loaded, page: Page, host: str = LOOPBACK[0], port: int = 7860) 
                                                timeout_graceful_shutdown=PATIENCE))
         shown = f"[{host}]" if ":" in host else host
         print(f"{page.name} is at http://{shown}:{listening.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
-        with contextlib.suppress(KeyboardInterrupt), _ended_in_order():
+        with contextlib.suppress(KeyboardInterrupt), _ended_in_order(server):
             server.run(sockets=[listening])
 
 
 @contextlib.contextmanager
-def _ended_in_order() -> Iterator[None]:
+def _ended_in_order(server: Any) -> Iterator[None]:
     """A server that is told to end, or whose terminal closes, leaves as by Ctrl-C: its folder is removed."""
-    def end(number, frame):
-        raise SystemExit(128 + number)
+    def end(number, frame):  # uvicorn raises SIGTERM again when it is done
+        if server.should_exit:
+            raise SystemExit(128 + number)
+        server.handle_exit(number, frame)
 
-    if threading.current_thread() is not threading.main_thread():  # which alone is told
-        yield
-        return
+    log = logging.getLogger("uvicorn.error")
+    log.addFilter(_is_no_closed_page)
     told = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    if threading.current_thread() is not threading.main_thread():  # which alone is told
+        told = set()
     before = {number: signal.signal(number, end) for number in told if signal.getsignal(number) is not signal.SIG_IGN}
     try:
         yield
     finally:
+        log.removeFilter(_is_no_closed_page)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _is_no_closed_page(record: logging.LogRecord) -> bool:
+    """False for the traceback of a page's connection that the server's end cut."""
+    return not (record.exc_info and record.exc_info[0] and issubclass(record.exc_info[0], asyncio.CancelledError))
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -215,6 +215,9 @@ class Gate:
 
     async def _keep(self, scope, receive, send, visitor):
         """In place of Gradio's own upload; it too answers with the paths."""
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length[:20]) > self.total:  # else the bytes that come are counted
+            raise Refused(413, f"The request exceeds the maximum allowed size of {self.total} bytes.")
         from starlette.concurrency import run_in_threadpool
         from starlette.exceptions import HTTPException
         from starlette.formparsers import MultiPartException

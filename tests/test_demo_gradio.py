@@ -100,8 +100,7 @@ def test_uploads_of_odd_names(served, anna, name):
 
 def test_uploads_that_are_refused_leave_nothing(served, anna):
     before = sorted(served[1].rglob("*"))
-    for most, answer in ((demo.MAX_BYTES, 413), (demo.MAX_BYTES * demo.MAX_PICTURES, 413)):
-        assert upload(anna, data=bytes(most + 1)).status_code == answer
+    assert upload(anna, data=bytes(demo.MAX_BYTES + 1)).status_code == 413
     assert anna.post("/gradio_api/upload", content=b"x").json() == []
     many = [("files", (f"{number}.png", b"x")) for number in range(uploads.MAX_FILES + 1)]
     assert anna.post("/gradio_api/upload", files=many).status_code == 400

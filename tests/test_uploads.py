@@ -187,6 +187,11 @@ def test_a_request_that_cannot_be_checked_does_not_pass(gate, body, status):
     assert gate.inner.seen == []
 
 
+def test_an_upload_that_is_too_large_is_not_read(gate, kept):
+    assert ask(gate, "/gradio_api/upload", bytes(1001))[0] == 413
+    assert not any(kept.folder.iterdir())
+
+
 def test_no_address_serves_files_or_calls_handlers_unchecked(gate, kept):
     own = sent(kept)
     files = (own, "/etc/passwd", "http://127.0.0.1:1/", "https://example.org/a.png", "/page/../page/1.webp",
