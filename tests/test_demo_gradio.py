@@ -1,15 +1,24 @@
 """The chat page over HTTP, where Gradio is installed: which files it opens. The check alone: tests/test_uploads.py."""
 
-import threading
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
 from mmjax import demo, uploads
 from tests.test_uploads import META, forms, picture
 
-pytest.importorskip("gradio")
-httpx, uvicorn = pytest.importorskip("httpx"), pytest.importorskip("uvicorn")
-pytestmark = pytest.mark.filterwarnings("default")
+if not find_spec("gradio"):  # it is imported by the page's process alone
+    pytest.skip("needs Gradio, the extra demo", allow_module_level=True)
+httpx = pytest.importorskip("httpx")
+PROGRAM = """
+from mmjax import demo
+from tests.test_demo_gradio import Seeing
+demo.serve(Seeing(), demo.Page("eyes", "vicuna"), port=0)
+"""
 
 
 class Seeing:
@@ -28,17 +37,17 @@ class Seeing:
 def served(tmp_path_factory):
     """(the page's address, the folder of its files, its handlers' numbers by name)"""
     folder = tmp_path_factory.mktemp("gradio")
-    with pytest.MonkeyPatch.context() as patch, demo._listening("127.0.0.1", 0) as listening:
-        patch.setenv("GRADIO_TEMP_DIR", str(folder))
-        server = uvicorn.Server(uvicorn.Config(demo.app(Seeing(), demo.Page("eyes", "vicuna")), log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        config = httpx.get(f"{url}/config", timeout=60).json()
-        yield url, folder, {one["api_name"]: one["id"] for one in config["dependencies"]}
-        server.should_exit = True
-        thread.join(30)
-    assert not thread.is_alive() and not [*folder.glob("visitors-*")]
+    with open(folder.parent / "gradio.log", "w") as log, subprocess.Popen(
+            [sys.executable, "-u", "-c", PROGRAM], stdout=subprocess.PIPE, stderr=log, text=True,
+            env={**os.environ, "TMPDIR": str(folder)}) as child:
+        try:
+            url = next(word for word in child.stdout.readline().split() if word.startswith("http://"))
+            config = httpx.get(f"{url}/config", timeout=60).json()
+            yield url, folder, {one["api_name"]: one["id"] for one in config["dependencies"]}
+        finally:
+            child.terminate()
+            child.wait(60)
+    assert not [*folder.glob("mmjax-chat-*")]
 
 
 @pytest.fixture
@@ -93,7 +102,7 @@ def test_the_page_opens_what_its_visitor_uploaded_and_nothing_else(served, anna,
                                   "x" * 300 + ".png"])
 def test_uploads_of_odd_names(served, anna, name):
     (path,) = upload(anna, name).json()
-    assert path.startswith(str(served[1] / "visitors-")) and path.count("/") == str(served[1]).count("/") + 2
+    assert Path(path).parent.name.startswith("visitors-") and Path(path).parents[2] == served[1]
     data = [[{"path": path, "orig_name": name, "meta": META}], None]
     assert "<img src=" in tell(served, anna, "take_pictures", data, "odd")[1]
 
