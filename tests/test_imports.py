@@ -21,7 +21,7 @@ LEVELS = (
     {"steps", "generate", "report", "journal", "folders"},
     {"placing"},
     {"loaded", "flops"},
-    {"features", "resume", "chat", "predictions", "parity"},
+    {"features", "resume", "chat", "predictions", "parity", "uploads"},
     {"evaluate", "demo", "doctor"},
     {"run"},
     {"plan"},
