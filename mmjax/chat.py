@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax import files
 from mmjax.batch import Sample
 from mmjax.config import ALPACA, ScenesConfig, TextConfig
 from mmjax.data import conversation, images, senses, text
@@ -249,7 +250,8 @@ def _read(sense: str, source: str | os.PathLike) -> Any:
     try:
         return np.load(source, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{source} cannot be read as the .npy file of an array: {error}") from error
+        raise ValueError(files.url_problem(source) or f"{source} cannot be read as the .npy file of an array: {error}"
+                         ) from error
 
 
 def add(model: Loaded, talk: Conversation, sense: str, value: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax import files
 from mmjax.batch import Sample
 from mmjax.data.conversation import PICTURE
 from mmjax.data.formats.rows import field, parse_json, picture, shown, text
@@ -118,7 +119,7 @@ def sense(name: str, value: Any) -> Any:
     try:
         return np.load(value, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{value} is not an array that can be read: {error}") from error
+        raise ValueError(files.url_problem(value) or f"{value} is not an array that can be read: {error}") from error
 
 
 def digest(asks: Sequence[Ask]) -> str:

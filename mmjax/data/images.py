@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mmjax import files
 from mmjax.batch import Sample
 
 KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
@@ -71,7 +72,7 @@ def rgb(source: Any) -> Image.Image:
             return _decoded(io.BytesIO(source.read()) if stored else source)
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
         raise ValueError(f"{source} is not a picture that can be read: {error}") from error
-    raise ValueError(f"No picture at {source}.")
+    raise ValueError(files.url_problem(source) or f"No picture at {source}.")
 
 
 def _decoded(file: Any) -> Image.Image:

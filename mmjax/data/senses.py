@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax import files
 from mmjax.batch import Sample
 from mmjax.data.images import load
 from mmjax.models.imagebind import ImageBindConfig, TowerConfig, sense_of
@@ -116,7 +117,7 @@ def read_wav(path: str | Path) -> tuple[np.ndarray, int]:
             channels, width, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
             raw = np.frombuffer(file.readframes(file.getnframes()), np.uint8)
     except FileNotFoundError as error:
-        raise ValueError(f"No sound at {path}.") from error
+        raise ValueError(files.url_problem(path) or f"No sound at {path}.") from error
     except (wave.Error, EOFError, OSError) as error:
         raise ValueError(f"{path} is not a PCM .wav file ({error}). Convert it: ffmpeg -i FILE -c:a pcm_s16le NEW.wav"
                          ) from error

@@ -18,6 +18,8 @@ import numpy as np
 from etils import epath
 from rich.console import Console
 
+from mmjax import files
+
 VARIABLE = "MMJAX_TAR_INDEX"
 OFF = "off"
 FORMAT = 1  # of the files; others are made anew
@@ -46,6 +48,7 @@ def folder() -> Path | None:
     told = os.environ.get(VARIABLE)
     if told == OFF:
         return None
+    files.require_local({VARIABLE: told})
     place = Path(told or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmjax" / "tars")
     try:
         place.expanduser().mkdir(parents=True, exist_ok=True)
