@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmjax import files
 from mmjax.batch import Sample
 from mmjax.config import ALPACA, ScenesConfig, TextConfig
 from mmjax.data import conversation, images, senses, text
@@ -248,7 +249,8 @@ def _read(sense: str, source: str | os.PathLike) -> Any:
     try:
         return read_npy(source)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{source} cannot be read as the .npy file of an array: {error}") from error
+        raise ValueError(files.url_problem(source) or f"{source} cannot be read as the .npy file of an array: {error}"
+                         ) from error
 
 
 def add(model: Loaded, talk: Conversation, sense: str, value: Any) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mmjax import folders, placing, sharding, trees
+from mmjax import files, folders, placing, sharding, trees
 from mmjax.batch import Batch, Sample
 from mmjax.config import RunConfig, WeightsConfig
 from mmjax.data import features as stored
@@ -158,6 +158,7 @@ def make(config: RunConfig, source: folders.Checkpoint, folder: Path, crops: int
     if jax.process_count() > 1:
         raise ValueError(f"Features are made by one host, this is one of {jax.process_count()}: run `mmjax data "
                          "features` on one of them alone, with `out` where all can read it.")
+    files.require_local({"folder": folder})
     earlier = _earlier(config)
     made_by = encoder(source, config.weights, earlier)
     module = FAMILIES[source.family].Model(source.config, jnp.dtype(config.weights.dtype))

@@ -1,11 +1,71 @@
-"""Files that are whole or not there, and on the disk before anything relies on them."""
+"""Files that are whole or not there, and on the disk before anything relies on them; and paths that are local."""
 
 import contextlib
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+# scheme://..., or scheme:/... as pathlib writes it. One letter is a drive, a name with a colon alone is a name.
+URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):(?:/|\Z)")
+
+
+def url_problem(path: Any, remote: Sequence[str] = ()) -> str | None:
+    """What is wrong with a path that is a URL, in a sentence that begins with it; None for a local path.
+
+    remote: schemes that can be read nevertheless, such as gs
+    """
+    shown = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else ""
+    found = URL.match(shown)
+    if found is None or shown.startswith(tuple(f"{scheme}://" for scheme in remote)):
+        return None
+    is_file = found[1].lower() == "file"
+    if isinstance(path, os.PathLike):  # as it was before pathlib took a slash
+        shown = f"{found[1]}:{'///' if is_file else '//'}{shown[found.end():].lstrip('/')}"
+    if is_file:
+        return f"{shown} is a URL where a path is expected. Write the path alone, without file://."
+    if remote:
+        return (f"{shown} is a URL of a kind that is not read here. Expected a local path, or a URL that begins with "
+                + ", ".join(f"{scheme}://" for scheme in remote) + ".")
+    return (f"{shown} is a URL where a local path is expected. Copy the files to this machine, or mount the bucket as "
+            "a folder (gcsfuse, mount-s3), and name the path there.")
+
+
+def orbax_problem(path: str | os.PathLike) -> str | None:
+    """Why Orbax cannot keep a checkpoint below a local path, in a sentence; None where it can.
+
+    It goes through `etils.epath`, for which /s3/bucket is another way to write s3://bucket.
+    """
+    found = re.match("/(gs|s3|az|hf)(?:/|$)", os.path.abspath(path)) if path else None
+    if found is None:
+        return None
+    return (f"{path} is below /{found[1]}, which Orbax takes for {found[1]}://. Mount or link that folder at another "
+            f"place, such as /mnt/{found[1]}.")
+
+
+def url_problems(paths: Mapping[str, Any], remote: Sequence[str] = ()) -> list[str]:
+    """A line for every path that is a URL, naming its option.
+
+    paths:  of each option a path, several in a sequence, or None
+    remote: schemes that can be read nevertheless
+    """
+    return [f"{option} = {problem}" for option, value in paths.items()
+            for path in (value if isinstance(value, (list, tuple)) else [value])
+            if (problem := url_problem(path, remote))]
+
+
+def require_local(paths: Mapping[str, Any]) -> None:
+    """Raises ValueError naming every option whose path is a URL; see `url_problems`."""
+    refuse(url_problems(paths))
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raises ValueError with these lines, if there are any."""
+    if problems:
+        raise ValueError("\n  ".join(problems))
 
 
 def replace(path: Path, content: str | Iterable[str]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmjax import files
 from mmjax.checkpoint import trained as read_trained
 from mmjax.config import TextConfig
 from mmjax.convert.convert import FORMAT
@@ -31,6 +32,7 @@ class Checkpoint:
     @staticmethod
     def open(folder: str | Path) -> "Checkpoint":
         """Raises FileNotFoundError or ValueError naming the file and what is wrong with it."""
+        files.require_local({"checkpoint": folder})
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is neither a converted checkpoint (no config.json) nor a finished run "

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from mmjax import folders, placing, sharding
+from mmjax import files, folders, placing, sharding
 from mmjax.batch import Batch, Sample
 from mmjax.config import MeshConfig, TextConfig
 from mmjax.data.asked import is_text
@@ -58,6 +58,7 @@ def load(
         raise ValueError(f"dtype = {dtype!r}: float32 or bfloat16")
     if frozen_dtype not in (None, "int8"):
         raise ValueError(f"frozen_dtype = {frozen_dtype!r}: int8, or None for the same as dtype")
+    files.require_local({"path": path})
     folder, kind = Path(path), jnp.dtype(dtype or default_dtype())
     mesh = mesh or sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     if (folder / folders.RUN_CARD).is_file():

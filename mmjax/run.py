@@ -238,7 +238,11 @@ def begin(job: Job, optimizer: optax.GradientTransformation,
 
 
 def train_phases(phases: Mapping[str, RunConfig]) -> Run:
-    """One run after the other, in order; the last one's result."""
+    """One run after the other, in order; the last one's result.
+
+    Raises ValueError for a path of any of them that is a URL, before the first one begins, and what `train` raises.
+    """
+    files.refuse([problem for name, config in phases.items() for problem in config.url_problems(f"{name}.")])
     for name, config in phases.items():
         console.rule(name)
         done = train(config)
@@ -286,6 +290,7 @@ def check(config: RunConfig) -> None:
             re.compile(rule)
         except re.error as error:
             wrong.append(f"trained: {rule!r} is not a regular expression: {error}")
+    wrong += config.url_problems()
     if wrong:
         raise ValueError("This configuration cannot run:\n  " + "\n  ".join(wrong))
 

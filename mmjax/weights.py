@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from mmjax import int8, trees
+from mmjax import files, int8, trees
 from mmjax.int8 import Int8
 
 CHUNK_BYTES = 2**20  # largest piece of an array that is read as one; so small that 32 hosts each read their part alone
@@ -85,6 +85,8 @@ def save(folder, parameters: Mapping[str, Slices], advance: Callable[[int], None
 
     advance: called with a number of bytes whenever they have been written.
     """
+    files.require_local({"folder": folder})
+    files.refuse([problem] if (problem := files.orbax_problem(folder)) else [])
     jax_arrays = ocp.type_handlers.get_type_handler(jax.Array)  # there are none; Orbax warns if it cannot write them
     handlers = ocp.type_handlers.create_type_handler_registry(
         (_Leaf, _LeafHandler(advance)), (jax.Array, jax_arrays))
@@ -96,7 +98,9 @@ def save(folder, parameters: Mapping[str, Slices], advance: Callable[[int], None
 
 
 def metadata(folder) -> dict[str, jax.ShapeDtypeStruct]:
-    """`{path: shape and stored dtype}`. Raises FileNotFoundError if `folder` holds no checkpoint."""
+    """`{path: shape and stored dtype}`. Raises FileNotFoundError if `folder` holds no checkpoint, ValueError if Orbax
+    takes it for a URL."""
+    files.refuse([problem] if (problem := files.orbax_problem(folder)) else [])
     folder = epath.Path(folder).absolute()
     if not (folder / "_METADATA").exists():
         raise FileNotFoundError(f"{folder} holds no Orbax checkpoint (it has no file _METADATA). "

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = (
-    {"trees", "batch", "boxes", "files", "preemption", "pixels", "tokenizer", "hlo", "topology", "compilation",
-     "losses"},
+    {"files"},
+    {"trees", "batch", "boxes", "preemption", "pixels", "tokenizer", "hlo", "topology", "compilation", "losses"},
     {"int8"},
     {"models.layers"},
     {"models"},

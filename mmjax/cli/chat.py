@@ -21,6 +21,7 @@ from mmjax.chat import (
     take,
     template_of,
 )
+from mmjax.cli import options
 from mmjax.loaded import Loaded
 
 DEFAULTS = ChatSettings()
@@ -28,7 +29,7 @@ DEFAULTS = ChatSettings()
 
 def chat(args: Sequence[str]) -> None:
     """Talk to a model about pictures, in the terminal or (--web) in the browser."""
-    tyro.cli(converse, args=args, prog="mmjax chat")
+    tyro.cli(options.local(converse, "media"), args=args, prog="mmjax chat")
 
 
 def converse(

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import tyro
 
+from mmjax.cli import options
+
 
 def convert(args: Sequence[str]) -> None:
     """Convert released PyTorch files into a checkpoint: minigpt4, imagebind-llm, llama-adapter or llama."""
@@ -11,11 +13,12 @@ def convert(args: Sequence[str]) -> None:
 
     commands = {"minigpt4": conversions.minigpt4, "imagebind-llm": conversions.imagebind_llm,
                 "llama-adapter": conversions.llama_adapter, "llama": conversions.llama}
-    tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="convert")
+    tyro.extras.subcommand_cli_from_dict({name: options.local(command) for name, command in commands.items()},
+                                         args=args, prog="convert")
 
 
 def export(args: Sequence[str]) -> None:
     """Write a part of a checkpoint or of a finished run in its released PyTorch format."""
     from mmjax.folders import export as write
 
-    tyro.cli(write, args=args, prog="mmjax export")
+    tyro.cli(options.local(write), args=args, prog="mmjax export")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import tyro
 
 from mmjax.cli.generate import EVERY_DEVICE, GREEDY, visual_cache
+from mmjax.cli.options import require_local
 from mmjax.config import MeshConfig
 from mmjax.predictions import Decoding
 
@@ -85,6 +86,7 @@ def score(options: Options) -> None:
     from mmjax import predictions
     from mmjax.evaluate import benchmark as benchmarks
 
+    require_local(Options, vars(options), "data", "root")
     if options.benchmark == SCENES:
         _scenes(options)
         return

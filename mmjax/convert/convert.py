@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from mmjax import trees, weights
+from mmjax import files, trees, weights
 from mmjax.config import ALPACA, ALPACA_INPUT, TextConfig
 from mmjax.convert import adapter as adapter_files
 from mmjax.convert import imagebind as imagebind_files
@@ -459,7 +459,11 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def _path(path: str | Path | None) -> Path | None:
-    """One spelling for one file; links stay what they are (their targets may have names that say nothing)."""
+    """One spelling for one file; links stay what they are (their targets may have names that say nothing).
+
+    Raises ValueError for a URL.
+    """
+    files.refuse([problem] if (problem := files.url_problem(path)) else [])
     return Path(os.path.abspath(path)) if path else None
 
 

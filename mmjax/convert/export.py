@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmjax import trees, weights
+from mmjax import files, trees, weights
 from mmjax.convert import adapter as adapter_files
 from mmjax.convert import imagebind as imagebind_files
 from mmjax.convert import llama as llama_files
@@ -58,6 +58,7 @@ def export(
 
     Raises ConversionError if the checkpoint has no such part or a parameter of it is missing or has another shape.
     """
+    files.require_local({"checkpoint": checkpoint, "out": out})
     checkpoint, out = Path(checkpoint), Path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists. Choose another name.")

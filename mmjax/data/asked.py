@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax import files
 from mmjax.batch import Sample
 from mmjax.data.arrays import read_npy
 from mmjax.data.conversation import PICTURE
@@ -119,7 +120,7 @@ def sense(name: str, value: Any) -> Any:
     try:
         return read_npy(value)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{value} is not an array that can be read: {error}") from error
+        raise ValueError(files.url_problem(value) or f"{value} is not an array that can be read: {error}") from error
 
 
 def digest(asks: Sequence[Ask]) -> str:

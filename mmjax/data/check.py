@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
+from mmjax import files
 from mmjax.batch import Sample
 from mmjax.config import DataConfig, Source, TextConfig
 from mmjax.data import images, text
@@ -104,6 +105,7 @@ def check(cfg: DataConfig, out: str | Path, rows: Rows | None = None, at_most: i
     Returns what it found, and whether a run would have to replace more of its samples than `max_bad_share` allows.
     Raises what a source's reader raises.
     """
+    files.require_local({"out": out})
     console = console or Console()
     found = [_source(source, records, cfg, rows, at_most, console)
              for source, records in zip(cfg.sources, read(cfg), strict=True)]

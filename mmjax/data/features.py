@@ -115,7 +115,7 @@ class Held:
         if hasattr(image, "read"):
             return Held(image, image.read())
         if not Path(image).is_file():  # neither a folder nor a pipe that would be waited for
-            raise ValueError(f"No picture at {image}.")
+            raise ValueError(files.url_problem(image) or f"No picture at {image}.")
         return Held(image, Path(image).read_bytes())
 
     def read(self) -> bytes:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mmjax import files
 from mmjax.batch import Sample
 
 MOST_SIDE = 2**20
@@ -79,7 +80,7 @@ def rgb(source: Any) -> Image.Image:
             return _decoded(source, os.path.getsize(source))
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
         raise ValueError(f"{source} is not a picture that can be read: {error}") from error
-    raise ValueError(f"No picture at {source}.")
+    raise ValueError(files.url_problem(source) or f"No picture at {source}.")
 
 
 def _decoded(file: Any, size: int) -> Image.Image:

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mmjax import files
+from mmjax.config import Source
 from mmjax.data import images, manifest
 from mmjax.data.formats import FORMATS, Record
 from mmjax.data.formats.tfds import example, features
@@ -69,6 +70,7 @@ def prepare(
     console = console or Console()
     name = format if name is None else name
     _check_arguments(format, name, shard_size)
+    files.refuse(Source(format, source, root=root).url_problems("source", "root") + files.url_problems({"out": out}))
     records = FORMATS[format](source, root)
     local = os.path.abspath(source) if os.path.exists(source) else source  # the same, whatever the working directory
     making = Making(format, local, root and os.path.abspath(root), name, shard_size, decode, len(records))

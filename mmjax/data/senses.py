@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax import files
 from mmjax.batch import Sample
 from mmjax.data.images import THIN, load
 from mmjax.models.imagebind import ImageBindConfig, TowerConfig, sense_of
@@ -144,6 +145,8 @@ def read_wav(path: str | Path) -> tuple[np.ndarray, int]:
             claimed = file.getnframes() * channels * width
             frames = min(claimed, os.path.getsize(path)) // (channels * width)
             raw = np.frombuffer(file.readframes(frames), np.uint8)
+    except FileNotFoundError as error:
+        raise ValueError(files.url_problem(path) or f"No sound at {path}.") from error
     except (wave.Error, EOFError, OSError, RuntimeError) as error:  # the last for damaged lengths of chunks
         why = str(error) or "its chunks are damaged"
         raise ValueError(f"{path} is not a PCM .wav file ({why}). Convert it: ffmpeg -i FILE -c:a pcm_s16le NEW.wav"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmjax import files
 from mmjax.data.conversation import PICTURE
 from mmjax.data.formats.record import Record
 from mmjax.data.text import PLACEHOLDER
@@ -168,6 +169,8 @@ def picture(root: str, name: str) -> str:
 
     Links are followed to see where it leads; an absolute path that stays below the root is fine.
     """
+    if "://" in name and (problem := files.url_problem(name)):
+        raise ValueError(f"the picture {problem}")
     path = os.path.join(root, name)
     try:
         base, real = _real(os.path.abspath(root)), os.path.realpath(path)

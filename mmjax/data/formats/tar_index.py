@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 from rich.console import Console
 
+from mmjax import files
 from mmjax.data.arrays import DEFLATED, read_npz
 
 VARIABLE = "MMJAX_TAR_INDEX"
@@ -48,6 +49,7 @@ def folder() -> Path | None:
     told = os.environ.get(VARIABLE)
     if told == OFF:
         return None
+    files.require_local({VARIABLE: told})
     place = Path(told or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmjax" / "tars")
     try:
         place.expanduser().mkdir(parents=True, exist_ok=True)
