@@ -18,7 +18,6 @@ import json
 import logging
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -200,22 +199,17 @@ class _Restore(ocp.args.StandardRestore):
 def told_once() -> Iterator[None]:
     """Inside, what fails while a checkpoint is saved is told as `NotSaved` alone. Orbax logs it too, with a traceback
     from each of its threads, and lets TensorStore answer to an event loop that is closed by then."""
-    logger, before = logging.getLogger("absl"), sys.unraisablehook
+    logger = logging.getLogger("absl")
 
     def other(record: logging.LogRecord) -> bool:
         return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
-    def hook(found: Any) -> None:
-        if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
-            before(found)
-
     logger.addFilter(other)
-    sys.unraisablehook = hook
     try:
-        yield
+        with files.ignore_closed_event_loop():
+            yield
     finally:
         logger.removeFilter(other)
-        sys.unraisablehook = before
 
 
 class Checkpoints:

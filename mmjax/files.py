@@ -3,8 +3,11 @@
 import contextlib
 import fcntl
 import hashlib
+import inspect
+import logging
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,11 +102,28 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+_held: set[int] = set()  # descriptors of the folders that this process has locked
+
+
+def _forget_held() -> None:
+    """In a fork. Closing leaves the parent its lock, which only LOCK_UN, or the last descriptor closed, would end."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_forget_held)
+
+
 @contextlib.contextmanager
 def alone(folder: Path, doing: str = "at work") -> Iterator[None]:
     """Nobody else is in a folder meanwhile. Raises BlockingIOError if somebody is, which the end of their process, of
-    whatever kind, changes. A file system that cannot lock folders lets everybody in."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    whatever kind, changes. A file system that cannot lock folders lets everybody in.
+
+    A program that this process starts does not inherit the lock, and a copy of this process (`os.fork`) gives it up at
+    once: a child that outlives its parent must not keep others out.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)  # closed in programs that are started (O_CLOEXEC is Python's default)
+    _held.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -114,4 +134,33 @@ def alone(folder: Path, doing: str = "at work") -> Iterator[None]:
             pass
         yield
     finally:
-        os.close(descriptor)
+        if descriptor in _held:  # not in a fork
+            _held.remove(descriptor)
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # a program may have it until the moment in which it starts
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def ignore_closed_event_loop() -> Iterator[None]:
+    """Inside, Python does not report that TensorStore answers to an event loop which Orbax has closed, nor what was
+    still waiting there: Orbax closes it when one of several arrays cannot be read or written, and raises what went
+    wrong."""
+    before, logger = sys.unraisablehook, logging.getLogger("asyncio")
+
+    def drop(record: logging.LogRecord) -> bool:
+        return False
+
+    def hook(found: Any) -> None:
+        closed = isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"
+        waiting = inspect.iscoroutine(found.object) and "orbax" in found.object.cr_code.co_filename
+        if not (closed or waiting):
+            before(found)
+
+    sys.unraisablehook = hook
+    logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)
+        sys.unraisablehook = before

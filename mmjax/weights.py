@@ -8,6 +8,9 @@ slice; folder layout, tree metadata and the final commit stay Orbax's.
 """
 
 import functools
+import gc
+import json
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -24,6 +27,7 @@ from mmjax.int8 import Int8
 
 CHUNK_BYTES = 2**20  # largest piece of an array that is read as one; so small that 32 hosts each read their part alone
 IN_FLIGHT_BYTES = 128 * 2**20  # slices handed to the file system whose writing has not ended
+LATE_SECONDS = 1.0  # for what TensorStore still reads when an array has turned out to be damaged
 SLICE_BYTES = 128 * 2**20  # of a stacked matrix that is quantised: read at once, a layer at least
 
 
@@ -98,16 +102,39 @@ def save(folder, parameters: Mapping[str, Slices], advance: Callable[[int], None
 
 
 def metadata(folder) -> dict[str, jax.ShapeDtypeStruct]:
-    """`{path: shape and stored dtype}`. Raises FileNotFoundError if `folder` holds no checkpoint, ValueError if Orbax
-    takes it for a URL."""
+    """`{path: shape and stored dtype}`. Raises FileNotFoundError if `folder` holds no checkpoint, ValueError if it is
+    damaged or Orbax takes it for a URL."""
     files.refuse([problem] if (problem := files.orbax_problem(folder)) else [])
     folder = epath.Path(folder).absolute()
     if not (folder / "_METADATA").exists():
         raise FileNotFoundError(f"{folder} holds no Orbax checkpoint (it has no file _METADATA). "
                                 "Make one with `mmjax convert`.")
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(folder).item_metadata.tree
-    return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in trees.flatten(tree).items()}
+    _check_index(folder)
+    with files.ignore_closed_event_loop(), ocp.PyTreeCheckpointer() as checkpointer:
+        item = checkpointer.metadata(folder).item_metadata
+        if item is None:
+            _let_reads_end()
+    if item is None:  # Orbax has logged why
+        raise ValueError(f"{folder} is damaged: Orbax cannot read which parameters it has. Convert or copy it again.")
+    return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in trees.flatten(item.tree).items()}
+
+
+def _check_index(folder: epath.Path) -> None:
+    """Raises ValueError if the description of an array in `folder` cannot be read.
+
+    Orbax reads all of them at once and closes its event loop when the first one fails. TensorStore then answers the
+    others to a closed loop, which Python reports as an error of whatever runs at that moment. So what is damaged must
+    be found before Orbax is asked.
+    """
+    if not (folder / "manifest.ocdbt").exists():
+        raise ValueError(f"{folder} is damaged: manifest.ocdbt is missing. Convert or copy it again.")
+    try:
+        store = ts.KvStore.open({"driver": "ocdbt", "base": folder.as_uri() + "/"}).result()
+        reading = [store.read(key) for key in store.list().result() if key.endswith(b"/.zarray")]
+        for future in reading:
+            json.loads(future.result().value)
+    except ValueError as error:
+        raise ValueError(f"{folder} is damaged; convert or copy it again. {error}") from error
 
 
 def restore(folder, shapes: Mapping[str, Any], only: Callable[[str], bool] = lambda path: True) -> dict[str, Any]:
@@ -136,11 +163,8 @@ def restore(folder, shapes: Mapping[str, Any], only: Callable[[str], bool] = lam
         if quantised:
             stored = arrays(folder)
             flat |= {path: _restore_int8(stored[path], shape) for path, shape in quantised.items()}
-    except Exception as error:  # Orbax wraps TensorStore's ValueError in a bare Exception
-        cause = error.__cause__ or error
-        if not isinstance(cause, ValueError):
-            raise
-        raise ValueError(f"{folder} is damaged; convert or copy it again. {cause}") from error
+    except ValueError as error:
+        raise ValueError(f"{folder} is damaged; convert or copy it again. {error}") from error
     return trees.unflatten(flat)
 
 
@@ -154,8 +178,21 @@ def _restore(folder, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, An
 
     wanted = trees.unflatten(wanted)
     restore_args = ocp.args.PyTreeRestore(wanted, restore_args=jax.tree.map(how, wanted), partial_restore=True)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(epath.Path(folder).absolute(), args=restore_args)
+    with files.ignore_closed_event_loop(), ocp.PyTreeCheckpointer() as checkpointer:
+        try:
+            return checkpointer.restore(epath.Path(folder).absolute(), args=restore_args)
+        except Exception as error:  # Orbax wraps TensorStore's ValueError in a bare Exception
+            if not isinstance(error.__cause__ or error, ValueError):
+                raise
+            cause = str(error.__cause__ or error)  # the error itself would keep the reads that have not ended
+        _let_reads_end()
+    raise ValueError(cause)
+
+
+def _let_reads_end() -> None:
+    """When Orbax has raised: until TensorStore has answered for the arrays that Orbax no longer waits for."""
+    time.sleep(LATE_SECONDS)
+    gc.collect()
 
 
 def _restore_int8(stored: ts.TensorStore, wanted: Int8) -> Int8:
