@@ -38,6 +38,7 @@ from mmjax import (
     resume,
     sharding,
     steps,
+    storage,
     topology,
     trees,
 )
@@ -286,6 +287,10 @@ def check(config: RunConfig) -> None:
             re.compile(rule)
         except re.error as error:
             wrong.append(f"trained: {rule!r} is not a regular expression: {error}")
+    for name, folder in (("out", config.out), ("weights.checkpoint", config.weights.checkpoint),
+                         ("weights.start_from", config.weights.start_from)):
+        if folder and (found := storage.problem(folder)):
+            wrong.append(f"{name}: {found}")
     if wrong:
         raise ValueError("This configuration cannot run:\n  " + "\n  ".join(wrong))
 

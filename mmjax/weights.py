@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
-from etils import epath
 
-from mmjax import int8, trees
+from mmjax import int8, storage, trees
 from mmjax.int8 import Int8
 
 CHUNK_BYTES = 2**20  # largest piece of an array that is read as one; so small that 32 hosts each read their part alone
@@ -81,9 +80,12 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
 
 
 def save(folder, parameters: Mapping[str, Slices], advance: Callable[[int], None] = lambda size: None) -> None:
-    """Writes `{path: parameter}` to a new `folder`, holding a few slices in memory at a time.
+    """Writes `{path: parameter}` to a new `folder`, holding a few slices in memory at a time, and reads one of them
+    back.
 
     advance: called with a number of bytes whenever they have been written.
+
+    Raises `storage.NotWritten` if that cannot be read, ValueError for a folder that cannot have a checkpoint in it.
     """
     jax_arrays = ocp.type_handlers.get_type_handler(jax.Array)  # there are none; Orbax warns if it cannot write them
     handlers = ocp.type_handlers.create_type_handler_registry(
@@ -92,12 +94,13 @@ def save(folder, parameters: Mapping[str, Slices], advance: Callable[[int], None
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers, use_compression=False)
     tree = trees.unflatten({path: _Leaf(parameter) for path, parameter in parameters.items()})
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(epath.Path(folder).absolute(), args=ocp.args.PyTreeSave(tree))
+        checkpointer.save(storage.local(folder), args=ocp.args.PyTreeSave(tree))
+    storage.read_back(folder)
 
 
 def metadata(folder) -> dict[str, jax.ShapeDtypeStruct]:
     """`{path: shape and stored dtype}`. Raises FileNotFoundError if `folder` holds no checkpoint."""
-    folder = epath.Path(folder).absolute()
+    folder = storage.local(folder)
     if not (folder / "_METADATA").exists():
         raise FileNotFoundError(f"{folder} holds no Orbax checkpoint (it has no file _METADATA). "
                                 "Make one with `mmjax convert`.")
@@ -151,7 +154,7 @@ def _restore(folder, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, An
     wanted = trees.unflatten(wanted)
     restore_args = ocp.args.PyTreeRestore(wanted, restore_args=jax.tree.map(how, wanted), partial_restore=True)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(epath.Path(folder).absolute(), args=restore_args)
+        return checkpointer.restore(storage.local(folder), args=restore_args)
 
 
 def _restore_int8(stored: ts.TensorStore, wanted: Int8) -> Int8:
@@ -196,12 +199,6 @@ def _filling(wanted: Int8) -> tuple[Callable[[], Int8], Callable[[Int8, jax.Arra
 def arrays(folder) -> dict[str, ts.TensorStore]:
     """`{path: array}`, opened but not read: `array[i].read().result()` reads one slice of a stacked parameter.
 
-    For folders that `save` wrote: relies on Orbax keeping a parameter as a zarr array under its path joined with dots.
+    For folders that `save` wrote.
     """
-    base = epath.Path(folder).absolute().as_uri() + "/"
-
-    def spec(path):
-        return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": path.replace("/", ".") + "/"}}
-
-    opening = {path: ts.open(spec(path), read=True) for path in metadata(folder)}
-    return {path: future.result() for path, future in opening.items()}
+    return storage.arrays(folder, metadata(folder))

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = (
     {"trees", "batch", "boxes", "files", "preemption", "pixels", "tokenizer", "hlo", "topology", "compilation",
-     "losses"},
+     "losses", "storage"},
     {"int8"},
     {"models.layers"},
     {"models"},

@@ -68,8 +68,9 @@ def webdataset(path: str, root: None = None) -> Sequence[Record]:
 
 def shards(path: str) -> list[str]:
     """The tars that a path stands for, in order. Raises ValueError if it stands for none, or for too many."""
-    if "{" not in path and epath.Path(path).is_dir():
-        files = sorted(str(file) for file in epath.Path(path).glob("*.tar"))
+    if os.path.isdir(path) or "{" not in path and epath.Path(path).is_dir():
+        # not `glob`, which takes the folder's name for a pattern too
+        files = sorted(str(file) for file in epath.Path(path).iterdir() if re.fullmatch(r"[^.].*\.tar", file.name))
     else:
         files = list(itertools.islice(_expanded(path), MOST_SHARDS + 1))
     if not files or len(files) > MOST_SHARDS:
