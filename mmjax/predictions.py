@@ -352,7 +352,7 @@ def predict(out: str | Path, asks: Sequence[Ask], answerer: Answerer, made: Mapp
         raise ValueError(f"Samples are answered by one process, this is one of {jax.process_count()}: start it on one "
                          "host alone, where all of that host's devices take part.")
     out = Path(out)
-    console, begun = console or Console(stderr=True), time.monotonic()
+    console, begun = console or Console(stderr=True, markup=False), time.monotonic()
     with _held(out, made) as file, compilation.counted() as compiled:
         file.seek(0)
         done, size = kept(file.read(), [ask.id for ask in asks], out)

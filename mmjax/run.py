@@ -53,7 +53,7 @@ from mmjax.loaded import Loaded
 
 CONVERSIONS = {"minigpt4": convert.minigpt4, "imagebind_llm": convert.imagebind_llm,
                "llama_adapter": convert.llama_adapter, "llama": convert.llama}
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False)
 FORMAT = 1  # of the run's card
 
 
@@ -476,7 +476,7 @@ def announce(job: Job, params: Any, mask: Any) -> None:
     sizes = {True: 0, False: 0}
     for leaf, is_trained in zip(trees.flatten(params).values(), trees.flatten(mask).values(), strict=True):
         sizes[is_trained] += leaf.size
-    console.print(f"[bold]{job.source.family}[/bold] from {job.source.folder}: {sizes[True]:,} parameters trained, "
+    console.print(f"{job.source.family} from {job.source.folder}: {sizes[True]:,} parameters trained, "
                   f"{sizes[False]:,} frozen ({config.weights.frozen_dtype or config.weights.dtype})")
     console.print(f"mesh {dict(mesh.shape)} of {mesh.size} {mesh.devices.flat[0].platform} device(s); "
                   f"run folder {config.out}")
