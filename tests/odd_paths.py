@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 
 import mmjax
@@ -97,13 +96,17 @@ def listing(root: Path) -> list[str]:
     return sorted(os.path.join(folder, name) for folder, *names in os.walk(root) for name in sum(names, []))
 
 
+def converted(checkpoint: Path) -> dict[str, bytes]:
+    """What there is to compare of a converted checkpoint."""
+    return {f"converted {path}": array.read().result().tobytes()
+            for path, array in weights.arrays(checkpoint / "weights").items()}
+
+
 def outcome(place: Path) -> dict[str, bytes]:
-    """What there is to compare of a finished life, read below `place`."""
-    held = {f"converted {path}": array.read().result() for path, array in
-            weights.arrays(place / "checkpoint" / "weights").items()}
+    """The same of all that was done below `place`."""
     loaded = trees.flatten(mmjax.load(place / "run", dtype="float32").params)
-    found = held | {f"loaded {path}": leaf for path, leaf in loaded.items()}
-    return ({path: np.asarray(jax.device_get(leaf)).tobytes() for path, leaf in found.items()}
+    return (converted(place / "checkpoint")
+            | {f"loaded {path}": np.asarray(leaf).tobytes() for path, leaf in loaded.items()}
             | {"projector.pth": (place / "projector.pth").read_bytes(),
                "steps": ",".join(path.name for path in (place / "run" / "checkpoints").iterdir()).encode()})
 
@@ -120,7 +123,10 @@ def live(place: Path) -> dict[str, bytes]:
 
 
 def check(case: Case, root: Path, plain: dict[str, bytes]) -> str:
-    """What came of a name in a new folder, `case.expected` if all is well."""
+    """What came of a name in a new folder, `case.expected` if all is well.
+
+    plain: the outcome below a plain name, or a part of it
+    """
     case.prepared(root)
     place, before = Path(os.path.join(root, case.name)), listing(root)
     if case.expected == REFUSED:
@@ -133,4 +139,5 @@ def check(case: Case, root: Path, plain: dict[str, bytes]) -> str:
         found = live(place)
     except (Exception, SystemExit) as error:  # what the check is there to find
         return f"{type(error).__name__}: {error}"
-    return WORKS if found == plain else f"other: {[path for path in plain if found.get(path) != plain[path]]}"
+    other = [path for path in plain if found.get(path) != plain[path]]
+    return f"other: {', '.join(other)}" if other else WORKS
