@@ -1,4 +1,7 @@
-"""A few odd names; `benchmarks/odd_paths.py` takes all of `odd_paths.CASES`."""
+"""A model below folders of odd names: some that are refused, and one life with `pytest -m faults`.
+
+`benchmarks/odd_paths.py` takes all of `odd_paths.CASES`. tests/test_run.py compares runs below odd names with others.
+"""
 
 import pytest
 
@@ -6,6 +9,7 @@ from tests import odd_paths, small
 from tests.odd_paths import Case
 
 
+@pytest.mark.faults
 def test_a_model_lives_below_a_pattern(tmp_path):
     plain = odd_paths.converted(small.checkpoint())
     assert len(plain) > 20
