@@ -263,8 +263,7 @@ class RunConfig:
                   f"{prefix}weights.start_from": weights.start_from}
         sources = {f"{prefix}weights.sources.{name}": path for name, path in weights.sources.items()
                    if name != "prompt_template"}  # words; all else names a file
-        taken = [f"{name} = {problem}" for name, path in stored.items() if (problem := files.orbax_problem(path))]
-        return files.url_problems(stored | sources) + taken + self.data.url_problems(f"{prefix}data.")
+        return files.url_problems(stored | sources) + self.data.url_problems(f"{prefix}data.")
 
 
 def load(path: str) -> RunConfig | dict[str, RunConfig]:

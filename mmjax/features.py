@@ -35,7 +35,7 @@ CROPS = 4  # of a picture that is cropped at random
 RANDOM, MIDDLE, SQUASHED = "random crops", "the middle", "the whole, squashed"  # what the encoder sees of a picture
 ERRORS = "features_errors.jsonl"
 AHEAD = 3  # batches whose pictures are read while one is computed
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,18 +37,6 @@ def url_problem(path: Any, remote: Sequence[str] = ()) -> str | None:
             "a folder (gcsfuse, mount-s3), and name the path there.")
 
 
-def orbax_problem(path: str | os.PathLike) -> str | None:
-    """Why Orbax cannot keep a checkpoint below a local path, in a sentence; None where it can.
-
-    It goes through `etils.epath`, for which /s3/bucket is another way to write s3://bucket.
-    """
-    found = re.match("/(gs|s3|az|hf)(?:/|$)", os.path.abspath(path)) if path else None
-    if found is None:
-        return None
-    return (f"{path} is below /{found[1]}, which Orbax takes for {found[1]}://. Mount or link that folder at another "
-            f"place, such as /mnt/{found[1]}.")
-
-
 def url_problems(paths: Mapping[str, Any], remote: Sequence[str] = ()) -> list[str]:
     """A line for every path that is a URL, naming its option.
 

@@ -353,7 +353,7 @@ def predict(out: str | Path, asks: Sequence[Ask], answerer: Answerer, made: Mapp
                          "host alone, where all of that host's devices take part.")
     files.require_local({"out": out})
     out = Path(out)
-    console, begun = console or Console(stderr=True), time.monotonic()
+    console, begun = console or Console(stderr=True, markup=False), time.monotonic()
     with _held(out, made) as file, compilation.counted() as compiled:
         file.seek(0)
         done, size = kept(file.read(), [ask.id for ask in asks], out)

@@ -38,6 +38,7 @@ from mmjax import (
     resume,
     sharding,
     steps,
+    storage,
     topology,
     trees,
 )
@@ -52,7 +53,7 @@ from mmjax.loaded import Loaded
 
 CONVERSIONS = {"minigpt4": convert.minigpt4, "imagebind_llm": convert.imagebind_llm,
                "llama_adapter": convert.llama_adapter, "llama": convert.llama}
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False)
 FORMAT = 1  # of the run's card
 
 
@@ -291,6 +292,10 @@ def check(config: RunConfig) -> None:
         except re.error as error:
             wrong.append(f"trained: {rule!r} is not a regular expression: {error}")
     wrong += config.url_problems()
+    for name, folder in (("out", config.out), ("weights.checkpoint", config.weights.checkpoint),
+                         ("weights.start_from", config.weights.start_from)):
+        if folder and (found := storage.problem(folder)):
+            wrong.append(f"{name}: {found}")
     if wrong:
         raise ValueError("This configuration cannot run:\n  " + "\n  ".join(wrong))
 
@@ -476,7 +481,7 @@ def announce(job: Job, params: Any, mask: Any) -> None:
     sizes = {True: 0, False: 0}
     for leaf, is_trained in zip(trees.flatten(params).values(), trees.flatten(mask).values(), strict=True):
         sizes[is_trained] += leaf.size
-    console.print(f"[bold]{job.source.family}[/bold] from {job.source.folder}: {sizes[True]:,} parameters trained, "
+    console.print(f"{job.source.family} from {job.source.folder}: {sizes[True]:,} parameters trained, "
                   f"{sizes[False]:,} frozen ({config.weights.frozen_dtype or config.weights.dtype})")
     console.print(f"mesh {dict(mesh.shape)} of {mesh.size} {mesh.devices.flat[0].platform} device(s); "
                   f"run folder {config.out}")

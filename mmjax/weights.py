@@ -8,9 +8,7 @@ slice; folder layout, tree metadata and the final commit stay Orbax's.
 """
 
 import functools
-import gc
 import json
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -20,9 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
-from etils import epath
 
-from mmjax import files, int8, trees
+from mmjax import files, int8, storage, trees
 from mmjax.int8 import Int8
 
 CHUNK_BYTES = 2**20  # largest piece of an array that is read as one; so small that 32 hosts each read their part alone
@@ -85,12 +82,14 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
 
 
 def save(folder, parameters: Mapping[str, Slices], advance: Callable[[int], None] = lambda size: None) -> None:
-    """Writes `{path: parameter}` to a new `folder`, holding a few slices in memory at a time.
+    """Writes `{path: parameter}` to a new `folder`, holding a few slices in memory at a time, and reads one of them
+    back.
 
     advance: called with a number of bytes whenever they have been written.
+
+    Raises `storage.NotWritten` if that cannot be read, ValueError for a folder that cannot have a checkpoint in it.
     """
     files.require_local({"folder": folder})
-    files.refuse([problem] if (problem := files.orbax_problem(folder)) else [])
     jax_arrays = ocp.type_handlers.get_type_handler(jax.Array)  # there are none; Orbax warns if it cannot write them
     handlers = ocp.type_handlers.create_type_handler_registry(
         (_Leaf, _LeafHandler(advance)), (jax.Array, jax_arrays))
@@ -98,14 +97,14 @@ def save(folder, parameters: Mapping[str, Slices], advance: Callable[[int], None
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers, use_compression=False)
     tree = trees.unflatten({path: _Leaf(parameter) for path, parameter in parameters.items()})
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(epath.Path(folder).absolute(), args=ocp.args.PyTreeSave(tree))
+        checkpointer.save(storage.local(folder), args=ocp.args.PyTreeSave(tree))
+    storage.read_back(folder)
 
 
 def metadata(folder) -> dict[str, jax.ShapeDtypeStruct]:
     """`{path: shape and stored dtype}`. Raises FileNotFoundError if `folder` holds no checkpoint, ValueError if it is
-    damaged or Orbax takes it for a URL."""
-    files.refuse([problem] if (problem := files.orbax_problem(folder)) else [])
-    folder = epath.Path(folder).absolute()
+    damaged, or if its name is one that Orbax cannot take."""
+    folder = storage.local(folder)
     if not (folder / "_METADATA").exists():
         raise FileNotFoundError(f"{folder} holds no Orbax checkpoint (it has no file _METADATA). "
                                 "Make one with `mmjax convert`.")
@@ -119,7 +118,7 @@ def metadata(folder) -> dict[str, jax.ShapeDtypeStruct]:
     return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in trees.flatten(item.tree).items()}
 
 
-def _check_index(folder: epath.Path) -> None:
+def _check_index(folder: storage.LocalPath) -> None:
     """Raises ValueError if the description of an array in `folder` cannot be read.
 
     Orbax reads all of them at once and closes its event loop when the first one fails. TensorStore then answers the
@@ -178,21 +177,9 @@ def _restore(folder, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, An
 
     wanted = trees.unflatten(wanted)
     restore_args = ocp.args.PyTreeRestore(wanted, restore_args=jax.tree.map(how, wanted), partial_restore=True)
-    with files.ignore_closed_event_loop(), ocp.PyTreeCheckpointer() as checkpointer:
-        try:
-            return checkpointer.restore(epath.Path(folder).absolute(), args=restore_args)
-        except Exception as error:  # Orbax wraps TensorStore's ValueError in a bare Exception
-            if not isinstance(error.__cause__ or error, ValueError):
-                raise
-            cause = str(error.__cause__ or error)  # the error itself would keep the reads that have not ended
-        _let_reads_end()
-    raise ValueError(cause)
-
-
-def _let_reads_end() -> None:
-    """When Orbax has raised: until TensorStore has answered for the arrays that Orbax no longer waits for."""
-    time.sleep(LATE_SECONDS)
-    gc.collect()
+    """`{path: shape and stored dtype}`. Raises FileNotFoundError if `folder` holds no checkpoint, ValueError if it is
+    damaged, or if its name is one that Orbax cannot take."""
+    folder = storage.local(folder)
 
 
 def _restore_int8(stored: ts.TensorStore, wanted: Int8) -> Int8:
@@ -237,12 +224,6 @@ def _filling(wanted: Int8) -> tuple[Callable[[], Int8], Callable[[Int8, jax.Arra
 def arrays(folder) -> dict[str, ts.TensorStore]:
     """`{path: array}`, opened but not read: `array[i].read().result()` reads one slice of a stacked parameter.
 
-    For folders that `save` wrote: relies on Orbax keeping a parameter as a zarr array under its path joined with dots.
+    For folders that `save` wrote.
     """
-    base = epath.Path(folder).absolute().as_uri() + "/"
-
-    def spec(path):
-        return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": path.replace("/", ".") + "/"}}
-
-    opening = {path: ts.open(spec(path), read=True) for path in metadata(folder)}
-    return {path: future.result() for path, future in opening.items()}
+    return storage.arrays(folder, metadata(folder))

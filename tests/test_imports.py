@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = (
     {"files"},
-    {"trees", "batch", "boxes", "preemption", "pixels", "tokenizer", "hlo", "topology", "compilation", "losses"},
+    {"trees", "batch", "boxes", "preemption", "pixels", "tokenizer", "hlo", "topology", "compilation", "losses",
+     "storage"},
     {"int8"},
     {"models.layers"},
     {"models"},

@@ -62,12 +62,14 @@ def test_what_is_no_url_is_left_alone(path):
 @pytest.mark.parametrize("path", ["/s3/b/run", "/gs", Path("/hf/x"), "/mnt/../az/x"], ids=repr)
 def test_where_orbax_would_go_to_a_bucket_is_refused(path):
     made = RunConfig(out=path, weights=WeightsConfig(path, start_from=path), data=DataConfig(path=path))
-    assert [problem.split(" = ")[0] for problem in made.url_problems()] == ["out", "weights.checkpoint",
-                                                                            "weights.start_from"]
+    with pytest.raises(ValueError) as refused:
+        run.check(made)
+    assert re.findall(r"^  ([a-z_.]+): '/(?:s3|gs|hf|az)", str(refused.value), re.M) == [
+        "out", "weights.checkpoint", "weights.start_from"]
     for call in (lambda: weights.save(path, {}), lambda: weights.metadata(path), lambda: weights.arrays(path)):
-        with pytest.raises(ValueError, match="which Orbax takes for"):
+        with pytest.raises(ValueError, match="stands for remote storage"):
             call()
-    assert not any(map(files.orbax_problem, ("s3/b/run", "/mnt/s3/run", "/s3x/run", "", None)))
+    assert not any(map(storage.problem, ("s3/b/run", "/mnt/s3/run", "/s3x/run")))
 
 
 # ---- configurations ----

@@ -95,7 +95,7 @@ def score(options: Options) -> None:
     if options.score_only:
         test = benchmarks.begun(options.out, test)
     _check(options, test)
-    items, console = test.items(), Console()
+    items, console = test.items(), Console(markup=False)
     if not options.score_only:
         text = {} if options.prompt_template is None else {"prompt_template": options.prompt_template}
         cache = visual_cache(options.recall)

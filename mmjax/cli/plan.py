@@ -47,7 +47,7 @@ def plan(args: Sequence[str]) -> None:
 
     from mmjax import plan as planning
 
-    console, made = Console(), {}
+    console, made = Console(markup=False), {}
     for name, config in ({"": built} if isinstance(built, RunConfig) else built).items():
         if name:
             console.rule(name)

@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from mmjax import files, trees, weights
+from mmjax import files, storage, trees, weights
 from mmjax.config import ALPACA, ALPACA_INPUT, TextConfig
 from mmjax.convert import adapter as adapter_files
 from mmjax.convert import imagebind as imagebind_files
@@ -368,7 +368,7 @@ def _filled(path: str, value: float, size: int) -> Parameter:
 
 def write(plan: Plan, out: Path, overwrite: bool = False) -> None:
     """Carries out a plan. On any error, and when interrupted, nothing is left behind and `out` is as it was."""
-    problems = Problems()
+    problems, out = Problems(), Path(os.path.realpath(out))  # a link goes on leading to the checkpoint
     wanted = shapes(plan.family, plan.architecture)
     held = {**plan.parameters, **{path: wanted[path] for path in plan.fresh if path in wanted}}
     problems.extend(trees.compare(wanted, held))
@@ -379,7 +379,7 @@ def write(plan: Plan, out: Path, overwrite: bool = False) -> None:
     problems.check("Cannot convert")
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    partial = out.parent / f".{out.name[:40]}.partial-{os.getpid()}"  # a long name becomes no longer
     fingerprints = Fingerprints({path for paths in plan.sources.values() for path in paths})
     try:
         partial.mkdir()
@@ -464,10 +464,14 @@ def _path(path: str | Path | None) -> Path | None:
     Raises ValueError for a URL.
     """
     files.refuse([problem] if (problem := files.url_problem(path)) else [])
-    return Path(os.path.abspath(path)) if path else None
+    if not path:
+        return None
+    path = Path(path).absolute()
+    return path.parent.resolve() / path.name
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
+    storage.local(out)  # refused here rather than when everything has been read
     if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not empty. Choose another folder, or replace it with --overwrite.")
 

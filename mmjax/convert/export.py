@@ -129,7 +129,7 @@ def _write_v2(cfg: LlamaConfig, out: Path, tensors: Mapping[str, LazyTensor]) ->
 @contextlib.contextmanager
 def _folder(out: Path) -> Iterator[Path]:
     """A folder that appears under its name when it is complete."""
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    partial = out.with_name(f".{out.name[:40]}.partial-{os.getpid()}")  # a long name becomes no longer
     try:
         partial.mkdir()
         yield partial

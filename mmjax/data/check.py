@@ -160,7 +160,7 @@ def _looks(source: Source, records: Sequence[Record], numbers: Sequence[int], pr
             return dataclasses.replace(seen, problem=_problem(source, record, MISSING if absent else CORRUPT, error))
         return dataclasses.replace(seen, **counts)
 
-    ordered = iter(track(numbers, source.path, console=console, disable=not console.is_terminal))
+    ordered = iter(track(numbers, escape(source.path), console=console, disable=not console.is_terminal))
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         while chunk := list(itertools.islice(ordered, CHUNK)):  # a whole source at once would fill the memory
             yield from pool.map(look, chunk)

@@ -67,7 +67,7 @@ def prepare(
     folder was begun with other arguments or for another source, or if no record can be used, OSError if it cannot be
     written (the shards that are done stay), and what the source's reader raises.
     """
-    console = console or Console()
+    console = console or Console(markup=False)
     name = format if name is None else name
     _check_arguments(format, name, shard_size)
     files.refuse(Source(format, source, root=root).url_problems("source", "root") + files.url_problems({"out": out}))
@@ -79,8 +79,8 @@ def prepare(
     with files.alone(folder, "preparing data"):
         shards = dict(_begin(folder, making, records).shards)
         missing = [number for number in range(making.shards) if number not in shards]
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                   TimeRemainingColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+                   TimeElapsedColumn(), TimeRemainingColumn())
         with (Progress(*columns, console=console, disable=not console.is_terminal) as bar,
               concurrent.futures.ThreadPoolExecutor(READERS) as pool):
             done = sum(len(_numbers(making, number)) for number in shards)
@@ -100,11 +100,11 @@ def verify(folder: str | Path, console: Console | None = None) -> Manifest:
 
     Raises ValueError naming the shards that are damaged, or if the folder was not made by `prepare`, or not to the end.
     """
-    console = console or Console()
+    console = console or Console(markup=False)
     made = manifest.read(folder)
     if made is None:
         raise ValueError(f"{folder} was not made by mmjax data prepare: there is no {manifest.FILE} in it.")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         shards = bar.track(made.shards.values(), description="shards")
         manifest.check(folder, made, (manifest.trouble(folder, shard, checksum=True) for shard in shards))

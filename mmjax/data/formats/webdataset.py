@@ -81,8 +81,9 @@ def shards(path: str) -> list[str]:
     remote = REMOTE["webdataset"]
     if problem := url_problem(path, remote):
         raise ValueError(problem)
-    if "{" not in path and epath.Path(path).is_dir():
-        files = sorted(str(file) for file in epath.Path(path).glob("*.tar"))
+    if os.path.isdir(path) or "{" not in path and epath.Path(path).is_dir():
+        # not `glob`, which takes the folder's name for a pattern too
+        files = sorted(str(file) for file in epath.Path(path).iterdir() if re.fullmatch(r"[^.].*\.tar", file.name))
     else:
         files = list(itertools.islice(_expanded(path), MOST_SHARDS + 1))
     if not files or len(files) > MOST_SHARDS:
