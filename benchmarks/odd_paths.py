@@ -1,6 +1,6 @@
 """Models below folders of odd names: trained, resumed, loaded, converted and exported as below a plain one, or refused.
 
-    python benchmarks/odd_paths.py           prints a line for each name; two seconds each
+    python benchmarks/odd_paths.py           prints a line for each of 66 names; ten seconds each
     python benchmarks/odd_paths.py 'exp [1]' only these names
 
 Each name gets a new folder in which the reference set's tiny MiniGPT-4 is converted, trained for a step, resumed for

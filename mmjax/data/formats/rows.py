@@ -173,7 +173,7 @@ def picture(root: str, name: str) -> str:
         raise ValueError(f"the picture {problem}")
     path = os.path.join(root, name)
     try:
-        base, real = _real(os.path.abspath(root)), os.path.realpath(path)
+        base, real = _real(os.path.join(os.getcwd(), root)), os.path.realpath(path)
     except ValueError as error:  # a zero byte, or not Unicode
         raise ValueError(f"{shown(name)} is no name of a picture: {error}") from error
     if real == base or os.path.commonpath([base, real]) != base:
@@ -183,6 +183,7 @@ def picture(root: str, name: str) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _real(root: str) -> str:
+    """Of an absolute path; `..` behind a link leads where the system says."""
     return os.path.realpath(root)
 
 
