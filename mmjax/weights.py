@@ -8,7 +8,9 @@ slice; folder layout, tree metadata and the final commit stay Orbax's.
 """
 
 import functools
+import gc
 import json
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -177,9 +179,21 @@ def _restore(folder, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, An
 
     wanted = trees.unflatten(wanted)
     restore_args = ocp.args.PyTreeRestore(wanted, restore_args=jax.tree.map(how, wanted), partial_restore=True)
-    """`{path: shape and stored dtype}`. Raises FileNotFoundError if `folder` holds no checkpoint, ValueError if it is
-    damaged, or if its name is one that Orbax cannot take."""
-    folder = storage.local(folder)
+    with files.ignore_closed_event_loop(), ocp.PyTreeCheckpointer() as checkpointer:
+        try:
+            return checkpointer.restore(storage.local(folder), args=restore_args)
+        except Exception as error:  # Orbax wraps TensorStore's ValueError in a bare Exception
+            if not isinstance(error.__cause__ or error, ValueError):
+                raise
+            cause = str(error.__cause__ or error)  # the error itself would keep the reads that have not ended
+        _let_reads_end()
+    raise ValueError(cause)
+
+
+def _let_reads_end() -> None:
+    """When Orbax has raised: until TensorStore has answered for the arrays that Orbax no longer waits for."""
+    time.sleep(LATE_SECONDS)
+    gc.collect()
 
 
 def _restore_int8(stored: ts.TensorStore, wanted: Int8) -> Int8:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 import typing
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import mmjax
-from mmjax import cli, compilation, config, features, files, folders, report, run, weights
+from mmjax import cli, compilation, config, features, files, folders, report, run, storage, weights
 from mmjax.batch import Sample
 from mmjax.cli import chat, data, doctor, evaluate, generate, options, parity
 from mmjax.config import DataConfig, RunConfig, Source, WeightsConfig

@@ -136,7 +136,7 @@ def read_wav(path: str | Path) -> tuple[np.ndarray, int]:
     do not know it yet (ffmpeg into a pipe) means all that is there.
     """
     if not Path(path).is_file():  # neither a folder nor a pipe that would be waited for
-        raise ValueError(f"No sound at {path}.")
+        raise ValueError(files.url_problem(path) or f"No sound at {path}.")
     try:
         with wave.open(str(path), "rb") as file:
             channels, width, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
