@@ -14,6 +14,8 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from mmjax import files
+
 VARIABLE = "MMJAX_COMPILATION_CACHE"
 OFF = "off"
 _HIT, _MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
@@ -26,22 +28,32 @@ def folder() -> Path | None:
     told = os.environ.get(VARIABLE)
     if told == OFF:
         return None
+    files.require_local({VARIABLE: told})
     before = jax.config.jax_compilation_cache_dir
     if told or before:
         return Path(told or before).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmjax" / "compiled"
 
 
-def enable() -> Path | None:
-    """Turns the cache on, or off; its folder. Where the user's cache folder cannot be written it stays off.
+def enable() -> Path | str | None:
+    """Turns the cache on, or off; its folder, or the URL that JAX was told before. Where the user's cache folder cannot
+    be written it stays off.
 
     Raises ValueError if the folder that the variable names cannot be written.
     """
+    before = jax.config.jax_compilation_cache_dir
+    if not os.environ.get(VARIABLE) and files.url_problem(before):
+        return _told(before)  # JAX reads and writes buckets itself
     place = folder()
     if place is not None and not _writable(place):
         if os.environ.get(VARIABLE):
             raise ValueError(f"{VARIABLE} = {place}: this folder cannot be written. Name another one, or say {OFF!r}.")
         place = None
+    return _told(place)
+
+
+def _told(place: Path | str | None) -> Path | str | None:
+    """The same, which JAX has been told."""
     jax.config.update("jax_compilation_cache_dir", None if place is None else str(place))
     jax.config.update("jax_enable_compilation_cache", place is not None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a run's dozen small ones take half a second

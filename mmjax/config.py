@@ -9,6 +9,10 @@ import runpy
 import traceback
 from pathlib import Path
 
+from mmjax import files
+
+REMOTE = {"webdataset": ("gs", "s3", "az", "hf")}  # formats that read URLs, and of which schemes
+
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
@@ -82,6 +86,18 @@ class Source:
     ratio: float = 1.0
     root: str | None = None
 
+    def url_problems(self, path: str, root: str, drawn: bool = False) -> list[str]:
+        """A line for its path and its root where they are URLs that the format does not read.
+
+        path, root: what these options are called
+        drawn:      the data are written to the path first
+        """
+        place = self.path
+        if self.format == "tfds" and isinstance(place, str):
+            place = place.removeprefix("tfds:")
+        remote = () if drawn else REMOTE.get(self.format, ())
+        return files.url_problems({path: place}, remote) + files.url_problems({root: self.root})
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -131,6 +147,14 @@ class DataConfig:
     def sources(self) -> tuple[Source, ...]:
         """The mixture, or the one source that `format`, `path` and `root` name."""
         return self.mixture or (Source(self.format, self.path, root=self.root),)
+
+    def url_problems(self, prefix: str = "data.") -> list[str]:
+        """A line for every path that is a URL where a local one is needed. prefix: in front of the fields' names"""
+        named = {f"{prefix}mixture.{number}.": source for number, source in enumerate(self.mixture)}
+        named[prefix] = Source(self.format, self.path, root=self.root)
+        return [problem for where, source in named.items()
+                for problem in source.url_problems(f"{where}path", f"{where}root", self.scenes is not None)
+                ] + files.url_problems({f"{prefix}features": self.features})
 
     def too_bad(self, bad: int, tried: int) -> bool:
         """Whether so many unusable records, of so many tried, are more than `max_bad_share` allows."""
@@ -232,12 +256,22 @@ class RunConfig:
     score: bool = True
     check_first_loss: bool = True
 
+    def url_problems(self, prefix: str = "") -> list[str]:
+        """A line for every path that is a URL where a local one is needed. prefix: in front of the fields' names"""
+        weights = self.weights
+        stored = {f"{prefix}out": self.out, f"{prefix}weights.checkpoint": weights.checkpoint,
+                  f"{prefix}weights.start_from": weights.start_from}
+        sources = {f"{prefix}weights.sources.{name}": path for name, path in weights.sources.items()
+                   if name != "prompt_template"}  # words; all else names a file
+        return files.url_problems(stored | sources) + self.data.url_problems(f"{prefix}data.")
+
 
 def load(path: str) -> RunConfig | dict[str, RunConfig]:
     """What a config file's `config()` returns: a run, or several by name, one after the other.
 
     Raises FileNotFoundError or ValueError saying what is wrong.
     """
+    files.require_local({"--config": path})
     if not Path(path).is_file():
         raise FileNotFoundError(f"No config file at {path}. The shipped ones are in configs/.")
     try:

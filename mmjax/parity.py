@@ -22,6 +22,7 @@ from rich.table import Table
 
 from mmjax import sharding, trees
 from mmjax.batch import Batch
+from mmjax.data.arrays import read_npz
 from mmjax.families import shapes
 from mmjax.families.base import NUMBER, Family, Stage
 from mmjax.families.model import causal_mask
@@ -101,12 +102,11 @@ def parity(model: Loaded, reference: str | Path, tolerance: float | None = None)
 def read(path: str | Path) -> dict[str, np.ndarray]:
     """The arrays of an npz file, nothing of which is executed. Raises FileNotFoundError or ValueError naming it."""
     try:
-        with np.load(path, allow_pickle=False) as held:
-            return dict(held)
+        return read_npz(path)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"There is no reference file {path}. docs/parity.md has a recipe to write one.") from None
-    except Exception as error:  # zipfile, numpy and zlib each have their own
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not an npz file of plain arrays: {error}") from error
 
 

@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = (
-    {"batch", "compilation", "config", "files", "tokenizer", "trees"},
+    {"files"},
+    {"batch", "compilation", "config", "tokenizer", "trees"},
     {"sharding", "models.pixels", "models.int8", "models.senses"},
     {"models.layers"},
     {"models"},

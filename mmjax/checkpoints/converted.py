@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmjax import files
 from mmjax.checkpoints import format1
 from mmjax.checkpoints.training import trained as read_trained
 from mmjax.config import TextConfig
@@ -30,6 +31,7 @@ class ConvertedCheckpoint:
     @staticmethod
     def open(folder: str | Path) -> "ConvertedCheckpoint":
         """Raises FileNotFoundError or ValueError naming the file and what is wrong with it."""
+        files.require_local({"checkpoint": folder})
         path = Path(folder) / CARD
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is neither a converted checkpoint (no {CARD}) nor a finished run "

@@ -8,6 +8,9 @@ slice; folder layout, tree metadata and the final commit stay Orbax's.
 """
 
 import functools
+import gc
+import json
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -17,15 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
-from etils import epath
 
-from mmjax import trees
-from mmjax.checkpoints import format1
+from mmjax import files, trees
+from mmjax.checkpoints import format1, storage
 from mmjax.models import int8
 from mmjax.models.int8 import Int8
 
 CHUNK_BYTES = 2**20  # largest piece of an array that is read as one; so small that 32 hosts each read their part alone
 IN_FLIGHT_BYTES = 128 * 2**20  # slices handed to the file system whose writing has not ended
+LATE_SECONDS = 1.0  # for what TensorStore still reads when an array has turned out to be damaged
 SLICE_BYTES = 128 * 2**20  # of a stacked matrix that is quantised: read at once, a layer at least
 
 
@@ -83,10 +86,14 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
 
 
 def save(folder, parameters: Mapping[str, Slices], advance: Callable[[int], None] = lambda size: None) -> None:
-    """Writes `{path: parameter}` to a new `folder`, holding a few slices in memory at a time.
+    """Writes `{path: parameter}` to a new `folder`, holding a few slices in memory at a time, and reads one of them
+    back.
 
     advance: called with a number of bytes whenever they have been written.
+
+    Raises `storage.NotWritten` if that cannot be read, ValueError for a folder that cannot have a checkpoint in it.
     """
+    files.require_local({"folder": folder})
     jax_arrays = ocp.type_handlers.get_type_handler(jax.Array)  # there are none; Orbax warns if it cannot write them
     handlers = ocp.type_handlers.create_type_handler_registry(
         (_Leaf, _LeafHandler(advance)), (jax.Array, jax_arrays))
@@ -94,24 +101,49 @@ def save(folder, parameters: Mapping[str, Slices], advance: Callable[[int], None
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers, use_compression=False)
     tree = trees.unflatten({path: _Leaf(parameter) for path, parameter in parameters.items()})
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(epath.Path(folder).absolute(), args=ocp.args.PyTreeSave(tree))
+        checkpointer.save(storage.local(folder), args=ocp.args.PyTreeSave(tree))
+    storage.read_back(folder)
 
 
 def metadata(folder) -> dict[str, jax.ShapeDtypeStruct]:
-    """`{path: shape and stored dtype}`. Raises FileNotFoundError if `folder` holds no checkpoint."""
+    """`{path: shape and stored dtype}`. Raises FileNotFoundError if `folder` holds no checkpoint, ValueError if it is
+    damaged, or if its name is one that Orbax cannot take."""
     return {path: leaf for path, (_, leaf) in _stored(folder).items()}
 
 
 def _stored(folder) -> dict[str, tuple[str, jax.ShapeDtypeStruct]]:
     """`{path: (name on disk, shape and stored dtype)}`; raises as `metadata` does."""
-    folder = epath.Path(folder).absolute()
+    folder = storage.local(folder)
     if not (folder / "_METADATA").exists():
         raise FileNotFoundError(f"{folder} holds no Orbax checkpoint (it has no file _METADATA). "
                                 "Make one with `mmjax convert`.")
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(folder).item_metadata.tree
+    _check_index(folder)
+    with files.ignore_closed_event_loop(), ocp.PyTreeCheckpointer() as checkpointer:
+        item = checkpointer.metadata(folder).item_metadata
+        if item is None:
+            _let_reads_end()
+    if item is None:  # Orbax has logged why
+        raise ValueError(f"{folder} is damaged: Orbax cannot read which parameters it has. Convert or copy it again.")
     return {format1.rename(name): (name, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-            for name, leaf in trees.flatten(tree).items()}
+            for name, leaf in trees.flatten(item.tree).items()}
+
+
+def _check_index(folder: storage.LocalPath) -> None:
+    """Raises ValueError if the description of an array in `folder` cannot be read.
+
+    Orbax reads all of them at once and closes its event loop when the first one fails. TensorStore then answers the
+    others to a closed loop, which Python reports as an error of whatever runs at that moment. So what is damaged must
+    be found before Orbax is asked.
+    """
+    if not (folder / "manifest.ocdbt").exists():
+        raise ValueError(f"{folder} is damaged: manifest.ocdbt is missing. Convert or copy it again.")
+    try:
+        store = ts.KvStore.open({"driver": "ocdbt", "base": folder.as_uri() + "/"}).result()
+        reading = [store.read(key) for key in store.list().result() if key.endswith(b"/.zarray")]
+        for future in reading:
+            json.loads(future.result().value)
+    except ValueError as error:
+        raise ValueError(f"{folder} is damaged; convert or copy it again. {error}") from error
 
 
 def restore(folder, shapes: Mapping[str, Any], only: Callable[[str], bool] = lambda path: True) -> dict[str, Any]:
@@ -140,11 +172,8 @@ def restore(folder, shapes: Mapping[str, Any], only: Callable[[str], bool] = lam
         if quantised:
             stored = arrays(folder)
             flat |= {path: _restore_int8(stored[path], shape) for path, shape in quantised.items()}
-    except Exception as error:  # Orbax wraps TensorStore's ValueError in a bare Exception
-        cause = error.__cause__ or error
-        if not isinstance(cause, ValueError):
-            raise
-        raise ValueError(f"{folder} is damaged; convert or copy it again. {cause}") from error
+    except ValueError as error:
+        raise ValueError(f"{folder} is damaged; convert or copy it again. {error}") from error
     return trees.unflatten(flat)
 
 
@@ -159,9 +188,22 @@ def _restore(folder, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, An
     names = {path: name for path, (name, _) in _stored(folder).items() if path in wanted}
     wanted = trees.unflatten({names[path]: shape for path, shape in wanted.items()})
     restore_args = ocp.args.PyTreeRestore(wanted, restore_args=jax.tree.map(how, wanted), partial_restore=True)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        read = trees.flatten(checkpointer.restore(epath.Path(folder).absolute(), args=restore_args))
-    return {path: read[name] for path, name in names.items()}
+    with files.ignore_closed_event_loop(), ocp.PyTreeCheckpointer() as checkpointer:
+        try:
+            read = trees.flatten(checkpointer.restore(storage.local(folder), args=restore_args))
+            return {path: read[name] for path, name in names.items()}
+        except Exception as error:  # Orbax wraps TensorStore's ValueError in a bare Exception
+            if not isinstance(error.__cause__ or error, ValueError):
+                raise
+            cause = str(error.__cause__ or error)  # the error itself would keep the reads that have not ended
+        _let_reads_end()
+    raise ValueError(cause)
+
+
+def _let_reads_end() -> None:
+    """When Orbax has raised: until TensorStore has answered for the arrays that Orbax no longer waits for."""
+    time.sleep(LATE_SECONDS)
+    gc.collect()
 
 
 def _restore_int8(stored: ts.TensorStore, wanted: Int8) -> Int8:
@@ -206,12 +248,8 @@ def _filling(wanted: Int8) -> tuple[Callable[[], Int8], Callable[[Int8, jax.Arra
 def arrays(folder) -> dict[str, ts.TensorStore]:
     """`{path: array}`, opened but not read: `array[i].read().result()` reads one slice of a stacked parameter.
 
-    For folders that `save` wrote: relies on Orbax keeping a parameter as a zarr array under its path joined with dots.
+    For folders that `save` wrote.
     """
-    base = epath.Path(folder).absolute().as_uri() + "/"
-
-    def spec(path):
-        return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": path.replace("/", ".") + "/"}}
-
-    opening = {path: ts.open(spec(name), read=True) for path, (name, _) in _stored(folder).items()}
-    return {path: future.result() for path, future in opening.items()}
+    stored = {path: name for path, (name, _) in _stored(folder).items()}
+    found = storage.arrays(folder, stored.values())
+    return {path: found[name] for path, name in stored.items()}

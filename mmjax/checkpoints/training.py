@@ -6,9 +6,9 @@ goes on.
                            byte of an array has changed
     FOLDER/STEP.damaged/   one that was not as it was saved when a run wanted to go on from it
 
-A checkpoint is written under another name, sealed, and then given its own, so whatever ends the process leaves only
-whole ones. An older one goes when a newer one is sealed. The frozen weights are not in them: they are in the converted
-checkpoint that the run's card names, and the seal has their fingerprints.
+A checkpoint is written under another name, read back, sealed, and then given its own, so whatever ends the process
+leaves only whole ones. An older one goes when a newer one is sealed. The frozen weights are not in them: they are in
+the converted checkpoint that the run's card names, and the seal has their fingerprints.
 """
 
 import contextlib
@@ -16,9 +16,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-import re
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from mmjax import files, trees
-from mmjax.checkpoints import format1
+from mmjax.checkpoints import format1, storage
 
 SEAL = "seal.json"
 LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes them behind the seal; nothing here reads them
@@ -164,8 +162,8 @@ def arrays(place: Path) -> dict[str, jax.Array]:
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with ocp.StandardCheckpointer() as reader:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=first),
-                              reader.metadata(place).item_metadata.tree)
-        held = trees.flatten(reader.restore(place, shapes))
+                              reader.metadata(storage.local(place)).item_metadata.tree)
+        held = trees.flatten(reader.restore(storage.local(place), shapes))
     return {format1.rename(path): leaf for path, leaf in held.items()}
 
 
@@ -179,12 +177,14 @@ def _chosen(folder: Path, step: int | None) -> int:
 
 
 class _Sealing(ocp.StandardCheckpointHandler):
-    """Orbax's, which also seals a checkpoint when its arrays are written, before it is given its name."""
+    """Orbax's, which also reads a checkpoint back and seals it when its arrays are written, before it is given its
+    name."""
 
     progress: Progress
 
     def finalize(self, directory: Any) -> None:
         super().finalize(directory)
+        storage.read_back(directory)
         seal(Path(directory), self.progress)
 
 
@@ -202,22 +202,17 @@ class _Restore(ocp.args.StandardRestore):
 def told_once() -> Iterator[None]:
     """Inside, what fails while a checkpoint is saved is told as `NotSaved` alone. Orbax logs it too, with a traceback
     from each of its threads, and lets TensorStore answer to an event loop that is closed by then."""
-    logger, before = logging.getLogger("absl"), sys.unraisablehook
+    logger = logging.getLogger("absl")
 
     def other(record: logging.LogRecord) -> bool:
         return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
-    def hook(found: Any) -> None:
-        if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
-            before(found)
-
     logger.addFilter(other)
-    sys.unraisablehook = hook
     try:
-        yield
+        with files.ignore_closed_event_loop():
+            yield
     finally:
         logger.removeFilter(other)
-        sys.unraisablehook = before
 
 
 class Checkpoints:
@@ -229,6 +224,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, keep: int = 2, keep_best: bool = False):
         self.folder, self._keep, self._keep_best = Path(folder).absolute(), keep, keep_best
+        storage.local(folder)  # refused before anything is made
         self.folder.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
         self._handler = _Sealing()
@@ -253,7 +249,7 @@ class Checkpoints:
         self.wait()
         self._handler.progress, self._saving = progress, step
         with self._explained():
-            self._writer.save(self.folder / str(step), args=_Save(_plain(state)))
+            self._writer.save(storage.local(self.folder) / str(step), args=_Save(_plain(state)))
 
     def check(self) -> None:
         """Raises `NotSaved` if the checkpoint that is being saved could not be, without waiting for it."""
@@ -276,11 +272,10 @@ class Checkpoints:
             step, self._saving = self._saving, None
             self._writer = ocp.AsyncCheckpointer(self._handler)  # the old one would tell the same again
             self._remove_leftovers()  # makes room; what is still being written goes when the run goes on
-            what = re.sub(r" \[tensorstore_spec='.*?'\]", "", str(error.__cause__ or error))  # kilobytes
             there = f"Those of steps {self.steps} are whole" if self.steps else "None had been saved before"
             raise NotSaved(f"The checkpoint of step {step} could not be saved in {self.folder}: "
-                           f"{what}\n{there}. See to it that the folder can be written and has "
-                           "room; then the same command goes on.") from error
+                           f"{storage.explained(error.__cause__ or error)}\n{there}. See to it that the folder can be "
+                           "written and has room; then the same command goes on.") from error
 
     def progress(self, step: int | None = None) -> Progress:
         """How far the run was at `step` (default the newest).
@@ -306,7 +301,7 @@ class Checkpoints:
         is as it was saved is `verify`'s to say.
         """
         step = self._whole(step)
-        place = self.folder / str(step)
+        place = storage.local(self.folder) / str(step)
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _plain(state))
         wanted, held = trees.flatten(wanted), trees.flatten(self._writer.metadata(place).item_metadata.tree)
         names = format1.stored_names(held)

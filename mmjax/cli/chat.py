@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from mmjax.cli import options
 from mmjax.inference.chat import (
     IMAGE,
     TEMPLATES,
@@ -28,7 +29,7 @@ DEFAULTS = ChatSettings()
 
 def chat(args: Sequence[str]) -> None:
     """Talk to a model about pictures, in the terminal or (--web) in the browser."""
-    tyro.cli(converse, args=args, prog="mmjax chat")
+    tyro.cli(options.local(converse, "media"), args=args, prog="mmjax chat")
 
 
 def converse(

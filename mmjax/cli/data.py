@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mmjax.config import RunConfig
+from mmjax import files
+from mmjax.cli import options
+from mmjax.config import RunConfig, Source
 from mmjax.config import load as load_config
 
 
@@ -20,7 +22,7 @@ def data(args: Sequence[str]) -> None:
         for name, command in commands.items():
             print(f"  {name:9} {command.__doc__.splitlines()[0]}")
         sys.exit(0 if args[:1] in (["--help"], ["-h"]) else 2)
-    tyro.cli(commands[args[0]], args=args[1:], prog=f"mmjax data {args[0]}")
+    tyro.cli(options.local(commands[args[0]]), args=args[1:], prog=f"mmjax data {args[0]}")
 
 
 def data_check(
@@ -66,6 +68,8 @@ def data_check(
         data = dataclasses.replace(phase.data, **changes)
         if unknown := [source.format for source in data.sources if source.format not in FORMATS]:
             raise ValueError(f"There is no format {', '.join(unknown)}; there are {', '.join(FORMATS)}.")
+        problems = data.url_problems("--" if changes.keys() & {"format", "path", "root"} else "data.")
+        files.refuse(problems + files.url_problems({"weights.checkpoint": phase.weights.checkpoint}))
         if name:
             console.rule(name)
         _, worse = check.check(data, out / name, _rows(phase, tokenizer, console), sample, console)
@@ -100,6 +104,7 @@ def data_prepare(
 
     from mmjax.data import prepare
 
+    files.refuse(Source(format, source, root=root).url_problems("SOURCE", "--root"))
     made = prepare.prepare(format, source, out, name, root, shard_size, decode, Console())
     print(*prepare.summary(made, out), sep="\n")
 

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import tyro
 
+from mmjax.cli import options
+
 
 def doctor(args: Sequence[str]) -> None:
     """Say in words what is wrong with a checkpoint or a run, after a minute of self-tests; then exit status 1."""
-    tyro.cli(examine, args=args, prog="mmjax doctor")
+    tyro.cli(options.local(examine), args=args, prog="mmjax doctor")
 
 
 def examine(

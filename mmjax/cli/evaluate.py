@@ -9,6 +9,7 @@ from typing import Any, Literal
 import tyro
 
 from mmjax.cli.generate import EVERY_DEVICE, GREEDY, visual_cache
+from mmjax.cli.options import require_local
 from mmjax.config import MeshConfig
 from mmjax.inference.predictions import Decoding
 
@@ -85,6 +86,7 @@ def score(options: Options) -> None:
     from mmjax.evaluate import benchmark as benchmarks
     from mmjax.inference import predictions
 
+    require_local(Options, vars(options), "data", "root")
     if options.benchmark == SCENES:
         _scenes(options)
         return
@@ -93,7 +95,7 @@ def score(options: Options) -> None:
     if options.score_only:
         test = benchmarks.begun(options.out, test)
     _check(options, test)
-    items, console = test.items(), Console()
+    items, console = test.items(), Console(markup=False)
     if not options.score_only:
         text = {} if options.prompt_template is None else {"prompt_template": options.prompt_template}
         cache = visual_cache(options.recall)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import tyro
 
+from mmjax.cli.options import require_local
 from mmjax.config import MeshConfig
 from mmjax.inference.predictions import Decoding
 
@@ -77,6 +78,7 @@ def answer(options: Options) -> None:
     from mmjax import compilation, sharding
     from mmjax.inference import loaded, requests
 
+    require_local(Options, vars(options), "media")
     _check_form(options)
     asks: list[requests.Ask] = []
     if options.samples is not None:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import tyro
 
+from mmjax.cli import options
+
 
 def parity(args: Sequence[str]) -> None:
     """Compare a model stage by stage with its PyTorch original, and say where they first part; then exit status 1."""
-    tyro.cli(hold_against, args=args, prog="mmjax parity")
+    tyro.cli(options.local(hold_against), args=args, prog="mmjax parity")
 
 
 def hold_against(

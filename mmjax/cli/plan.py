@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmjax import files
 from mmjax.cli.train import overridden
 from mmjax.config import RunConfig
 
@@ -37,6 +38,7 @@ def plan(args: Sequence[str]) -> None:
     options, rest = parser.parse_known_args(args)
     if options.length is not None and options.length < 2:
         raise ValueError(f"--length {options.length}: a number of tokens, at least 2")
+    files.require_local({"--json": options.json})
     built = overridden(options.config, rest, "plan")
     if options.topology != "local":
         jax.config.update("jax_enable_compilation_cache", False)  # a program for devices elsewhere is never read back
@@ -45,7 +47,7 @@ def plan(args: Sequence[str]) -> None:
 
     from mmjax.cost import plan as planning
 
-    console, made = Console(), {}
+    console, made = Console(markup=False), {}
     for name, config in ({"": built} if isinstance(built, RunConfig) else built).items():
         if name:
             console.rule(name)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import tyro
 
+from mmjax import files
 from mmjax.config import RunConfig
 from mmjax.config import load as load_config
 
@@ -34,11 +35,18 @@ def train(args: Sequence[str]) -> None:
 
 
 def overridden(path: str, args: Sequence[str], command: str) -> RunConfig | dict[str, RunConfig]:
-    """What a config file says, with the fields that the command line changes."""
+    """What a config file says, with the fields that the command line changes.
+
+    Raises ValueError naming every path that is a URL where a local one is needed.
+    """
     built, options = load_config(path), {"args": args, "prog": f"{command} --config {path}",
                                          "config": (tyro.conf.AvoidSubcommands,)}
     if isinstance(built, RunConfig):
-        return tyro.cli(RunConfig, default=built, **options)
+        config = tyro.cli(RunConfig, default=built, **options)
+        files.refuse(config.url_problems())
+        return config
     # each phase's fields are behind its name: --pretrain.optim.init-lr
     phases = dataclasses.make_dataclass("Phases", [(name, RunConfig) for name in built])
-    return vars(tyro.cli(phases, default=phases(**built), **options))
+    configs = vars(tyro.cli(phases, default=phases(**built), **options))
+    files.refuse([problem for name, config in configs.items() for problem in config.url_problems(f"{name}.")])
+    return configs

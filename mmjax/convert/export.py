@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmjax import trees
+from mmjax import files, trees
 from mmjax.checkpoints import frozen as frozen_weights
 from mmjax.checkpoints.converted import RUN_CARD, ConvertedCheckpoint, read_run, trained_params
 from mmjax.convert.adapter import REPLACED
@@ -27,6 +27,7 @@ def export(checkpoint: Path, part: str, out: Path) -> None:
     Raises ConversionError if the model has no such part or a parameter of it is missing or has another shape,
     FileExistsError if `out` exists, and FileNotFoundError or ValueError for a folder that cannot be read.
     """
+    files.require_local({"checkpoint": checkpoint, "out": out})
     folder = Path(checkpoint)
     if (folder / RUN_CARD).is_file():
         export_part(read_run(folder), part, Path(out), trained_params(folder))

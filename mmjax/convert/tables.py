@@ -305,7 +305,7 @@ def _rearrange(array: np.ndarray, layout: str, sizes: Mapping[str, int]) -> np.n
 @contextlib.contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """A folder that appears under its name when it is complete."""
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    partial = out.with_name(f".{out.name[:40]}.partial-{os.getpid()}")
     try:
         partial.mkdir()
         yield partial

@@ -481,7 +481,7 @@ def save(path: str | os.PathLike, obj: Any) -> None:
     if offenders:
         raise TypeError(f"Cannot write {len(offenders)} values to {path}; expected dict, list, tuple, str, int "
                         "(64 bit), float, bool, None, numpy arrays and LazyTensor:\n  " + "\n  ".join(offenders))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name[:40]}.{os.getpid()}.partial")  # a long name becomes no longer
     try:
         with open(partial, "wb") as file:
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:

@@ -21,8 +21,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from mmjax import trees
+from mmjax import files, trees
 from mmjax.checkpoints import frozen as frozen_weights
+from mmjax.checkpoints import storage
 from mmjax.checkpoints.converted import CARD, FORMAT
 from mmjax.convert.adapter import REPLACED
 from mmjax.convert.llama import TOKENIZER_FILES
@@ -75,6 +76,7 @@ def command(name: str | Family) -> Callable[..., None]:
 def write(family: Family, found: Inspected, out: Path, overwrite: bool = False) -> None:
     """Writes what was inspected. On any error, and when interrupted, nothing is left behind and `out` is as it was."""
     problems, architecture = Problems(), family.Config(**found.parts)
+    out = Path(os.path.realpath(out))  # a link goes on leading to the checkpoint
     wanted = shapes(family, architecture)
     held = {**found.parameters, **{path: wanted[path] for path in found.fresh if path in wanted}}
     stored = found.parameters | {REPLACED + path: parameter for path, parameter in found.replaced.items()}
@@ -87,7 +89,7 @@ def write(family: Family, found: Inspected, out: Path, overwrite: bool = False) 
     problems.check("Cannot convert")
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    partial = out.parent / f".{out.name[:40]}.partial-{os.getpid()}"  # a long name becomes no longer
     fingerprints = Fingerprints({path for paths in found.sources.values() for path in paths})
     try:
         partial.mkdir()
@@ -169,11 +171,19 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def _path(path: str | Path | None) -> Path | None:
-    """One spelling for one file; links stay what they are (their targets may have names that say nothing)."""
-    return Path(os.path.abspath(path)) if path else None
+    """One spelling for one file; links stay what they are (their targets may have names that say nothing).
+
+    Raises ValueError for a URL.
+    """
+    files.refuse([problem] if (problem := files.url_problem(path)) else [])
+    if not path:
+        return None
+    path = Path(path).absolute()
+    return path.parent.resolve() / path.name
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
+    storage.local(out)  # refused here rather than when everything has been read
     if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not empty. Choose another folder, or replace it with --overwrite.")
 

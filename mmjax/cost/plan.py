@@ -389,7 +389,7 @@ def _held(config: RunConfig, source: ConvertedCheckpoint, place: Topology, lengt
 def show(made: Plan, console: Console) -> None:
     """The plan as tables."""
     sizes, mesh = made.parameters, " ".join(f"{name}={size}" for name, size in made.mesh.items())
-    console.print(f"[bold]{made.family}[/bold] of {made.source}: {sizes['trained']:,} parameters trained, "
+    console.print(f"{made.family} of {made.source}: {sizes['trained']:,} parameters trained, "
                   f"{sizes['frozen']:,} frozen", highlight=False)
     console.print(f"on {made.topology}, {math.prod(made.mesh.values())} device(s) ({mesh}); batch {made.rows} x "
                   f"{made.length} tokens; " + ("not compiled" if made.compiled is None else
@@ -397,7 +397,7 @@ def show(made: Plan, console: Console) -> None:
     for note in made.notes:
         console.print(note, highlight=False)
     for title, table in (_memory_table(made.memory), _flops_table(made.flops), *_traffic_tables(made)):
-        console.print(f"\n[bold]{title}[/bold]", highlight=False)
+        console.print(f"\n{title}", highlight=False, style="bold")
         console.print(table)
     for line in made.advice:
         console.print(line, highlight=False)

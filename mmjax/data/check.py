@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
+from mmjax import files
 from mmjax.batch import Sample
 from mmjax.config import DataConfig, Source, TextConfig
 from mmjax.data import images, text
@@ -104,6 +105,7 @@ def check(cfg: DataConfig, out: str | Path, rows: Rows | None = None, at_most: i
     Returns what it found, and whether a run would have to replace more of its samples than `max_bad_share` allows.
     Raises what a source's reader raises.
     """
+    files.require_local({"out": out})
     console = console or Console()
     found = [_source(source, records, cfg, rows, at_most, console)
              for source, records in zip(cfg.sources, read(cfg), strict=True)]
@@ -158,7 +160,7 @@ def _looks(source: Source, records: Sequence[Record], numbers: Sequence[int], pr
             return dataclasses.replace(seen, problem=_problem(source, record, MISSING if absent else CORRUPT, error))
         return dataclasses.replace(seen, **counts)
 
-    ordered = iter(track(numbers, source.path, console=console, disable=not console.is_terminal))
+    ordered = iter(track(numbers, escape(source.path), console=console, disable=not console.is_terminal))
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         while chunk := list(itertools.islice(ordered, CHUNK)):  # a whole source at once would fill the memory
             yield from pool.map(look, chunk)

@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,13 +33,15 @@ from mmjax import files, trees
 from mmjax.batch import Sample
 from mmjax.config import Source
 from mmjax.data import images
+from mmjax.data.arrays import read_npy
 from mmjax.data.formats.record import Record
-from mmjax.data.formats.rows import picture_root
+from mmjax.data.formats.rows import picture_root, shown
 
 FORMAT = 1
 SHARD = 4096  # pictures
 OPEN = 64  # shards that are kept open
 LOOKED_AT = 16  # pictures of a source whose contents are compared before a run
+MOST_NUMBERS = 2**26  # of a feature; the largest encoder here makes half a million
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(bfloat16)}
 AGAIN = "`mmjax data features` with the same folder adds what is missing"
 
@@ -112,7 +115,7 @@ class Held:
         if hasattr(image, "read"):
             return Held(image, image.read())
         if not Path(image).is_file():  # neither a folder nor a pipe that would be waited for
-            raise ValueError(f"No picture at {image}.")
+            raise ValueError(files.url_problem(image) or f"No picture at {image}.")
         return Held(image, Path(image).read_bytes())
 
     def read(self) -> bytes:
@@ -158,11 +161,27 @@ class Card:
             if content.pop("format") != FORMAT:
                 raise ValueError(f"it is not of format {FORMAT}, which this mmjax reads")
             card = Card(**content)
-            if card.dtype not in DTYPES:
-                raise ValueError(f"dtype is {card.dtype!r}, not {' or '.join(DTYPES)}")
+            card._check()
             return dataclasses.replace(card, shape=tuple(card.shape), folders=tuple(card.folders))
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise ValueError(f"{path} cannot be used: {error}. Delete {folder} and make the features again.") from error
+
+    def _check(self) -> None:
+        """Raises ValueError for values, as JSON gives them, that no writer puts there."""
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {shown(self.dtype)}, not {' or '.join(DTYPES)}")
+        for name in ("encoder", "transform"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name} is {shown(getattr(self, name))}, not an object")
+        for name, least in (("crops", 1), ("seed", 0)):
+            if not _whole(getattr(self, name), least):
+                raise ValueError(f"{name} is {shown(getattr(self, name))}, not a whole number from {least} on")
+        if not isinstance(self.shape, list) or not all(_whole(side, 1) for side in self.shape):
+            raise ValueError(f"shape is {shown(self.shape)}, not a list of whole numbers from 1 on")
+        if math.prod(self.shape) > MOST_NUMBERS:
+            raise ValueError(f"shape is {shown(self.shape)}; a feature has at most {MOST_NUMBERS:,} numbers")
+        if not isinstance(self.folders, (list, tuple)) or not all(isinstance(folder, str) for folder in self.folders):
+            raise ValueError(f"folders is {shown(self.folders)}, not a list of names")
 
     def write(self, folder: Path) -> None:
         files.replace(folder / "features.json",
@@ -171,7 +190,11 @@ class Card:
     @property
     def nbytes(self) -> int:
         """Of one feature."""
-        return int(np.prod(self.shape)) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:
@@ -302,7 +325,11 @@ class Writer:
             path.unlink()
         self._shards = {}
         for path in sorted(folder.glob("[0-9]*.npy")):
-            keys, records = np.load(path), path.with_suffix(".array_record")
+            records = path.with_suffix(".array_record")
+            try:
+                keys = _columns(path, 3)
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged ({error}). Delete it and {records.name}; {AGAIN}.") from error
             if _records(records) == keys.shape[1] * card.crops:
                 self._shards[int(path.stem)] = keys
             else:  # cut off, or gone
@@ -429,6 +456,14 @@ def _reader(path: Path) -> Any:
     return ArrayRecordReader(str(path), options, file_reader_buffer_size=1 << 15)
 
 
+def _columns(path: Path, count: int, mmap: bool = False) -> np.ndarray:
+    """uint64[count,n] of an index, or of a shard. Raises ValueError saying what else the file is."""
+    columns = read_npy(path, mmap)
+    if columns.dtype != np.uint64 or columns.ndim != 2 or len(columns) != count:
+        raise ValueError(f"it must hold uint64[{count},n], but holds {columns.dtype}{list(columns.shape)}")
+    return columns
+
+
 def _records(path: Path) -> int:
     """How many records a shard has; 0 if it is cut off or not there."""
     return _reader(path).num_records() if path.is_file() else 0
@@ -451,8 +486,8 @@ class Features:
         if not index.is_file():
             raise ValueError(f"The features of {folder} were not all made: {AGAIN}.")
         try:
-            self.index = Index(np.load(index, mmap_mode="r"))
-        except (ValueError, EOFError) as error:
+            self.index = Index(_columns(index, 4, mmap=True))
+        except ValueError as error:
             raise ValueError(f"{index} is damaged ({error}). Delete it; {AGAIN}.") from error
         self._open = functools.lru_cache(maxsize=OPEN)(self._opened)
 

@@ -20,10 +20,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mmjax import files
 from mmjax.batch import Sample
 from mmjax.families.base import ImageSpec
 from mmjax.models import pixels
 
+MOST_SIDE = 2**20
+UNFOLDED = 32_000_000  # pixels that a file of any size may have
+RATIO = 128  # pixels for each byte of a larger one; photographs have 30 at most
+TILE, MOST_TILE = (322, 323), 2**22  # a TIFF's tags for the sides of its tiles, and pixels that each may have
+MARGIN = 4  # pixels; scaling up looks at two
+THIN = 64  # how many times a picture's long side is its short one, from where it is cut before it is scaled
 KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 
 
@@ -77,20 +84,19 @@ def rgb(source: Any) -> Image.Image:
             raise ValueError(f"A picture array must be uint8[H,W,3], got {source.dtype}{list(source.shape)}.")
         return Image.fromarray(source).convert("RGB")
     try:
-        stored = hasattr(source, "read")
-        if stored or Path(source).is_file():  # neither a folder nor a pipe that would be waited for
-            return _decoded(io.BytesIO(source.read()) if stored else source)
+        if hasattr(source, "read"):
+            content = source.read()
+            return _decoded(io.BytesIO(content), len(content))
+        if Path(source).is_file():  # neither a folder nor a pipe that would be waited for
+            return _decoded(source, os.path.getsize(source))
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
         raise ValueError(f"{source} is not a picture that can be read: {error}") from error
-    raise ValueError(f"No picture at {source}.")
+    raise ValueError(files.url_problem(source) or f"No picture at {source}.")
 
 
-def _decoded(file: Any) -> Image.Image:
+def _decoded(file: Any, size: int) -> Image.Image:
     with Image.open(file, formats=KINDS) as image:
-        most = Image.MAX_IMAGE_PIXELS
-        if most is not None and image.width * image.height > most:
-            raise ValueError(f"its {image.width} x {image.height} pixels are more than PIL.Image.MAX_IMAGE_PIXELS = "
-                             f"{most}")
+        check_pixels(image, size)
         return image.convert("RGB")
 
 
@@ -102,13 +108,50 @@ def padded(image: Image.Image, fill: tuple[float, ...]) -> Image.Image:
     return square
 
 
+def check_pixels(image: Image.Image, size: int) -> None:
+    """Raises ValueError for an opened file of `size` bytes that would take far more memory than it should.
+
+    Decoding and converting take up to ten bytes a pixel, and an array of pointers for each row.
+    """
+    width, height, most = image.width, image.height, Image.MAX_IMAGE_PIXELS
+    if most is not None and width * height > most:
+        raise ValueError(f"its {width} x {height} pixels are more than PIL.Image.MAX_IMAGE_PIXELS = {most}")
+    if max(width, height) > MOST_SIDE:
+        raise ValueError(f"its {width} x {height} pixels have a side of more than {MOST_SIDE}")
+    if width * height > UNFOLDED and width * height > RATIO * size:
+        raise ValueError(f"its {size} bytes unfold to {width} x {height} pixels; above {UNFOLDED} pixels at most "
+                         f"{RATIO} a byte are read. If it is meant so, scale it down")
+    tile = [int(getattr(image, "tag_v2", {}).get(tag, 1)) for tag in TILE]
+    if tile[0] * tile[1] > max(MOST_TILE, 2 * width * height):
+        raise ValueError(f"its tiles of {tile[0]} x {tile[1]} pixels are far larger than its {width} x {height} pixels")
+
+
 def middle(image: Image.Image, size: int) -> np.ndarray:
     """uint8[S,S,3]: the short side scaled to S, then what is in the middle of the long one."""
     short, long = sorted(image.size)
     long = int(size * long / short)
+    if long > THIN * size and short < size:  # otherwise it becomes smaller than it is
+        return _thin_middle(image, long, size)
     pixels = _resized(image, *((size, long) if image.width <= image.height else (long, size)))
     top, left = (round((side - size) / 2) for side in pixels.shape[:2])
     return pixels[top:top + size, left:left + size]
+
+
+def _thin_middle(image: Image.Image, long: int, size: int) -> np.ndarray:
+    """The same of a picture whose scaled whole, with a long side of `long`, would take much memory.
+
+    What is needed and a margin are cut out first; then the width is scaled before the height, as Pillow does the
+    whole.
+    """
+    first, (width, height) = round((long - size) / 2), image.size
+    begin, end = (side * max(image.size) / long for side in (first, first + size))
+    low, high = max(0, math.floor(begin) - MARGIN), min(max(image.size), math.ceil(end) + MARGIN)
+    begin, end = begin - low, end - low
+    if width < height:
+        image = image.crop((0, low, width, high)).resize((size, high - low), Image.Resampling.BICUBIC)
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, (0, begin, size, end)))
+    image = image.crop((low, 0, high, height)).resize((size, height), Image.Resampling.BICUBIC, (begin, 0, end, height))
+    return _resized(image, size, size)
 
 
 def crop(image: Image.Image, box: tuple[int, int, int, int], size: int) -> np.ndarray:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mmjax.data.arrays import read_npy
+
 FLAT = (b"IxFI", b"IxF2", b"IxFl")  # flat: inner product, squared distance, any other metric
 INNER_PRODUCT = 0
 KINDS = {  # of other faiss indexes, by the beginning of their names in a file
@@ -70,8 +72,8 @@ def read(path: str | Path) -> np.ndarray:
 
 def _npy(path: Path) -> np.ndarray:
     try:
-        vectors = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        vectors = read_npy(path)
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if vectors.ndim != 2 or not np.issubdtype(vectors.dtype, np.floating):
         raise ValueError(f"{path} must hold float[V,E], but holds {vectors.dtype}{list(vectors.shape)}.")

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mmjax import files
 from mmjax.batch import Batch, Sample
 from mmjax.config import DataConfig
 from mmjax.data.formats import FORMATS, Record, clean_caption
@@ -134,7 +135,8 @@ def interleaved(position: int, shares: Sequence[int]) -> tuple[int, int]:
 
 
 def read(cfg: DataConfig) -> list[Sequence[Record]]:
-    """The records of each source; raises what its reader does."""
+    """The records of each source; raises what its reader does, and ValueError for paths that cannot be URLs."""
+    files.refuse(cfg.url_problems())
     return [FORMATS[source.format](source.path, source.root) for source in cfg.sources]
 
 

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mmjax import files
+from mmjax.config import Source
 from mmjax.data import images, manifest
 from mmjax.data.formats import FORMATS, Record
 from mmjax.data.formats.tfds import example, features
@@ -66,9 +67,10 @@ def prepare(
     folder was begun with other arguments or for another source, or if no record can be used, OSError if it cannot be
     written (the shards that are done stay), and what the source's reader raises.
     """
-    console = console or Console()
+    console = console or Console(markup=False)
     name = format if name is None else name
     _check_arguments(format, name, shard_size)
+    files.refuse(Source(format, source, root=root).url_problems("source", "root") + files.url_problems({"out": out}))
     records = FORMATS[format](source, root)
     local = os.path.abspath(source) if os.path.exists(source) else source  # the same, whatever the working directory
     making = Making(format, local, root and os.path.abspath(root), name, shard_size, decode, len(records))
@@ -77,8 +79,8 @@ def prepare(
     with files.alone(folder, "preparing data"):
         shards = dict(_begin(folder, making, records).shards)
         missing = [number for number in range(making.shards) if number not in shards]
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                   TimeRemainingColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+                   TimeElapsedColumn(), TimeRemainingColumn())
         with (Progress(*columns, console=console, disable=not console.is_terminal) as bar,
               concurrent.futures.ThreadPoolExecutor(READERS) as pool):
             done = sum(len(_numbers(making, number)) for number in shards)
@@ -98,11 +100,11 @@ def verify(folder: str | Path, console: Console | None = None) -> Manifest:
 
     Raises ValueError naming the shards that are damaged, or if the folder was not made by `prepare`, or not to the end.
     """
-    console = console or Console()
+    console = console or Console(markup=False)
     made = manifest.read(folder)
     if made is None:
         raise ValueError(f"{folder} was not made by mmjax data prepare: there is no {manifest.FILE} in it.")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         shards = bar.track(made.shards.values(), description="shards")
         manifest.check(folder, made, (manifest.trouble(folder, shard, checksum=True) for shard in shards))
@@ -214,10 +216,7 @@ def _picture(image: Any, decode: bool) -> bytes:
         content = Path(image).read_bytes()
     try:
         with Image.open(io.BytesIO(content), formats=images.KINDS) as opened:
-            most = Image.MAX_IMAGE_PIXELS
-            if most is not None and opened.width * opened.height > most:
-                raise ValueError(f"its {opened.width} x {opened.height} pixels are more than "
-                                 f"PIL.Image.MAX_IMAGE_PIXELS = {most}")
+            images.check_pixels(opened, len(content))
             if decode:
                 opened.load()
     except Exception as error:  # decoders raise whatever damaged bytes lead them to

@@ -15,15 +15,16 @@ import os
 import re
 import unicodedata
 import wave
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mmjax import files
 from mmjax.batch import Sample
-from mmjax.data.images import load
+from mmjax.data.images import THIN, load
 from mmjax.models.pixels import MEAN, STD, normalise
 from mmjax.models.senses import sense_of
 from mmjax.tokenizer import WORDS
@@ -62,6 +63,10 @@ def video(frames: np.ndarray, fps: float, size: int = 224, clips: int = 5, secon
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not len(frames):
         raise ValueError(f"A video must be uint8[N,H,W,3] with N > 0, got {frames.dtype}{list(frames.shape)}.")
+    if not 0 < fps < math.inf:
+        raise ValueError(f"A video must have a number of frames a second above 0, got {fps}.")
+    sides = _scaled_sides(*frames.shape[1:3], size)
+    thin = max(sides) > THIN * size
     made = []
     for start, end in clip_times(len(frames) / fps, clips, seconds):
         inside = [i for i in range(len(frames)) if start <= i / fps < end]
@@ -69,39 +74,57 @@ def video(frames: np.ndarray, fps: float, size: int = 224, clips: int = 5, secon
             raise ValueError(f"No frame lies between {float(start):.3f} s and {float(end):.3f} s at {fps} frames a "
                              "second; take longer clips.")
         chosen = frames[[inside[int(i)] for i in np.linspace(0, len(inside) - 1, shown)]]
-        pixels = _scaled(chosen.astype(np.float32) / np.float32(255), size)
-        pixels = ((pixels - np.float32(MEAN)) / np.float32(STD)).transpose(3, 0, 1, 2)
-        height, width = pixels.shape[2:]
-        for part in range(3):
+        chosen = chosen.astype(np.float32) / np.float32(255)
+        height, width = sides
+        pixels = None if thin else _normalised(_scaled(chosen, sides, range(height), range(width)))
+        for third in range(3):
             top, left = math.ceil((height - size) / 2), math.ceil((width - size) / 2)
             if height > width:
-                top = (0, top, height - size)[part]
+                top = (0, top, height - size)[third]
             else:
-                left = (0, left, width - size)[part]
-            made.append(pixels[:, :, top:top + size, left:left + size])
+                left = (0, left, width - size)[third]
+            if thin:  # the whole would take much memory
+                part = _scaled(chosen, sides, range(top, top + size), range(left, left + size))
+                made.append(_normalised(part))
+            else:
+                made.append(pixels[:, :, top:top + size, left:left + size])
     return np.stack(made)
 
 
-def _scaled(frames: np.ndarray, size: int) -> np.ndarray:
-    """[N,H,W,C] with the short side S: bilinear, half-pixel centres, not antialiased."""
-    height, width = frames.shape[1:3]
+def _normalised(pixels: np.ndarray) -> np.ndarray:
+    """[C,N,H,W] of [N,H,W,C]."""
+    return ((pixels - np.float32(MEAN)) / np.float32(STD)).transpose(3, 0, 1, 2)
+
+
+def _scaled_sides(height: int, width: int, size: int) -> tuple[int, int]:
+    """(height, width) with the short side S."""
     if width < height:
-        height, width = math.floor(height / width * size), size
-    else:
-        height, width = size, math.floor(width / height * size)
-    return np.einsum("hp,wq,npqc->nhwc", _bilinear(frames.shape[1], height), _bilinear(frames.shape[2], width),
-                     frames, optimize=True)
+        return math.floor(height / width * size), size
+    return size, math.floor(width / height * size)
 
 
-def _bilinear(source: int, target: int) -> np.ndarray:
-    """float32[target, source]."""
-    centre = ((np.arange(target) + 0.5) * source / target - 0.5).clip(0, source - 1)
+def _scaled(frames: np.ndarray, sides: tuple[int, int], rows: range, columns: range) -> np.ndarray:
+    """Some rows and columns of [N,H,W,C] scaled to `sides`: bilinear, half-pixel centres, not antialiased."""
+    return np.einsum("hp,wq,npqc->nhwc", _bilinear(frames.shape[1], sides[0], rows),
+                     _bilinear(frames.shape[2], sides[1], columns), frames, optimize=True)
+
+
+def _bilinear(source: int, target: int, wanted: range) -> np.ndarray:
+    """float32[wanted, source], the rows of a [target, source]."""
+    centre = ((np.arange(wanted.start, wanted.stop) + 0.5) * source / target - 0.5).clip(0, source - 1)
     return np.maximum(1 - np.abs(centre[:, None] - np.arange(source)), 0).astype(np.float32)
 
 
 # ---- sound ----
 
 RATE = 16_000
+LEAST_RATE, MOST_RATE = 40, 1_000_000  # samples a second; below, there is nothing as high as the lowest mel filter
+MOST_CHANNELS = 64
+UNKNOWN_LENGTH = 0x7FFF0000  # bytes from which on a header's length is that of a program that wrote into a pipe
+KERNEL = 2**23  # taps of all the kernels of a resampling, above which they are made in parts
+WHOLE = 2**24  # samples that a sound recorded more slowly may become before its clips alone are made
+PART = 2**19  # taps at once
+CROSSINGS, CUTOFF = 6, 0.99  # of the sinc that resamples: zero crossings, and how much of the lower Nyquist frequency
 SOUND_MEAN, SOUND_STD = -4.268, 9.138
 LOWEST = 20.0  # hertz, of the mel filters
 
@@ -109,25 +132,47 @@ LOWEST = 20.0  # hertz, of the mel filters
 def read_wav(path: str | Path) -> tuple[np.ndarray, int]:
     """(float32[C,samples] between -1 and 1, samples a second) of a PCM .wav file.
 
-    Raises ValueError naming the file if it is something else.
+    Raises ValueError naming the file if it is something else, or is cut off. A length as large as programs write that
+    do not know it yet (ffmpeg into a pipe) means all that is there.
     """
+    if not Path(path).is_file():  # neither a folder nor a pipe that would be waited for
+        raise ValueError(files.url_problem(path) or f"No sound at {path}.")
     try:
         with wave.open(str(path), "rb") as file:
             channels, width, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
-            raw = np.frombuffer(file.readframes(file.getnframes()), np.uint8)
+            if width not in (1, 2, 3, 4):
+                raise wave.Error(f"its samples have {width} bytes, not 1 to 4")
+            claimed = file.getnframes() * channels * width
+            frames = min(claimed, os.path.getsize(path)) // (channels * width)
+            raw = np.frombuffer(file.readframes(frames), np.uint8)
     except FileNotFoundError as error:
-        raise ValueError(f"No sound at {path}.") from error
-    except (wave.Error, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a PCM .wav file ({error}). Convert it: ffmpeg -i FILE -c:a pcm_s16le NEW.wav"
+        raise ValueError(files.url_problem(path) or f"No sound at {path}.") from error
+    except (wave.Error, EOFError, OSError, RuntimeError) as error:  # the last for damaged lengths of chunks
+        why = str(error) or "its chunks are damaged"
+        raise ValueError(f"{path} is not a PCM .wav file ({why}). Convert it: ffmpeg -i FILE -c:a pcm_s16le NEW.wav"
                          ) from error
+    try:
+        _check_sound(channels, rate)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
+    if len(raw) < claimed < UNKNOWN_LENGTH:
+        raise ValueError(f"{path} is cut off: its header says {claimed} bytes of sound, {len(raw)} are there.")
     raw = raw[:len(raw) // (width * channels) * width * channels].reshape(-1, width)
     if width == 1:  # unsigned
         samples = raw[:, 0].astype(np.float32) / 128 - 1
     else:  # little endian, moved to the top of 32 bits
         wide = np.zeros((len(raw), 4), np.uint8)
         wide[:, 4 - width:] = raw
-        samples = (wide.view("<i4")[:, 0] / 2.0**31).astype(np.float32)
+        samples = wide.view("<i4")[:, 0].astype(np.float32) * np.float32(2.0**-31)  # exact: a power of two
     return samples.reshape(-1, channels).T, rate
+
+
+def _check_sound(channels: int, rate: int) -> None:
+    """Raises ValueError for what is no sound that anybody records, but takes much memory."""
+    if not LEAST_RATE <= rate <= MOST_RATE or rate != int(rate):
+        raise ValueError(f"it says {rate} samples a second; whole numbers from {LEAST_RATE} to {MOST_RATE} are read")
+    if channels > MOST_CHANNELS:
+        raise ValueError(f"it has {channels} channels; at most {MOST_CHANNELS} are read, and the first is used")
 
 
 def resample(waveform: np.ndarray, rate: int, target: int) -> np.ndarray:
@@ -137,7 +182,9 @@ def resample(waveform: np.ndarray, rate: int, target: int) -> np.ndarray:
         return waveform
     common = math.gcd(rate, target)
     old, new = rate // common, target // common
-    crossings, cutoff = 6, min(old, new) * 0.99
+    crossings, cutoff = CROSSINGS, min(old, new) * CUTOFF
+    if new * old > KERNEL:
+        return resampled_part(waveform, rate, target, 0, math.ceil(new * waveform.shape[1] / old))
     reach = math.ceil(crossings * old / cutoff)
     # float32 throughout, as torchaudio computes it: the taps differ from exact ones by 1e-5
     t = np.arange(-reach, reach + old, dtype=np.float32) / old - (np.arange(new, dtype=np.float32) / new)[:, None]
@@ -147,6 +194,30 @@ def resample(waveform: np.ndarray, rate: int, target: int) -> np.ndarray:
     pieces = np.lib.stride_tricks.sliding_window_view(padded, kernels.shape[1], axis=1)[:, ::old]
     out = (pieces @ kernels.T).reshape(len(waveform), -1)
     return out[:, :math.ceil(new * waveform.shape[1] / old)]
+
+
+def resampled_part(waveform: np.ndarray, rate: int, target: int, start: int, stop: int) -> np.ndarray:
+    """float32[C,stop-start]: some samples of what `resample` gives, to 1e-4, in memory that no rate makes large.
+
+    The taps of each sample are computed for itself, those alone that are not zero.
+    """
+    length, crossings = waveform.shape[1], CROSSINGS
+    if not length:
+        return np.zeros((len(waveform), stop - start), np.float32)
+    cutoff = min(rate, target) * CUTOFF  # zero crossings a second
+    reach = math.ceil(crossings * rate / cutoff)
+    taps = np.arange(min(2 * reach + 1, length))
+    made = np.empty((len(waveform), stop - start), np.float32)
+    rows = max(1, PART // (len(taps) * len(waveform)))
+    for first in range(start, stop, rows):
+        place = np.arange(first, min(first + rows, stop), dtype=np.int64) * rate  # in samples, times `target`
+        begin = np.clip(place // target - reach, 0, length - len(taps))
+        inputs = begin[:, None] + taps
+        t = (inputs * target - place[:, None]) * (cutoff / (rate * target))
+        kernels = np.sinc(t) * np.cos(t * (np.pi / crossings / 2)) ** 2 * (np.abs(t) < crossings) * (cutoff / rate)
+        found = np.einsum("cnk,nk->cn", waveform[:, inputs], kernels.astype(np.float32))
+        made[:, first - start:first - start + len(place)] = found
+    return made
 
 
 def mel_filters(bins: int, rate: int = RATE) -> np.ndarray:
@@ -195,14 +266,28 @@ def sound(source: str | Path | tuple[np.ndarray, int], bins: int = 128, frames: 
     if waveform.ndim != 2 or waveform.size == 0 or not np.issubdtype(waveform.dtype, np.floating):
         raise ValueError("A sound must be float[C,samples] between -1 and 1 with at least one sample, got "
                          f"{waveform.dtype}{list(waveform.shape)}.")
-    waveform = np.array(resample(waveform.astype(np.float32), rate, RATE))
+    _check_sound(len(waveform), rate)
+    parts = _parts(waveform.astype(np.float32), int(rate), clips, seconds)
     made = np.zeros((clips, 1, bins, frames), np.float32)
-    for i, (start, end) in enumerate(clip_times(waveform.shape[1] / RATE, clips, seconds)):
-        clip = waveform[:, int(start * RATE):int(end * RATE)]
+    for i, clip in enumerate(parts):
         clip -= clip.mean(dtype=np.float64).astype(np.float32)
         mels = log_mel(clip[0], bins)[:, :frames]
         made[i, 0, :, :mels.shape[1]] = mels
     return (made - np.float32(SOUND_MEAN)) / np.float32(SOUND_STD)
+
+
+def _parts(waveform: np.ndarray, rate: int, clips: int, seconds: float) -> Iterator[np.ndarray]:
+    """float32[C,samples] of each clip, at 16 kHz; those that overlap share their memory.
+
+    Of a sound recorded so slowly that the whole would take much memory, each clip is made for itself; none overlap
+    then.
+    """
+    length = -(-RATE * waveform.shape[1] // rate)
+    slow = rate < RATE // 4 and length * len(waveform) > WHOLE and length >= clips * seconds * RATE
+    whole = None if slow else resample(waveform, rate, RATE)
+    for start, end in clip_times(length / RATE, clips, seconds):
+        first, last = int(start * RATE), min(int(end * RATE), length)
+        yield resampled_part(waveform, rate, RATE, first, last) if slow else whole[:, first:last]
 
 
 # ---- words ----

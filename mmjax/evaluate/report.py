@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mmjax import files
+
 
 class Example(NamedTuple):
     """One picture and what was said about it. `right` None leaves the mark out.
@@ -65,6 +67,7 @@ def write(folder: str | Path, title: str, metrics: Sequence[str | Path], example
 
     Raises ValueError if the metrics hold no loss or a row of the table has another length than the heading.
     """
+    files.require_local({"folder": folder})
     folder = Path(folder)
     curves = _curves(list(map(Path, metrics)))
     _check_table(table)

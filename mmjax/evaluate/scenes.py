@@ -136,7 +136,7 @@ def report_scenes(model: Loaded, untrained: Loaded, cfg: ScenesConfig, folder: P
     facts:      short figures for the top of the page, where what `decoding` changes is put too
     batch_size: scenes at once
     """
-    console = Console()
+    console = Console(markup=False)
     console.print("Scoring held-out scenes, with the right and with the wrong picture")
     rows, examples = scenes_table(model, cfg, untrained, decoding, batch_size)
     mean = next(row for row in rows if row[0] == ROWS["mean"])

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from mmjax import sharding
+from mmjax import files, sharding
 from mmjax.batch import Batch, Sample
 from mmjax.checkpoints import converted
 from mmjax.checkpoints.converted import ConvertedCheckpoint
@@ -59,6 +59,7 @@ def load(
         raise ValueError(f"dtype = {dtype!r}: float32 or bfloat16")
     if frozen_dtype not in (None, "int8"):
         raise ValueError(f"frozen_dtype = {frozen_dtype!r}: int8, or None for the same as dtype")
+    files.require_local({"path": path})
     folder = Path(path)
     mesh = mesh or sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     if (folder / converted.RUN_CARD).is_file():

@@ -353,8 +353,9 @@ def predict(out: str | Path, asks: Sequence[Ask], answerer: Answerer, made: Mapp
     if jax.process_count() > 1:
         raise ValueError(f"Samples are answered by one process, this is one of {jax.process_count()}: start it on one "
                          "host alone, where all of that host's devices take part.")
+    files.require_local({"out": out})
     out = Path(out)
-    console, begun = console or Console(stderr=True), time.monotonic()
+    console, begun = console or Console(stderr=True, markup=False), time.monotonic()
     with _held(out, made) as file, compilation.counted() as compiled:
         file.seek(0)
         done, size = kept(file.read(), [ask.id for ask in asks], out)

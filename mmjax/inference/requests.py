@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from mmjax import files
 from mmjax.batch import Sample
+from mmjax.data.arrays import read_npy
 from mmjax.data.formats.rows import field, parse_json, picture, shown, text
 from mmjax.data.text import PLACEHOLDER
 from mmjax.families.base import PromptStyle
@@ -116,9 +118,9 @@ def sense(name: str, value: Any) -> Any:
     if name in WORDED or not isinstance(value, str) or not value.endswith(".npy"):
         return value
     try:
-        return np.load(value, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{value} is not an array that can be read: {error}") from error
+        return read_npy(value)
+    except (ValueError, OSError) as error:
+        raise ValueError(files.url_problem(value) or f"{value} is not an array that can be read: {error}") from error
 
 
 def digest(asks: Sequence[Ask]) -> str:

@@ -2,17 +2,22 @@
 
 The page works without a network: no fonts, scripts or counters from elsewhere, which a content policy makes the browser
 hold to. Pictures are read once, when they arrive, then their files are deleted; what the page shows of them travels in
-the page itself, so no address serves one visitor's pictures to another. One answer is written at a time, others wait.
+the page itself, so no address serves one visitor's pictures to another. No file is opened but those that its visitor
+sent (`mmjax.inference.uploads`). One answer is written at a time, others wait.
 """
 
+import asyncio
 import base64
 import contextlib
 import dataclasses
 import html
 import io
+import logging
 import os
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +29,7 @@ from mmjax.config import ScenesConfig
 from mmjax.data import images, scenes
 from mmjax.inference.chat import IMAGE, ChatSettings, Conversation, add, perceived, reply, take
 from mmjax.inference.loaded import Loaded
+from mmjax.inference.uploads import Gate, Uploads
 
 MAX_BYTES = 20 * 2**20  # of an uploaded file
 MAX_PIXELS = 40_000_000  # of a picture; unfolded they are six times as many bytes as a file may have
@@ -31,6 +37,7 @@ MAX_PICTURES = 16  # of one visitor
 THUMBNAIL = 320  # pixels, the longer side of what the page shows
 LOOPBACK = ("127.0.0.1", "localhost")
 EXAMPLES = 8
+PATIENCE = 3  # seconds that the server's end waits for what is under way
 SUGGESTIONS = ("Describe this image in detail.", "What is unusual about this image?")
 SUGGESTIONS_FOR_SCENES = (scenes.PROMPTS[0], "How many shapes are there?", "What color is the circle?",
                           "Where is the star?")
@@ -134,9 +141,9 @@ class Visit:
 # ---- files that visitors send ----
 
 
-def picture(path: str) -> Image.Image:
-    """The picture in an uploaded file. Raises ValueError saying what is wrong, by the name the visitor knows."""
-    name = Path(path).name
+def picture(path: str, name: str | None = None) -> Image.Image:
+    """The picture in an uploaded file. Raises ValueError saying what is wrong, by the name that the visitor knows."""
+    name = name or Path(path).name
     try:
         if Path(path).stat().st_size > MAX_BYTES:
             raise ValueError(f"the file is larger than {MAX_BYTES // 2**20} MB")
@@ -176,8 +183,8 @@ def _notice(messages: Sequence[str]) -> str:
 class Handlers:
     """What happens on the page; each function takes and gives what its components show."""
 
-    def __init__(self, model: Loaded, page: Page):
-        self.model, self.page = model, page
+    def __init__(self, model: Loaded, page: Page, uploads: Uploads):
+        self.model, self.page, self.uploads = model, page, uploads
         self.examples = list(_examples(model, page.scenes)) if page.scenes else []
 
     def visit(self) -> Visit:
@@ -188,25 +195,21 @@ class Handlers:
         refused = []
         for path in files or ():
             try:
-                self._see(visit, picture(path))
+                with self.uploads.taken(path) as name:
+                    self._see(visit, picture(path, name))
             except ValueError as error:
                 refused.append(str(error))
-            finally:
-                Path(path).unlink(missing_ok=True)
         return None, visit.panel(), _notice(refused)
 
     def take_sound(self, path: str | None, visit: Visit) -> tuple[None, str, str]:
         """The same for the sound of a .wav file."""
         refused = []
         if path:
-            name = Path(path).name
             try:
-                add(self.model, visit.talk, "audio", take(self.model, "audio", path))
-                visit.perceive("audio", f'<div class="sense">sound: {_literal(name)}</div>', among_words=False)
+                with self.uploads.taken(path) as name:
+                    self._hear(visit, path, name)
             except ValueError as error:
-                refused.append(f"{name} was refused: " + str(error).replace(str(path), name))
-            finally:
-                Path(path).unlink(missing_ok=True)
+                refused.append(str(error))
         return None, visit.panel(), _notice(refused)
 
     def take_example(self, number: int, visit: Visit) -> tuple[str, str]:
@@ -219,6 +222,13 @@ class Handlers:
         except ValueError as error:
             return visit.panel(), _notice([str(error)])
         return visit.panel(), ""
+
+    def _hear(self, visit: Visit, path: str, name: str) -> None:
+        try:
+            add(self.model, visit.talk, "audio", take(self.model, "audio", path))
+        except ValueError as error:
+            raise ValueError(f"{name} was refused: " + str(error).replace(str(path), name)) from error
+        visit.perceive("audio", f'<div class="sense">sound: {_literal(name)}</div>', among_words=False)
 
     def _see(self, visit: Visit, image: Image.Image, sense: str = IMAGE, value: Any = None) -> None:
         if visit.count >= MAX_PICTURES:
@@ -281,12 +291,13 @@ def _title(model: Loaded, page: Page) -> str:
     return f"<h1>{_literal(page.name)}</h1>" + "".join(f"<span>{_literal(fact)}</span>" for fact in facts)
 
 
-def blocks(model: Loaded, page: Page) -> Any:
-    """The page as `gradio.Blocks`. Raises ValueError if Gradio is not installed."""
+def blocks(model: Loaded, page: Page, uploads: Uploads) -> Any:
+    """The page as `gradio.Blocks`; it opens the files of `uploads` alone. Raises ValueError if Gradio is not installed.
+    """
     check()
     import gradio as gr
 
-    does, able = Handlers(model, page), perceived(model)
+    does, able = Handlers(model, page, uploads), perceived(model)
     with gr.Blocks(title=f"{page.name} - mmjax", analytics_enabled=False, delete_cache=(600, 600)) as made:
         visit = gr.State(does.visit())
         gr.HTML(_title(model, page), elem_id="title", padding=False)
@@ -371,14 +382,18 @@ def app(model: Loaded, page: Page, host: str = LOOPBACK[0]) -> Any:
     host: where it will listen. On loopback it answers no request that was made to another host's name, so that a page
           elsewhere cannot reach it through a name of its own that points here
     """
-    made = blocks(model, page)
+    check()
     import gradio as gr
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     theme = gr.themes.Base(primary_hue="teal", neutral_hue="stone", radius_size="md",
                            font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    uploads = Uploads(gr.utils.get_upload_folder())  # within it Gradio makes no copies
+    made = blocks(model, page, uploads)
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    outer.add_middleware(Gate, uploads=uploads, pages=_paths(made.get_config_file()), most=MAX_BYTES,
+                         total=MAX_BYTES * MAX_PICTURES)
     outer.add_middleware(Headers)
     if host in LOOPBACK:
         outer.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK])
@@ -386,6 +401,14 @@ def app(model: Loaded, page: Page, host: str = LOOPBACK[0]) -> Any:
         outer, made, path="/", server_name=host, footer_links=[], run_history=False, allowed_paths=[],
         max_file_size=MAX_BYTES, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, theme=theme,
         css=STYLE)
+
+
+def _paths(shown: Any) -> set[str]:
+    """Of the files that the page itself shows, its examples."""
+    if isinstance(shown, dict):
+        own = {shown["path"]} if isinstance(shown.get("path"), str) else set()
+        return own.union(*map(_paths, shown.values()))
+    return set().union(*map(_paths, shown)) if isinstance(shown, (list, tuple)) else set()
 
 
 class Headers:
@@ -410,11 +433,39 @@ def serve(model: Loaded, page: Page, host: str = LOOPBACK[0], port: int = 7860) 
 
     with tempfile.TemporaryDirectory(prefix="mmjax-chat-") as uploads, _listening(host, port) as listening:
         os.environ["GRADIO_TEMP_DIR"] = uploads
-        server = uvicorn.Server(uvicorn.Config(app(model, page, host), log_level="warning"))
+        server = uvicorn.Server(uvicorn.Config(app(model, page, host), log_level="warning",
+                                               timeout_graceful_shutdown=PATIENCE))
         shown = f"[{host}]" if ":" in host else host
         print(f"{page.name} is at http://{shown}:{listening.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt), _ended_in_order(server):
             server.run(sockets=[listening])
+
+
+@contextlib.contextmanager
+def _ended_in_order(server: Any) -> Iterator[None]:
+    """A server that is told to end, or whose terminal closes, leaves as by Ctrl-C: its folder is removed."""
+    def end(number, frame):  # uvicorn raises SIGTERM again when it is done
+        if server.should_exit:
+            raise SystemExit(128 + number)
+        server.handle_exit(number, frame)
+
+    log = logging.getLogger("uvicorn.error")
+    log.addFilter(_is_no_closed_page)
+    told = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    if threading.current_thread() is not threading.main_thread():  # which alone is told
+        told = set()
+    before = {number: signal.signal(number, end) for number in told if signal.getsignal(number) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        log.removeFilter(_is_no_closed_page)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _is_no_closed_page(record: logging.LogRecord) -> bool:
+    """False for the traceback of a page's connection that the server's end cut."""
+    return not (record.exc_info and record.exc_info[0] and issubclass(record.exc_info[0], asyncio.CancelledError))
 
 
 def _listening(host: str, port: int) -> socket.socket:

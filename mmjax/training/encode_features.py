@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mmjax import sharding, trees
+from mmjax import files, sharding, trees
 from mmjax.batch import Batch, Sample
 from mmjax.checkpoints import converted
 from mmjax.checkpoints.restore import ModelSpec
@@ -40,7 +40,7 @@ RANDOM = "random crops"  # what the encoder sees of an image
 SEEN = {"center_crop": "the middle", "stretch": "the whole, squashed", "pad": "the whole, padded"}
 ERRORS = "features_errors.jsonl"
 AHEAD = 3  # batches whose pictures are read while one is computed
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +157,7 @@ def make(config: RunConfig, source: converted.ConvertedCheckpoint, folder: Path,
     if jax.process_count() > 1:
         raise ValueError(f"Features are made by one host, this is one of {jax.process_count()}: run `mmjax data "
                          "features` on one of them alone, with `out` where all can read it.")
+    files.require_local({"folder": folder})
     earlier = _earlier(config)
     made_by = encoder(source, config.weights, earlier)
     spec = ModelSpec(source, sharding.make_mesh(config.mesh), config.weights.dtype, config.weights.frozen_dtype)

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mmjax import compilation, files, sharding, trees
 from mmjax.batch import Batch
-from mmjax.checkpoints import converted
+from mmjax.checkpoints import converted, storage
 from mmjax.checkpoints import training as training_checkpoints
 from mmjax.checkpoints.restore import ModelSpec
 from mmjax.config import RunConfig
@@ -36,7 +36,7 @@ from mmjax.data.features import Features
 from mmjax.families import FAMILIES, Family
 from mmjax.training import distributed, encode_features, metrics_log, optim, preemption, resume, steps
 
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False)
 
 
 class TrainingStopped(RuntimeError):
@@ -237,7 +237,11 @@ def begin(job: Job, optimizer: optax.GradientTransformation,
 
 
 def train_phases(phases: Mapping[str, RunConfig], score: Score | None = None) -> Run:
-    """One run after the other, in order; the last one's result. score: as of `train`"""
+    """One run after the other, in order; the last one's result. score: as of `train`
+
+    Raises ValueError for a path of any of them that is a URL, before the first one begins, and what `train` raises.
+    """
+    files.refuse([problem for name, config in phases.items() for problem in config.url_problems(f"{name}.")])
     for name, config in phases.items():
         console.rule(name)
         done = train(config, score)
@@ -285,6 +289,11 @@ def check(config: RunConfig) -> None:
             re.compile(rule)
         except re.error as error:
             wrong.append(f"trained: {rule!r} is not a regular expression: {error}")
+    wrong += config.url_problems()
+    for name, folder in (("out", config.out), ("weights.checkpoint", config.weights.checkpoint),
+                         ("weights.start_from", config.weights.start_from)):
+        if folder and (found := storage.problem(folder)):
+            wrong.append(f"{name}: {found}")
     if wrong:
         raise ValueError("This configuration cannot run:\n  " + "\n  ".join(wrong))
 
@@ -476,7 +485,7 @@ def announce(job: Job, params: Any, mask: Any) -> None:
     sizes = {True: 0, False: 0}
     for leaf, is_trained in zip(trees.flatten(params).values(), trees.flatten(mask).values(), strict=True):
         sizes[is_trained] += leaf.size
-    console.print(f"[bold]{job.source.family}[/bold] from {job.source.folder}: {sizes[True]:,} parameters trained, "
+    console.print(f"{job.source.family} from {job.source.folder}: {sizes[True]:,} parameters trained, "
                   f"{sizes[False]:,} frozen ({config.weights.frozen_dtype or config.weights.dtype})")
     console.print(f"mesh {dict(mesh.shape)} of {mesh.size} {mesh.devices.flat[0].platform} device(s); "
                   f"run folder {config.out}")

@@ -1,10 +1,12 @@
 import dataclasses
+import gc
 
 import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 
 from mmjax.checkpoints import frozen as frozen_weights
 
@@ -91,6 +93,38 @@ def test_everything_that_does_not_fit_is_named(folder):
 def test_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="mmjax convert"):
         frozen_weights.metadata(tmp_path)
+
+
+def rewrite(folder, change):
+    """Every array's entries, by name, in the database of a folder."""
+    store = ts.KvStore.open({"driver": "ocdbt", "base": folder.as_uri() + "/"}).result()
+    for key in store.list().result():
+        change(store, key)
+
+
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("damage", [
+    lambda folder: [zero(path) for path in folder.rglob("d/*")],
+    lambda folder: [path.unlink() for path in folder.rglob("d/*")],
+    lambda folder: zero(folder / "manifest.ocdbt"),
+    lambda folder: (folder / "manifest.ocdbt").unlink(),
+    lambda folder: (folder / "_METADATA").write_text("{"),
+    lambda folder: rewrite(folder, lambda store, key: key.endswith(b"/.zarray") and store.write(key, b"{").result()),
+    lambda folder: rewrite(folder, lambda store, key: key.endswith(b"/.zarray") or store.write(key, b"x").result()),
+    lambda folder: rewrite(folder, lambda store, key: store.write(key, None).result()),
+], ids=["zeros", "no data", "zero manifest", "no manifest", "no names", "descriptions", "every array", "nothing left"])
+def test_damage_is_one_error_and_nothing_follows_it(folder, damage, monkeypatch):
+    """TensorStore answers for the other arrays when Orbax has closed its event loop behind the first."""
+    followed = []
+    monkeypatch.setattr("sys.unraisablehook", lambda found: followed.append(str(found.exc_value)))
+    damage(folder)
+    with pytest.raises(ValueError, match="is damaged"):
+        frozen_weights.restore(folder, shapes())
+    gc.collect()
+    assert followed == []
 
 
 def test_few_slices_are_held_at_a_time(tmp_path, monkeypatch):

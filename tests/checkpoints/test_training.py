@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from mmjax import trees
+from mmjax.checkpoints import storage
 from mmjax.checkpoints import training as training_checkpoints
 from mmjax.checkpoints.training import SEAL, Checkpoints, Damaged, NotSaved, Progress
 from mmjax.config import OptimConfig
@@ -76,6 +77,22 @@ def test_what_was_saved_comes_back(saved):
     assert_equal(checkpoints.restore(state(), 10), state(seed=10, step=10))
     np.testing.assert_array_equal(*(jax.random.bits(each.key, (4,)) for each in (restored, state(seed=20))))
     checkpoints.close()
+
+
+@pytest.mark.parametrize("name", ["exp [1]", "a*?", "100%"])
+def test_what_was_saved_comes_back_below_any_name(tmp_path, name):
+    checkpoints = Checkpoints(tmp_path / name)
+    checkpoints.save(1, state(seed=1), Progress())
+    assert_equal(checkpoints.restore(state()), state(seed=1))
+    checkpoints.close()
+    found = training_checkpoints.trained(tmp_path / name)["projector/w"]
+    np.testing.assert_array_equal(found, state(seed=1).params["projector"]["w"])
+
+
+def test_a_folder_that_cannot_have_checkpoints_is_refused_before_it_is_made(tmp_path):
+    with pytest.raises(ValueError, match="backslash"):
+        Checkpoints(tmp_path / "a\\b")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_trained_parameters_alone(saved):
@@ -237,6 +254,19 @@ def test_a_checkpoint_that_has_no_room_is_noticed_at_once_and_the_others_stay(sa
     checkpoints.close()
     assert not caplog.records
     assert checkpoints.steps == [10, 20] and checkpoints.latest == 20
+    for step in (10, 20):
+        checkpoints.verify(step)
+
+
+def test_one_that_cannot_be_read_is_not_sealed_and_the_others_stay(saved, monkeypatch, caplog):
+    checkpoints = Checkpoints(saved, keep=1)
+    monkeypatch.setattr(storage.LocalPath, "glob", lambda *_: iter(()))  # as etils' below a folder `[1]`
+    checkpoints.save(30, state(), Progress())
+    with pytest.raises(NotSaved, match=r"step 30 could not be saved in .*: What was written to .*30\.orbax.* cannot be "
+                                       r"read back: [^\n]*\nThose of steps \[10, 20\] are whole"):
+        checkpoints.wait()
+    checkpoints.close()
+    assert sorted(path.name for path in saved.iterdir()) == ["10", "20"]
     for step in (10, 20):
         checkpoints.verify(step)
 

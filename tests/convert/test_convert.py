@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mmjax.checkpoints import frozen as frozen_weights
+from mmjax.checkpoints import storage
 from mmjax.config import TextConfig
 from mmjax.convert import minigpt4, torch_file, write
 from mmjax.convert.lazy import WeightFileError
@@ -383,6 +384,26 @@ def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(WeightFileError, match="vit.pth"):
         write.command("minigpt4")(out=tmp_path / "out", **MINIGPT4 | {"vit": vit})
     assert {path.name for path in tmp_path.iterdir()} == {"vit.pth"}
+
+
+def test_a_checkpoint_that_cannot_be_read_replaces_nothing(tmp_path, monkeypatch):
+    write.command("llama")(CKPT / "llama_hf", tmp_path / "out")
+    before = (tmp_path / "out" / "config.json").stat()
+    monkeypatch.setattr(storage.LocalPath, "glob", lambda *_: iter(()))  # as etils' below a folder `[1]`
+    with pytest.raises(storage.NotWritten, match="cannot be read back"):
+        write.command("llama")(CKPT / "llama_hf", tmp_path / "out", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "config.json").stat() == before
+
+
+def test_a_link_goes_on_leading_to_the_checkpoint(tmp_path):
+    for name in ("there", "yet_to_be"):
+        (tmp_path / f"to_{name}").symlink_to(name)
+    (tmp_path / "there").mkdir()
+    for name in ("there", "yet_to_be"):
+        write.command("llama")(CKPT / "llama_hf", tmp_path / f"to_{name}")
+        assert (tmp_path / f"to_{name}").is_symlink() and (tmp_path / name / "config.json").is_file()
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_out_is_replaced_only_on_request(tmp_path):

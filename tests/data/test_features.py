@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import pickle
 import shutil
 import tarfile
@@ -218,12 +219,32 @@ def test_damaged_index_and_card(tmp_path, pictures):
         (folder / "index.npy").write_bytes(index[:size])
         with pytest.raises(ValueError, match=r"index\.npy is damaged"):
             Features(folder)
-    for content in ("", "[]", "{}", '{"format": 2}', '{"format": 1, "odd": 2}'):
+    for columns in (np.zeros((3, 8), np.uint64), np.zeros((4, 8)), np.zeros(4, np.uint64)):
+        np.save(folder / "index.npy", columns)
+        with pytest.raises(ValueError, match=r"index\.npy is damaged \(it must hold uint64\[4,n\], but holds"):
+            Features(folder)
+    card = json.loads((folder / "features.json").read_text())
+    odd = {"crops": [0, "2", None, True], "seed": [-1, 1.5], "shape": [3, [[]], ["x", 3], [1e308, 3], [0], [2**40]],
+           "dtype": [[], "int8"], "encoder": [None, []], "transform": ["x"], "folders": [None, [1]]}
+    for content in ("", "[]", "{}", '{"format": 2}', '{"format": 1, "odd": 2}', "[" * 100_000,
+                    *(json.dumps(card | {name: value}) for name, values in odd.items() for value in values)):
         (folder / "features.json").write_text(content)
         with pytest.raises(ValueError, match=r"features\.json cannot be used"):
             Features(folder)
     with pytest.raises(FileNotFoundError, match="Make them with `mmjax data features"):
         Features(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("columns", [np.zeros((4, 8), np.uint64), np.zeros((3, 8)), None])
+def test_damaged_columns_of_a_shard(columns, tmp_path, pictures):
+    folder = fill(tmp_path / "features", pictures)
+    np.save(folder / "00000.npy", columns) if columns is not None else (folder / "00000.npy").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"00000\.npy is damaged .*Delete it and 00000\.array_record"):
+        Writer(folder, CARD)
+    for name in ("00000.npy", "00000.array_record"):
+        (folder / name).unlink()
+    found, images = opened(fill(folder, pictures), pictures)
+    np.testing.assert_array_equal(found.find(images[6]), vector(6)[0])
 
 
 def test_new_pictures_are_added(tmp_path, pictures):

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 
+from benchmarks import hostile
 from mmjax.data.formats import FORMATS, Record, coco_captions, gqa, invrefcoco, jsonl, llava_instruct, refcoco, vqa
 from mmjax.data.formats.grounding import IDENTIFY, REFER, box_text
 from tests.data import layouts
@@ -207,8 +208,13 @@ class Program:
 
 @pytest.mark.parametrize("content", [
     pickle.dumps([Program()]), pickle.dumps([Program()], protocol=0), b"(lp0\nr\xff\xff\xff\x7f.", pickle.dumps({}),
-    pickle.dumps(bytearray(9), protocol=5), pickle.dumps([1, 2])[:-1], b"", b"\x80\x04Nr\xff\xff\xff\x7f."],
-    ids=["program", "text", "memory", "dict", "array", "cut", "empty", "number"])
+    pickle.dumps(bytearray(9), protocol=5), pickle.dumps([1, 2])[:-1], b"", b"\x80\x04Nr\xff\xff\xff\x7f.",
+    hostile.nested(100_000, b"\x85", key=True), hostile.nested(1_000, b"\x85"), pickle.dumps([{(1, 2): 3}]),
+    pickle.dumps([{1, 2}]), pickle.dumps([frozenset([1])]), b"\x80\x04" + b"]" * 1_000 + b"a" * 999 + b".",
+    b"\x80\x04](()Nde.", b"\x80\x04]q\0h\0a.", hostile.doubling(14),
+    b"\x80\x04]\x8d" + b"\xff" * 7 + b"\x7fa."],
+    ids=["program", "text", "memory", "dict", "array", "cut", "empty", "number", "deep key", "deep tuples", "tuple key",
+         "set", "frozenset", "deep lists", "key of a text dict", "itself", "doubling", "length"])
 def test_pickles_are_read_but_not_executed(content, tmp_path, capsys):
     path = layouts.refcoco(tmp_path)
     (path / "refs(unc).p").write_bytes(content)

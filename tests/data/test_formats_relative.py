@@ -5,7 +5,7 @@ import os
 import pytest
 
 from mmjax.data import images
-from mmjax.data.formats import FORMATS
+from mmjax.data.formats import FORMATS, rows
 from tests.data import layouts
 
 
@@ -20,3 +20,12 @@ def test_relative_paths(name, tmp_path, monkeypatch):
     assert pictures
     for picture in pictures:
         assert images.load(picture, 4).shape == (4, 4, 3)
+
+
+def test_dots_behind_a_link_lead_where_the_system_says(tmp_path):
+    (tmp_path / "real" / "inside").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("real/inside")
+    root = f"{tmp_path}/link/../pictures"
+    assert rows.picture(root, "0.jpg") == f"{root}/0.jpg"
+    with pytest.raises(ValueError, match="not below"):
+        rows.picture(root, f"{tmp_path}/pictures/0.jpg")

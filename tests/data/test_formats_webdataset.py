@@ -202,6 +202,14 @@ def test_braces(path, expected):
     assert shards(path) == expected
 
 
+@pytest.mark.parametrize("name", ["exp [1]", "a*", "{a,b}"])
+def test_a_folder_of_tars_may_have_any_name(tmp_path, name):
+    (tmp_path / name).mkdir()
+    for file in ("1.tar", "0.tar", ".2.tar", "3.txt"):
+        (tmp_path / name / file).touch()
+    assert shards(str(tmp_path / name)) == [str(tmp_path / name / file) for file in ("0.tar", "1.tar")]
+
+
 @pytest.mark.parametrize(("path", "message"), [
     ("{2..1}.tar", "no tars"), ("{0..999999999999}.tar", "more than a million"),
     ("{0..9999}{0..9999}.tar", "more than a million")])

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.hostile import png, tiff
 from mmjax.batch import Sample
+from mmjax.data import images
 from mmjax.data.formats import Member
 from mmjax.data.images import crop, load, middle, random_box, read, rgb, stack
 from mmjax.families import llama_adapter, minigpt4
@@ -147,6 +149,35 @@ def test_the_middle_keeps_the_aspect_ratio(height, width):
     cut = (0, first, SIZE, first + SIZE) if height > width else (first, 0, first + SIZE, SIZE)
     np.testing.assert_array_equal(middle(picture, SIZE), np.asarray(whole.crop(cut)))
     np.testing.assert_array_equal(load(picture, SIZE, "center_crop"), middle(picture, SIZE))
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 80), (90, 1), (2, 130), (7, 500), (333, 5), (700, 7)])
+def test_thin_pictures_are_cut_before_they_are_scaled(height, width, monkeypatch):
+    """As if the whole had been scaled, but for how Pillow rounds."""
+    picture = Image.fromarray(np.random.default_rng(2).integers(0, 256, (height, width, 3), np.uint8))
+    monkeypatch.setattr(images, "THIN", 10_000)
+    whole = middle(picture, SIZE).astype(int)
+    monkeypatch.setattr(images, "THIN", 1)
+    assert np.abs(middle(picture, SIZE) - whole).max() <= 1
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (png(2**20 + 1, 1), "have a side of more than 1048576"), (tiff(8, 4_000), "tiles of 4000 x 4000 pixels are far"),
+    (png(60_000, 60_000, present=False), "exceeds limit")], ids=["side", "tile", "claim"])
+def test_files_that_would_fill_the_memory(content, message, tmp_path):
+    (tmp_path / "a.png").write_bytes(content)
+    for source in (tmp_path / "a.png", Holder(content)):
+        with pytest.raises(ValueError, match=message):
+            load(source, SIZE)
+
+
+def test_large_pictures_need_large_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "UNFOLDED", 100)
+    Image.fromarray(PIXELS).save(tmp_path / "noise.png")
+    assert load(tmp_path / "noise.png", SIZE).shape == (SIZE, SIZE, 3)
+    (tmp_path / "flat.png").write_bytes(png(200, 200))
+    with pytest.raises(ValueError, match="bytes unfold to 200 x 200 pixels; above 100 pixels at most 128 a byte"):
+        load(tmp_path / "flat.png", SIZE)
 
 
 @pytest.mark.parametrize(("height", "width"), [(100, 100), (60, 100), (10, 100), (100, 3), (1, 1)])

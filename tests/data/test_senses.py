@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.hostile import wav
 from mmjax.batch import Sample
 from mmjax.data import senses
 from mmjax.data.images import load
@@ -68,7 +69,18 @@ def test_the_frames_of_a_clip_are_its_first_and_last():
     np.testing.assert_allclose(back, [[0, 60], [160, 220]], atol=1e-3)
 
 
+@pytest.mark.parametrize("axis", [1, 2])
+def test_thin_videos_are_cut_before_they_are_scaled(axis, monkeypatch):
+    frames = RANDOM.integers(0, 256, (8, 4, 90, 3), np.uint8).swapaxes(1, axis)
+    whole = senses.video(frames, 4, 6, clips=1)
+    monkeypatch.setattr(senses, "THIN", 1)
+    np.testing.assert_allclose(senses.video(frames, 4, 6, clips=1), whole, atol=1e-5)
+
+
 def test_videos_that_cannot_be_used():
+    for fps in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="frames a second above 0"):
+            senses.video(np.zeros((2, 4, 4, 3), np.uint8), fps, 4)
     with pytest.raises(ValueError, match=r"must be uint8\[N,H,W,3\] with N > 0, got float64\[2, 4, 4, 3\]"):
         senses.video(np.zeros((2, 4, 4, 3)), 4, 4)
     with pytest.raises(ValueError, match="No frame lies between 0.950 s and 1.000 s at 2 frames a second"):
@@ -115,6 +127,61 @@ def test_a_tone_stays_a_tone_at_another_rate(rate):
     got = resample(tone(rate), rate, 16_000)
     assert got.shape == (1, 16_000)
     np.testing.assert_allclose(got[:, 200:-200], tone(16_000)[:, 200:-200], atol=5e-3)
+
+
+@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000, 192_000])
+def test_parts_are_those_of_the_whole(rate):
+    waveform = RANDOM.uniform(-1, 1, (2, 3_000)).astype(np.float32)
+    whole = resample(waveform, rate, 16_000)
+    found = senses.resampled_part(waveform, rate, 16_000, 0, whole.shape[1])  # the whole's taps are float32's
+    np.testing.assert_allclose(found, whole, atol=1e-4)
+    np.testing.assert_allclose(senses.resampled_part(waveform, rate, 16_000, 50, 60), found[:, 50:60], atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [11_127, 44_101, 48_001, 192_001])
+def test_rates_that_share_no_factor(rate):
+    """The kernels of all phases would take gigabytes."""
+    seconds = np.arange(rate // 4) / rate
+    got = resample(np.sin(2 * np.pi * 440 * seconds).astype(np.float32)[None], rate, 16_000)
+    expected = np.sin(2 * np.pi * 440 * np.arange(got.shape[1]) / 16_000)
+    assert got.shape == (1, -(-16_000 * len(seconds) // rate))
+    np.testing.assert_allclose(got[0, 200:-200], expected[200:-200], atol=5e-3)
+    assert resample(np.zeros((2, 0), np.float32), rate, 16_000).shape == (2, 0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_clips_of_slow_sounds_are_made_alone(channels, monkeypatch):
+    slow = (RANDOM.uniform(-1, 1, (channels, 500)).astype(np.float32), 50)  # ten seconds
+    whole = sound(slow, bins=20)
+    monkeypatch.setattr(senses, "WHOLE", 1_000)
+    monkeypatch.setattr(senses, "resample", None)
+    np.testing.assert_allclose(sound(slow, bins=20), whole, atol=2e-2)  # logarithms of next to nothing
+
+
+@pytest.mark.parametrize("rate", [0, 1, 2, 7, 39, 1_000_001, 2**31 - 1, 44_100.5, float("nan")])
+def test_rates_that_nobody_records(rate, tmp_path):
+    message = r"says .* samples a second; whole numbers from 40 to 1000000 are read"
+    with pytest.raises(ValueError, match=message):
+        sound((np.zeros((1, 100), np.float32), rate))
+    if isinstance(rate, int):
+        (tmp_path / "a.wav").write_bytes(wav(rate))
+        with pytest.raises(ValueError, match=r"a\.wav cannot be used: it " + message):
+            read_wav(tmp_path / "a.wav")
+
+
+def test_headers_that_claim_too_much(tmp_path):
+    for content, message in (
+            (wav(16_000, claimed=1_000), "cut off: its header says 1000 bytes of sound, 128 are there"),
+            (wav(16_000, bits=64), "its samples have 8 bytes, not 1 to 4"),
+            (wav(16_000, bits=36), "not a PCM .wav file"),
+            (wav(16_000, channels=65, bits=8), "has 65 channels; at most 64"),
+            (wav(16_000)[:16] + b"\xff" * 4 + wav(16_000)[20:], r"its chunks are damaged")):
+        (tmp_path / "a.wav").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_wav(tmp_path / "a.wav")
+    (tmp_path / "piped.wav").write_bytes(wav(16_000, claimed=2**32 - 1))
+    (tmp_path / "whole.wav").write_bytes(wav(16_000))
+    np.testing.assert_array_equal(read_wav(tmp_path / "piped.wav")[0], read_wav(tmp_path / "whole.wav")[0])
 
 
 def test_a_tone_is_loudest_in_its_filter():

@@ -30,13 +30,16 @@ from instructions import instructions  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import tests.conftest  # noqa: E402, F401  the compiler's settings
-from mmjax import checkpoint, families, journal, run, weights  # noqa: E402
+from mmjax import families  # noqa: E402
+from mmjax.checkpoints import frozen as frozen_weights  # noqa: E402
+from mmjax.checkpoints import training as training_checkpoints
 from mmjax.config import DataConfig, OptimConfig, RunConfig, TextConfig, WeightsConfig  # noqa: E402
-from mmjax.convert import convert, llama, minigpt4, torch_file  # noqa: E402
+from mmjax.convert import llama, minigpt4, torch_file, write  # noqa: E402
 from mmjax.convert.tables import backward  # noqa: E402
 from mmjax.models.eva_vit import VitConfig  # noqa: E402
 from mmjax.models.llama import LlamaConfig  # noqa: E402
 from mmjax.models.qformer import QFormerConfig  # noqa: E402
+from mmjax.training import metrics_log, run  # noqa: E402
 
 VIT = VitConfig(image_size=14, patch=7, dim=8, depth=2, heads=2, hidden=12, table=2)
 QFORMER = QFormerConfig(queries=2, dim=8, depth=2, heads=2, hidden=12)
@@ -95,7 +98,7 @@ def prune(folder: Path) -> None:
 
     def whole() -> bool:
         try:
-            return all(array.read().result() is not None for array in weights.arrays(folder).values())
+            return all(array.read().result() is not None for array in frozen_weights.arrays(folder).values())
         except ValueError:
             return False
 
@@ -110,7 +113,7 @@ def prune(folder: Path) -> None:
 
 def killed(config: RunConfig) -> None:
     """The run in this process, which is killed in its fourth step, when the checkpoint of the second is there."""
-    add = journal.Metrics.add
+    add = metrics_log.Metrics.add
 
     def kill(self, item, *args):
         add(self, item, *args)
@@ -119,7 +122,7 @@ def killed(config: RunConfig) -> None:
                 pass
             os.kill(os.getpid(), signal.SIGKILL)
 
-    journal.Metrics.add = kill
+    metrics_log.Metrics.add = kill
     run.train(config)
 
 
@@ -129,7 +132,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         files = Path(name)
         tensors = released(files)
-        convert.minigpt4(files / "vit.pth", files / "llama", HERE / "checkpoint", qformer=files / "qformer.pth",
+        write.minigpt4(files / "vit.pth", files / "llama", HERE / "checkpoint", qformer=files / "qformer.pth",
                          projector=files / "trained.pth", lora=files / "trained.pth", arch=files / "arch.json",
                          prompt_template="###Human: {} ###Assistant: ")
     prune(HERE / "checkpoint" / "weights")
@@ -139,7 +142,7 @@ def main() -> None:
     assert ended.returncode == -signal.SIGKILL, ended
     whole = Path("whole")
     run.train(dataclasses.replace(CONFIG, out=str(whole)))
-    state = checkpoint.arrays((whole / "checkpoints" / "6").absolute())
+    state = training_checkpoints.arrays((whole / "checkpoints" / "6").absolute())
     np.savez_compressed("expected.npz", **{path: np.asarray(leaf) for path, leaf in state.items()})
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     Path("expected.json").write_text(json.dumps({

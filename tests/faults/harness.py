@@ -1,9 +1,11 @@
 """Does faults to runs, lets them go on, and compares what they end with: see `worker.FAULTS`."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -24,6 +26,11 @@ PATIENCE = 300  # seconds for a run
 KILLS = ("killed behind a step", "killed in a line", "killed as a save begins", "killed before a seal",
          "killed with half a seal", "killed behind a seal", "killed behind a save", "killed in a removal",
          "killed as the card is written")
+# How a run ends to which something else is done: the status, and what the log must say, for another refusal may have
+# the same status.
+ENDS = {"full disk": (2, r"The checkpoint of step \d+ could not be saved in .*: (.|\n)*File too large"),
+        "SIGTERM": (75, r"SIGTERM: saving behind this step\.\n(.|\n)*Saved at step \d+;"),
+        "SIGTERM storm": (75, r"SIGTERM: saving behind this step\.\n(.|\n)*Saved at step \d+;")}
 # Of metrics.jsonl: no two runs have the same.
 TIMES = ("samples_per_second", "tokens_per_second", "waiting_share", "gflops_per_second")
 
@@ -71,13 +78,15 @@ class Bench:
             word, *number = self._line(None if began is None or kill_after is None else
                                        began + kill_after - time.monotonic())
             if word == "pid":
-                pid = int(number[0])
+                process = _process(int(number[0]))
             elif word == "steps":
                 began = time.monotonic()
             elif word == "late":
-                os.kill(pid, signal.SIGKILL)
+                _kill(process)
                 kill_after = None
             elif word == "ended":
+                if process is not None:
+                    os.close(process)
                 return End(int(number[0]), began and time.monotonic() - began, log.read_text(errors="replace"))
 
     def _line(self, wait: float | None) -> list[str]:
@@ -95,6 +104,20 @@ class Bench:
         self._worker.stdin.close()
         self._worker.wait(PATIENCE)
         self._worker.stdout.close()
+
+
+def _process(number: int) -> int | None:
+    """A pidfd, which stays this process's when its number is given to another one; None if it has ended."""
+    try:
+        return os.pidfd_open(number)
+    except ProcessLookupError:
+        return None
+
+
+def _kill(process: int | None) -> None:
+    if process is not None:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            signal.pidfd_send_signal(process, signal.SIGKILL)
 
 
 def whole(out: Path) -> list[int]:
@@ -176,9 +199,10 @@ class Campaign:
         """One process of a run that a fault is done to."""
         before = max(whole(out), default=0)
         end = self.bench.run(out, call if call is None else (name, call), kill_after, self.options)
-        status = {"full disk": 2, "SIGTERM": 75, "SIGTERM storm": 75}.get(name, -signal.SIGKILL)
-        self.counts.note(name if end.status == status else "ended before the fault" if end.status == 0 else "otherwise")
-        if end.status not in (status, 0) or "Traceback" in end.log:
+        status, words = ENDS.get(name, (-signal.SIGKILL, ""))
+        expected = end.status == status and re.search(words, end.log) is not None
+        self.counts.note(name if expected else "ended before the fault" if end.status == 0 else "otherwise")
+        if not (expected or end.status == 0) or "Traceback" in end.log:
             self.counts.problems.append(f"{out.name}, {name} {call}: status {end.status}\n{end.log}")
         if max(whole(out), default=0) < before:
             self.counts.lost += 1

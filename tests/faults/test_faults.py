@@ -7,6 +7,7 @@ prints the counts.
 import numpy as np
 import pytest
 
+from mmjax import files
 from mmjax.checkpoints import training as training_checkpoints
 from mmjax.training import preemption
 from tests.faults import harness, worker
@@ -38,6 +39,17 @@ def test_killed_in_a_save_then_told_to_end_then_without_room(bench):
     campaign.finish(out)
     check(campaign.counts)
     assert campaign.counts.ended == {"killed behind a seal": 1, "SIGTERM storm": 1, "full disk": 1}
+
+
+def test_a_refusal_for_another_reason_is_not_the_fault(bench, tmp_path):
+    """The lock has the status of a full disk, and is called by its name."""
+    campaign = harness.Campaign.__new__(harness.Campaign)  # without the run that is left alone
+    campaign.bench, campaign.options, campaign.counts = bench, (), harness.Counts()
+    with files.alone(tmp_path):
+        campaign.fault(tmp_path, "full disk", 0)
+    assert campaign.counts.ended == {"otherwise": 1}
+    (problem,) = campaign.counts.problems
+    assert "full disk 0: status 2" in problem and f"Another process is at work in {tmp_path}" in problem
 
 
 @pytest.mark.faults

@@ -5,6 +5,7 @@ number of the call at which it happens. Writes lines: `pid N`, then `steps` when
 with them), then `ended STATUS`, the negative number of the signal if one ended it.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -64,13 +65,23 @@ def full_disk(*_: Any) -> None:
 
 
 def terms(count: int) -> Callable[..., None]:
-    """So many SIGTERMs, some of them while the state is saved."""
+    """So many SIGTERMs, some of them while the state is saved.
+
+    The process that sends them may outlive the run. So it keeps nothing of the run open, above all not the lock of its
+    folder, and knows the run by a pidfd: a number could meanwhile be another process's, a parent's 1.
+    """
     def send(*_: Any) -> None:
-        if not os.fork():
+        target = os.pidfd_open(os.getpid())
+        if os.fork():
+            os.close(target)
+            return
+        os.dup2(target, 0)
+        os.closerange(1, os.sysconf("SC_OPEN_MAX"))
+        with contextlib.suppress(ProcessLookupError):  # the run has ended
             for _ in range(count):
-                os.kill(os.getppid(), signal.SIGTERM)
+                signal.pidfd_send_signal(0, signal.SIGTERM)
                 signal.sigtimedwait([], 0.002)
-            os._exit(0)
+        os._exit(0)
     return send
 
 

@@ -10,6 +10,7 @@ import sys
 import types
 import wave
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import mmjax
 from mmjax.config import ScenesConfig
 from mmjax.inference import web
 from mmjax.inference.chat import ChatSettings
+from mmjax.inference.uploads import Uploads
 from mmjax.inference.web import Handlers, Page
 from tests import small
 
@@ -32,8 +34,13 @@ def model():
 
 
 @pytest.fixture
-def does(model):
-    return Handlers(Telling(model, "A ", "<p>large</p> ", "dog & cat."), Page("small", "vicuna", FEW))
+def uploads(tmp_path):
+    return Uploads(tmp_path / "kept")
+
+
+@pytest.fixture
+def does(model, uploads):
+    return Handlers(Telling(model, "A ", "<p>large</p> ", "dog & cat."), Page("small", "vicuna", FEW), uploads)
 
 
 class Telling:
@@ -49,9 +56,19 @@ class Telling:
         yield from self.pieces
 
 
-def uploaded(folder, name="a.jpg", size=(60, 40)):
-    Image.new("RGB", size, (200, 30, 30)).save(folder / name)
-    return str(folder / name)
+def sent(uploads, name, data, visitor="anna"):
+    """The path of a file that a visitor uploaded."""
+    return uploads.add(visitor, name, io.BytesIO(data))
+
+
+def uploaded(uploads, name="a.jpg", size=(60, 40)):
+    file = io.BytesIO()
+    Image.new("RGB", size, (200, 30, 30)).save(file, Path(name).suffix[1:].replace("jpg", "jpeg"))
+    return sent(uploads, name, file.getvalue())
+
+
+def left(uploads):
+    return [*uploads.folder.iterdir()]
 
 
 def bomb(width, height):
@@ -67,13 +84,15 @@ def bomb(width, height):
 # ---- files ----
 
 
-def test_a_picture_is_shown_and_its_file_deleted(does, tmp_path):
-    visit, path = does.visit(), uploaded(tmp_path)
+def test_a_picture_is_shown_and_its_file_deleted(does, uploads, tmp_path):
+    visit, path = does.visit(), uploaded(uploads)
     cleared, panel, notice = does.take_pictures([path], visit)
     assert (cleared, notice) == (None, "")
     assert panel.count('<img src="data:image/jpeg;base64,') == 1 and str(tmp_path) not in panel
     assert len(visit.talk.pictures) == 1
-    assert not any(tmp_path.iterdir())
+    assert left(uploads) == []
+    *_, notice = does.take_pictures([path], visit)
+    assert "not uploaded" in notice and len(visit.talk.pictures) == 1
 
 
 @pytest.mark.parametrize(("name", "data", "message"), [
@@ -84,26 +103,31 @@ def test_a_picture_is_shown_and_its_file_deleted(does, tmp_path):
     ("a.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "a.eps was refused: cannot identify"),
     ("a.jpg", bytes(web.MAX_BYTES + 1), "a.jpg was refused: the file is larger than 20 MB"),
 ])
-def test_a_refused_file_is_named_and_the_others_are_taken(does, tmp_path, name, data, message):
-    folder = tmp_path / "uploads"
-    folder.mkdir()
-    (folder / name).write_bytes(data)
+def test_a_refused_file_is_named_and_the_others_are_taken(does, uploads, tmp_path, name, data, message):
     visit = does.visit()
-    _, panel, notice = does.take_pictures([str(folder / name), uploaded(tmp_path, "b.jpg")], visit)
+    _, panel, notice = does.take_pictures([sent(uploads, name, data), uploaded(uploads, "b.jpg")], visit)
     assert message in notice and str(tmp_path) not in notice
     assert panel.count("<img") == len(visit.talk.pictures) == 1
-    assert not any(folder.iterdir())
+    assert left(uploads) == []
 
 
-def test_the_notice_is_no_html(does, tmp_path):
-    (tmp_path / "<b>.jpg").write_bytes(b"no picture")
-    *_, notice = does.take_pictures([str(tmp_path / "<b>.jpg")], does.visit())
+def test_a_file_that_was_not_uploaded_is_neither_opened_nor_removed(does, tmp_path):
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (8, 8)).save(secret)
+    visit = does.visit()
+    for notice in (does.take_pictures([str(secret)], visit)[-1], does.take_sound(str(secret), visit)[-1]):
+        assert "it was not uploaded on this page" in notice
+    assert (visit.talk.pictures, visit.shown, secret.exists()) == ([], {}, True)
+
+
+def test_the_notice_is_no_html(does, uploads):
+    *_, notice = does.take_pictures([sent(uploads, "<b>.jpg", b"no picture")], does.visit())
     assert "&lt;b&gt;.jpg was refused" in notice and "<b>" not in notice
 
 
-def test_a_visit_takes_so_many_pictures(does, tmp_path):
+def test_a_visit_takes_so_many_pictures(does, uploads):
     visit = does.visit()
-    paths = [uploaded(tmp_path, f"{number}.png", (8, 8)) for number in range(web.MAX_PICTURES + 1)]
+    paths = [uploaded(uploads, f"{number}.png", (8, 8)) for number in range(web.MAX_PICTURES + 1)]
     *_, notice = does.take_pictures(paths, visit)
     assert len(visit.talk.pictures) == web.MAX_PICTURES and "takes 16 pictures" in notice
 
@@ -117,35 +141,35 @@ class Hearing:
         pass
 
 
-def sound(folder):
-    with wave.open(str(folder / "a.wav"), "wb") as file:
+def sound(uploads):
+    data = io.BytesIO()
+    with wave.open(data, "wb") as file:
         file.setparams((1, 2, 16_000, 0, "NONE", ""))
         file.writeframes(np.zeros(1600, np.int16).tobytes())
-    return str(folder / "a.wav")
+    return sent(uploads, "a.wav", data.getvalue())
 
 
-def test_a_sound_is_heard(tmp_path):
-    does = Handlers(Hearing(), Page("ears", "alpaca", FEW))
+def test_a_sound_is_heard(uploads):
+    does = Handlers(Hearing(), Page("ears", "alpaca", FEW), uploads)
     visit = does.visit()
-    _, panel, notice = does.take_sound(sound(tmp_path), visit)
+    _, panel, notice = does.take_sound(sound(uploads), visit)
     assert (notice, "sound: a.wav" in panel, [*visit.talk.given]) == ("", True, ["audio"])
-    (tmp_path / "b.wav").write_bytes(b"no sound")
-    *_, notice = does.take_sound(str(tmp_path / "b.wav"), visit)
+    *_, notice = does.take_sound(sent(uploads, "b.wav", b"no sound"), visit)
     assert "b.wav was refused: b.wav is not a PCM .wav file" in notice
-    assert not any(tmp_path.iterdir())
+    assert left(uploads) == []
 
 
-def test_a_sound_is_refused_by_a_model_that_does_not_hear(does, tmp_path):
-    *_, notice = does.take_sound(sound(tmp_path), does.visit())
-    assert "does not perceive 'audio'" in notice and not any(tmp_path.iterdir())
+def test_a_sound_is_refused_by_a_model_that_does_not_hear(does, uploads):
+    *_, notice = does.take_sound(sound(uploads), does.visit())
+    assert "does not perceive 'audio'" in notice and left(uploads) == []
 
 
 # ---- answers ----
 
 
-def test_an_answer_grows_and_is_shown_as_it_is(does, tmp_path):
+def test_an_answer_grows_and_is_shown_as_it_is(does, uploads):
     visit = does.visit()
-    does.take_pictures([uploaded(tmp_path)], visit)
+    does.take_pictures([uploaded(uploads)], visit)
     seen = []
     for messages, field, notice in does.answer("What <is> it?", visit, *KNOBS):
         assert (field, notice) == ("", "")
@@ -177,32 +201,32 @@ def test_what_cannot_be_asked_stays_in_the_field(does, question, knobs, message)
     assert (messages, field, visit.talk.turns) == ([], question, []) and message in notice
 
 
-def test_visits_share_nothing(does, tmp_path):
+def test_visits_share_nothing(does, uploads):
     one, other = does.visit(), does.visit()
-    does.take_pictures([uploaded(tmp_path)], one)
+    does.take_pictures([uploaded(uploads)], one)
     list(does.answer("What?", one, *KNOBS))
     assert (other.messages, other.talk.turns, other.shown) == ([], [], {})
     fresh, messages, *_ = does.reset()
     assert messages == [] and fresh.talk.turns == []
 
 
-def test_examples_are_scenes_of_the_models_world(model):
-    does = Handlers(model, Page("small", "plain", FEW, ScenesConfig(most=1)))
+def test_examples_are_scenes_of_the_models_world(model, uploads):
+    does = Handlers(model, Page("small", "plain", FEW, ScenesConfig(most=1)), uploads)
     visit = does.visit()
     for number in (0, 3):
         panel, notice = does.take_example(number, visit)
         assert notice == ""
     assert len(does.examples) == web.EXAMPLES and panel.count("<img") == len(visit.talk.pictures) == 2
-    assert Handlers(model, Page("small", "vicuna")).examples == []
+    assert Handlers(model, Page("small", "vicuna"), uploads).examples == []
 
 
-def test_a_template_without_memory_shows_what_the_next_question_is_about(model, tmp_path):
-    does = Handlers(Telling(model, "Yes."), Page("small", "plain", FEW))
+def test_a_template_without_memory_shows_what_the_next_question_is_about(model, uploads):
+    does = Handlers(Telling(model, "Yes."), Page("small", "plain", FEW), uploads)
     visit = does.visit()
-    does.take_pictures([uploaded(tmp_path, "1.jpg"), uploaded(tmp_path, "2.jpg")], visit)
+    does.take_pictures([uploaded(uploads, "1.jpg"), uploaded(uploads, "2.jpg")], visit)
     list(does.answer("What?", visit, *KNOBS))
     assert visit.panel().count("<img") == 2
-    does.take_pictures([uploaded(tmp_path, "3.jpg")], visit)
+    does.take_pictures([uploaded(uploads, "3.jpg")], visit)
     assert visit.panel().count("<img") == 1
 
 

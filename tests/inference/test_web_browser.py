@@ -188,6 +188,11 @@ def test_files_that_are_refused(page, tmp_path):
     wait(lambda: "refused" not in page.inner_text("#notice"))
 
 
+def test_an_example_is_shown(page):
+    page.click("#examples button:has(img)")
+    page.wait_for_selector("#shown img")
+
+
 def test_visits_do_not_share_a_conversation(chromium, server, page):
     upload(page, picture())
     page.wait_for_selector("#shown img")

@@ -12,16 +12,7 @@ import pytest
 from mmjax import trees
 from mmjax.families import config_from_dict
 from mmjax.models import imagebind
-from mmjax.models.imagebind import (
-    AXES,
-    IMAGEBIND_HUGE,
-    TINY,
-    ImageBind,
-    ImageBindConfig,
-    Tower,
-    example,
-    windows,
-)
+from mmjax.models.imagebind import AXES, IMAGEBIND_HUGE, TINY, ImageBind, ImageBindConfig, Tower, example, windows
 from mmjax.models.senses import sense_of
 from tests import tiny
 

@@ -13,9 +13,9 @@ from mmjax.data import senses
 from mmjax.data.images import crop, rgb
 from mmjax.models import bind
 from mmjax.models.imagebind import ImageBind
-from mmjax.models.senses import SENSES, sense_of
 from mmjax.models.layers import resize_positions, unit
 from mmjax.models.pixels import normalise
+from mmjax.models.senses import SENSES, sense_of
 from tests import tiny
 from tests.parity import imagebind_golden as golden
 from tests.parity.close import assert_close

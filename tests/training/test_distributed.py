@@ -56,7 +56,11 @@ def both(out, mesh, kill=()):
     """Two processes of four devices each; their exit statuses and what they printed."""
     port = free_port()
     running = [start(out, mesh, process, 2, 4, port, kill) for process in range(2)]
-    printed = [process.communicate(timeout=300)[0] for process in running]
+    try:
+        printed = [process.communicate(timeout=300)[0] for process in running]
+    finally:
+        for process in running:  # none of them stays behind in the folder; one that has ended is left alone
+            process.kill()
     return [process.returncode for process in running], "\n".join(printed)
 
 

@@ -30,7 +30,8 @@ def looked():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, looked):
-    folder, mean_loss = tmp_path_factory.mktemp("finished") / "run", steps.mean_loss
+    """Below a folder whose name is a pattern for files and for what is printed; the runs compared with it are not."""
+    folder, mean_loss = tmp_path_factory.mktemp("finished") / "exp [1] *?" / "x[/b]", steps.mean_loss
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "mean_loss", lambda *args: looked.append(args[2].tokens.shape) or mean_loss(*args))
         return run.train(small.run_config(folder))
@@ -43,7 +44,7 @@ def packed(config):
 
 @pytest.fixture(scope="module")
 def finished_packed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished_packed") / "run"
+    folder = tmp_path_factory.mktemp("finished_packed") / "{x} 100%#~"
     return run.train(packed(small.run_config(folder)))
 
 

@@ -8,7 +8,7 @@ import functools
 import io
 import pickle
 import pickletools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,31 +128,95 @@ def _asked(name: str, number: int, image: str, sentence: str, where: str, invers
     return Record(name, image, answer, about_picture(pool[number % len(pool)].replace("{}", asked)))
 
 
-_NOT_PLAIN = frozenset((
+DEEPEST = 16  # lists and dictionaries within each other; RefCOCO's are four
+UNFOLDED = 4  # values for each byte of a pickle; RefCOCO's have one for five
+_NOT_PLAIN = frozenset((  # what runs programs, and sets
     "GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD", "PERSID", "BINPERSID", "EXT1",
-    "EXT2", "EXT4", "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER"))
+    "EXT2", "EXT4", "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "EMPTY_SET", "ADDITEMS", "FROZENSET"))
+_KEYS = (str, bytes, int, float, bool, type(None))
 
 
-class _Plain(pickle.Unpickler):
+class _Plain(pickle._Unpickler):
+    """Python's own unpickler in Python, without the opcodes of `_NOT_PLAIN`, whose dictionaries have plain keys.
+
+    The one in C hashes whatever stands as a key, and a tuple that is nested deeply enough overflows its stack.
+    """
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, content: bytes):
+        super().__init__(io.BytesIO(content), encoding="utf-8")
+
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
+    def put_item(self) -> None:
+        _check_keys(self.stack[-2:-1])
+        self.load_setitem()
+
+    def put_items(self) -> None:
+        _check_keys(self.stack[::2])
+        self.load_setitems()
+
+    def make_dict(self) -> None:
+        _check_keys(self.stack[::2])
+        self.load_dict()
+
+    dispatch |= {pickle.SETITEM[0]: put_item, pickle.SETITEMS[0]: put_items, pickle.DICT[0]: make_dict}
+
+
+def _refuse(name: str) -> Callable[[Any], None]:
+    def refuse(_: Any) -> None:
+        raise pickle.UnpicklingError(f"it holds {name}")
+
+    return refuse
+
+
+_Plain.dispatch |= {ord(opcode.code): _refuse(opcode.name) for opcode in pickletools.opcodes
+                    if opcode.name in _NOT_PLAIN}
+
+
+def _check_keys(keys: Sequence[Any]) -> None:
+    if wrong := [key for key in keys if not isinstance(key, _KEYS)]:
+        raise pickle.UnpicklingError(f"a {type(wrong[0]).__name__} is a key of one of its dictionaries")
+
+
+def _check_nesting(found: Any, size: int) -> None:
+    """Raises ValueError for what is nested so deeply that showing or comparing it would fail, for what holds itself,
+    and for what stands in so many places that it unfolds to far more values than the `size` bytes of its file."""
+    level, values = {id(found): (found, 1)}, 1
+    for _ in range(DEEPEST):
+        parts: dict[int, tuple[Any, int]] = {}  # what stands in many places is looked into once, and counted
+        for each, places in level.values():
+            held = each.values() if isinstance(each, dict) else each if isinstance(each, (list, tuple)) else ()
+            values += places * len(held)
+            for part in held:
+                if isinstance(part, (list, tuple, dict)):
+                    parts[id(part)] = part, places + parts.get(id(part), (part, 0))[1]
+        if not parts:
+            break
+        level = parts
+    else:
+        raise ValueError(f"its lists and dictionaries are nested more than {DEEPEST} deep")
+    if values > UNFOLDED * size:
+        raise ValueError(f"its {size} bytes unfold to more than {UNFOLDED} values each")
+
 
 def plain_pickle(file: Path) -> list[Any]:
-    """The list in a pickle of plain values. Raises ValueError for any other, before anything of it is made.
+    """The list in a pickle of plain values. Raises ValueError for any other; nothing of it is ever executed.
 
     Pickles can run programs and ask for any amount of memory; RefCOCO's are lists of dictionaries of text and numbers.
     """
     content = file.read_bytes()
     try:
-        for opcode, argument, _ in pickletools.genops(content):
-            if opcode.name in _NOT_PLAIN:
-                raise ValueError(f"it holds {opcode.name}")
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument) > len(content):
-                raise ValueError("it numbers its parts beyond its length")
-        found = _Plain(io.BytesIO(content), encoding="utf-8").load()
+        unpickler = _Plain(content)
+        found = unpickler.load()
+        if max(unpickler.memo, default=0) > len(content):
+            raise ValueError("it numbers its parts beyond its length")
+        _check_nesting(found, len(content))
     except Exception as error:  # the unpickler raises whatever comes to its mind
-        raise ValueError(f"{file} is not a pickle of plain values that can be read: {error}") from error
+        why = str(error) or type(error).__name__
+        raise ValueError(f"{file} is not a pickle of plain values that can be read: {why}") from error
     if not isinstance(found, list):
         raise ValueError(f"{file} must hold a list of references, not a {type(found).__name__}.")
     return found

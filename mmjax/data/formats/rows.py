@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmjax import files
 from mmjax.data.conversation import PICTURE
 from mmjax.data.formats.record import Record
 from mmjax.data.text import PLACEHOLDER
@@ -168,9 +169,11 @@ def picture(root: str, name: str) -> str:
 
     Links are followed to see where it leads; an absolute path that stays below the root is fine.
     """
+    if "://" in name and (problem := files.url_problem(name)):
+        raise ValueError(f"the picture {problem}")
     path = os.path.join(root, name)
     try:
-        base, real = _real(os.path.abspath(root)), os.path.realpath(path)
+        base, real = _real(os.path.join(os.getcwd(), root)), os.path.realpath(path)
     except ValueError as error:  # a zero byte, or not Unicode
         raise ValueError(f"{shown(name)} is no name of a picture: {error}") from error
     if real == base or os.path.commonpath([base, real]) != base:
@@ -180,6 +183,7 @@ def picture(root: str, name: str) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _real(root: str) -> str:
+    """Of an absolute path; `..` behind a link leads where the system says."""
     return os.path.realpath(root)
 
 

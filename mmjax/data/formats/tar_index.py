@@ -18,6 +18,9 @@ import numpy as np
 from etils import epath
 from rich.console import Console
 
+from mmjax import files
+from mmjax.data.arrays import DEFLATED, read_npz
+
 VARIABLE = "MMJAX_TAR_INDEX"
 OFF = "off"
 FORMAT = 1  # of the files; others are made anew
@@ -46,6 +49,7 @@ def folder() -> Path | None:
     told = os.environ.get(VARIABLE)
     if told == OFF:
         return None
+    files.require_local({VARIABLE: told})
     place = Path(told or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmjax" / "tars")
     try:
         place.expanduser().mkdir(parents=True, exist_ok=True)
@@ -115,12 +119,12 @@ def _parse(content: bytes, made_of: tuple[int, int]) -> Index | None:
     if hashlib.sha256(content).digest() != digest:
         raise ValueError("its checksum is another")
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            if arrays["made_of"].tolist() != [FORMAT, *made_of]:
-                return None
-            keys, places = arrays["keys"], arrays["places"]
-            problems = {int(place): str(problem) for place, problem in json.loads(arrays["problems"].tobytes()).items()}
-    except Exception as error:  # whatever numpy and zipfile raise for what another program has written
+        arrays = read_npz(io.BytesIO(content), DEFLATED)  # keys of one length: many zeros
+        if arrays["made_of"].tolist() != [FORMAT, *made_of]:
+            return None
+        keys, places = arrays["keys"], arrays["places"]
+        problems = {int(place): str(problem) for place, problem in json.loads(arrays["problems"].tobytes()).items()}
+    except Exception as error:  # another program may have written anything
         raise ValueError(f"it cannot be read: {error!r}") from error
     _check(keys, places, problems, made_of[0])
     return Index(keys, places, problems)

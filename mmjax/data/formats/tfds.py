@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax import files
 from mmjax.data import manifest
 from mmjax.data.formats.record import Record
 from mmjax.data.formats.rows import Lazy, words
@@ -228,6 +229,7 @@ def _builder(place: str) -> Any:
     if not os.path.isdir(place):
         if place.startswith((".", os.sep)):
             raise FileNotFoundError(f"There is no folder {place}.")
+        files.require_local({"TFDS_DATA_DIR": os.environ.get("TFDS_DATA_DIR")})
         try:
             return builder_from_files(place)
         except ValueError as error:  # also for a name that cannot be one

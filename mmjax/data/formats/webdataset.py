@@ -16,10 +16,12 @@ from etils import epath
 from rich.console import Console
 from rich.progress import track
 
+from mmjax.config import REMOTE
 from mmjax.data.formats import tar_index
 from mmjax.data.formats.record import Member, Record
 from mmjax.data.formats.rows import Lazy, parse_json, words
 from mmjax.data.formats.tar_index import Index
+from mmjax.files import url_problem
 
 NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)  # webdataset: base_plus_ext
 KINDS = {"jpg": "picture", "jpeg": "picture", "png": "picture", "webp": "picture", "txt": "text", "json": "json"}
@@ -38,9 +40,16 @@ def webdataset(path: str, root: None = None) -> Sequence[Record]:
 
     The caption is the text, or the JSON's `caption`, or its `text`. Members with other endings are left alone. A sample
     that cannot be used is a record with a problem; so is, once, what lies behind the place where a tar is damaged.
-    Raises FileNotFoundError or ValueError naming the tars that are absent or no tars at all; also for a `root`, because
-    pictures lie in the tars.
+    Raises FileNotFoundError or ValueError naming the tars that are absent or no tars at all, or a URL of another kind,
+    or for which a package is missing; also for a `root`, because pictures lie in the tars.
     """
+    try:
+        return _read(path, root)
+    except ImportError as error:  # of what epath needs for the scheme
+        raise ValueError(f"{path} cannot be read on this machine: {error}") from error
+
+
+def _read(path: str, root: None) -> Sequence[Record]:
     if root is not None:
         raise ValueError(f"The pictures of {path} lie in the tars themselves: leave out the root, {root}.")
     files, place = shards(path), tar_index.folder()
@@ -67,13 +76,20 @@ def webdataset(path: str, root: None = None) -> Sequence[Record]:
 
 
 def shards(path: str) -> list[str]:
-    """The tars that a path stands for, in order. Raises ValueError if it stands for none, or for too many."""
-    if "{" not in path and epath.Path(path).is_dir():
-        files = sorted(str(file) for file in epath.Path(path).glob("*.tar"))
+    """The tars that a path stands for, in order. Raises ValueError if it stands for none, or for too many, or for a URL
+    of another kind than those of `REMOTE`."""
+    remote = REMOTE["webdataset"]
+    if problem := url_problem(path, remote):
+        raise ValueError(problem)
+    if os.path.isdir(path) or "{" not in path and epath.Path(path).is_dir():
+        # not `glob`, which takes the folder's name for a pattern too
+        files = sorted(str(file) for file in epath.Path(path).iterdir() if re.fullmatch(r"[^.].*\.tar", file.name))
     else:
         files = list(itertools.islice(_expanded(path), MOST_SHARDS + 1))
     if not files or len(files) > MOST_SHARDS:
         raise ValueError(f"{path} stands for {'more than a million tars' if files else 'no tars'}.")
+    if problem := next(filter(None, (url_problem(file, remote) for file in files)), None):
+        raise ValueError(problem)
     return files
 
 

@@ -1,0 +1,146 @@
+"""Arrays from .npy and .npz files that anybody may have written.
+
+`numpy.load` believes a header: it evaluates it, reserves the memory that it asks for, and raises whatever that leads
+to. Here a header is matched, not evaluated, and what it claims is compared with the bytes that are there before any
+memory is reserved. Arrays of numbers and of text are read; objects, records and times are not.
+"""
+
+import dataclasses
+import math
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+HEADER = 10_000  # bytes, numpy's own limit
+PLAIN = re.compile(r"[<>|=]?[biufcSU][1-9]\d{0,8}")  # dtypes
+FIELD = re.compile(r"""\s*(['"])(descr|fortran_order|shape)\1\s*:\s*"""
+                   r"""(?:(['"])([^'"]*)\3|(True|False)|\(([\d\s,L-]*)\))\s*(?:,|$)\s*""")
+UNPACKED = 64 * 2**20  # bytes that a small .npz file may unpack to
+RATIO = 16  # unpacked bytes for each byte of a larger one
+DEFLATED = 1032  # the most that there can be
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a .npy file says of itself. length: of the header, in bytes"""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    order: str
+    length: int
+
+
+def read_npy(path: str | os.PathLike, mmap: bool = False) -> np.ndarray:
+    """The array in a .npy file; with `mmap`, its numbers stay on the disk until they are used.
+
+    Raises OSError, or ValueError saying what is wrong with the file, without its name.
+    """
+    if not Path(path).is_file():  # neither a folder nor a pipe that would be waited for
+        raise FileNotFoundError(f"there is no file {path}")
+    with open(path, "rb") as file:
+        header = _header(file, os.fstat(file.fileno()).st_size)
+        if mmap and math.prod(header.shape):
+            return np.memmap(path, header.dtype, "r", header.length, header.shape, header.order)
+        return _array(file, header)
+
+
+def read_npz(source: str | os.PathLike | BinaryIO, ratio: int = RATIO) -> dict[str, np.ndarray]:
+    """The arrays in a .npz file, by their names.
+
+    ratio: how many times its own size a file may unpack to; small ones may always unpack to 64 MiB
+
+    Raises OSError, or ValueError saying what is wrong with the file, without its name.
+    """
+    named = isinstance(source, (str, os.PathLike))
+    if named and not Path(source).is_file():
+        raise FileNotFoundError(f"there is no file {source}")
+    stored = Path(source).stat().st_size if named else source.seek(0, os.SEEK_END)
+    try:
+        with zipfile.ZipFile(source) as archive:
+            _check_members(archive.infolist(), max(UNPACKED, ratio * stored), stored)
+            return {member.filename.removesuffix(".npy"): _member(archive, member) for member in archive.infolist()}
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # zipfile and zlib each have their own
+        raise ValueError(f"it is not an archive of arrays that can be read: {error}") from error
+
+
+def _check_members(members: list[zipfile.ZipInfo], most: int, stored: int) -> None:
+    """Raises ValueError if they are not what `numpy.savez` writes, or unpack to more than `most` bytes."""
+    for member in members:
+        if not member.filename.endswith(".npy"):
+            raise ValueError(f"it holds {_short(member.filename)}, which is not an array")
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{_short(member.filename)} is compressed in a way that numpy does not write")
+    if (unpacked := sum(member.file_size for member in members)) > most:
+        raise ValueError(f"its {stored:,} bytes would unpack to {unpacked:,}, more than the {most:,} that are allowed "
+                         "for a file of its size. If it is meant so, write it with numpy.savez, which does not "
+                         "compress")
+
+
+def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(member) as file:
+        try:
+            return _array(file, _header(file, member.file_size))
+        except ValueError as error:
+            raise ValueError(f"{_short(member.filename)}: {error}") from error
+
+
+def _header(file: BinaryIO, size: int) -> Header:
+    """Reads the header of a file of `size` bytes. Raises ValueError unless those hold what it describes."""
+    start = file.read(8)
+    if start[:6] != b"\x93NUMPY":
+        raise ValueError("it does not begin as a .npy file does")
+    length = int.from_bytes(file.read(2 if start[6:7] == b"\1" else 4), "little")
+    if length > HEADER:
+        raise ValueError(f"its header takes {length:,} bytes, more than {HEADER:,}")
+    fields = _fields(file.read(length).decode("latin-1"))
+    if not PLAIN.fullmatch(fields["descr"]):
+        raise ValueError(f"it holds {_short(fields['descr'])}, but only plain numbers and text are read")
+    try:
+        dtype = np.dtype(fields["descr"])
+        shape = tuple(int(side.strip().rstrip("L")) for side in fields["shape"].split(",") if side.strip())
+    except (TypeError, ValueError) as error:  # such as float24, or 1-1
+        raise ValueError(f"its header cannot be read: {_short(str(error))}") from error
+    if min(shape, default=0) < 0 or len(shape) > 32:
+        raise ValueError(f"its header names the shape {_short(list(shape))}")
+    if (needed := math.prod(shape) * dtype.itemsize) > (rest := size - file.tell()):
+        raise ValueError(f"its header describes {dtype}{_short(list(shape))}, which takes "
+                         f"{f'{needed:,}' if needed < 10**30 else 'far too many'} bytes, but {rest:,} are there")
+    if math.prod(max(side, 1) for side in shape) * dtype.itemsize > np.iinfo(np.intp).max:  # beside a side of 0
+        raise ValueError(f"its header names the shape {_short(list(shape))}")
+    return Header(shape, dtype, "F" if fields["fortran_order"] == "True" else "C", file.tell())
+
+
+def _fields(header: str) -> dict[str, str]:
+    """By name what stands in `{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }`."""
+    text, place, fields = header.strip(), 1, {}
+    if text[:1] == "{" and text[-1:] == "}":
+        while match := FIELD.match(text, place, len(text) - 1):
+            quoted, flag, sides = match.group(4), match.group(5), match.group(6)
+            fields[match.group(2)] = next(value for value in (quoted, flag, sides) if value is not None)
+            place = match.end()
+    if place != len(text) - 1 or fields.keys() != {"descr", "fortran_order", "shape"}:
+        raise ValueError(f"its header is not that of an array of plain numbers or text: {_short(text)}")
+    return fields
+
+
+def _array(file: BinaryIO, header: Header) -> np.ndarray:
+    """What stands behind the header. Raises ValueError if that ends early."""
+    flat = np.empty(math.prod(header.shape), header.dtype)
+    room, done = memoryview(flat.view(np.uint8)), 0
+    while done < len(room):
+        if not (count := file.readinto(room[done:done + 2**20])):
+            raise ValueError(f"it ends after {done:,} of {len(room):,} bytes")
+        done += count
+    return flat.reshape(header.shape, order=header.order)
+
+
+def _short(value: Any) -> str:
+    """On one line, not too long, nothing in it that moves a terminal."""
+    text = "".join(char if char.isprintable() else " " for char in str(value))
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,285 @@
+"""Files that visitors of the chat page send: who sent which, and what of a request reaches Gradio.
+
+Gradio copies, downloads and serves whatever path or address a request names, in any field, before a handler of the page
+sees it; and it gives two visitors who send the same bytes one file. So it receives no file here and no request as it
+came: `Gate` stands before it, keeps the files itself, one to each upload, and lets pass the requests that the page
+makes, with no file in them but those that the same visitor sent. `Uploads` says which these are.
+"""
+
+import contextlib
+import dataclasses
+import json
+import re
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+WAIT = 600  # seconds that a file may wait to be read
+MAX_FILES = 64  # of one request
+MAX_BODY = 2**20  # bytes of a request that is no upload
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".wav")  # that a file keeps on disk
+COOKIE = "mmjax-visitor"
+API = "/gradio_api/"
+GET = re.compile(r"/|/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|(assets|static|svelte)/.+)|" + API +
+                 r"(theme\.css|info|app_id|login_check|startup-events|upload_progress|heartbeat/[^/]+|file=.+"
+                 r"|queue/(data|status))")
+POST = re.compile(API + "(upload|queue/join|run/predict|cancel|reset)")
+ASKED = ("data", "event_data", "fn_index", "trigger_id", "session_hash")  # what the page sends to its handlers
+FILE_KEYS = {"path", "url", "meta"}  # one of them, and Gradio may take a dict for a file
+
+
+@dataclasses.dataclass(frozen=True)
+class Upload:
+    """name: for people, as the visitor called it"""
+
+    visitor: str
+    name: str
+    since: float
+
+
+class Uploads:
+    """The files that were sent and wait to be read. Each lies under a name that cannot be guessed, and is read once."""
+
+    def __init__(self, folder: str | Path):
+        """folder: below which they are kept, in one of their own"""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.folder = Path(tempfile.mkdtemp(prefix="visitors-", dir=folder)).resolve()  # for this user alone
+        self._waiting: dict[str, Upload] = {}
+        self._lock = threading.Lock()
+
+    def add(self, visitor: str, name: str, source: BinaryIO) -> str:
+        """The path of a new file with the bytes of `source`, whatever else has them."""
+        self._remove(lambda upload: upload.since < time.monotonic() - WAIT)
+        name = _shown(name)
+        suffix = Path(name).suffix.lower()
+        path = self.folder / (secrets.token_urlsafe(24) + (suffix if suffix in SUFFIXES else ""))
+        with open(path, "xb") as file:
+            shutil.copyfileobj(source, file)
+        with self._lock:
+            self._waiting[str(path)] = Upload(visitor, name, time.monotonic())
+        return str(path)
+
+    @contextlib.contextmanager
+    def taken(self, path: str) -> Iterator[str]:
+        """The name of a file that is read now; afterwards it is gone. Raises ValueError, and nothing is opened or
+        removed, if it was not uploaded or no longer waits."""
+        with self._lock:
+            upload = self._waiting.pop(str(path), None)
+        if upload is None:
+            raise ValueError("A file was refused: it was not uploaded on this page, or it was read or removed since. "
+                             "Upload it again.")
+        try:
+            yield upload.name
+        finally:
+            Path(path).unlink(missing_ok=True)
+
+    def admitted(self, visitor: str, value: Any, pages: Collection[str] = ()) -> Any:
+        """What a request of a visitor holds, with nothing said of a file but its path.
+
+        pages: paths of the page's own pictures, which all may name
+
+        Raises ValueError for a file that this visitor did not upload, wherever it stands.
+        """
+        if isinstance(value, list):
+            return [self.admitted(visitor, one, pages) for one in value]
+        if not isinstance(value, dict):
+            return value
+        if not FILE_KEYS & value.keys():
+            return {key: self.admitted(visitor, one, pages) for key, one in value.items()}
+        path = value.get("path")
+        upload = self._waiting.get(path) if isinstance(path, str) else None
+        if not (upload and upload.visitor == visitor) and not (isinstance(path, str) and path in pages):
+            raise ValueError("The request names a file that was not uploaded in this visit, or no longer waits. Upload "
+                             "it on the page, with cookies allowed for it.")
+        return {"path": path, "orig_name": upload.name if upload else None, "meta": {"_type": "gradio.FileData"}}
+
+    def leave(self, visitor: str) -> None:
+        """Removes what a visitor left unread."""
+        self._remove(lambda upload: upload.visitor == visitor)
+
+    def close(self) -> None:
+        """Removes all."""
+        self._remove(lambda upload: True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _remove(self, which) -> None:
+        with self._lock:
+            paths = [path for path, upload in self._waiting.items() if which(upload)]
+            for path in paths:
+                del self._waiting[path]
+        for path in paths:
+            Path(path).unlink(missing_ok=True)
+
+
+def _shown(name: str) -> str:
+    """A file's name for people: the last part, in one line, of at most 100 letters. No file is called so."""
+    last = re.split(r"[/\\]", name)[-1]
+    return "".join(letter for letter in last if letter.isprintable())[-100:].strip() or "file"
+
+
+# ---- before Gradio ----
+
+
+class Refused(Exception):
+    """A request that Gradio does not see. status: of the answer, whose words are the message"""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+class Gate:
+    """ASGI middleware around a Gradio application: see above.
+
+    pages: paths of the page's own pictures, the only ones that are served
+    most:  bytes of an uploaded file
+    total: bytes of an upload of several
+
+    A visitor is who sends the same cookie. Files that were not read are removed when the last of a visitor's open pages
+    closes (each holds a connection to "heartbeat"), after `WAIT` seconds, or when the server ends.
+    """
+
+    def __init__(self, inner: Any, uploads: Uploads, pages: Collection[str], most: int, total: int):
+        self.inner, self.uploads, self.pages, self.most, self.total = inner, uploads, frozenset(pages), most, total
+        self.open: Counter[str] = Counter()
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "lifespan":
+            try:
+                return await self.inner(scope, receive, send)
+            finally:
+                self.uploads.close()
+        if scope["type"] != "http":
+            return None  # no websocket is accepted
+        visitor, send = _visitor(scope, send)
+        try:
+            await self._pass(scope, receive, send, visitor)
+        except Refused as refused:
+            await _answer(send, refused.status, str(refused), b"text/plain; charset=utf-8")
+
+    async def _pass(self, scope, receive, send, visitor):
+        path, method = scope["path"], scope["method"]
+        known = {"GET": GET, "HEAD": GET, "POST": POST}.get(method)
+        if not known or not known.fullmatch(path):
+            raise Refused(403, "This page does not serve that.")
+        route = path.removeprefix(API)
+        if route.startswith("file=") and route.removeprefix("file=") not in self.pages:
+            raise Refused(403, "No file is served from there.")
+        if route == "upload_progress":  # the page asks while it sends; it shows no more than that it does
+            return await _answer(send, 200, 'data: {"msg": "done"}\n\n', b"text/event-stream")
+        if route == "upload":
+            return await self._keep(scope, receive, send, visitor)
+        if route in ("queue/join", "run/predict"):
+            scope, receive = await self._checked(scope, receive, visitor)
+        if not route.startswith("heartbeat/"):
+            return await self.inner(scope, receive, send)
+        self.open[visitor] += 1
+        try:
+            return await self.inner(scope, receive, send)
+        finally:
+            self.open[visitor] -= 1
+            if not self.open[visitor]:
+                del self.open[visitor]
+                self.uploads.leave(visitor)
+
+    async def _checked(self, scope, receive, visitor):
+        """(scope, receive) of the same request with nothing in its body but what may be."""
+        body = await _body(receive)
+        try:
+            asked = json.loads(body)
+            if not isinstance(asked, dict):
+                raise ValueError("not an object")
+            asked = {key: asked[key] for key in ASKED if key in asked}
+        except (ValueError, RecursionError) as error:
+            raise Refused(400, "The request is no JSON of a question.") from error
+        try:
+            body = json.dumps(self.uploads.admitted(visitor, asked, self.pages)).encode()
+        except RecursionError as error:
+            raise Refused(400, "The request is nested too deeply.") from error
+        except ValueError as error:
+            raise Refused(403, str(error)) from error
+        headers = [(name, value) for name, value in scope["headers"]
+                   if name.lower() not in (b"content-length", b"content-type", b"transfer-encoding")]
+        headers += [(b"content-length", str(len(body)).encode()), (b"content-type", b"application/json")]
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def again():
+            return messages.pop() if messages else await receive()
+        return {**scope, "headers": headers}, again
+
+    async def _keep(self, scope, receive, send, visitor):
+        """In place of Gradio's own upload; it too answers with the paths."""
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length[:20]) > self.total:  # else the bytes that come are counted
+            raise Refused(413, f"The request exceeds the maximum allowed size of {self.total} bytes.")
+        from starlette.concurrency import run_in_threadpool
+        from starlette.exceptions import HTTPException
+        from starlette.formparsers import MultiPartException
+        from starlette.requests import ClientDisconnect, Request
+
+        try:
+            async with Request(scope, _limited(receive, self.total)).form(max_files=MAX_FILES, max_fields=0) as form:
+                files = [file for file in form.getlist("files") if not isinstance(file, str)]
+                if any(file.size > self.most for file in files):
+                    raise Refused(413, f"A file exceeds the maximum allowed size of {self.most} bytes.")
+                paths = [await run_in_threadpool(self.uploads.add, visitor, file.filename or "", file.file)
+                         for file in files]
+        except ClientDisconnect:
+            return
+        except (HTTPException, MultiPartException) as error:
+            raise Refused(400, f"The upload was refused: {getattr(error, 'detail', error)}") from error
+        await _answer(send, 200, json.dumps(paths), b"application/json")
+
+
+def _visitor(scope, send):
+    """(who sends the request, `send` that lets them be known by it again)"""
+    header = b"; ".join(value for name, value in scope["headers"] if name == b"cookie").decode("latin-1")
+    known = re.search(rf"(?:^|; *){COOKIE}=([A-Za-z0-9_-]{{32,64}}) *(?:;|$)", header)  # others' may be malformed
+    if known:
+        return known[1], send
+    visitor = secrets.token_urlsafe(32)
+    secure = "; Secure" if scope.get("scheme") == "https" else ""
+    made = f"{COOKIE}={visitor}; Path=/; HttpOnly; SameSite=Lax{secure}".encode()
+
+    async def sent(message):
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), (b"set-cookie", made)]}
+        await send(message)
+    return visitor, sent
+
+
+def _limited(receive, most):
+    """`receive` that raises Refused after so many bytes."""
+    seen = 0
+
+    async def received():
+        nonlocal seen
+        message = await receive()
+        seen += len(message.get("body", b""))
+        if seen > most:
+            raise Refused(413, f"The request exceeds the maximum allowed size of {most} bytes.")
+        return message
+    return received
+
+
+async def _body(receive) -> bytes:
+    body, receive = b"", _limited(receive, MAX_BODY)
+    while (message := await receive())["type"] == "http.request":
+        body += message.get("body", b"")
+        if not message.get("more_body"):
+            return body
+    raise Refused(400, "The request broke off.")
+
+
+async def _answer(send, status: int, words: str, kind: bytes) -> None:
+    body = words.encode()
+    await send({"type": "http.response.start", "status": status,
+                "headers": [(b"content-type", kind), (b"content-length", str(len(body)).encode()),
+                            (b"cache-control", b"no-store")]})
+    await send({"type": "http.response.body", "body": body})
