@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from mmjax.inference import uploads, web
+from mmjax.families import FAMILIES
+from mmjax.families.base import FamilyConfig, ImageSpec
+from mmjax.inference import uploads
 from tests.inference.test_uploads import META, forms, picture
 
 if not find_spec("gradio"):  # it is imported by the page's process alone
     pytest.skip("needs Gradio, the extra demo", allow_module_level=True)
 httpx = pytest.importorskip("httpx")
 PROGRAM = """
-from mmjax import demo
-from tests.test_demo_gradio import Seeing
+from mmjax.inference import web
+from tests.inference.test_web_gradio import Seeing
 web.serve(Seeing(), web.Page("eyes", "vicuna"), port=0)
 """
 
@@ -24,10 +26,10 @@ web.serve(Seeing(), web.Page("eyes", "vicuna"), port=0)
 class Seeing:
     """What the page asks of a model that sees, before it answers."""
 
-    class config:
-        image_size, image_tokens, senses, crops = 32, 4, ("image",), 1
+    class config(FamilyConfig):
+        images = ImageSpec(32, tokens=4)
 
-    family, params = "none", {}
+    family, params = FAMILIES["llama"], {}
 
     def batch(self, samples, **settings):
         pass
