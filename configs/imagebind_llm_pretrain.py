@@ -1,12 +1,12 @@
-"""ImageBind-LLM 7B, pretraining: bind network, queries and gates learn from pictures and their captions.
+"""ImageBind-LLM 7B, pretraining: bind network, queries and gates learn from images and their captions.
 
-    python convert_weights.py imagebind-llm --imagebind imagebind_huge.pth --llama LLAMA_FOLDER \\
+    python convert_weights.py imagebind-llm --imagebind imagebind_huge.pth --llm LLAMA_FOLDER \\
         --out checkpoints/imagebind-llm-7b
     python train.py --config configs/imagebind_llm_pretrain.py --data.path pretrain.yaml
 
 The original's recipe (imagebind_LLM/exps/pretrain.sh): 8 GPUs x batch 4, 150 epochs of a fiftieth of the data each, 5
-of them warm-up, learning rate 1e-4 x 32 / 256. `optim.steps_per_epoch` belongs to the data: pictures / 50 / 32 (and
-`optim.warmup_steps` five times that); the value here is for 4.8 million pictures.
+of them warm-up, learning rate 1e-4 x 32 / 256. `optim.steps_per_epoch` belongs to the data: images / 50 / 32 (and
+`optim.warmup_steps` five times that); the value here is for 4.8 million images.
 Weights: 7.9 billion frozen parameters, 15.9 GB in bfloat16; 608 million trained ones, 7.3 GB with optimizer state.
 
 What it needs (compiled with libtpu 0.0.42):

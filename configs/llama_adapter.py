@@ -1,6 +1,6 @@
 """LLaMA-Adapter 7B (v1): prompts of the top 30 layers and their gates learn from Alpaca's instructions.
 
-    python convert_weights.py llama-adapter --llama LLAMA_FOLDER --out checkpoints/llama-adapter-7b
+    python convert_weights.py llama-adapter --llm LLAMA_FOLDER --out checkpoints/llama-adapter-7b
     python train.py --config configs/llama_adapter.py --data.path alpaca.yaml
 
 `alpaca.yaml` is one line, `META: [alpaca_data.json]`. The original's recipe (alpaca_finetuning_v1/finetuning.sh):

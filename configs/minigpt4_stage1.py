@@ -2,10 +2,10 @@
 
     python train.py --config configs/minigpt4_stage1.py
 
-The original's recipe (train_configs/minigpt4_stage1_pretrain.yaml): 4 epochs of 5,000 steps, 64 pictures a GPU on four
+The original's recipe (train_configs/minigpt4_stage1_pretrain.yaml): 4 epochs of 5,000 steps, 64 images a GPU on four
 GPUs, 1e-4 to 8e-5. The data are webdataset shards as img2dataset writes them, LAION and CC with SBU as 115 to 14. All
-headers are read when the first run starts, some 16,000 pictures a second: minutes for CC and SBU, two hours for all of
-LAION. Where the pictures are is then kept in ~/.cache/mmjax/tars (the environment variable MMJAX_TAR_INDEX names
+headers are read when the first run starts, some 16,000 images a second: minutes for CC and SBU, two hours for all of
+LAION. Where the images are is then kept in ~/.cache/mmjax/tars (the environment variable MMJAX_TAR_INDEX names
 another folder), and later runs start within minutes.
 
 What it needs (compiled with libtpu 0.0.42):
@@ -20,7 +20,7 @@ from mmjax.config import DataConfig, OptimConfig, RunConfig, Source, TextConfig,
 def config() -> RunConfig:
     return RunConfig(
         out="runs/minigpt4_stage1",
-        weights=WeightsConfig(checkpoint="checkpoints/minigpt4-7b"),
+        weights=WeightsConfig(checkpoint="checkpoints/minigpt4-7b", family="minigpt4"),
         data=DataConfig(
             mixture=(Source("webdataset", "data/laion/{00000..10488}.tar", 115),
                      Source("webdataset", "data/cc_sbu/{00000..01255}.tar", 14)),

@@ -17,7 +17,7 @@ from mmjax.config import DataConfig, OptimConfig, RunConfig, TextConfig, Weights
 def config() -> RunConfig:
     return RunConfig(
         out="runs/minigpt4_stage2",
-        weights=WeightsConfig(checkpoint="checkpoints/minigpt4-7b"),
+        weights=WeightsConfig(checkpoint="checkpoints/minigpt4-7b", family="minigpt4"),
         data=DataConfig(
             path="data/cc_sbu_align",
             prompts=(

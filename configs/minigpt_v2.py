@@ -18,7 +18,7 @@ from mmjax.config import DataConfig, OptimConfig, RunConfig, TextConfig, Weights
 def config() -> RunConfig:
     return RunConfig(
         out="runs/minigpt_v2",
-        weights=WeightsConfig(checkpoint="checkpoints/minigpt-v2-7b"),
+        weights=WeightsConfig(checkpoint="checkpoints/minigpt-v2-7b", family="minigpt4"),
         data=DataConfig(
             path="data/captions",
             prompts=("<Img><ImageHere></Img> [caption] Please describe this image as detailed as possible. ",),

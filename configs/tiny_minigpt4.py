@@ -3,7 +3,7 @@
     python train.py --config configs/tiny_minigpt4.py
 
 Converts the shipped tiny towers (released PyTorch formats), draws 3,000 scenes of one to three shapes, trains only the
-projector (9,312 parameters), then captions and questions scenes it never saw. The language model never saw a picture.
+projector (9,312 parameters), then captions and questions scenes it never saw. The language model never saw an image.
 """
 
 from importlib.resources import files
@@ -17,6 +17,7 @@ def config() -> RunConfig:
         out="runs/tiny_minigpt4",
         weights=WeightsConfig(
             checkpoint="runs/tiny_minigpt4/base",
+            family="minigpt4",
             sources={
                 "vit": str(shipped / "eva_vit.pth"),
                 "qformer": str(shipped / "blip2_pretrained.pth"),

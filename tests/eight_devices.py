@@ -25,7 +25,7 @@ MODULE = minigpt4.Model(tiny.MINIGPT4)
 
 
 def on(mesh, flat):
-    places = sharding.shardings(flat, minigpt4.AXES, mesh)
+    places = sharding.shardings(flat, minigpt4.FAMILY.all_axes(tiny.MINIGPT4), mesh)
 
     def put(path, leaf):
         if not isinstance(leaf, Int8):

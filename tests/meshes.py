@@ -16,7 +16,7 @@ jax.config.update("jax_num_cpu_devices", devices)
 
 from mmjax import sharding, trees  # noqa: E402
 from mmjax.config import HostsConfig, MeshConfig, OptimConfig  # noqa: E402
-from mmjax.families import minigpt4  # noqa: E402
+from mmjax.families import FAMILIES, minigpt4  # noqa: E402
 from mmjax.training import distributed, optim, steps  # noqa: E402
 from tests import tiny  # noqa: E402
 
@@ -24,13 +24,14 @@ ROWS, STEPS = 8, 10
 RULES = (*minigpt4.TRAINED, "llm/norm/.*", "llm/layers/attn/[qv]/w")
 ADAMW = optim.optimizer(OptimConfig(init_lr=1e-3, min_lr=1e-3, warmup_steps=0))
 MODULE = minigpt4.Model(tiny.MINIGPT4)
+AXES = FAMILIES["minigpt4"].all_axes(tiny.MINIGPT4)
 
 
 def train(mesh):
     """The losses; None if the mesh does not divide the model."""
     flat = trees.flatten(tiny.params("minigpt4", tiny.MINIGPT4))
     try:
-        places = sharding.shardings(flat, minigpt4.AXES, mesh)
+        places = sharding.shardings(flat, AXES, mesh)
     except ValueError:
         return None
     with sharding.use(mesh):

@@ -1,4 +1,4 @@
-"""One of the processes of a run, each with its own virtual devices; started by test_hosts.py.
+"""One of the processes of a run, each with its own virtual devices; started by tests/training/test_distributed.py.
 
     python tests/one_of_two.py CHECKPOINT PICTURES OUT PORT PROCESS PROCESSES DEVICES MESH [kill|term STEP]
 

@@ -1,4 +1,6 @@
-"""How much one of two processes reads of frozen weights that are cut into eight; started by test_hosts.py.
+"""How much one of two processes reads of frozen weights that are cut into eight.
+
+Started by tests/training/test_distributed.py:
 
     python tests/reads.py WEIGHTS PORT PROCESS
 
@@ -16,14 +18,15 @@ jax.config.update("jax_num_cpu_devices", 4)
 from mmjax import sharding  # noqa: E402
 from mmjax.checkpoints import frozen as frozen_weights  # noqa: E402
 from mmjax.config import HostsConfig, MeshConfig  # noqa: E402
-from mmjax.families import minigpt4  # noqa: E402
+from mmjax.families import FAMILIES  # noqa: E402
 from mmjax.training import distributed  # noqa: E402
+from tests import tiny  # noqa: E402
 
 folder, port, process = sys.argv[1:]
 distributed.join(HostsConfig(f"localhost:{port}", 2, int(process), timeout=120))
 mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1))
 stored = frozen_weights.metadata(folder)
-places = sharding.shardings(stored, minigpt4.AXES, mesh)
+places = sharding.shardings(stored, FAMILIES["minigpt4"].all_axes(tiny.MINIGPT4), mesh)
 wanted = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[path]) for path, leaf in stored.items()}
 
 

@@ -66,7 +66,7 @@ def test_one_device_is_a_mesh():
     made = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     assert dict(made.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
     cfg = FAMILIES["minigpt4"].presets["tiny"]
-    placed = sharding.shardings(shapes("minigpt4", cfg), FAMILIES["minigpt4"].AXES, made)
+    placed = sharding.shardings(shapes("minigpt4", cfg), FAMILIES["minigpt4"].all_axes(cfg), made)
     assert all(place.is_fully_replicated for place in placed.values())
 
 

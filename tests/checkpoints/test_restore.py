@@ -3,24 +3,43 @@
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import mmjax
 from mmjax import sharding, trees
-from mmjax.checkpoints import restore
 from mmjax.checkpoints.converted import ConvertedCheckpoint
+from mmjax.checkpoints.restore import ModelSpec
 from mmjax.config import MeshConfig
-from mmjax.families import FAMILIES
+from mmjax.models.int8 import Int8
 from tests import small
 
 
+def spec(**changes):
+    mesh = sharding.make_mesh(MeshConfig(data=1))
+    return ModelSpec(ConvertedCheckpoint.open(small.checkpoint()), mesh, **({"dtype": "float32"} | changes))
+
+
 def read(**changes):
-    source = ConvertedCheckpoint.open(small.checkpoint())
-    module = FAMILIES[source.family].Model(source.config, jnp.float32)
-    return trees.flatten(restore.read_params(source, module, sharding.make_mesh(MeshConfig(data=1)),
-                                             lambda path: jnp.float32, **changes))
+    return trees.flatten(spec().restore(**changes))
+
+
+def test_dtypes_of_trained_frozen_and_exact_parameters():
+    made = spec(dtype="bfloat16", frozen_dtype="int8", trained=("projector/.*", "llm/layers/attn/q/.*"),
+                exact=("llm/head/w",))
+    assert made.module.dtype == jnp.bfloat16 and not made.module.remat
+    assert {path: jnp.dtype(made.param_dtype(path)).name for path in (
+        "projector/w", "llm/layers/attn/q/w", "llm/layers/attn/k/w", "llm/head/w", "llm/norm/scale", "vit/pos")} == {
+        "projector/w": "float32", "llm/layers/attn/q/w": "float32", "llm/layers/attn/k/w": "int8",
+        "llm/head/w": "bfloat16", "llm/norm/scale": "bfloat16", "vit/pos": "bfloat16"}
+    wanted = made.param_specs(lambda path: path.startswith("llm/"))
+    held = trees.flatten(made.restore(only=lambda path: path.startswith("llm/")))
+    assert held.keys() == wanted.keys() and isinstance(held["llm/layers/attn/k/w"], Int8)
+    for path, leaf in held.items():
+        for got, expected in zip(jax.tree.leaves(leaf), jax.tree.leaves(wanted[path]), strict=True):
+            assert (got.shape, got.dtype, got.sharding) == (expected.shape, expected.dtype, expected.sharding), path
 
 
 def test_some_parameters_are_read_and_some_replaced():

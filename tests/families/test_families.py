@@ -5,14 +5,13 @@ import pytest
 
 from mmjax.families import FAMILIES, config_from_dict
 
-PRESETS = [(family, preset) for family, module in FAMILIES.items() for preset in module.PRESETS]
+PRESETS = [(family, preset) for family, declared in FAMILIES.items() for preset in declared.presets]
 
 
 @pytest.mark.parametrize(("family", "preset"), PRESETS, ids=map("/".join, PRESETS))
 def test_a_config_survives_json(family, preset):
-    module = FAMILIES[family]
-    cfg = module.PRESETS[preset]
-    assert config_from_dict(module.Config, json.loads(json.dumps(dataclasses.asdict(cfg)))) == cfg
+    cfg = FAMILIES[family].presets[preset]
+    assert config_from_dict(FAMILIES[family].Config, json.loads(json.dumps(dataclasses.asdict(cfg)))) == cfg
 
 
 def test_unknown_fields_are_named_with_their_place():

@@ -36,11 +36,13 @@ def depths(rows=ROWS):
     return np.random.default_rng(1).normal(size=(rows, *SENSES.depth.input_shape)).astype(np.float32)
 
 
-def batch(weights=None, **media):
-    """Words, with senses of weight 1 or as given, [B]."""
-    ones = {name: np.ones(len(x), np.float32) for name, x in media.items()}
-    return dataclasses.replace(tiny.batch(rows=ROWS, pictures=0), media=media or None,
-                               weights=(ones | (weights or {})) if media else None)
+def batch(weights=None, image=None, **media):
+    """Words, with one image a row and senses, each of weight 1 or as given, [B]."""
+    given = media if image is None else {"image": image} | media
+    ones = {name: np.ones(len(x), np.float32) for name, x in given.items()}
+    return dataclasses.replace(
+        tiny.batch(rows=ROWS, pictures=0), images=None if image is None else image[:, None], media=media or None,
+        weights=(ones | (weights or {})) if given else None)
 
 
 @functools.cache
@@ -55,7 +57,7 @@ def run(cfg, batch, method="__call__"):
 @pytest.mark.parametrize("cfg", [HEAD, LAYER, SHARED], ids=["head", "layer", "shared"])
 def test_a_batch_without_media_is_plain_llamas(cfg):
     words = batch()
-    plain = {path: leaf for path, leaf in trees.flatten(params(cfg)).items() if path.startswith("llama/")}
+    plain = {path: leaf for path, leaf in trees.flatten(params(cfg)).items() if path.startswith("llm/")}
     plain = trees.unflatten({path: leaf for path, leaf in plain.items() if "gate/w" in path or "gate" not in path})
     module = llama.Model(llama.Config(dataclasses.replace(cfg.llm, injection="")))
     expected = compiled(module)(plain, words)
@@ -64,11 +66,10 @@ def test_a_batch_without_media_is_plain_llamas(cfg):
 
 
 def test_pixels_are_normalised_by_the_model_and_rows_without_a_picture_see_zeros():
-    side, blank = SENSES.vision.image_size, np.array([False, True, False, True])
+    side, valid = SENSES.vision.image_size, np.array([True, False, True, False])
     pixels = np.random.default_rng(2).integers(0, 256, (ROWS, side, side, 3), np.uint8)
-    seen = batch(image=pixels)
-    seen = dataclasses.replace(seen, media=seen.media | {"blank": blank})
-    expected = run(HEAD, batch(image=np.where(blank[:, None, None, None], np.float32(0), normalise(pixels))), "feature")
+    seen = dataclasses.replace(batch(image=pixels), image_valid=valid[:, None])
+    expected = run(HEAD, batch(image=np.where(valid[:, None, None, None], normalise(pixels), np.float32(0))), "feature")
     np.testing.assert_allclose(run(HEAD, seen, "feature"), expected, atol=2e-6)
     np.testing.assert_array_equal(run(HEAD, seen, "feature")[1], run(HEAD, seen, "feature")[3])
     assert np.abs(expected[0] - expected[1]).max() > 0.01
@@ -100,7 +101,7 @@ def test_a_sense_of_no_weight_is_no_sense():
 
 def test_a_feature_made_before_takes_the_place_of_its_senses():
     seen = batch(image=pictures())
-    ready = batch(feature=np.asarray(run(HEAD, seen, "feature")))
+    ready = dataclasses.replace(batch(), features=np.asarray(run(HEAD, seen, "feature")))
     np.testing.assert_allclose(run(HEAD, ready), run(HEAD, seen), atol=2e-5)
 
 

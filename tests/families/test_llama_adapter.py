@@ -12,7 +12,7 @@ import pytest
 from mmjax import trees
 from mmjax.config import OptimConfig
 from mmjax.families import llama, llama_adapter, shapes
-from mmjax.families.llama_adapter import PHASES, PRESETS, TRAINED, Config, Model, normalise, with_phase
+from mmjax.families.llama_adapter import PHASES, PRESETS, TRAINED, Config, Model, with_phase
 from mmjax.families.model import causal_mask
 from mmjax.models import clip, visual
 from mmjax.models.pixels import MEAN, STD
@@ -112,10 +112,10 @@ def test_text_alone_comes_with_a_picture_of_zeros():
 
 def test_pictures_pass_in_the_order_blue_green_red():
     pixels = np.random.default_rng(2).integers(0, 256, (2, 1, SIZE, SIZE, 3), np.uint8)
-    passed = normalise(pixels)
+    passed = V2.images.normalise(pixels)
     blue = pixels[:, 0, ..., 2].astype(np.float32) / 255
     np.testing.assert_allclose(passed[:, 0, 0], (blue - MEAN[0]) / STD[0], atol=1e-6)
-    np.testing.assert_array_equal(normalise(passed), passed)
+    np.testing.assert_array_equal(V2.images.normalise(passed), passed)
     raw, ready = (encode(V2)(params(V2), dataclasses.replace(batch(), images=x))[1] for x in (pixels, passed))
     np.testing.assert_allclose(raw, ready, atol=1e-5)
 

@@ -6,7 +6,8 @@ import functools
 import numpy as np
 import pytest
 
-from mmjax.families.minigpt4 import Model, place
+from mmjax.families.minigpt4 import Model
+from mmjax.families.model import place_soft_tokens
 from mmjax.models import eva_vit
 from mmjax.models.eva_vit import EvaVit
 from mmjax.models.layers import LayerNorm
@@ -50,7 +51,7 @@ def test_place(index):
     index = np.array(index)
     random = np.random.default_rng(0)
     words, soft = random.normal(size=(len(index), 6, 3)), random.normal(size=(len(index), 6, 3))
-    placed = np.asarray(place(words.astype(np.float32), soft.astype(np.float32), index))
+    placed = np.asarray(place_soft_tokens(words.astype(np.float32), soft.astype(np.float32), index))
     for row, at in np.ndindex(index.shape):
         k = index[row, at]
         np.testing.assert_allclose(placed[row, at], words[row, at] if k < 0 else soft[row, k], rtol=1e-6)

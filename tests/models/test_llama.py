@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from mmjax import trees
+from mmjax.convert.adapter import adapted
 from mmjax.families import FAMILIES
 from mmjax.families import llama as family
-from mmjax.families.imagebind_llm import adapted
 from mmjax.families.model import causal_mask
 from mmjax.inference.layouts import unstack
 from mmjax.models import int8
@@ -357,7 +357,7 @@ def test_unrolled_layers_of_int8():
 @pytest.mark.parametrize("family_name", FAMILIES)
 def test_unstacked_parameters_are_those_of_the_unrolled_module(family_name):
     family = FAMILIES[family_name]
-    cfg = family.PRESETS["tiny"]
+    cfg = family.presets["tiny"]
     stacked = tiny.params(family_name, cfg)
     for transposed in (True, False):
         module = family.Model(cfg, scan_layers=False, transposed_weights=transposed)

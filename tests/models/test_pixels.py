@@ -8,7 +8,7 @@ import pytest
 
 from mmjax.models.pixels import MEAN, STD, normalise
 
-CASES = Path(__file__).parent / "golden" / "minigpt4" / "cases"
+CASES = Path(__file__).parents[1] / "golden" / "minigpt4" / "cases"
 
 
 @pytest.mark.parametrize("picture", ["astronaut", "chelsea"])

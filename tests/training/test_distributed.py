@@ -88,7 +88,7 @@ def test_two_processes_are_killed_and_go_on_as_one_that_never_stopped(tmp_path):
 
 
 class Ones:
-    """A parameter of ones, a layer at a time; see `weights.Slices`."""
+    """A parameter of ones, a layer at a time; see `mmjax.checkpoints.frozen.Slices`."""
 
     dtype, rows = np.dtype(np.float16), 1
 
@@ -118,11 +118,11 @@ def test_each_process_reads_its_part_of_the_frozen_weights(tmp_path):
 
 WAITING = """
 import sys, time
-from mmjax import hosts
 from mmjax.config import HostsConfig
-hosts.join(HostsConfig(sys.argv[1], 2, int(sys.argv[2]), timeout=120))
-if hosts.first():
-    hosts.wait("save the last state", 2)
+from mmjax.training import distributed
+distributed.join(HostsConfig(sys.argv[1], 2, int(sys.argv[2]), timeout=120))
+if distributed.first():
+    distributed.wait("save the last state", 2)
 time.sleep(6)
 """
 

@@ -13,14 +13,15 @@ import pytest
 
 import mmjax
 from mmjax import cli, evaluate, trees
-from mmjax.checkpoints import converted, restore
+from mmjax.checkpoints import converted
 from mmjax.checkpoints import training as training_checkpoints
+from mmjax.checkpoints.restore import ModelSpec
 from mmjax.config import DataConfig, OptimConfig, RunConfig, ScenesConfig, TextConfig, WeightsConfig
 from mmjax.convert import write
 from mmjax.data import images, pipeline, scenes
 from mmjax.data.collate import Collator
 from mmjax.data.features import Features, Names, crop_random
-from mmjax.families import FAMILIES
+from mmjax.families import FAMILIES, shapes
 from mmjax.training import encode_features, run
 from tests import small, tiny
 
@@ -104,9 +105,14 @@ def batches(config, found, rows, length, **settings):
     source = opened(config)
     for given in (None, found):
         collator = Collator(source.tokenizer, config.text, source.config, features=given, **settings)
-        filled = [[dataclasses.replace(sample, images=[collator.picture(image, None) for image in sample.images])
-                   for sample in row] for row in rows]
-        yield collator.batch(filled, length)
+        yield collator.batch([[filled(collator, sample) for sample in row] for row in rows], length)
+
+
+def filled(collator, sample):
+    """A sample tokenised, with its images opened."""
+    tokenized = collator.tokenize(sample)
+    images = [collator.image(image, None) for image in sample.images]
+    return dataclasses.replace(tokenized, sample=dataclasses.replace(sample, images=images))
 
 
 def test_llama_adapter_reads_features_in_place_of_pictures(tmp_path):
@@ -117,7 +123,7 @@ def test_llama_adapter_reads_features_in_place_of_pictures(tmp_path):
     image = pipeline.read(config.data)[0][0].image
     samples = [mmjax.Sample(images=its, prompt="What?", answer="A dog.") for its in ([image], [])]
     shown, read = batches(config, found, [[sample] for sample in samples], 64)
-    assert read.images is None and read.media["feature"].shape == (2, *found.card.shape)
+    assert read.images is None and read.features.shape == (2, *found.card.shape)
     query = tiny.jit(functools.partial(model.module.apply, method="visual_query"))
     wanted = query({"params": model.params}, shown)
     without = {name: part for name, part in model.params.items() if name != "clip"}
@@ -130,11 +136,11 @@ def test_packed_rows_of_features(minigpt4):
     found = load(with_features(*minigpt4, "run"))
     images = [record.image for record in pipeline.read(config.data)[0]][:4]
     samples = [mmjax.Sample(images=[image], prompt=small.PROMPT, answer="A dog.") for image in images]
-    shown, read = batches(config, found, [samples[:3], samples[3:]], 192, most_pictures=5)
+    shown, read = batches(config, found, [samples[:3], samples[3:]], 192, most_images=5)
     for field in ("tokens", "soft_index", "valid", "loss_mask", "positions", "segments"):
         np.testing.assert_array_equal(getattr(read, field), getattr(shown, field))
-    feature = read.media["feature"]
-    assert shown.images.shape[:2] == feature.shape[:2] == (2, 5)
+    feature = read.features
+    assert read.images is None and shown.images.shape[:2] == feature.shape[:2] == (2, 5)
     np.testing.assert_array_equal(feature[0, :3], [found.find(image) for image in images[:3]])
     np.testing.assert_array_equal(feature[1, 0], found.find(images[3]))
     assert not feature[0, 3:].any() and not feature[1, 1:].any()
@@ -146,7 +152,7 @@ def trained(config, monkeypatch):
     announce = run.announce
     monkeypatch.setattr(run, "announce", lambda source, params, *rest: (
         held.update(trees.flatten(params)), announce(source, params, *rest)))
-    done = run.train(config)
+    done = mmjax.train(config)
     return training_checkpoints.trained(done.folder / "checkpoints"), held
 
 
@@ -155,10 +161,10 @@ def test_minigpt4_run_on_features_is_the_run_on_pictures(minigpt4, tmp_path, mon
     data = dataclasses.replace(config.data, scenes=ScenesConfig(held_out=1))
     config = dataclasses.replace(config, out=str(tmp_path / "pictures"), data=data)
     scored = []
-    monkeypatch.setattr(evaluate, "report_scenes", lambda model, *rest: scored.append(model.params))
+    monkeypatch.setattr(evaluate.scenes, "report_scenes", lambda model, *rest: scored.append(model.params))
     wanted, _ = trained(config, monkeypatch)
     found, held = trained(with_features(config, folder, tmp_path / "features"), monkeypatch)
-    assert {path.split("/")[0] for path in held} == {"llama", "projector"}  # nothing of the encoder
+    assert {path.split("/")[0] for path in held} == {"llm", "projector"}  # nothing of the encoder
     assert found.keys() == wanted.keys()
     for path in wanted:
         np.testing.assert_allclose(found[path], wanted[path], rtol=0, atol=1e-6)
@@ -181,7 +187,7 @@ def test_imagebind_run_on_features_is_the_run_on_pictures(imagebind, tmp_path, m
     assert len(Features(folder).index) == 3 + 1  # one for all text alone
     wanted, _ = trained(dataclasses.replace(config, out=str(tmp_path / "pictures")), monkeypatch)
     found, held = trained(with_features(config, folder, tmp_path / "features"), monkeypatch)
-    assert {path.split("/")[0] for path in held} == {"llama", "bind", "query"}
+    assert {path.split("/")[0] for path in held} == {"llm", "bind", "query"}
     for path in wanted:
         np.testing.assert_allclose(found[path], wanted[path], rtol=0, atol=1e-6)
     start = trees.flatten(mmjax.load(config.weights.checkpoint, dtype="float32").params)
@@ -239,7 +245,8 @@ def test_random_crops(imagebind, tmp_path):
     names = Names({str(folder.parent / "asked"): 0})
     image = next(record.image for record in pipeline.read(config.data)[0] if record.image)
     size = opened(config).config.image_size
-    shown = [images.load(image, size, True, crop_random(config.data.seed, names(image), crop)) for crop in range(3)]
+    shown = [images.load(image, size, "center_crop", crop_random(config.data.seed, names(image), crop))
+             for crop in range(3)]
     stored = np.stack([found.find(image, crop) for crop in range(3)])
     np.testing.assert_allclose(stored, seen(config, shown), atol=2e-6)
     assert np.abs(stored[0] - stored[1]).max() > 1e-4
@@ -247,7 +254,7 @@ def test_random_crops(imagebind, tmp_path):
     assert drawn == {row.tobytes() for row in stored}
     with pytest.raises(ValueError, match="crops: 3 -> 2"):
         encode_features.make(random, opened(random), tmp_path / "features", crops=2)
-    with pytest.raises(ValueError, match="pictures are squashed, not cropped"):
+    with pytest.raises(ValueError, match="images are read with the fit 'stretch', not cropped"):
         squashed = small.run_config(tmp_path)
         encode_features.make(dataclasses.replace(squashed, data=random.data), opened(squashed), tmp_path / "other")
     with pytest.raises(ValueError, match="not cropped at random"):
@@ -308,13 +315,13 @@ def test_encoder_that_an_earlier_run_has_trained(minigpt4, tmp_path, monkeypatch
 
     (tmp_path / "run.json").write_text("{}")
     monkeypatch.setattr(converted, "trained_params", lambda folder: {path: earlier[path]})
-    read, restored = restore.read_params, {}
+    read, restored = ModelSpec.restore, {}
 
     def stopped(*arguments):
         restored.update(trees.flatten(read(*arguments)))
         raise KeyboardInterrupt  # what follows is nothing new
 
-    monkeypatch.setattr(restore, "read_params", stopped)
+    monkeypatch.setattr(ModelSpec, "restore", stopped)
     config = dataclasses.replace(config, weights=dataclasses.replace(config.weights, start_from=str(tmp_path)))
     with pytest.raises(KeyboardInterrupt):
         encode_features.make(config, opened(config), tmp_path / "features")
@@ -344,12 +351,12 @@ def test_model_without_an_encoder(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_encoder_is_described(family):
     """Each part is one of the configuration's, and its rule matches parameters that nothing trains by default."""
-    module = FAMILIES[family]
-    cfg = module.PRESETS["tiny"]
-    paths = list(tiny.shapes(family, cfg))
-    for part, rule in module.ENCODER.items():
+    family = FAMILIES[family]
+    cfg = family.presets["tiny"]
+    paths = list(shapes(family, cfg))
+    for part, rule in family.encoder.items():
         assert hasattr(cfg, part)
         found = [path for path in paths if trees.matches(path, [rule])]
-        assert found
-        for rules in (module.TRAINED, *module.PHASES.values()):
+        assert found and all(map(family.in_encoder, found))
+        for rules in (family.trained, *family.phases.values()):
             assert not any(trees.matches(path, rules) for path in found)

@@ -24,10 +24,11 @@ def update(cfg, gradients, params, state=None):
 @pytest.mark.parametrize("preset", ["minigpt4-7b", "minigpt-v2-7b"])
 def test_weight_decay_acts_on_what_has_two_axes_in_the_original(preset):
     """minigpt4/common/optims.py: nothing with fewer than two axes decays (its class token has three: 1, 1, D)."""
-    module = FAMILIES["minigpt4"]
-    decays = optim.decay_mask(trees.unflatten(shapes("minigpt4", module.PRESETS[preset])))
+    family = FAMILIES["minigpt4"]
+    cfg = family.presets[preset]
+    decays = optim.decay_mask(trees.unflatten(shapes(family, cfg)))
     for path, found in trees.flatten(decays).items():
-        axes = {"heads" if "heads" in name or name == "head" else name for name in trees.lookup(path, module.AXES)}
+        axes = {"heads" if "heads" in name or name == "head" else name for name in trees.lookup(path, family.all_axes(cfg))}
         assert found == (len(axes - {"layer"}) >= 2 or path == "vit/cls"), path
 
 

@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
 
 
 def test_each_phase_trains_its_own(folder):
-    wanted = {"pretrain": {"bind", "query", "llm/layers/attn/gate"}, "finetune": {"llama"}}
+    wanted = {"pretrain": {"bind", "query", "llm/layers/attn/gate"}, "finetune": {"llm"}}
     for phase, tops in wanted.items():
         trained = training_checkpoints.trained(folder / phase / "checkpoints")
         assert all(trees.matches(path, imagebind_llm.PHASES[phase]) for path in trained)
@@ -126,7 +126,7 @@ def test_run_before_is_gone(folder, tmp_path):
     ({"data": DataConfig(format="laion", path="x")}, "data.format = 'laion': one of cc_sbu_align"),
     ({"weights": WeightsConfig(checkpoint="x", family="t5")}, "weights.family = 't5': one of minigpt4"),
     ({"weights": WeightsConfig(checkpoint="x", family="llama", sources={"vit": "y"})},
-     "weights.sources names vit; a conversion of llama takes llama, out"),
+     "weights.sources names vit; a conversion of llama takes delta, llm"),
 ])
 def test_configuration_that_cannot_run(folder, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):

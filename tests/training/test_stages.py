@@ -93,7 +93,7 @@ def test_imagebind_llm_is_finetuned_on_what_it_was_pretrained_to(tmp_path):
 def test_minigpt_v2(tmp_path):
     layouts.cc_sbu_align(tmp_path / "data" / "captions")
     learnt = trained(shortened("minigpt_v2", tmp_path, released.V2))
-    assert {path.split("/")[0] for path in learnt} == {"projector", "llama"}
+    assert {path.split("/")[0] for path in learnt} == {"projector", "llm"}
 
 
 def test_llama_adapter(tmp_path):

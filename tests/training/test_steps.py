@@ -172,8 +172,9 @@ def test_a_phase_moves_its_own_parameters_and_no_bit_of_the_others(cfg, phase, o
     cfg = imagebind_llm.with_phase(cfg, phase)
     trained, frozen = parts("imagebind_llm", cfg, imagebind_llm.PHASES[phase])
     sgd = optax.sgd(1e-2)  # moves nothing without a gradient
-    pictures = np.random.default_rng(0).normal(size=(4, *cfg.imagebind.vision.input_shape)).astype(np.float32)
-    batch = dataclasses.replace(WORDS, media={"image": pictures}, weights={"image": np.ones(4, np.float32)})
+    side = cfg.image_size
+    images = np.random.default_rng(0).normal(size=(4, 1, 3, side, side)).astype(np.float32)
+    batch = dataclasses.replace(WORDS, images=images, weights={"image": np.ones(4, np.float32)})
     first, before, mark = bits(trained), bits(frozen), int(steps.fingerprint(frozen))
     state, metrics = run(imagebind_llm.Model(cfg), trained, frozen, [batch] * 2, sgd)
     assert all(bool(each["finite"]) for each in metrics)
@@ -196,7 +197,7 @@ def test_unfrozen_towers_train_with_dropout_and_drop_path():
                               qformer=dataclasses.replace(tiny.MINIGPT4.qformer, depth=1))
     sgd = optax.sgd(1e-2)
     trained, frozen = parts("minigpt4", cfg, ("projector/.*", "qformer/.*", "vit/.*"))
-    assert {path.split("/")[0] for path in bits(frozen)} == {"ln_vision", "llama"}
+    assert {path.split("/")[0] for path in bits(frozen)} == {"ln_vision", "llm"}
     fresh = functools.partial(fresh_state, trained, sgd)
     step = tiny.compiled(steps.train_step(minigpt4.Model(cfg), sgd), fresh(0), frozen, tiny.batch())
     state, metrics = step(fresh(0), frozen, tiny.batch())
