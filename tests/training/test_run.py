@@ -147,7 +147,7 @@ def test_prompt_without_a_place_for_the_picture_stops_at_once(tmp_path):
 
 def test_pictures_that_are_squashed_are_not_cropped(tmp_path):
     data = DataConfig(path=str(small.pictures()), prompts=(small.PROMPT,), random_crop=True, batch_size=2)
-    with pytest.raises(ValueError, match=r"set data\.random_crop = False"):
+    with pytest.raises(ValueError, match=r"fit 'stretch'\. Set data\.random_crop = False"):
         run.train(small.run_config(tmp_path / "run", data=data))
 
 
