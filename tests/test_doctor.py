@@ -146,16 +146,16 @@ def test_other_families_are_tried():
 
 
 DAMAGES = [  # name of the check, what is said, how
-    ("finite", "attn/q/w holds 1 numbers that are not finite, in layer 1. It came from --llama: pytorch_model.bin",
+    ("finite", "attn/q/w holds 1 numbers that are not finite, in layer 1. It came from --llm: pytorch_model.bin",
      {"llm__layers__attn__q__w": with_((1, 0, 0, 0), np.nan)}),
     ("finite", "vit/pos holds 2 numbers that are not finite. It came from --vit: eva_vit.pth",
      {"vit__pos": with_((slice(2), 0), np.inf)}),
-    ("empty", "llm/embedding is nothing but zeros. It came from --llama", {"llm__embedding": np.zeros_like}),
+    ("empty", "llm/embedding is nothing but zeros. It came from --llm", {"llm__embedding": np.zeros_like}),
     ("empty", "llm/layers/mlp/up/w is nothing but zeros in layer 2", {"llm__layers__mlp__up__w": with_(2, 0)}),
     ("empty", "vit/pos is nothing but zeros. It came from --vit: eva_vit.pth", {"vit__pos": np.zeros_like}),
     ("word vectors", "llm/head/w looks like fresh random numbers", {"llm__head__w": random_like}),
     ("word vectors", "llm/embedding: 256 of 512 words are zeros", {"llm__embedding": with_(slice(256, None), 0)}),
-    ("layers", "Layers 0 and 2 of llama are bit for bit the same in 1 of 7 matrices (llm/layers/attn/v/w)",
+    ("layers", "Layers 0 and 2 of llm are bit for bit the same in 1 of 7 matrices (llm/layers/attn/v/w)",
      {"llm__layers__attn__v__w": lambda x: x[[0, 1, 0]]}),
     ("layers", "of qformer are bit for bit the same",
      {"qformer__layer_1__mlp__fc1__w": None}),

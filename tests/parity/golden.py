@@ -60,7 +60,7 @@ class Checkpoint:
 
     vit: Path
     qformer: Path | None
-    llama: Path
+    llm: Path
     projector: Path | None  # holds llama_proj
     lora: Path | None  # holds the LoRA factors, and llama_proj beside them
     image_size: int

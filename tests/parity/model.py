@@ -18,6 +18,6 @@ def _model(files: golden.Checkpoint) -> Loaded:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "converted"
         write.command("minigpt4")(
-            files.vit, files.llama, out, qformer=files.qformer, projector=files.projector or files.lora,
+            files.vit, files.llm, out, qformer=files.qformer, projector=files.projector or files.lora,
             lora=files.lora, arch=golden.folder() / "model_sizes.json")
         return load(out, dtype="float32")
