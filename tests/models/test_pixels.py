@@ -16,7 +16,8 @@ def test_normalising_gives_the_original_arrays(picture):
     """Bit for bit on the host; compiled, XLA multiplies by reciprocals where the original divides: 4 last bits."""
     with np.load(CASES / "n_preprocess.npz") as arrays:
         expected = arrays[f"{picture}.eval_56"]
-    pixels = np.rint((expected * STD[:, None, None] + MEAN[:, None, None]) * 255).astype(np.uint8).transpose(1, 2, 0)
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (MEAN, STD))
+    pixels = np.rint((expected * std + mean) * 255).astype(np.uint8).transpose(1, 2, 0)
     for leading in ((), (1,), (2, 3)):
         given = np.broadcast_to(pixels, (*leading, *pixels.shape))
         found = normalise(given)
