@@ -80,6 +80,9 @@ class GenerateConfig:
         def is_ids(ids: Any) -> bool:
             return isinstance(ids, tuple) and len(ids) > 0 and all(isinstance(i, int) and i >= 0 for i in ids)
 
+        def is_id(value: Any) -> bool:
+            return isinstance(value, int | np.integer)
+
         stops = isinstance(self.stop, tuple) and all(map(is_ids, self.stop))
         checks = (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
@@ -92,6 +95,9 @@ class GenerateConfig:
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 is off)"),
             ("length_penalty", math.isfinite(self.length_penalty), "a number (above 0 favours long answers)"),
             ("min_length", self.min_length >= 0, "0 or more"),
+            ("bos", is_id(self.bos), "an id"),
+            ("eos", is_id(self.eos), "an id (of several give the others as `stop`; -1: nothing ends a row)"),
+            ("pad", is_id(self.pad), "an id (a model without one takes `eos`)"),
             ("stop", stops, "a tuple of non-empty tuples of ids"),
         )
         wrong = [f"{name} = {getattr(self, name)!r}, but must be {rule}" for name, holds, rule in checks if not holds]

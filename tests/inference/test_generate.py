@@ -316,6 +316,10 @@ def test_every_wrong_setting_is_named_at_once():
     for wrong, words in (({"top_p": 1.5}, "top_p = 1.5"), ({"stop": [[1]]}, "stop"), ({"stop": (1,)}, "stop"),
                          ({"temperature": 1e-40}, "temperature = 1e-40"), ({"temperature": math.inf}, "temperature"),
                          ({"length_penalty": math.nan}, "length_penalty"), ({"repetition_penalty": math.inf}, "repet"),
+                         ({"bos": None}, "bos = None, but must be an id"),
+                         ({"eos": None}, "eos = None, but must be an id .*-1: nothing ends a row"),
+                         ({"eos": [2, 3]}, r"eos = \[2, 3\], but must be an id .of several give the others as `stop`"),
+                         ({"pad": None}, "pad = None, but must be an id .a model without one takes `eos`"),
                          ({"do_sample": True, "num_beams": 2}, "beam sampling is not supported")):
         with pytest.raises(ValueError, match=words):
             GenerateConfig(**wrong)
