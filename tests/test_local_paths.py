@@ -16,7 +16,7 @@ from mmjax.checkpoints import converted, storage
 from mmjax.checkpoints import frozen as frozen_weights
 from mmjax.cli import chat, data, doctor, evaluate, generate, options, parity
 from mmjax.config import DataConfig, RunConfig, Source, WeightsConfig
-from mmjax.convert import write
+from mmjax.convert import export, write
 from mmjax.data import check, images, pipeline, prepare, senses
 from mmjax.data.formats import FORMATS, rows, tar_index
 from mmjax.data.formats.webdataset import shards
@@ -73,7 +73,8 @@ def test_where_orbax_would_go_to_a_bucket_is_refused(path):
         run.check(made)
     assert re.findall(r"^  ([a-z_.]+): '/(?:s3|gs|hf|az)", str(refused.value), re.M) == [
         "out", "weights.checkpoint", "weights.start_from"]
-    for call in (lambda: frozen_weights.save(path, {}), lambda: frozen_weights.metadata(path), lambda: frozen_weights.arrays(path)):
+    for call in (lambda: frozen_weights.save(path, {}), lambda: frozen_weights.metadata(path),
+                 lambda: frozen_weights.arrays(path)):
         with pytest.raises(ValueError, match="stands for remote storage"):
             call()
     assert not any(map(storage.problem, ("s3/b/run", "/mnt/s3/run", "/s3x/run")))
@@ -194,10 +195,11 @@ def test_a_data_set_by_its_name_is_no_url():
 
 # ---- commands ----
 
+SHIPPED = ("minigpt4", "imagebind_llm", "llama_adapter", "llama")
 COMMANDS = {  # those whose options are made of a function or a dataclass, and the names of paths that are text there
     "chat": (chat.converse, "media"), "doctor": (doctor.examine,), "parity": (parity.hold_against,),
-    "export": (converted.export,), "minigpt4": (write.minigpt4,), "imagebind_llm": (write.imagebind_llm,),
-    "llama_adapter": (write.llama_adapter,), "llama": (write.llama,), "generate": (generate.Options, "media"),
+    "export": (export.export,), **{family: (write.command(family),) for family in SHIPPED},
+    "generate": (generate.Options, "media"),
     "evaluate": (evaluate.Options, "data", "root"), "check": (data.data_check,), "prepare": (data.data_prepare,),
     "verify": (data.data_verify,), "features": (data.data_features,)}
 OPTIONS = [(command, name) for command, (made_of, *texts) in COMMANDS.items()
@@ -207,7 +209,7 @@ BY_PLACE = {("doctor", "checkpoint"), ("parity", "checkpoint"), ("verify", "fold
 
 
 def test_no_path_of_a_command_is_left_out():
-    named = {"checkpoint", "image", "media", "json", "text", "reference", "out", "llama", "delta", "vit", "qformer",
+    named = {"checkpoint", "image", "media", "json", "text", "reference", "out", "llm", "delta", "vit", "qformer",
              "projector", "lora", "arch", "imagebind", "adapter", "words", "clip", "samples", "pictures", "root",
              "recall", "data", "config", "tokenizer", "folder"}
     assert {name for _, name in OPTIONS} == named
@@ -235,8 +237,8 @@ def test_words_for_a_sense_may_be_a_url():
 
 
 @pytest.mark.parametrize(("args", "option"), [
-    (("convert", "llama", "--llama", "s3://b/llama", "--out", "o"), "--llama = s3://b/llama"),
-    (("convert", "llama", "--llama", "o", "--out", "gs://b/o"), "--out = gs://b/o"),
+    (("convert", "llama", "--llama", "s3://b/llama", "--out", "o"), "--llm = s3://b/llama"),
+    (("convert", "llama", "--llm", "o", "--out", "gs://b/o"), "--out = gs://b/o"),
     (("export", "--checkpoint", "gs://b/c", "--part", "llama", "--out", "o"), "--checkpoint = gs://b/c"),
     (("generate", "--checkpoint", "GS://b/c", "--prompt", "Hi"), "--checkpoint = GS://b/c"),
     (("chat", "--checkpoint", "c", "--image", "a.jpg", "https://h/a.jpg"), "--image = https://h/a.jpg"),
@@ -272,10 +274,10 @@ def _refused(monkeypatch, capsys, *args):
 @pytest.mark.parametrize("call", [
     lambda url: mmjax.load(url),
     lambda url: converted.ConvertedCheckpoint.open(url),
-    lambda url: converted.export(url, "llama", "out"),
-    lambda url: converted.export(small.checkpoint(), "llama", url),
-    lambda url: write.llama(url, "out"),
-    lambda url: write.llama("llama", url),
+    lambda url: export.export(url, "llama", "out"),
+    lambda url: export.export(small.checkpoint(), "llama", url),
+    lambda url: write.command("llama")(url, "out"),
+    lambda url: write.command("llama")("llama", url),
     lambda url: frozen_weights.save(url, {}),
     lambda url: report.write(url, "title", [], [], []),
     lambda url: check.check(DataConfig(path="data"), url),
@@ -297,7 +299,6 @@ def test_a_picture_or_sound_of_a_sample_is_named(url, tmp_path):
         images.stack([Sample(images=[url], prompt="?")], ImageSpec(8, tokens=4))
     with pytest.raises(ValueError, match=message):
         senses.read_wav(url)
-
 
 
 def test_an_array_is_named():
