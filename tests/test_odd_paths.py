@@ -1,6 +1,7 @@
 """A model below folders of odd names: some that are refused, and one life with `pytest -m faults`.
 
-`benchmarks/odd_paths.py` takes all of `odd_paths.CASES`. tests/training/test_run.py compares runs below odd names with others.
+`benchmarks/odd_paths.py` takes all of `odd_paths.CASES`. tests/training/test_run.py compares runs below odd names with
+others.
 """
 
 import pytest

@@ -71,7 +71,8 @@ def test_a_phase_adds_to_a_preset():
     (changed(weights_checkpoint="nowhere/mine"), None, "There is no checkpoint nowhere/mine: name one of the presets"),
     (changed(weights_checkpoint="nowhere/mine", weights_family=""), None,
      "There is no checkpoint nowhere/mine: name one of the presets with --preset: .*llama-adapter-7b, .*minigpt4-7b"),
-    (changed(weights_family=""), None, "nowhere/tiny: several families have a preset 'tiny': imagebind_llm, .*--weights.family"),
+    (changed(weights_family=""), None,
+     "nowhere/tiny: several families have a preset 'tiny': imagebind_llm, .*--weights.family"),
     (changed(phase="pretrain"), None, "the family minigpt4 has no phases"),
 ])
 def test_an_architecture_that_is_none(settings, preset, message):
