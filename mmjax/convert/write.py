@@ -157,7 +157,7 @@ def _config(family: Family, architecture: Any, found: Inspected,
         "architecture": dataclasses.asdict(architecture),
         "text": dataclasses.asdict(found.text),
         "generation": found.generation,
-        "sources": {name: found if name == "llama" else found[0] for name, found in sources.items()},
+        "sources": {name: each if name == "llm" else each[0] for name, each in sources.items()},
         "fresh": list(found.fresh),
         "constant": found.constant,
     }

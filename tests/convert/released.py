@@ -82,11 +82,11 @@ def assert_same(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> 
         np.testing.assert_array_equal(got[key], value, err_msg=key)
 
 
-def refused(tmp_path: Path, function=write.command("minigpt4"), **arguments) -> str:
+def refused(tmp_path: Path, function=None, **arguments) -> str:
     """The message of the refusal; nothing may be left beside what was there."""
     before = set(tmp_path.rglob("*"))
     with pytest.raises(ConversionError) as error:
-        function(out=tmp_path / "out", **arguments)
+        (function or write.command("minigpt4"))(out=tmp_path / "out", **arguments)
     assert set(tmp_path.rglob("*")) == before
     return str(error.value)
 

@@ -44,7 +44,7 @@ def token(cfg, injection):
 
 FULL = imagebind_llm.with_phase(TINY_LLM, "finetune")
 V2 = dataclasses.replace(TINY_ADAPTER, llm=dataclasses.replace(
-    imagebind_llm.adapted(TINY_ADAPTER.llm, 3), new_gate=True))
+    adapter.adapted(TINY_ADAPTER.llm, 3), new_gate=True))
 V1 = dataclasses.replace(TINY_ADAPTER, clip=None, visual=None)
 MODELS = {  # family, architecture, and what its adapter file holds
     "pretrain": ("imagebind_llm", TINY_LLM, adapter.imagebind_llm_entries(TINY_LLM, ())),
@@ -98,7 +98,7 @@ def test_card_and_tokenizer(adapted):
     assert card["text"] == dataclasses.asdict(TextConfig(
         ALPACA, ALPACA_INPUT, end_sym="</s>", joint=True, max_txt_len=512))
     assert card["generation"] == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    assert set(card["sources"]) == {"imagebind", "adapter", "words", "llama"}
+    assert set(card["sources"]) == {"imagebind", "adapter", "words", "llm"}
     made = card["architecture"]
     assert made["query_layers"] == 4 and made["bind"]["hidden"] == 128 and made["imagebind"]["out"] == 24
     assert (made["llm"]["lora_rank"], made["llm"]["lora_alpha"], made["llm"]["lora_dropout"]) == (16, 16.0, 0.0)
@@ -179,7 +179,7 @@ def test_llama_adapters_afresh(tmp_path):
     assert card["fresh"] == ["query", "llm/layers/attn/gate"] and not card["architecture"]["llm"]["gate_tanh"]
     write.command("llama_adapter")(out=tmp_path / "v2", **ADAPTER_V2 | {"adapter": None})
     card = described(tmp_path / "v2")
-    assert {path.split("/")[0] for path in card["fresh"]} == {"visual", "query", "llama"}
+    assert {path.split("/")[0] for path in card["fresh"]} == {"visual", "query", "llm"}
     assert (card["architecture"]["query_layers"], card["architecture"]["query_len"]) == (3, 4)
 
 

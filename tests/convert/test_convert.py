@@ -113,7 +113,7 @@ def test_one_safetensors_file_is_enough(tmp_path, converted):
     (folder / "pytorch_model.bin").unlink()
     save_file(llama_tensors(), folder / "model.safetensors")
     write.command("llama")(folder, tmp_path / "out")
-    expected = {path: array for path, array in params(converted / "minigpt4").items() if path.startswith("llama/")}
+    expected = {path: array for path, array in params(converted / "minigpt4").items() if path.startswith("llm/")}
     assert_same(params(tmp_path / "out"), expected)
     assert described(tmp_path / "out")["family"] == "llama"
 
@@ -336,7 +336,7 @@ def test_other_pictures_must_divide_into_tokens(tmp_path):
     arch["vit"]["image_size"] = 42
     (tmp_path / "arch.json").write_text(json.dumps(arch))
     message = refused(tmp_path, **NO_QFORMER | {"arch": tmp_path / "arch.json"})
-    assert "pictures of 42 pixels have 9 patches" in message
+    assert "images of 42 pixels have 9 patches" in message
 
 
 def test_a_full_disk_is_noticed_before(tmp_path, monkeypatch):
@@ -380,7 +380,7 @@ def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch):
         vit.write_bytes(b"")
         save(*arguments)
 
-    monkeypatch.setattr(write.weights, "save", truncate_then_save)
+    monkeypatch.setattr(frozen_weights, "save", truncate_then_save)
     with pytest.raises(WeightFileError, match="vit.pth"):
         write.command("minigpt4")(out=tmp_path / "out", **MINIGPT4 | {"vit": vit})
     assert {path.name for path in tmp_path.iterdir()} == {"vit.pth"}

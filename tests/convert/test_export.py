@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from mmjax.checkpoints.converted import ConvertedCheckpoint
 from mmjax.convert import torch_file, write
-from mmjax.convert.export import export
+from mmjax.convert.export import export, export_part
 from mmjax.convert.tables import ConversionError
 from mmjax.families import config_from_dict, imagebind_llm
 from tests.convert.released import (
@@ -58,8 +59,14 @@ def test_converting_an_export_gives_the_same_checkpoint(checkpoints, tmp_path):
     assert all(old[key] == new[key] for key in ("architecture", "generation", "text"))
 
 
+def with_trained(folder, part, out, trained, config=None):
+    """Exports with what a run would have trained, and its architecture."""
+    source = ConvertedCheckpoint.open(folder)
+    export_part(source.of(config or source.config), part, out, trained)
+
+
 def test_llama_folder(checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr("mmjax.convert.export.SHARD_BYTES", 200_000)
+    monkeypatch.setattr("mmjax.convert.llama.SHARD_BYTES", 200_000)
     export(checkpoints / "v2", "llama", tmp_path / "llama")
     names = {path.name for path in (tmp_path / "llama").iterdir()}
     assert names == {"config.json", "generation_config.json", "pytorch_model.bin.index.json", "tokenizer.model",
@@ -74,7 +81,7 @@ def test_llama_folder(checkpoints, tmp_path, monkeypatch):
 
 def test_trained_parameters_take_the_checkpoints_place(checkpoints, tmp_path):
     w = np.random.default_rng(0).normal(size=(48, 64)).astype(np.float32)
-    export(checkpoints / "minigpt4", "projector", tmp_path / "a.pth", trained={"projector": {"w": jax.numpy.array(w)}})
+    with_trained(checkpoints / "minigpt4", "projector", tmp_path / "a.pth", {"projector": {"w": jax.numpy.array(w)}})
     written = tensors(tmp_path / "a.pth")
     np.testing.assert_array_equal(written["llama_proj.weight"], w.T)
     np.testing.assert_array_equal(written["llama_proj.bias"], tensors(MINIGPT4["projector"])["llama_proj.bias"])
@@ -83,11 +90,11 @@ def test_trained_parameters_take_the_checkpoints_place(checkpoints, tmp_path):
 def test_refusals(checkpoints, tmp_path):
     with pytest.raises(ConversionError, match="projector/w is missing"):
         export(checkpoints / "fresh", "projector", tmp_path / "new.pth")
-    with pytest.raises(ConversionError, match="has no part 'qformer'; it has llama, llama-meta, projector, vit"):
+    with pytest.raises(ConversionError, match="has no part 'qformer'; it has llm, llm-meta, projector, vit"):
         export(checkpoints / "v2", "qformer", tmp_path / "new.pth")
     with pytest.raises(ConversionError, match=r"projector/b has shape \[3\], expected \[64\]"):
-        export(checkpoints / "minigpt4", "projector", tmp_path / "new.pth", trained={"projector/b": np.zeros(3)})
-    with pytest.raises(FileNotFoundError, match="not a folder that `mmjax convert` wrote"):
+        with_trained(checkpoints / "minigpt4", "projector", tmp_path / "new.pth", {"projector/b": np.zeros(3)})
+    with pytest.raises(FileNotFoundError, match="neither a converted checkpoint"):
         export(CKPT, "vit", tmp_path / "new.pth")
     assert not list(tmp_path.iterdir())
     (tmp_path / "mine.pth").write_text("precious")
@@ -140,7 +147,7 @@ def test_a_transformers_folder_holds_the_bases_norms_and_no_merges(adapted, tmp_
 
 def test_token_form_there_and_back(adapted, tmp_path):
     gate = np.arange(4, dtype=np.float32)[:, None]
-    export(adapted / "token", "adapter", tmp_path / "token.pth", trained={"llm/layers/gate": gate})
+    with_trained(adapted / "token", "adapter", tmp_path / "token.pth", {"llm/layers/gate": gate})
     written, original = tensors(tmp_path / "token.pth"), tensors(IMAGEBIND / "adapter.pth")
     np.testing.assert_array_equal(written.pop("gate"), gate[:, 0])
     assert_same(written, {key: value for key, value in original.items()
@@ -155,21 +162,21 @@ def test_what_a_finetuning_run_adds(adapted, tmp_path):
     cfg = config_from_dict(imagebind_llm.Config, described(adapted / "pretrain")["architecture"])
     trained = {path: value for path, value in params(adapted / "finetune").items()
                if path.endswith(("/lora_a", "/lora_b", "q/b", "o/b", "gate/b", "up/b", "down/b", "norm/scale"))
-               and path.startswith("llama/")}
+               and path.startswith("llm/")}
     config = imagebind_llm.with_phase(cfg, "finetune")
-    export(adapted / "pretrain", "adapter", tmp_path / "new.pth", trained=trained, config=config)
+    with_trained(adapted / "pretrain", "adapter", tmp_path / "new.pth", trained, config)
     written, both = tensors(tmp_path / "new.pth"), [tensors(IMAGEBIND / f"adapter{name}.pth") for name in
                                                     ("", "_pretrain")]
     assert_same(written, both[0] | both[1])
-    export(adapted / "pretrain", "llama-meta", tmp_path / "meta", trained=trained, config=config)
+    with_trained(adapted / "pretrain", "llama-meta", tmp_path / "meta", trained, config)
     np.testing.assert_array_equal(tensors(tmp_path / "meta" / "consolidated.00.pth")["norm.weight"],
                                   tensors(BASE)["norm.weight"])
 
 
 def test_parts(adapted, tmp_path):
-    for checkpoint, parts in {"finetune": "llama, llama-meta, adapter, bind, imagebind",
-                              "legacy": "llama, llama-meta, adapter, imagebind",  # the article has no such network
-                              "v1": "llama, llama-meta, adapter", "v2": "llama, llama-meta, adapter, clip"}.items():
+    for checkpoint, parts in {"finetune": "llm, llm-meta, adapter, bind, imagebind",
+                              "legacy": "llm, llm-meta, adapter, imagebind",  # the article has no such network
+                              "v1": "llm, llm-meta, adapter", "v2": "llm, llm-meta, adapter, clip"}.items():
         with pytest.raises(ConversionError, match=f"has no part 'vit'; it has {parts}\\."):
             export(adapted / checkpoint, "vit", tmp_path / "new.pth")
     with pytest.raises(ConversionError, match="query is missing"):

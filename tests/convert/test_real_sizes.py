@@ -134,7 +134,7 @@ def released(tmp_path, monkeypatch):
     monkeypatch.setattr(torch_file, "load", lambda path: files[path.name])
     monkeypatch.setattr(llama.Tokenizer, "from_folder", lambda folder: SimpleNamespace(vocab_size=32_000))
     monkeypatch.setattr(write.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
-    monkeypatch.setattr(write.weights, "save", lambda folder, parameters, progress: written.update(parameters))
+    monkeypatch.setattr(write.frozen_weights, "save", lambda folder, parameters, progress: written.update(parameters))
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama" / "tokenizer.model").write_bytes((CKPT / "llama_hf" / "tokenizer.model").read_bytes())
     return SimpleNamespace(place=place, written=written, folder=tmp_path)
@@ -288,7 +288,7 @@ def test_llama_adapter_of_real_sizes(released, version):
         expected = adapters.with_phase(adapters.PRESETS["llama-adapter-v2-7b"], "finetune")
         if lora:
             expected = dataclasses.replace(expected, llm=dataclasses.replace(
-                imagebind_llm.adapted(expected.llm, lora), new_gate=True))
+                adapter_source.adapted(expected.llm, lora), new_gate=True))
     write.command("llama_adapter")(place_meta(released, "7b"), released.folder / "out", adapter=adapter, clip=clip)
     card = json.loads((released.folder / "out" / "config.json").read_text())
     assert config_from_dict(adapters.Config, card["architecture"]) == expected and card["fresh"] == []

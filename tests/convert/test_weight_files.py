@@ -205,24 +205,24 @@ def test_a_new_file_beside_an_older_model_in_shards(tmp_path, capsys):
     delta.mkdir()
     for name, share in ((SAFE, 0.01), (BIN, 0.02)):
         add(delta, name, {key: (share * value).astype(value.dtype) for key, value in new.items()})
-    write.llama(folder, tmp_path / "out")
-    scale = params(tmp_path / "out")["llama/norm/scale"]
+    write.command("llama")(folder, tmp_path / "out")
+    scale = params(tmp_path / "out")["llm/norm/scale"]
     np.testing.assert_array_equal(scale, new["model.norm.weight"])
     assert [source["file"] for source in described(tmp_path / "out")["sources"]["llama"]] == [SAFE]
-    write.llama(folder, tmp_path / "sum", delta=delta)
-    np.testing.assert_allclose(params(tmp_path / "sum")["llama/norm/scale"], scale * 1.01, rtol=2e-3)
+    write.command("llama")(folder, tmp_path / "sum", delta=delta)
+    np.testing.assert_allclose(params(tmp_path / "sum")["llm/norm/scale"], scale * 1.01, rtol=2e-3)
     lines = capsys.readouterr().err
     assert f"{delta}: reading {SAFE}.\n{delta}: ignoring {BIN}." in lines
     cut(folder / SAFE)
     shutil.rmtree(tmp_path / "out")
-    assert f"{folder} also holds a complete set: {BIN_INDEX}" in refused(tmp_path, write.llama, llama=folder)
+    assert f"{folder} also holds a complete set: {BIN_INDEX}" in refused(tmp_path, write.command("llama"), llm=folder)
 
 
 def test_metas_files_beside_those_of_transformers(tmp_path, capsys):
     one = IMAGEBIND / "llama_meta"
     folder = meta_folder(tmp_path / "meta", one)
     (folder / SAFE).touch()
-    write.llama(folder, tmp_path / "out")
+    write.command("llama")(folder, tmp_path / "out")
     lines = capsys.readouterr().err.splitlines()
     assert f"{folder}: reading consolidated.00.pth." in lines
     assert f"{folder}: ignoring {SAFE}. A folder without config.json is read as Meta ships it." in lines
@@ -230,14 +230,14 @@ def test_metas_files_beside_those_of_transformers(tmp_path, capsys):
     both = llama_folder(tmp_path / "both", llama_tensors())
     for file in one.iterdir():
         shutil.copyfile(file, both / file.name)
-    write.llama(both, tmp_path / "out", overwrite=True)
+    write.command("llama")(both, tmp_path / "out", overwrite=True)
     (ignoring,) = [line for line in capsys.readouterr().err.splitlines() if "ignoring" in line]
     assert ignoring.startswith(f"{both}: ignoring consolidated.00.pth. ") and "folder without config.json" in ignoring
     (both / BIN).unlink()
     shutil.rmtree(tmp_path / "out")
-    assert "give a folder without config.json" in refused(tmp_path, write.llama, llama=both)
+    assert "give a folder without config.json" in refused(tmp_path, write.command("llama"), llm=both)
     (both / "config.json").unlink()
-    write.llama(both, tmp_path / "out")  # the advice is true
+    write.command("llama")(both, tmp_path / "out")  # the advice is true
 
 
 @pytest.mark.parametrize("name, said", [
