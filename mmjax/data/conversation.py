@@ -1,14 +1,10 @@
-"""Chat templates, a conversation about pictures, and what of the generated ids is the answer.
-
-Mirrors minigpt4/conversation/conversation.py (Conversation, Chat) and the end of MiniGPTBase.generate.
-"""
+"""Chat templates, and a conversation about images. Mirrors minigpt4/conversation/conversation.py (Conversation)."""
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from mmjax.batch import Sample
-from mmjax.tokenizer import Tokenizer
 
 PICTURE = "<Img><ImageHere></Img>"
 
@@ -47,7 +43,7 @@ class Transcript:
     """A conversation as it is written down: what has been said and shown so far; every method returns a new one.
 
         talk = Transcript(TEMPLATES["vicuna0"]).show(picture).ask("What is this?")
-        talk = talk.answer(answer_of_chat(generated_ids, tokenizer)).ask("Which colour?")
+        talk = talk.answer("A dog.").ask("Which color?")
 
     messages: `(role, words)` pairs, the roles being the template's
     images:   the pictures shown, one for each `<ImageHere>` of the messages
@@ -80,15 +76,3 @@ class Transcript:
 
     def _say(self, who: int, words: str) -> "Transcript":
         return dataclasses.replace(self, messages=(*self.messages, (self.template.roles[who], words)))
-
-
-def answer_of_generate(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """The answer in a generated sequence, as `MiniGPTBase.generate` reads it (evaluation prompts)."""
-    ids = ids[1:] if len(ids) and ids[0] == 0 else ids  # a dummy first id 0 would be a word of some vocabularies
-    words = tokenizer.decode(ids).split("</s>")[0].replace("<s>", "")
-    return words.split("[/INST]")[-1].strip()
-
-
-def answer_of_chat(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """The answer in a generated sequence, as `Chat.answer` reads it and stores it in the conversation."""
-    return tokenizer.decode(ids).split("###")[0].split("Assistant:")[-1].strip()

@@ -1,7 +1,6 @@
 """Scores of a model: on published benchmarks, on choices ranked by their loss, and on the embedded default's scenes."""
 
-from mmjax.evaluate.rank import NO_CHOICE, Choices, rank
+from mmjax.evaluate.rank import Choices
 from mmjax.evaluate.scenes import ROWS, ScenesScore, report_scenes, score_job, score_scenes
 
-__all__ = ["NO_CHOICE", "ROWS", "Choices", "ScenesScore", "rank", "report_scenes", "score_job",
-           "score_scenes"]
+__all__ = ["ROWS", "Choices", "ScenesScore", "report_scenes", "score_job", "score_scenes"]

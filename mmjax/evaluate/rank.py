@@ -20,7 +20,6 @@ from mmjax.inference.predictions import Opened, read, rows
 from mmjax.inference.requests import Ask
 from mmjax.training import steps
 
-NO_CHOICE = 9999.0  # the loss of a candidate that a row does not have, as in the original
 MULTIPLE = 32  # of the places that rows are padded to, so that few lengths are compiled
 UNCUT = 1_000_000  # tokens, more than any row has: an answer that is cut would look likelier than it is
 Rule = Literal["sum", "mean", "original"]
@@ -36,22 +35,6 @@ def losses(module: nn.Module, params: Any, batch: Batch) -> jax.Array:
 def seen(module: nn.Module, params: Any, batch: Batch) -> jax.Array:
     """What the encoder makes of a batch's pictures and other senses, float32 or as the module computes."""
     return module.apply({"params": params}, batch, method="feature")
-
-
-def rank(
-    module: nn.Module, params: Any, candidates: Sequence[Batch], counts: Sequence[int] | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """(losses float32[B,A], ranks int[B,A] best first) of A answers to the same B prompts.
-
-    candidates: for each answer the batch that scores it; its loss is each row's sum over the padded length - 1, so a
-                rank depends on the other rows of the batch, as in the original (minigpt_base.py: multi_select)
-    counts:     how many of the candidates each row really has; the others come last
-    """
-    found = np.stack([np.asarray(losses(module, params, batch)) for batch in candidates], axis=1)
-    if counts is not None:
-        absent = np.arange(found.shape[1]) >= np.asarray(counts)[:, None]
-        found = np.where(absent, np.float32(NO_CHOICE), found)
-    return found, np.argsort(found, axis=1, kind="stable")
 
 
 @dataclasses.dataclass(frozen=True)

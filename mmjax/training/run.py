@@ -276,8 +276,9 @@ def check(config: RunConfig) -> None:
             *((s.path, f"data.mixture: the source of format {s.format!r} has no path") for s in d.mixture),
             *((0 < s.ratio < math.inf, f"data.mixture: ratio = {s.ratio} of {s.path}: above 0") for s in d.mixture),
             (o.schedule in optim.SCHEDULES, f"optim.schedule = {o.schedule!r}: one of {', '.join(optim.SCHEDULES)}"),
-            (not config.weights.sources or config.weights.family in FAMILIES,
-             f"weights.family = {config.weights.family!r}: weights.sources needs one of {', '.join(FAMILIES)}"),
+            (config.weights.family in FAMILIES or not (config.weights.family or config.weights.sources),
+             f"weights.family = {config.weights.family!r}: one of {', '.join(FAMILIES)}"
+             + ("" if config.weights.family else ", to say what weights.sources are of")),
             (config.weights.frozen_dtype in (None, "int8"),
              f"weights.frozen_dtype = {config.weights.frozen_dtype!r}: int8, or None for the same as weights.dtype"),
             (config.weights.dtype in ("float32", "bfloat16"), f"weights.dtype = {config.weights.dtype!r}: "

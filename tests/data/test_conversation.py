@@ -1,13 +1,12 @@
-"""Templates as shipped, conversations, and the clean-up of answers. Prompts of whole chats: tests/parity."""
+"""Templates as shipped, and conversations. Prompts of whole chats: tests/parity."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from mmjax.data.conversation import PICTURE, TEMPLATES, Template, Transcript, answer_of_chat, answer_of_generate
+from mmjax.data.conversation import PICTURE, TEMPLATES, Template, Transcript
 from mmjax.data.text import PLACEHOLDER
-from mmjax.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "minigpt4"
 ORIGINAL = {"vicuna0": "CONV_VISION_Vicuna0", "llama2": "CONV_VISION_LLama2", "minigptv2": "CONV_VISION_minigptv2"}
@@ -41,35 +40,3 @@ def test_a_transcript_leaves_the_earlier_ones_as_they_were():
     assert one.sample().prompt.endswith(" What?###Assistant: ")
     assert other.sample().prompt.endswith(" Where?###Assistant: ")
     assert len(start.messages) == 1
-
-
-@pytest.mark.parametrize(("text", "generate", "chat"), [
-    (" A dog. ", "A dog.", "A dog."),
-    ("A dog.### Human: more", "A dog.### Human: more", "A dog."),
-    ("[INST] a [/INST] b [/INST] A dog.", "A dog.", "[INST] a [/INST] b [/INST] A dog."),
-    ("Human: x Assistant: A dog.", "Human: x Assistant: A dog.", "A dog."),
-    ("", "", ""),
-])
-def test_answers(text, generate, chat):
-    tokenizer = Tokenizer.from_folder(GOLDEN / "ckpt" / "llama_hf")
-    ids = [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]
-    assert answer_of_generate(ids, tokenizer) == generate
-    assert answer_of_chat(ids, tokenizer) == chat
-
-
-def test_generate_drops_a_first_id_of_zero_only():
-    class Plain:
-        def decode(self, ids):
-            return " ".join(map(str, ids))
-
-    assert answer_of_generate([0, 5, 0], Plain()) == "5 0"
-    assert answer_of_generate([1, 5], Plain()) == "1 5"
-    assert answer_of_generate([], Plain()) == ""
-
-
-def test_special_pieces_spelt_out_end_an_answer():
-    class Spelt:
-        def decode(self, ids):
-            return "<s>A dog.</s> and more"
-
-    assert answer_of_generate([5], Spelt()) == "A dog."

@@ -23,6 +23,7 @@ from mmjax.evaluate.rank import Choices, chosen
 from mmjax.inference import predictions
 from tests import small, tiny
 from tests.data.layouts import put, put_json
+from tests.parity.original import multi_select
 
 ROOT = Path(__file__).parents[2]
 QUIET = Console(quiet=True)
@@ -263,13 +264,13 @@ def test_a_broken_model_chooses_nothing(model, monkeypatch):
 
 
 def test_original_rule_is_multi_select(model):
-    """The padded length is that of the batch's longest row for each choice, as `rank` has it."""
+    """The padded length is that of the batch's longest row for each choice, as `multi_select` has it."""
     samples = [mmjax.Sample(images=[scenes.draw(scene)], prompt=f"{small.PROMPT} {'Why? ' * n}")
                for n, scene in enumerate(scenes.scenes("train", 2))]
     answers = ("red", "a very large green star")
     candidates = [model.batch([dataclasses.replace(sample, answer=answer) for sample in samples], length=128)
                   for answer in answers]
-    losses, ranks = evaluate.rank(model.module, model.params, candidates)
+    losses, ranks = multi_select(model.module, model.params, candidates)
     answerer = Choices(model, batch_size=2)
     found = answerer.answer([predictions.Ask("", sample, answers) for sample in samples], 0)
     for row, line in enumerate(found):

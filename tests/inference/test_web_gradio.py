@@ -10,7 +10,7 @@ import pytest
 
 from mmjax.families import FAMILIES
 from mmjax.families.base import FamilyConfig, ImageSpec
-from mmjax.inference import uploads
+from mmjax.inference import uploads, web
 from tests.inference.test_uploads import META, forms, picture
 
 if not find_spec("gradio"):  # it is imported by the page's process alone

@@ -209,6 +209,17 @@ def chat_turns(case: Case) -> list[Sample]:
     return [Sample(images=[] if shown is None else list(shown), prompt=turn["prompt"]) for turn in case.spec["turns"]]
 
 
+def generation_ids(ids: dict[str, Any]) -> dict[str, Any]:
+    """What `GenerateConfig` takes of a generation config as transformers reads it: of several end ids the first ends a
+    row and the others stop it, and where there is no pad id finished rows are filled with the end id.
+    """
+    ends = ids["eos_token_id"]
+    eos, *more = ends if isinstance(ends, list) else [ends]
+    pad = ids.get("pad_token_id")
+    return {"bos": ids["bos_token_id"], "eos": eos, "pad": eos if pad is None else pad,
+            "stop": tuple((other,) for other in more)}
+
+
 def text_config(case: Case) -> TextConfig:
     """The case's text settings. Only conversations and models with a chat template format inside forward."""
     spec = case.spec

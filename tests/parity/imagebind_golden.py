@@ -132,8 +132,9 @@ def model(adapter: str) -> Loaded:
     article = tables.is_article(tensors(adapter))
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "converted"
-        write.command("imagebind_llm")(folder() / "imagebind.pth", folder() / "llama_meta", out, adapter=folder() / adapter,
-                              arch=folder() / "config.json", injection="token" if article else "released")
+        write.command("imagebind_llm")(
+            folder() / "imagebind.pth", folder() / "llama_meta", out, adapter=folder() / adapter,
+            arch=folder() / "config.json", injection="token" if article else "released")
         return load_checkpoint(out, dtype="float32", init_fresh=0 if article else None)
 
 
@@ -180,13 +181,20 @@ def released(m: Loaded, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {key: tensor.read() for key, tensor in backward(entries(m, arrays), arrays).items()}
 
 
-def batch(tokens: np.ndarray, labels: np.ndarray | None = None, **media: np.ndarray) -> Batch:
-    """Rows as a case holds them: padding is not masked, and label 0 is no target. One picture serves all rows."""
+def batch(tokens: np.ndarray, labels: np.ndarray | None = None, image: np.ndarray | None = None,
+          features: np.ndarray | None = None, **media: np.ndarray) -> Batch:
+    """Rows as a case holds them: padding is not masked, and label 0 is no target. One picture serves all rows.
+
+    features: the mix of all senses, in place of `image` and `media`
+    """
     rows, length = tokens.shape
     tokens = tokens.astype(np.int32)
     labels = np.zeros_like(tokens) if labels is None else labels
     assert np.array_equal(labels, np.where(labels == 0, 0, tokens))
-    media = {name: np.broadcast_to(x, (rows, *x.shape[1:])) for name, x in media.items()}
+    given = media if image is None else {"image": image} | media
+    given = {name: np.broadcast_to(x, (rows, *x.shape[1:])) for name, x in given.items()}
+    weights = {name: np.ones(rows, np.float32) for name in given}
+    image = given.pop("image", None)
     return Batch(
         tokens=tokens,
         soft_index=np.full_like(tokens, -1),
@@ -194,6 +202,8 @@ def batch(tokens: np.ndarray, labels: np.ndarray | None = None, **media: np.ndar
         loss_mask=labels != 0,
         positions=np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
         padded_length=np.full(rows, length, np.int32),
-        media=media or None,
-        weights={name: np.ones(rows, np.float32) for name in media} or None,
+        images=None if image is None else image[:, None],
+        features=features,
+        media=given or None,
+        weights=weights or None,
     )

@@ -5,21 +5,20 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 
-from mmjax import evaluate
-from mmjax.data.conversation import answer_of_chat, answer_of_generate
 from mmjax.inference import generate as generation
 from tests.parity import golden
 from tests.parity.close import EMBEDDING, LOGIT, LOSS, assert_close
-from tests.parity.crop import crop_left
 from tests.parity.model import model
+from tests.parity.original import answer_of_chat, answer_of_generate, crop_left, multi_select
 from tests.parity.test_forward import batch_of, capture
 
 LENGTH_TIMES_SUM = 1e-3  # a beam's score with a negative length penalty is a sum times a length
 
 
 def settings(case, ids, **more):
-    return generation.GenerateConfig(bos=ids["bos_token_id"], eos=ids["eos_token_id"], pad=ids["pad_token_id"], **more)
+    return generation.GenerateConfig(**golden.generation_ids(ids), **more)
 
 
 @functools.cache
@@ -49,6 +48,32 @@ def test_sequences(case):
         np.testing.assert_array_equal(sequences, case.arrays[name])
     words = [answer_of_generate(row.tolist(), m.tokenizer) for row in np.maximum(sequences, 0)]
     assert words == case.spec["answers"]
+
+
+def test_ids_of_a_generation_config():
+    given = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    assert golden.generation_ids(given) == {"bos": 1, "eos": 2, "pad": 0, "stop": ()}
+    assert golden.generation_ids(given | {"pad_token_id": None})["pad"] == 2
+    assert golden.generation_ids(given | {"eos_token_id": [7, 9], "pad_token_id": None}) == {
+        "bos": 1, "eos": 7, "pad": 7, "stop": ((9,),)}
+
+
+SHORT = [case.name for case in golden.cases("generate") if "sequences" in case.arrays and
+         case.spec["lm_generation_config"].get("pad_token_id") != case.spec["lm_generation_config"]["eos_token_id"] and
+         any(case.spec["lm_generation_config"]["eos_token_id"] in row[:-1] for row in case.arrays["sequences"])]
+
+
+@pytest.mark.parametrize("name", SHORT[:1])
+def test_without_a_pad_id_finished_rows_are_filled_with_the_end(name):
+    case = golden.load(name)
+    ids = case.spec["lm_generation_config"] | {"pad_token_id": None}
+    m, batch, made = generated(name)
+    without = generation.generate(m.module, m.params, batch, settings(case, ids, **case.spec["generate_kwargs"]))
+    lengths = np.asarray(made.lengths)
+    np.testing.assert_array_equal(without.lengths, lengths)
+    written = np.arange(made.sequences.shape[1]) < lengths[:, None]
+    assert not written[:, :lengths.max()].all()
+    np.testing.assert_array_equal(without.sequences, np.where(written, made.sequences, ids["eos_token_id"]))
 
 
 @golden.each("generate")
@@ -101,11 +126,11 @@ def test_chat(case):
 def test_ranked_choices(case):
     m = model(case)
     batches = [batch_of(case, m, samples) for samples in golden.candidates(case)]
-    losses, ranks = evaluate.rank(m.module, m.params, batches)
+    losses, ranks = multi_select(m.module, m.params, batches)
     for name in case.holds("losses"):
         assert_close(name, losses, case.arrays[name], relative=LOSS)
     for name in case.holds("ranks"):
         np.testing.assert_array_equal(ranks, case.arrays[name])
     for name in case.holds("ranks_num_cand"):
-        _, ranks = evaluate.rank(m.module, m.params, batches, case.spec["num_cand"])
+        _, ranks = multi_select(m.module, m.params, batches, case.spec["num_cand"])
         np.testing.assert_array_equal(ranks, case.arrays[name])

@@ -156,7 +156,7 @@ def test_inside_of_the_first_layer(case):
 @golden.each(lambda case: case.spec.get("max_abs_diff_to_plain") == 0)
 def test_closed_gates_leave_plain_llama_bit_for_bit(case):
     plain = golden.model(golden.PRETRAINED)
-    expected, _ = forward(plain.module)(plain.params, dataclasses.replace(rows(case), media=None, weights=None))
+    expected, _ = forward(plain.module)(plain.params, dataclasses.replace(rows(case), images=None, weights=None))
     logits, _ = passed(case)
     np.testing.assert_array_equal(logits, expected)
 
@@ -237,7 +237,7 @@ def media(case, m):
     weights = {name: np.full(1, float(weight), np.float32) for name, weight in told if name in held}
     batch = dataclasses.replace(golden.batch(np.zeros((1, 1)), **held), weights=weights)
     mixed = tiny.jit(functools.partial(m.module.apply, method="feature"))({"params": m.params}, batch)
-    return {"feature": bind.recall(mixed, cache())}
+    return {"features": bind.recall(mixed, cache())}
 
 
 def generates(case):

@@ -148,9 +148,10 @@ def test_rows_of_text_alone_see_zeros():
     records = imagebind_llm_finetune(str(golden.folder() / "cases" / case.name))
     blind = [sample(record, "", DATA) for record in records if record.image is None]
     cfg = golden.imagebind_config()
-    media, weights = senses.stack(blind, cfg)
-    assert media["blank"].tolist() == [True] * len(blind)  # the model makes zeros of these: tests/families
-    np.testing.assert_array_equal(weights["image"], np.ones(len(blind)))
+    fields = senses.stack(blind, cfg)
+    assert not fields["image_valid"].any()  # the model makes zeros of these: tests/families
+    assert fields["images"].shape[:2] == fields["image_valid"].shape == (len(blind), 1)
+    np.testing.assert_array_equal(fields["weights"]["image"], np.ones(len(blind)))
 
 
 def test_pretrain_rows(tokenizer):

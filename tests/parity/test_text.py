@@ -4,10 +4,10 @@ import re
 
 import numpy as np
 
-from mmjax.data.conversation import Template, Transcript, answer_of_chat, answer_of_generate
+from mmjax.data.conversation import Template, Transcript
 from mmjax.data.text import answer_slots, prompt_slots, rows
 from tests.parity import golden
-from tests.parity.crop import crop_left
+from tests.parity.original import answer_of_chat, answer_of_generate, crop_left
 
 IGNORED = -100
 
