@@ -75,7 +75,7 @@ def floor(files: list[Path], threads: int) -> float:
     return count / (time.perf_counter() - start)
 
 
-def speed(feed: Callable[[], Iterator[pipeline.Step]], count: int) -> tuple[float, float]:
+def speed(feed: Callable[[], Iterator[pipeline.PipelineBatch]], count: int) -> tuple[float, float]:
     """Samples a second over about `count` of them, once nothing is left that was read ahead; and the share of real
     tokens."""
     steps = feed()
@@ -97,7 +97,7 @@ class Unopened(Collator):
         return self.blank
 
 
-def waiting(feed: Callable[[], Iterator[pipeline.Step]], seconds: float, rows: int, count: int) -> float:
+def waiting(feed: Callable[[], Iterator[pipeline.PipelineBatch]], seconds: float, rows: int, count: int) -> float:
     """Share of a loop's time that it waits for its batches, if a step takes so long."""
     mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     batches = itertools.islice(feed(), count)
@@ -131,7 +131,7 @@ def main() -> None:
                             pack_pictures=5)
         tokenizer = Tokenizer.from_folder(TOKENIZER)
 
-        def feed(cfg: DataConfig, kind: type[Collator] = Collator) -> Callable[[], Iterator[pipeline.Step]]:
+        def feed(cfg: DataConfig, kind: type[Collator] = Collator) -> Callable[[], Iterator[pipeline.PipelineBatch]]:
             most = cfg.pack_pictures if cfg.pack_length else None
             records = pipeline.read(cfg)
             return lambda: pipeline.batches(records, cfg, kind(tokenizer, TEXT, CONFIG, most))

@@ -29,8 +29,8 @@ class Size:
     """
 
     name: str
-    minigpt4: minigpt4.Config
-    imagebind: imagebind_llm.Config
+    minigpt4: minigpt4.MiniGPT4Config
+    imagebind: imagebind_llm.ImageBindLLMConfig
     rows: int
     length: int
     dtype: str
@@ -42,10 +42,10 @@ class Size:
     turns: int
 
 
-def _bound(cfg: Any, feature: int) -> imagebind_llm.Config:
+def _bound(cfg: Any, feature: int) -> imagebind_llm.ImageBindLLMConfig:
     """ImageBind-LLM whose features are ready: no tower but the smallest, and gates on every layer."""
     towers = imagebind.ImageBindConfig(imagebind.TINY.vision, None, None, None, None, None, feature)
-    return imagebind_llm.Config(towers, bind.BindConfig(feature, cfg.dim, 4 * cfg.dim),
+    return imagebind_llm.ImageBindLLMConfig(towers, bind.BindConfig(feature, cfg.dim, 4 * cfg.dim),
                                 dataclasses.replace(cfg, injection="head"), query_layers=cfg.depth)
 
 
@@ -53,7 +53,7 @@ _LLAMA = llama.LlamaConfig(depth=12, dim=768, heads=12, kv_heads=12, head_dim=64
 SIZES = {size.name: size for size in (
     Size(
         "small",
-        minigpt4.Config(eva_vit.VitConfig(dim=384, depth=12, heads=6, hidden=1_536),
+        minigpt4.MiniGPT4Config(eva_vit.VitConfig(dim=384, depth=12, heads=6, hidden=1_536),
                         qformer.QFormerConfig(dim=384, depth=6, heads=6, hidden=1_536), _LLAMA),
         _bound(_LLAMA, 1_024), rows=8, length=128, dtype="float32", pack_length=512, pack_rows=5, pack_pictures=4,
         matmul=2_048, stream=2**28, turns=5),

@@ -266,7 +266,7 @@ def block(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
 def _our_block(cfg: Any, params: Mapping[str, np.ndarray], x: np.ndarray, dtype: str) -> Callable[[], Any]:
     held = {"params": trees.unflatten({path.removeprefix("vit/blocks/"): jnp.asarray(leaf[0])
                                        for path, leaf in params.items() if "/blocks/" in path})}
-    module, x = eva_vit.Block(cfg), jnp.asarray(x, dtype)
+    module, x = eva_vit.VitBlock(cfg), jnp.asarray(x, dtype)
     forward = jax.jit(lambda held, x: module.apply(held, x, jnp.float32(0))[0])
     return lambda: forward(held, x).block_until_ready()
 

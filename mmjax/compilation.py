@@ -69,7 +69,7 @@ def _writable(place: Path) -> bool:
 
 
 @contextlib.contextmanager
-def told(what: str, console: Console) -> Iterator[None]:
+def announce(what: str, console: Console) -> Iterator[None]:
     """Says that something is being compiled inside, and then how long it took and where it came from."""
     counts = _counts()
     hits, misses, begun = counts[_HIT], counts[_MISS], time.monotonic()
@@ -96,7 +96,7 @@ class Compiled:
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[Compiled]:
+def count_compilations() -> Iterator[Compiled]:
     """Counts the programs that are compiled inside; what it gives grows meanwhile."""
     compiled = Compiled()
 

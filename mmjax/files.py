@@ -103,7 +103,7 @@ os.register_at_fork(after_in_child=_forget_held)
 
 
 @contextlib.contextmanager
-def alone(folder: Path, doing: str = "at work") -> Iterator[None]:
+def exclusive_lock(folder: Path, doing: str = "at work") -> Iterator[None]:
     """Nobody else is in a folder meanwhile. Raises BlockingIOError if somebody is, which the end of their process, of
     whatever kind, changes. A file system that cannot lock folders lets everybody in.
 

@@ -83,7 +83,7 @@ def parity(model: Loaded, reference: str | Path, tolerance: float | None = None)
     if unknown := [name for name in wanted if name not in possible]:
         raise ValueError(f"{reference} holds {', '.join(unknown)}, which this model does not have. It has the stages "
                          f"{', '.join(summary(possible))}, and takes the inputs {', '.join(INPUTS)}.")
-    with sharding.use(model.mesh):
+    with sharding.use_mesh(model.mesh):
         found = compute(model.module, model.family, frozenset(wanted), "targets" in held, model.params, batch, given)
         if missing := [name for name in wanted if name not in found]:
             raise ValueError(f"{reference} has no inputs for {', '.join(summary(missing))}: pictures need `images`, "
@@ -194,7 +194,7 @@ def stages(module: nn.Module, family: Family, params: Any, batch: Batch, given: 
     patterns = [stage.path.replace(NUMBER, r"\d+") for stage in family.stages if stage.path]
     embedding = next((stage.name for stage in family.stages if stage.kind == "embedding"), "embedding")
 
-    def told(part: nn.Module, method: str) -> bool:
+    def is_stage(part: nn.Module, method: str) -> bool:
         return method == "__call__" and any(re.fullmatch(pattern, "/".join(part.path)) for pattern in patterns)
 
     def run(model: Any) -> dict[str, jax.Array]:
@@ -207,7 +207,7 @@ def stages(module: nn.Module, family: Family, params: Any, batch: Batch, given: 
         return found | {embedding: x, "logits": model.logits(hidden)}
 
     named, variables = module.apply(
-        {"params": params}, method=run, capture_intermediates=told, mutable=["intermediates"])
+        {"params": params}, method=run, capture_intermediates=is_stage, mutable=["intermediates"])
     calls = {path.removesuffix("/__call__"): value[0]
              for path, value in trees.flatten(variables.get("intermediates", {})).items()}
     if has_targets:

@@ -42,16 +42,16 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.asarray(devices).reshape(shape), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
-def ways(mesh: Mesh | AbstractMesh, axis: str) -> int:
+def num_shards(mesh: Mesh | AbstractMesh, axis: str) -> int:
     """How many pieces a dimension of this kind is cut into."""
     placed = PLACEMENT.get(axis) or ()
     return math.prod(mesh.shape[name] for name in ((placed,) if isinstance(placed, str) else placed))
 
 
-def batch_ways() -> int:
+def num_batch_shards() -> int:
     """Into how many pieces the rows are cut where `use` is in force; 1 elsewhere."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else ways(mesh, "batch")
+    return 1 if mesh.empty else num_shards(mesh, "batch")
 
 
 def shardings(shapes: Mapping[str, Any], axes: Sequence[tuple[str, tuple[str, ...]]], mesh: Mesh) -> dict[str, Any]:
@@ -71,9 +71,9 @@ def shardings(shapes: Mapping[str, Any], axes: Sequence[tuple[str, tuple[str, ..
             problems.append(f"{path} {tuple(leaf.shape)}: AXES names {len(names)} dimensions: {names}")
             continue
         for name, size in zip(names, leaf.shape, strict=True):
-            if size % ways(mesh, name):
-                most = math.gcd(size, ways(mesh, name))
-                problems.append(f"{path}: {name} = {size} cannot be cut into {ways(mesh, name)} (mesh axis "
+            if size % num_shards(mesh, name):
+                most = math.gcd(size, num_shards(mesh, name))
+                problems.append(f"{path}: {name} = {size} cannot be cut into {num_shards(mesh, name)} (mesh axis "
                                 f"{PLACEMENT[name]}); {most} would work")
         placed[path] = NamedSharding(mesh, PartitionSpec(*(PLACEMENT.get(name) for name in names)))
     if problems:
@@ -87,18 +87,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(PLACEMENT["batch"]))
 
 
-def own_rows(mesh: Mesh, count: int) -> list[int]:
+def process_local_rows(mesh: Mesh, count: int) -> list[int]:
     """Which of a batch's `count` rows are on devices of this process. Of one process, all."""
     held = batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
     return sorted({row for (rows,) in held for row in range(*rows.indices(count))})
 
 
-def put(batch: Any, mesh: Mesh, count: int) -> Any:
+def put_batch(batch: Any, mesh: Mesh, count: int) -> Any:
     """A batch of numpy arrays on the devices, as `batch_sharding` says; each process gives its `own_rows` of `count`.
 
     The copies may still be under way when this returns.
     """
-    place, local = batch_sharding(mesh), {row: number for number, row in enumerate(own_rows(mesh, count))}
+    place, local = batch_sharding(mesh), {row: number for number, row in enumerate(process_local_rows(mesh, count))}
 
     def whole(array: np.ndarray) -> jax.Array:
         def piece(index: tuple[slice, ...]) -> np.ndarray:
@@ -111,7 +111,7 @@ def put(batch: Any, mesh: Mesh, count: int) -> Any:
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh) -> Iterator[None]:
+def use_mesh(mesh: Mesh) -> Iterator[None]:
     """Everything compiled inside sees the mesh, and the models' logical constraints the PLACEMENT."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(PLACEMENT.items())):
         yield

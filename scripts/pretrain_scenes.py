@@ -215,7 +215,7 @@ def train_language(tokenizer: Tokenizer, steps: int, texts: int, batch: int, rat
     Half of the texts have the words of a thing in another order, and all have noise on the words' vectors, so that
     what it learns is to look for a word's meaning near the right place, not for one exact vector.
     """
-    model = llama.Model(llama.Config(LLAMA))
+    model = llama.TextLlama(llama.TextLlamaConfig(LLAMA))
     rng = np.random.default_rng(3)
     ids = {word: tokenizer.encode(word)[0] for word in WORDS}
 

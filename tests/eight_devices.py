@@ -21,7 +21,7 @@ from tests import small, tiny  # noqa: E402
 from tests.models.test_int8 import held, test_restoring_quantises_what_is_stored  # noqa: E402, F401
 
 ADAMW = optim.optimizer(OptimConfig(init_lr=1e-3, min_lr=1e-3, warmup_steps=0))
-MODULE = minigpt4.Model(tiny.MINIGPT4)
+MODULE = minigpt4.MiniGPT4(tiny.MINIGPT4)
 
 
 def on(mesh, flat):
@@ -38,7 +38,7 @@ def on(mesh, flat):
 
 def train(mesh, rules, batches, change=lambda params: params):
     """(losses, last state)"""
-    with sharding.use(mesh):
+    with sharding.use_mesh(mesh):
         params = on(mesh, trees.flatten(change(tiny.params("minigpt4", tiny.MINIGPT4))))
         trained, frozen = trees.split(params, trees.mask(params, rules))
         state = steps.start(trained, ADAMW, 0)
@@ -125,7 +125,7 @@ def test_heads_on_different_devices_write_what_one_writes():
     batch, made = tiny.batch(), []
     for cfg, devices in ((MeshConfig(), jax.devices()[:1]), (MeshConfig(2, 2, 2), jax.devices())):
         mesh = sharding.make_mesh(cfg, devices)
-        with sharding.use(mesh):
+        with sharding.use_mesh(mesh):
             params = on(mesh, trees.flatten(tiny.params("minigpt4", tiny.MINIGPT4)))
             rows = jax.device_put(batch, sharding.batch_sharding(mesh))
             made.append([generate.generate(MODULE, params, rows, config).sequences for config in (

@@ -23,7 +23,7 @@ def found(mesh, function, *arguments):
     """arguments: (shape, spec)"""
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
               for shape, spec in arguments]
-    with sharding.use(mesh):
+    with sharding.use_mesh(mesh):
         return hlo.collectives(jax.jit(function).lower(*shapes).compile().as_text(), mesh)
 
 
@@ -80,10 +80,10 @@ def test_the_state_is_as_a_run_has_it():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     settings = config(MeshConfig(2, 2, 2), trained=("projector/.*", "llm/layers/attn/q/w"))
     source, _ = plan.architecture(settings, None)
-    step = plan.Step.of(settings, source, mesh, 16)
+    step = plan.AbstractStep.of(settings, source, mesh, 16)
     flat = trees.flatten(tiny.params("minigpt4", tiny.MINIGPT4))
     places = sharding.shardings(flat, minigpt4.FAMILY.all_axes(tiny.MINIGPT4), mesh)
-    with sharding.use(mesh):
+    with sharding.use_mesh(mesh):
         params = trees.unflatten({path: jax.device_put(leaf, places[path]) for path, leaf in flat.items()})
         trained, frozen = trees.split(params, trees.mask(params, settings.trained))
         state = steps.start(trained, optim.optimizer(settings.optim), settings.seed)
@@ -112,7 +112,7 @@ def advised(settings, temporaries, limit):
     place = dataclasses.replace(hardware.find("local"), memory=int(limit * hardware.GIB))
     source, _ = plan.architecture(settings, None)
     mesh = sharding.make_mesh(settings.mesh)
-    held = plan.Step.of(settings, source, mesh, 16).held
+    held = plan.AbstractStep.of(settings, source, mesh, 16).held
     memory = plan.Memory(**held, layout=0, temporaries=int(temporaries * hardware.GIB), program=0, limit=place.memory)
     made = plan.Plan("minigpt4", "x", "v5e:2x4", dict(mesh.shape), settings.data.batch_size, 16, {}, memory, None, None,
                      None, None, {}, [], [])

@@ -34,7 +34,7 @@ def program(mesh, remat, frozen_dtype=None, trained=None):
         data=DataConfig(path="data/x", prompts=("<Img><ImageHere></Img> Hi",), batch_size=8, length_multiple=8))
     source, _ = plan.architecture(config, None)
     devices = sharding.make_mesh(mesh, hardware.find(WHERE).devices)
-    compiled, _ = plan._compile(plan.Step.of(config, source, devices, 16))
+    compiled, _ = plan._compile(plan.AbstractStep.of(config, source, devices, 16))
     return compiled.as_text(), devices
 
 

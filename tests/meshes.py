@@ -23,7 +23,7 @@ from tests import tiny  # noqa: E402
 ROWS, STEPS = 8, 10
 RULES = (*minigpt4.TRAINED, "llm/norm/.*", "llm/layers/attn/[qv]/w")
 ADAMW = optim.optimizer(OptimConfig(init_lr=1e-3, min_lr=1e-3, warmup_steps=0))
-MODULE = minigpt4.Model(tiny.MINIGPT4)
+MODULE = minigpt4.MiniGPT4(tiny.MINIGPT4)
 AXES = FAMILIES["minigpt4"].all_axes(tiny.MINIGPT4)
 
 
@@ -34,22 +34,22 @@ def train(mesh):
         places = sharding.shardings(flat, AXES, mesh)
     except ValueError:
         return None
-    with sharding.use(mesh):
+    with sharding.use_mesh(mesh):
         params = trees.unflatten({path: jax.device_put(leaf, places[path]) for path, leaf in flat.items()})
         trained, frozen = trees.split(params, trees.mask(params, RULES))
         everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         state = jax.tree.map(lambda leaf: leaf if leaf.ndim else jax.device_put(leaf, everywhere),
                              steps.start(trained, ADAMW, 0))
-        step, rows, losses = steps.train_step(MODULE, ADAMW), sharding.own_rows(mesh, ROWS), []
+        step, rows, losses = steps.train_step(MODULE, ADAMW), sharding.process_local_rows(mesh, ROWS), []
         for seed in range(STEPS):
             own = jax.tree.map(lambda array: array[rows], tiny.batch(ROWS, seed=seed))
-            state, metrics = step(state, frozen, sharding.put(own, mesh, ROWS))
+            state, metrics = step(state, frozen, sharding.put_batch(own, mesh, ROWS))
             losses.append(float(metrics["loss"]))
     return losses
 
 
 if others:
-    distributed.join(HostsConfig(f"localhost:{others[0]}", others[2], others[1], timeout=120))
+    distributed.initialize(HostsConfig(f"localhost:{others[0]}", others[2], others[1], timeout=120))
 count = jax.device_count()
 found = {}
 for data, fsdp in itertools.product((1, 2, 4, 8), repeat=2):

@@ -23,7 +23,7 @@ from mmjax.training import distributed  # noqa: E402
 from tests import tiny  # noqa: E402
 
 folder, port, process = sys.argv[1:]
-distributed.join(HostsConfig(f"localhost:{port}", 2, int(process), timeout=120))
+distributed.initialize(HostsConfig(f"localhost:{port}", 2, int(process), timeout=120))
 mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1))
 stored = frozen_weights.metadata(folder)
 places = sharding.shardings(stored, FAMILIES["minigpt4"].all_axes(tiny.MINIGPT4), mesh)

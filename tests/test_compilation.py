@@ -18,7 +18,7 @@ import sys, jax
 from rich.console import Console
 from mmjax import compilation
 print(compilation.enable())
-with compilation.told("the step", Console(file=sys.stdout, width=300)):
+with compilation.announce("the step", Console(file=sys.stdout, width=300)):
     jax.jit(lambda x: x * 2 + 1)(3.0).block_until_ready()
 """
 
@@ -82,7 +82,7 @@ def test_without_a_cache_folder_it_stays_off(monkeypatch, below_a_file, as_befor
     jax.config.update("jax_compilation_cache_dir", None)
     assert compilation.enable() is None
     said = io.StringIO()
-    with compilation.told("the step", Console(file=said, width=300)):
+    with compilation.announce("the step", Console(file=said, width=300)):
         pass
     assert "not kept" in said.getvalue()
 

@@ -16,8 +16,8 @@ from mmjax.checkpoints import frozen as frozen_weights
 from mmjax.config import WeightsConfig
 from mmjax.convert import torch_file, write
 from mmjax.data import scenes as world
-from mmjax.doctor import work
-from mmjax.doctor.patient import Moments, open_folder, statistics
+from mmjax.doctor import outputs
+from mmjax.doctor.inspection import Moments, inspect_folder, statistics
 from mmjax.training import run
 from tests import small
 from tests.convert import released
@@ -279,10 +279,10 @@ def test_runs(tmp_path):
 
     shutil.rmtree(base)
     damaged(scenes(), base, llm__head__w=lambda x: x * np.float32(1.001))
-    patient, _ = open_folder(tmp_path / "run")
+    patient, _ = inspect_folder(tmp_path / "run")
     numbers = {path: statistics(path, rows) for path, rows in patient.read.items()}
     patient = dataclasses.replace(patient, tensors=numbers)
-    assert "not those that the run was trained with: llm/head/w." in wrong(work.base_weights(patient))["base weights"]
+    assert "not those that the run was trained with: llm/head/w." in wrong(outputs.base_weights(patient))["base weights"]
 
     seal = next((tmp_path / "run" / "checkpoints").glob("2/seal.json"))
     seal.write_text(seal.read_text().replace('"position"', '"Position"'))
@@ -313,7 +313,7 @@ FIGURES = {"loss": 9.0, "shuffled": 9.1, "uniform": 10.37, "entropy": 5.0, "toke
     ({"loss": 12.0, "tokens a word": 3.0}, ["llm/head/w"], "wrong", "or worse"),
 ])
 def test_judged(changes, look_at, verdict, words):
-    found, told = work.judged(FIGURES | changes, look_at)
+    found, told = outputs.judged(FIGURES | changes, look_at)
     assert found == verdict and words in told
 
 

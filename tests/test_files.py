@@ -34,8 +34,8 @@ def test_what_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, fails)
 
 def test_one_at_a_time_is_in_a_folder(tmp_path):
     for _ in range(2):
-        with files.alone(tmp_path), pytest.raises(BlockingIOError, match=f"at work in {tmp_path}"), \
-                files.alone(tmp_path):
+        with files.exclusive_lock(tmp_path), pytest.raises(BlockingIOError, match=f"at work in {tmp_path}"), \
+                files.exclusive_lock(tmp_path):
             pytest.fail("two are in it")
     assert list(tmp_path.iterdir()) == []
 
@@ -64,15 +64,15 @@ def test_a_fork_that_outlives_the_process_does_not_keep_the_lock(tmp_path):
                           text=True) as parent:
         assert parent.stdout.readline() == "kept\n"  # by the parent, whose fork has given it up
         assert parent.wait(60) == 0
-        with files.alone(tmp_path):
+        with files.exclusive_lock(tmp_path):
             parent.stdin.close()
 
 
 @pytest.mark.parametrize("close_fds", [True, False])
 def test_a_program_that_is_started_does_not_inherit_the_lock(tmp_path, close_fds):
-    with files.alone(tmp_path):
+    with files.exclusive_lock(tmp_path):
         other = subprocess.Popen([sys.executable, "-c", WAITS], stdin=subprocess.PIPE, close_fds=close_fds)
-    with other, files.alone(tmp_path):
+    with other, files.exclusive_lock(tmp_path):
         assert other.poll() is None
         other.stdin.close()
 
@@ -81,7 +81,7 @@ def test_a_fork_inside_the_lock_may_leave_it(tmp_path):
     """What it closes is not another file that has meanwhile got the same number."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "_held", set(files._held))
-        with files.alone(tmp_path):
+        with files.exclusive_lock(tmp_path):
             (number,) = files._held
             files._forget_held()
             again = os.open(tmp_path, os.O_RDONLY)

@@ -199,8 +199,8 @@ SHIPPED = ("minigpt4", "imagebind_llm", "llama_adapter", "llama")
 COMMANDS = {  # those whose options are made of a function or a dataclass, and the names of paths that are text there
     "chat": (chat.converse, "media"), "doctor": (doctor.examine,), "parity": (parity.hold_against,),
     "export": (export.export,), **{family: (write.command(family),) for family in SHIPPED},
-    "generate": (generate.Options, "media"),
-    "evaluate": (evaluate.Options, "data", "root"), "check": (data.data_check,), "prepare": (data.data_prepare,),
+    "generate": (generate.GenerateOptions, "media"),
+    "evaluate": (evaluate.EvaluateOptions, "data", "root"), "check": (data.data_check,), "prepare": (data.data_prepare,),
     "verify": (data.data_verify,), "features": (data.data_features,)}
 OPTIONS = [(command, name) for command, (made_of, *texts) in COMMANDS.items()
            for name, hint in typing.get_type_hints(made_of).items() if "Path" in str(hint) or name in texts]
@@ -303,16 +303,16 @@ def test_a_picture_or_sound_of_a_sample_is_named(url, tmp_path):
 
 def test_an_array_is_named():
     with pytest.raises(ValueError, match="gs://b/a.npy is a URL where"):
-        requests.sense("imu", "gs://b/a.npy")
+        requests.read_sense("imu", "gs://b/a.npy")
 
 
 def test_lines_with_urls_are_named(tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_text('{"image": "a.jpg", "prompt": "Hi"}\n{"image": "https://h/a.jpg", "prompt": "https://h/ ?"}\n')
     with pytest.raises(ValueError, match="line 2: the picture https://h/a.jpg is a URL where") as raised:
-        requests.lines(path)
+        requests.read_jsonl(path)
     assert "line 1" not in str(raised.value)
-    assert rows.picture(str(tmp_path), "gs:/a.jpg")  # a folder of that name is one, in data
+    assert rows.image_path(str(tmp_path), "gs:/a.jpg")  # a folder of that name is one, in data
 
 
 # ---- variables ----

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mmjax import cli, parity
-from mmjax.families.minigpt4 import Model
+from mmjax.families.minigpt4 import MiniGPT4
 from mmjax.parity import NO_TARGET
 from tests.parity import golden, imagebind_golden
 from tests.parity.imagebind_golden import changed
@@ -204,7 +204,7 @@ def test_stages_stand_in_order_and_are_all_reachable(caption):
 
 def test_command(caption, tmp_path, monkeypatch, capsys):
     m, reference = caption
-    assert isinstance(m.module, Model)
+    assert isinstance(m.module, MiniGPT4)
     spoilt = changed(m, {"projector/b": lambda leaf: leaf + 0.1})
     for found, status in ((m, 0), (spoilt, 1)):
         monkeypatch.setattr("mmjax.inference.loaded.load", lambda path, dtype, found=found: found)

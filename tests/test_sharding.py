@@ -35,7 +35,7 @@ def test_dimensions_live_where_placement_says():
         "a/b": PartitionSpec(None),
         "x/y/table": PartitionSpec("tensor", "fsdp"),
     }
-    assert [sharding.ways(mesh(2, 4, 2), axis) for axis in ("batch", "embed", "heads", "head")] == [8, 4, 2, 1]
+    assert [sharding.num_shards(mesh(2, 4, 2), axis) for axis in ("batch", "embed", "heads", "head")] == [8, 4, 2, 1]
 
 
 def test_every_parameter_that_does_not_fit_is_named():
@@ -72,7 +72,7 @@ def test_one_device_is_a_mesh():
 
 def test_constraints_act_inside_the_mesh_alone():
     made = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    with sharding.use(made):
+    with sharding.use_mesh(made):
         assert nn.logical_to_mesh_axes(("batch", "length", "embed")) == PartitionSpec(("data", "fsdp"), None, None)
         assert jax.sharding.get_abstract_mesh().shape == made.shape
     assert jax.sharding.get_abstract_mesh().empty

@@ -199,7 +199,7 @@ class _Restore(ocp.args.StandardRestore):
 
 
 @contextlib.contextmanager
-def told_once() -> Iterator[None]:
+def suppress_duplicate_errors() -> Iterator[None]:
     """Inside, what fails while a checkpoint is saved is told as `NotSaved` alone. Orbax logs it too, with a traceback
     from each of its threads, and lets TensorStore answer to an event loop that is closed by then."""
     logger = logging.getLogger("absl")

@@ -15,11 +15,11 @@ from mmjax.inference.chat import (
     TEMPLATES,
     ChatSettings,
     Conversation,
-    add,
-    perceived,
+    add_input,
+    read_input,
     reply,
     scenes_of,
-    take,
+    supported_inputs,
     template_of,
 )
 from mmjax.inference.loaded import Loaded
@@ -75,7 +75,7 @@ def converse(
         page.serve(model, page.Page(checkpoint.resolve().name, talk.template, settings, scenes), host, port)
         return
     for sense, source in [(IMAGE, path) for path in image] + [*(media or {}).items()]:
-        add(model, talk, sense, take(model, sense, source))
+        add_input(model, talk, sense, read_input(model, sense, source))
     Terminal(model, talk, settings).run()
 
 
@@ -91,7 +91,7 @@ class Terminal:
         self.interactive = sys.stdin.isatty()
         self.commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
             f"/{sense}": ("WORDS" if sense == "text" else "PATH", f"show the model: {sense}", self._giver(sense))
-            for sense in perceived(model)}
+            for sense in supported_inputs(model)}
         self.commands |= {
             "/reset": ("", "forget all that was said and shown", self._reset),
             "/settings": ("[NAME VALUE]", "how answers are written; change one", self._set),
@@ -158,7 +158,7 @@ class Terminal:
         def give(source: str) -> None:
             if not source:
                 raise ValueError(f"/{sense} {self.commands[f'/{sense}'][0]}: say which")
-            add(self.model, self.talk, sense, take(self.model, sense, _unquoted(source)))
+            add_input(self.model, self.talk, sense, read_input(self.model, sense, _unquoted(source)))
             mixed = f"; mixed with {', '.join(others)}" if (others := sorted(self.talk.given.keys() - {sense})) else ""
             tell(f"{sense}: {source}{mixed}")
         return give

@@ -164,12 +164,12 @@ def data_features(
 def _rows(config: RunConfig, tokenizer: Path | None, console: Any) -> Any:
     """How a run makes rows, as `mmjax.data.check` wants to know it; None without a tokenizer."""
     from mmjax.checkpoints.converted import ConvertedCheckpoint
-    from mmjax.data.check import Rows
+    from mmjax.data.check import RowSettings
     from mmjax.tokenizer import Tokenizer
     from mmjax.training import run
 
     if tokenizer is not None:
-        return Rows(Tokenizer.from_folder(tokenizer))
+        return RowSettings(Tokenizer.from_folder(tokenizer))
     if not config.weights.checkpoint:
         return None
     if not Path(config.weights.checkpoint).exists():
@@ -177,4 +177,4 @@ def _rows(config: RunConfig, tokenizer: Path | None, console: Any) -> Any:
                       highlight=False)
         return None
     source = ConvertedCheckpoint.open(config.weights.checkpoint)
-    return Rows(source.tokenizer, config.text, run.architecture(source, config).image_tokens)
+    return RowSettings(source.tokenizer, config.text, run.architecture(source, config).image_tokens)

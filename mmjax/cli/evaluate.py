@@ -22,7 +22,7 @@ NOT_OF_ANSWERS = ("checkpoint", *(field.name for field in dataclasses.fields(Dec
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class EvaluateOptions:
     """Score a model on a benchmark: answers kept, figures with intervals, and a page of the worst and best pictures.
 
     Every item is asked in a conversation of its own. Stopped, the same command goes on. An item that could not be
@@ -76,17 +76,17 @@ class Options:
 
 def evaluate(args: Sequence[str]) -> None:
     """Score a model on a benchmark: answers kept, figures with intervals, and a page of the worst and best pictures."""
-    score(tyro.cli(Options, args=args, prog="mmjax evaluate"))
+    score(tyro.cli(EvaluateOptions, args=args, prog="mmjax evaluate"))
 
 
-def score(options: Options) -> None:
+def score(options: EvaluateOptions) -> None:
     """What the command does. Raises ValueError naming all options that are missing or have no use."""
     from rich.console import Console
 
     from mmjax.evaluate import benchmark as benchmarks
     from mmjax.inference import predictions
 
-    require_local(Options, vars(options), "data", "root")
+    require_local(EvaluateOptions, vars(options), "data", "root")
     if options.benchmark == SCENES:
         _scenes(options)
         return
@@ -113,7 +113,7 @@ def score(options: Options) -> None:
         sys.exit(1)
 
 
-def _check(options: Options, test: Any) -> None:
+def _check(options: EvaluateOptions, test: Any) -> None:
     """Raises ValueError naming what a `mmjax.evaluate.benchmark.Test` lacks, and what was given that it cannot use."""
     from mmjax.evaluate import benchmark as benchmarks
 
@@ -135,12 +135,12 @@ def _written(names: Iterable[str]) -> str:
     return ", ".join("--" + name.replace("_", "-") for name in names)
 
 
-def _refuse(options: Options, wrong: Sequence[str]) -> None:
+def _refuse(options: EvaluateOptions, wrong: Sequence[str]) -> None:
     if wrong:
         raise ValueError(f"--benchmark {options.benchmark} cannot be scored like this:\n  " + "\n  ".join(wrong))
 
 
-def _load(options: Options) -> Any:
+def _load(options: EvaluateOptions) -> Any:
     from mmjax import compilation, sharding
     from mmjax.inference import loaded
 
@@ -149,7 +149,7 @@ def _load(options: Options) -> Any:
                        frozen_dtype=options.frozen_dtype)
 
 
-def _scenes(options: Options) -> None:
+def _scenes(options: EvaluateOptions) -> None:
     """What training does at its end, for a run that is there: `evaluate.report_scenes`."""
     from mmjax import trees
     from mmjax.checkpoints import converted
@@ -170,7 +170,7 @@ def _scenes(options: Options) -> None:
                          scenes.AT_ONCE if options.batch_size is None else options.batch_size)
 
 
-def _config_of_scenes(options: Options) -> dict[str, Any]:
+def _config_of_scenes(options: EvaluateOptions) -> dict[str, Any]:
     """The config of the run to score. Raises ValueError if it is none on scenes, and for options that have no use."""
     from mmjax.checkpoints import converted
 

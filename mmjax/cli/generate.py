@@ -16,7 +16,7 @@ GREEDY, EVERY_DEVICE = Decoding(), MeshConfig()
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class GenerateOptions:
     """Print the model's answer to a prompt, or write those to many samples or a folder of pictures into a file.
 
     One prompt:     --prompt "What is this?" --image a.jpg
@@ -70,19 +70,19 @@ class Options:
 
 def generate(args: Sequence[str]) -> None:
     """Print the model's answer to a prompt, or write those to many samples or a folder of pictures into a file."""
-    answer(tyro.cli(Options, args=args, prog="mmjax generate"))
+    answer(tyro.cli(GenerateOptions, args=args, prog="mmjax generate"))
 
 
-def answer(options: Options) -> None:
+def answer(options: GenerateOptions) -> None:
     """What the command does. Raises ValueError naming all options that do not go together."""
     from mmjax import compilation, sharding
     from mmjax.inference import loaded, requests
 
-    require_local(Options, vars(options), "media")
+    require_local(GenerateOptions, vars(options), "media")
     _check_form(options)
-    asks: list[requests.Ask] = []
+    asks: list[requests.Request] = []
     if options.samples is not None:
-        asks = requests.lines(options.samples, options.root)
+        asks = requests.read_jsonl(options.samples, options.root)
     elif options.pictures is not None:
         asks = requests.pictures(options.pictures, options.prompt)
     compilation.enable()
@@ -102,7 +102,7 @@ def visual_cache(recall: Path | None) -> Any:
     return None if recall is None else neighbours.Recall(neighbours.read(recall))
 
 
-def _check_form(options: Options) -> None:
+def _check_form(options: GenerateOptions) -> None:
     """Raises ValueError naming what does not go together."""
     samples, pictures, out = (value is not None for value in (options.samples, options.pictures, options.out))
     asked, many, wrong = options.prompt is not None, samples or pictures, []
@@ -120,29 +120,29 @@ def _check_form(options: Options) -> None:
         wrong.append("--image, --media and --weights are for one prompt")
     if not many and out:
         wrong.append("--out is for --samples or --pictures; the answer to one prompt is printed")
-    if not many and (options.batch_size, options.mesh) != (Options.batch_size, EVERY_DEVICE):
+    if not many and (options.batch_size, options.mesh) != (GenerateOptions.batch_size, EVERY_DEVICE):
         wrong.append("--batch-size and --mesh are for --samples or --pictures; one prompt is answered on one device")
     if wrong:
         raise ValueError("These do not go together:\n  " + "\n  ".join(wrong))
 
 
-def _one(model: Any, options: Options, recall: Any) -> str:
+def _one(model: Any, options: GenerateOptions, recall: Any) -> str:
     from mmjax.batch import Sample
     from mmjax.inference import requests
 
-    media = {name: requests.sense(name, value) for name, value in (options.media or {}).items()}
+    media = {name: requests.read_sense(name, value) for name, value in (options.media or {}).items()}
     sample = Sample(images=list(options.image), prompt=options.prompt, weights=options.weights or {}, media=media)
     sample = requests.with_images(sample, model.family.prompt)
     return model.generate([sample], **options.decoding.settings(model), recall=recall, **options.text)[0]
 
 
-def _many(model: Any, options: Options, asks: Sequence[Any], recall: Any) -> None:
+def _many(model: Any, options: GenerateOptions, asks: Sequence[Any], recall: Any) -> None:
     from rich.console import Console
 
     from mmjax.inference import predictions
 
     console = Console(stderr=True)
-    words = predictions.Words(model, options.decoding, options.batch_size, recall, options.text)
+    words = predictions.TextAnswerer(model, options.decoding, options.batch_size, recall, options.text)
     made = predictions.card(asks, words, predictions.identity(options.checkpoint))
     done = predictions.predict(options.out, asks, words, made, console)
     for line in predictions.summary(done):

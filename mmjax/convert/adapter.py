@@ -102,19 +102,19 @@ TEXT = TextConfig(ALPACA, ALPACA_INPUT, end_sym="</s>", joint=True, max_txt_len=
 
 
 @dataclasses.dataclass(frozen=True)
-class Names:
+class AdapterNames:
     """How a project names what lies outside the layers, and what precedes the layers' own names."""
 
     query: str
     prefix: str = "llama."
 
 
-IMAGEBIND_LLM = Names("prefix_query.weight")
-LLAMA_ADAPTER = Names("adapter_query.weight")
-LLAMA_ADAPTER_V1 = Names("adapter_query.weight", prefix="")
+IMAGEBIND_LLM = AdapterNames("prefix_query.weight")
+LLAMA_ADAPTER = AdapterNames("adapter_query.weight")
+LLAMA_ADAPTER_V1 = AdapterNames("adapter_query.weight", prefix="")
 
 
-def entries(cfg: LlamaConfig, names: Names, layers: int, length: int, norms: Collection[str] = ()) -> list[Entry]:
+def entries(cfg: LlamaConfig, names: AdapterNames, layers: int, length: int, norms: Collection[str] = ()) -> list[Entry]:
     """The language model's side of an adapter.
 
     layers, length: injected layers and the prompts of each
@@ -151,7 +151,7 @@ def with_adapter(cfg: LlamaConfig, tensors: Mapping[str, LazyTensor], problems: 
     return dataclasses.replace(full if rank else cfg, bias_on=full.bias_on if biases else ())
 
 
-def norms(tensors: Mapping[str, LazyTensor], names: Names) -> list[str]:
+def norms(tensors: Mapping[str, LazyTensor], names: AdapterNames) -> list[str]:
     """Paths of the norms that an adapter file holds, or holds some layers of."""
     patterns = {path: re.escape(names.prefix + key).replace(re.escape("{L}"), r"\d+") for key, path, _ in NORMS}
     return [path for path, pattern in patterns.items() if any(re.fullmatch(pattern, key) for key in tensors)]
@@ -242,7 +242,7 @@ def _check_bind(bind: BindConfig, features: int, width: int, told: Mapping[str, 
                     if told.get(name, size) != size)
 
 
-def _query_layers(names: Names, tensors: Mapping[str, LazyTensor], cfg: LlamaConfig, length: int, said: int | None,
+def _query_layers(names: AdapterNames, tensors: Mapping[str, LazyTensor], cfg: LlamaConfig, length: int, said: int | None,
                   released: int, problems: Problems) -> int:
     """Injected layers: as the query has rows, else as --arch says, else as many as in the release."""
     if cfg.injection != "head":
@@ -303,7 +303,7 @@ def _v2(clip: ClipConfig, cfg: LlamaConfig, tensors: Mapping[str, LazyTensor] | 
         problems: Problems) -> Adapter | None:
     held, wrong = tensors or {}, Problems()
     released_layers, released_length = RELEASED_LAYERS["adapter_v2"]
-    sizes = visual.told(told, wrong)["visual"]
+    sizes = visual.read_arch(told, wrong)["visual"]
     if wrong:  # reported with CLIP's
         return None
     visual_cfg = VISUAL_7B if tensors is None and not sizes else visual.visual_config(held, sizes, problems)
@@ -418,7 +418,7 @@ def _read_imagebind(
 def _read_clip(
     path: Path | None, arch: Mapping[str, Any], problems: Problems
 ) -> tuple[ClipConfig | None, dict[str, Parameter]]:
-    told = visual.told(arch, problems)["clip"]
+    told = visual.read_arch(arch, problems)["clip"]
     tensors = minigpt4.read(path, problems) if path else {}
     cfg = visual.clip_config(tensors, told, problems) if tensors else None
     if cfg is None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.convert.lazy import LazyTensor
-from mmjax.convert.tables import Computed, Entry, Problems, Table, expand, shown
+from mmjax.convert.tables import Computed, Entry, Problems, Table, expand, sizes_from_shapes
 from mmjax.models.bind import BindConfig
 from mmjax.models.imagebind import (
     IMAGEBIND_HUGE,
@@ -302,7 +302,7 @@ def _tower(sense: str, tensors: Mapping[str, LazyTensor], told: Mapping[str, Any
 def _shown(sense: str, tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, int], dict[str, Any], int | None]:
     """What a tower's tensors say for certain, what they let one assume, and the rows of its position table."""
     sizes = {f"modality_preprocessors.{sense}.{key}": names for key, names in SIZES[sense].items()}
-    found = shown(tensors, sizes, rf"modality_trunks\.{sense}\.blocks\.(\d+)\.")
+    found = sizes_from_shapes(tensors, sizes, rf"modality_trunks\.{sense}\.blocks\.(\d+)\.")
     if "flat_window" in found:
         found |= {"channels": CHANNELS, "window": found.pop("flat_window") // CHANNELS}
     places = found.pop("places", None)

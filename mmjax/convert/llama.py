@@ -17,7 +17,17 @@ import numpy as np
 
 from mmjax.convert import safetensors, torch_file, weight_files
 from mmjax.convert.lazy import LazyTensor, WeightFileError
-from mmjax.convert.tables import Computed, Entry, Ignored, Problems, expand, flat, read_json, reason, whole_folder
+from mmjax.convert.tables import (
+    Computed,
+    Entry,
+    Ignored,
+    Problems,
+    expand,
+    flat_tensors,
+    read_json,
+    reason,
+    whole_folder,
+)
 from mmjax.convert.vocabulary import DELTA_SCALE, PADDED_VOCABULARY
 from mmjax.models.llama import LlamaConfig
 from mmjax.tokenizer import Tokenizer
@@ -270,7 +280,7 @@ def read_file(path: Path, problems: Problems) -> dict[str, LazyTensor]:
     except WeightFileError as error:
         problems.append(str(error))
         return {}
-    return flat(path, found, problems)
+    return flat_tensors(path, found, problems)
 
 
 def is_delta(tensors: Mapping[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmjax.convert.lazy import LazyTensor
-from mmjax.convert.tables import Entry, Problems, Table, expand, shown
+from mmjax.convert.tables import Entry, Problems, Table, expand, sizes_from_shapes
 from mmjax.models.clip import ClipConfig
 from mmjax.models.visual import VisualConfig
 
@@ -100,7 +100,7 @@ def visual_entries(cfg: VisualConfig, queries: int, inputs: int, outputs: int) -
     return expand(VISUAL, sizes, {"L": range(cfg.depth)})
 
 
-def told(arch: Mapping[str, Any], problems: Problems) -> dict[str, dict[str, int]]:
+def read_arch(arch: Mapping[str, Any], problems: Problems) -> dict[str, dict[str, int]]:
     """What --arch's part "adapter_v2" says of both networks, by our names; all of its names are checked."""
     found: dict[str, dict[str, int]] = {part: {} for part in ARCH}
     known = [*ARCH["clip"], *ARCH["visual"], *LLAMA_ARCH]
@@ -121,7 +121,7 @@ def told(arch: Mapping[str, Any], problems: Problems) -> dict[str, dict[str, int
 
 def clip_config(tensors: Mapping[str, LazyTensor], told: Mapping[str, int], problems: Problems) -> ClipConfig | None:
     """Sizes of CLIP's picture tower: from its tensors, `told`, or its loader's rule for heads."""
-    found = shown(tensors, CLIP_SIZES, r"visual\.transformer\.resblocks\.(\d+)\.")
+    found = sizes_from_shapes(tensors, CLIP_SIZES, r"visual\.transformer\.resblocks\.(\d+)\.")
     places = found.pop("places", None)
     if places and "patch" in found:  # not a square: a wrong shape, which the line of the positions reports
         found["image_size"] = math.isqrt(max(places - 1, 0)) * found["patch"]
@@ -134,7 +134,7 @@ def clip_config(tensors: Mapping[str, LazyTensor], told: Mapping[str, int], prob
 def visual_config(tensors: Mapping[str, LazyTensor], told: Mapping[str, float],
                   problems: Problems) -> VisualConfig | None:
     """Sizes of the visual query network: from its tensors, `told`, or the released model's width."""
-    found = shown(tensors, VISUAL_SIZES, r"visual_blocks\.(\d+)\.")
+    found = sizes_from_shapes(tensors, VISUAL_SIZES, r"visual_blocks\.(\d+)\.")
     known = {"heads": REAL_VISUAL_HEADS[found["dim"]]} if found.get("dim") in REAL_VISUAL_HEADS else {}
     told = dict(told)
     if "hidden" in told:  # a ratio

@@ -28,7 +28,7 @@ from mmjax.convert.tables import (
     Entry,
     Problems,
     expand,
-    flat,
+    flat_tensors,
     read_json,
     reason,
     whole_folder,
@@ -186,7 +186,7 @@ def read_shards(folder: Path, problems: Problems) -> dict[str, dict[str, LazyTen
     for number in sorted(numbers):
         path = folder / numbers[number]
         try:
-            shards[path.name] = flat(path, torch_file.load(path), problems)
+            shards[path.name] = flat_tensors(path, torch_file.load(path), problems)
         except WeightFileError as error:
             problems.append(str(error))
     return shards if len(problems) == before else {}

@@ -27,10 +27,10 @@ from mmjax.convert.tables import (
     Parameter,
     Problems,
     expand,
-    flat,
+    flat_tensors,
     forward,
     read_json,
-    shown,
+    sizes_from_shapes,
     unknown_name,
 )
 from mmjax.models.eva_vit import JOINED, VitConfig
@@ -174,7 +174,7 @@ def read(path: Path, problems: Problems, members: set[str] = frozenset()) -> dic
         problems.extend(f"{path.name} holds {name!r} beside 'model', which is not known as something to leave out."
                         for name in found if name not in members | {"model"})
         found = found["model"]
-    return flat(path, found, problems)
+    return flat_tensors(path, found, problems)
 
 
 def read_trained(path: Path, problems: Problems) -> dict[str, LazyTensor]:
@@ -213,7 +213,7 @@ def read_arch(path: Path | None, problems: Problems) -> dict[str, dict[str, Any]
 def vit_config(tensors: Mapping[str, LazyTensor], arch: Mapping[str, Mapping[str, Any]], v2: bool,
                problems: Problems) -> VitConfig | None:
     """Sizes of the vision tower: from its tensors, `--arch`, or the released model's width."""
-    found = shown(tensors, VIT_SIZES)
+    found = sizes_from_shapes(tensors, VIT_SIZES)
     if "places" in found:  # not a square: a wrong shape, which the line of pos_embed reports
         found["table"] = math.isqrt(max(found.pop("places") - 1, 0))
     known = dict(REAL_VIT.get(found.get("dim"), {}))
@@ -232,7 +232,7 @@ def vit_config(tensors: Mapping[str, LazyTensor], arch: Mapping[str, Mapping[str
 def qformer_config(tensors: Mapping[str, LazyTensor], arch: Mapping[str, Mapping[str, Any]],
                    problems: Problems) -> QFormerConfig | None:
     """Sizes of the Q-Former: from its tensors, `--arch`, or the released model's width."""
-    found = shown(tensors, QFORMER_SIZES, re.escape(_LAYER) + r"(\d+)\.")
+    found = sizes_from_shapes(tensors, QFORMER_SIZES, re.escape(_LAYER) + r"(\d+)\.")
     told = {name: value for name, value in arch["qformer"].items() if name != "encoder_width"}
     return _config(QFormerConfig, "qformer", tensors, found, REAL_QFORMER.get(found.get("dim"), {}), told, problems)
 

@@ -197,7 +197,7 @@ def forward(
     return parameters
 
 
-def flat(path: Path, found: Any, problems: Problems) -> dict[str, LazyTensor]:
+def flat_tensors(path: Path, found: Any, problems: Problems) -> dict[str, LazyTensor]:
     """`found`, the content of a file, if it is one table of tensors; else a problem and nothing."""
     if isinstance(found, dict) and found:
         others = [f"{key!r} ({type(value).__name__})" for key, value in found.items()
@@ -223,7 +223,7 @@ def read_json(path: Path, problems: Problems) -> dict[str, Any]:
     return values
 
 
-def shown(tensors: Mapping[str, LazyTensor], where: Mapping[str, Sequence[str]], block: str = "") -> dict[str, int]:
+def sizes_from_shapes(tensors: Mapping[str, LazyTensor], where: Mapping[str, Sequence[str]], block: str = "") -> dict[str, int]:
     """The sizes of an architecture that a file's tensors tell.
 
     where: by key, the names of the sizes that its axes have; "" is an axis that says nothing new

@@ -127,11 +127,11 @@ def plan(config: RunConfig, where: str, preset: str | None = None, length: int |
     length, said = (length, []) if length else row_length(config, source)
     notes += said
     mesh = sharding.make_mesh(config.mesh, place.devices)
-    ways = sharding.ways(mesh, "batch")
+    ways = sharding.num_shards(mesh, "batch")
     if config.data.batch_size % ways:
         raise ValueError(f"data.batch_size = {config.data.batch_size} cannot be cut into {ways} (mesh "
                          f"{dict(mesh.shape)}); {math.ceil(config.data.batch_size / ways) * ways} would work.")
-    step = Step.of(config, source, mesh, length)
+    step = AbstractStep.of(config, source, mesh, length)
     count = flops.train_step(step.module, step.state.params, step.frozen, step.batch)
     begun = time.monotonic()
     compiled, needed = _compile(step)
@@ -223,7 +223,7 @@ def _up(number: int, multiple: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class AbstractStep:
     """A training step and its arguments as shapes on a mesh; nothing is allocated."""
 
     module: Any
@@ -240,7 +240,7 @@ class Step:
         params = trees.unflatten(spec.param_specs(run.loaded_by(config, source.family)))
         trained, frozen = trees.split(params, trees.mask(params, spec.trained))
         optimizer = optim.optimizer(config.optim)
-        return Step(spec.module, steps.train_step(spec.module, optimizer),
+        return AbstractStep(spec.module, steps.train_step(spec.module, optimizer),
                     _state(trained, optimizer, config.seed, mesh), frozen, batch_of(config, spec, length), mesh)
 
     @property
@@ -295,12 +295,12 @@ def _memory(held: dict[str, int], compiled: Any, needed: int, limit: int | None)
                   program=told.generated_code_size_in_bytes, limit=limit)
 
 
-def _compile(step: Step) -> tuple[Any, int]:
+def _compile(step: AbstractStep) -> tuple[Any, int]:
     """The compiled step and 0; or None and the bytes that it would need, if that is more than there are.
 
     Raises ValueError with XLA's words if it cannot compile the step for another reason.
     """
-    with sharding.use(step.mesh):
+    with sharding.use_mesh(step.mesh):
         lowered = step.call.lower(step.state, step.frozen, step.batch)
     try:
         return lowered.compile(), 0
@@ -377,7 +377,7 @@ def _changes(config: RunConfig, source: ConvertedCheckpoint, place: Topology, ma
 def _held(config: RunConfig, source: ConvertedCheckpoint, place: Topology, length: int) -> int | None:
     """Bytes of all arguments on a device; None where the mesh cannot divide the parameters."""
     try:
-        step = Step.of(config, source, sharding.make_mesh(config.mesh, place.devices), length)
+        step = AbstractStep.of(config, source, sharding.make_mesh(config.mesh, place.devices), length)
     except ValueError:
         return None
     return sum(step.held.values())

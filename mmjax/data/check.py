@@ -31,7 +31,7 @@ INK, MUTED, FILL, LIMIT = "#1c2128", "#667080", "#2563c9", "#c0362c"
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class RowSettings:
     """How a run makes rows. Without `text`, only the captions are counted.
 
     image_tokens: places that a picture takes among the words
@@ -84,7 +84,7 @@ class Found:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Look:
+class _CheckedRecord:
     """At one record."""
 
     name: str
@@ -95,7 +95,7 @@ class _Look:
     unlearnt: bool = False
 
 
-def check(cfg: DataConfig, out: str | Path, rows: Rows | None = None, at_most: int | None = None,
+def check(cfg: DataConfig, out: str | Path, rows: RowSettings | None = None, at_most: int | None = None,
           console: Console | None = None) -> tuple[list[Found], bool]:
     """Looks at the sources' records; writes `data_check.json` and `data_check.png` into `out`, prints a table.
 
@@ -121,7 +121,7 @@ def check(cfg: DataConfig, out: str | Path, rows: Rows | None = None, at_most: i
     return found, share > cfg.max_bad_share
 
 
-def _source(source: Source, records: Sequence[Record], cfg: DataConfig, rows: Rows | None, at_most: int | None,
+def _source(source: Source, records: Sequence[Record], cfg: DataConfig, rows: RowSettings | None, at_most: int | None,
             console: Console) -> Found:
     numbers = range(len(records))
     if at_most is not None and at_most < len(records):
@@ -140,13 +140,13 @@ def _source(source: Source, records: Sequence[Record], cfg: DataConfig, rows: Ro
 
 
 def _looks(source: Source, records: Sequence[Record], numbers: Sequence[int], prompt: str, cfg: DataConfig,
-           rows: Rows | None, console: Console) -> Iterator[_Look]:
-    def look(number: int) -> _Look:
+           rows: RowSettings | None, console: Console) -> Iterator[_CheckedRecord]:
+    def look(number: int) -> _CheckedRecord:
         try:
             record = records[number]
         except (ValueError, OSError) as error:
-            return _Look(str(number), False, Problem(str(number), source.path, UNFIT, str(error)))
-        seen = _Look(record.name, record.image is not None, None)
+            return _CheckedRecord(str(number), False, Problem(str(number), source.path, UNFIT, str(error)))
+        seen = _CheckedRecord(record.name, record.image is not None, None)
         try:
             made = sample(record, prompt, cfg)
             counts = _counts(made, rows)
@@ -166,7 +166,7 @@ def _looks(source: Source, records: Sequence[Record], numbers: Sequence[int], pr
             yield from pool.map(look, chunk)
 
 
-def _counts(made: Sample, rows: Rows | None) -> dict[str, Any]:
+def _counts(made: Sample, rows: RowSettings | None) -> dict[str, Any]:
     answers = [answer for _, answer in made.turns] or [made.answer]
     if rows is None:
         return {"length": sum(len(answer.split()) for answer in answers)}

@@ -35,7 +35,7 @@ from mmjax.config import Source
 from mmjax.data import images
 from mmjax.data.arrays import read_npy
 from mmjax.data.formats.record import Record
-from mmjax.data.formats.rows import picture_root, shown
+from mmjax.data.formats.rows import image_root, shown
 
 FORMAT = 1
 SHARD = 4096  # pictures
@@ -55,7 +55,7 @@ def folder_of(source: Source) -> str:
         return _absolute(source.root)
     if epath.Path(source.path).is_dir():
         return _absolute(source.path)
-    return os.path.dirname(source.path) if "://" in source.path else picture_root(Path(source.path), None)
+    return os.path.dirname(source.path) if "://" in source.path else image_root(Path(source.path), None)
 
 
 def _absolute(path: str) -> str:
@@ -63,7 +63,7 @@ def _absolute(path: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Names:
+class ImageNames:
     """What pictures are called: a folder's number and their path from there, such as `0/image/1.jpg`, `0/00.tar, 9321
     bytes at 512` and, of a folder that holds them in itself, `0, example 3`; their whole path if they are in none.
 
@@ -219,7 +219,7 @@ def check(folder: Path, card: Card, encoder: Mapping[str, Any], transform: Mappi
                          + "\n  ".join(lines) + "\nMake this run's with `mmjax data features` in another folder.")
 
 
-class Index:
+class FeatureIndex:
     """Where pictures are, by their keys. columns: uint64[4,N] as in index.npy."""
 
     def __init__(self, columns: np.ndarray):
@@ -250,7 +250,7 @@ class Index:
 # ---- whose pictures these are ----
 
 
-def numbers(card: Card, index: Index, sources: Sequence[Source], records: Sequence[Sequence[Record]],
+def numbers(card: Card, index: FeatureIndex, sources: Sequence[Source], records: Sequence[Sequence[Record]],
             at: Path) -> dict[str, int]:
     """The numbers that the card has for the folders of these sources, without those that it has none for.
 
@@ -277,10 +277,10 @@ def numbers(card: Card, index: Index, sources: Sequence[Source], records: Sequen
     return found
 
 
-def _compared(index: Index, folder: str, number: int, shown: Sequence[Held]) -> tuple[list[Held], list[Held]]:
+def _compared(index: FeatureIndex, folder: str, number: int, shown: Sequence[Held]) -> tuple[list[Held], list[Held]]:
     """Of the pictures that are known by their names in a folder of that number those that are as they were, and those
     that are others."""
-    names, same, others = Names({folder: number}), [], []
+    names, same, others = ImageNames({folder: number}), [], []
     for held in shown:
         column = index.find(names(held.image))
         if column is not None:
@@ -319,7 +319,7 @@ class Writer:
         if (folder / "features.json").exists():
             card = _the_same(folder, card)
         self.card, self._alone = card, contextlib.ExitStack()
-        self._alone.enter_context(files.alone(folder))
+        self._alone.enter_context(files.exclusive_lock(folder))
         card.write(folder)
         for path in folder.glob("*.partial"):
             path.unlink()
@@ -335,7 +335,7 @@ class Writer:
             else:  # cut off, or gone
                 path.unlink()
                 records.unlink(missing_ok=True)
-        self.index = Index(Index.of(self._shards))
+        self.index = FeatureIndex(FeatureIndex.of(self._shards))
         self._writer, self._keys = None, []
 
     @property
@@ -343,7 +343,7 @@ class Writer:
         """uint64[N,2]: of the pictures that are stored."""
         return np.stack([self.index.first, self.index.second], axis=1)
 
-    def names(self, sources: Sequence[Source], records: Sequence[Sequence[Record]]) -> Names:
+    def names(self, sources: Sequence[Source], records: Sequence[Sequence[Record]]) -> ImageNames:
         """The names of these sources' pictures; folders that are new are put on the card."""
         found = numbers(self.card, self.index, sources, records, self.folder)
         for folder in map(folder_of, sources):
@@ -351,7 +351,7 @@ class Writer:
                 found[folder] = len(self.card.folders)
                 self.card = dataclasses.replace(self.card, folders=(*self.card.folders, folder))
         self.card.write(self.folder)
-        return Names(found)
+        return ImageNames(found)
 
     def add(self, key: np.ndarray, content: int, features: np.ndarray) -> None:
         """Of one picture: its key, the hash of its content, and its features [K,...]."""
@@ -391,9 +391,9 @@ class Writer:
     def __exit__(self, kind: Any, *_: Any) -> None:
         self._close()
         if kind is None:
-            columns = Index.of(self._shards)
+            columns = FeatureIndex.of(self._shards)
             _put_array(self.folder / "index.npy", columns)
-            self.index = Index(columns)
+            self.index = FeatureIndex(columns)
         self._alone.close()
 
 
@@ -477,16 +477,16 @@ class Features:
     Raises FileNotFoundError or ValueError naming what is missing or wrong.
     """
 
-    def __init__(self, folder: str | Path, names: Names | None = None):
+    def __init__(self, folder: str | Path, names: ImageNames | None = None):
         self.folder = Path(folder)
-        self.names = names or Names({})
+        self.names = names or ImageNames({})
         self.card = Card.read(self.folder)
         self.dtype = DTYPES[self.card.dtype]
         index = self.folder / "index.npy"
         if not index.is_file():
             raise ValueError(f"The features of {folder} were not all made: {AGAIN}.")
         try:
-            self.index = Index(_columns(index, 4, mmap=True))
+            self.index = FeatureIndex(_columns(index, 4, mmap=True))
         except ValueError as error:
             raise ValueError(f"{index} is damaged ({error}). Delete it; {AGAIN}.") from error
         self._open = functools.lru_cache(maxsize=OPEN)(self._opened)
@@ -499,7 +499,7 @@ class Features:
 
         Raises ValueError naming a source whose pictures are others, or a picture of them that is missing.
         """
-        found = Features(self.folder, Names(numbers(self.card, self.index, sources, records, self.folder)))
+        found = Features(self.folder, ImageNames(numbers(self.card, self.index, sources, records, self.folder)))
         for source, its in zip(sources, records, strict=True):
             found._check_some(source, its)
         return found

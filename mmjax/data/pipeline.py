@@ -38,7 +38,7 @@ CROP, REPLACEMENT = 1, 2
 BOUNDLESS = Size(sys.maxsize, sys.maxsize)
 
 
-class Collator(Protocol):
+class CollatorProtocol(Protocol):
     """How samples become rows; `mmjax.data.collate.Collator` for a model.
 
     tokenize: a sample with the slots of its row, by its text alone; raises ValueError if it can become none
@@ -76,7 +76,7 @@ class BadRecord:
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class PipelineBatch:
     """A batch and where it came from; of several processes, this one's rows.
 
     names: of the records, row by row
@@ -143,11 +143,11 @@ def read(cfg: DataConfig) -> list[Sequence[Record]]:
 def batches(
     sources: Sequence[Sequence[Record]],
     cfg: DataConfig,
-    collator: Collator,
+    collator: CollatorProtocol,
     start: int = 0,
     position: int = 0,
     rows: Sequence[int] | None = None,
-) -> Iterator[Step]:
+) -> Iterator[PipelineBatch]:
     """Endless batches.
 
     sources:         the records of each of `cfg.sources`
@@ -168,7 +168,7 @@ def batches(
         raise ValueError(f"{', '.join(paths)} has {count} records: too few for a batch of {cfg.batch_size}.")
     _try_out(sources, cfg, collator)
     own = range(cfg.batch_size) if rows is None else rows
-    steps = _Steps(_Records(sources, cfg, collator), start, position, own)
+    steps = _Batches(_Records(sources, cfg, collator), start, position, own)
     ahead = grain.ReadOptions(num_threads=cfg.threads, prefetch_buffer_size=cfg.threads + 2)
     return iter(grain.MapDataset.source(steps).to_iter_dataset(ahead))
 
@@ -192,7 +192,7 @@ def sample(record: Record, prompt: str, cfg: DataConfig) -> Sample:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
+class _Position:
     """A position of the sequence in a batch: the record that stands there, and those that could not."""
 
     position: int
@@ -226,7 +226,7 @@ class _NoneFits(Exception):
 class _Records:
     """The sequence of a run's samples."""
 
-    def __init__(self, sources: Sequence[Sequence[Record]], cfg: DataConfig, collator: Collator):
+    def __init__(self, sources: Sequence[Sequence[Record]], cfg: DataConfig, collator: CollatorProtocol):
         self.sources, self.cfg, self.collator = sources, cfg, collator
         self.order = Order([len(records) for records in sources], cfg)
 
@@ -238,7 +238,7 @@ class _Records:
         return Size(self.cfg.pack_length, self.cfg.pack_pictures)
 
     def usable(self, position: int, prompt: str, room: Size, attempt: int = 0,
-               bad: tuple[BadRecord, ...] = ()) -> _Place:
+               bad: tuple[BadRecord, ...] = ()) -> _Position:
         """The first record from that attempt on whose words can become a sample that takes no more than `room`.
 
         bad: what was tried here before. Raises ValueError if none can be used, `_NoneFits` if none of those fits.
@@ -248,7 +248,7 @@ class _Records:
             record = None
             try:
                 record = self.sources[source][index]
-                place = _Place(position, number, record, self.collator.tokenize(sample(record, prompt, self.cfg)), bad)
+                place = _Position(position, number, record, self.collator.tokenize(sample(record, prompt, self.cfg)), bad)
                 size = place.size
                 if not size.within(self.row):
                     raise ValueError(f"{size.tokens} tokens and {size.pictures} pictures, but a packed row has room "
@@ -265,7 +265,7 @@ class _Records:
         raise ValueError(f"None of {ATTEMPTS} records of {path} that were tried for one place of a batch can be used. "
                          "The first of them:\n  " + "\n  ".join(wrong))
 
-    def opened(self, place: _Place, prompt: str, room: Size) -> tuple[_Place, bool]:
+    def opened(self, place: _Position, prompt: str, room: Size) -> tuple[_Position, bool]:
         """A place with its pictures open, its record replaced where they cannot be opened; and whether it is learnt.
 
         It is not where none of the records drawn to replace it fits: then its own words stand there, blank pictures
@@ -297,16 +297,16 @@ class _Records:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class _BatchPlan:
     """A whole batch before its pictures are opened: the places of each row, the rows' length, where it ends."""
 
     prompt: str
-    rows: list[list[_Place]]
+    rows: list[list[_Position]]
     length: int
     end: int
 
 
-class _Steps(Sequence[Step]):
+class _Batches(Sequence[PipelineBatch]):
     """The batches from number `start` and `position` on, each to be asked for once and about in order, by any thread.
 
     rows: this process's, of every batch
@@ -315,7 +315,7 @@ class _Steps(Sequence[Step]):
     def __init__(self, records: _Records, start: int, position: int, rows: Sequence[int]):
         self._records, self._cfg, self._start, self._rows = records, records.cfg, start, rows
         self._lock, self._planned, self._end = threading.Lock(), 0, position
-        self._plans: dict[int, _Plan] = {}
+        self._plans: dict[int, _BatchPlan] = {}
 
     def __len__(self) -> int:
         return np.iinfo(np.int32).max
@@ -330,7 +330,7 @@ class _Steps(Sequence[Step]):
             plan = self._plans.pop(ahead)
         return self._step(self._start + ahead, plan)
 
-    def _plan(self, number: int, position: int) -> _Plan:
+    def _plan(self, number: int, position: int) -> _BatchPlan:
         cfg, records = self._cfg, self._records
         # one prompt for the whole batch, as in the original (minigpt_base.py: preparing_embedding)
         choice = np.random.default_rng([cfg.seed, number]).integers(len(cfg.prompts)) if cfg.prompts else None
@@ -340,18 +340,18 @@ class _Steps(Sequence[Step]):
             places = list(itertools.islice(following, cfg.batch_size))
             longest = max(place.size.tokens for place in places)
             length = -(-longest // cfg.length_multiple) * cfg.length_multiple
-            return _Plan(prompt, [[place] for place in places], length, position + len(places))
+            return _BatchPlan(prompt, [[place] for place in places], length, position + len(places))
         places = []
         sizes = (places.append(place) or place.size for place in following)
         rows = pack(sizes, records.row, cfg.batch_size)
-        return _Plan(prompt, [[places[number] for number in row] for row in rows], cfg.pack_length,
+        return _BatchPlan(prompt, [[places[number] for number in row] for row in rows], cfg.pack_length,
                      position + sum(map(len, rows)))
 
-    def _step(self, number: int, plan: _Plan) -> Step:
+    def _step(self, number: int, plan: _BatchPlan) -> PipelineBatch:
         rows = [plan.rows[row] for row in self._rows]
         packed = self._cfg.pack_length is not None
 
-        def opened(place: _Place) -> tuple[_Place, bool]:
+        def opened(place: _Position) -> tuple[_Position, bool]:
             return self._records.opened(place, plan.prompt, place.size if packed else Size(plan.length, sys.maxsize))
 
         made = [[opened(place) for place in row] for row in rows]
@@ -363,10 +363,10 @@ class _Steps(Sequence[Step]):
                     batch.loss_mask[row, here] = False
         places = [place for row in made for place, _ in row]
         bad = sorted((each for place in places for each in place.bad), key=lambda each: (each.position, each.attempt))
-        return Step(number, plan.end, tuple(place.record.name for place in places), batch, tuple(bad))
+        return PipelineBatch(number, plan.end, tuple(place.record.name for place in places), batch, tuple(bad))
 
 
-def _try_out(sources: Sequence[Sequence[Record]], cfg: DataConfig, collator: Collator) -> None:
+def _try_out(sources: Sequence[Sequence[Record]], cfg: DataConfig, collator: CollatorProtocol) -> None:
     """Raises what `collator` raises for all of a source's first records: that is the configuration's fault.
 
     Records without a prompt of their own are tried with each of the configuration's, the others once.

@@ -37,7 +37,7 @@ AHEAD = 64  # records that are read before their turn to be written
 COMPARED = 32  # shards of which it is checked that they are of this source
 
 
-class _Look(NamedTuple):
+class _PreparedRecord(NamedTuple):
     """What a record becomes: bytes, or why it is left out."""
 
     name: str
@@ -76,7 +76,7 @@ def prepare(
     making = Making(format, local, root and os.path.abspath(root), name, shard_size, decode, len(records))
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    with files.alone(folder, "preparing data"):
+    with files.exclusive_lock(folder, "preparing data"):
         shards = dict(_begin(folder, making, records).shards)
         missing = [number for number in range(making.shards) if number not in shards]
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
@@ -179,9 +179,9 @@ def _numbers(making: Making, shard: int) -> range:
     return range(shard * making.shard_size, min((shard + 1) * making.shard_size, making.records))
 
 
-def _ahead(pool: concurrent.futures.Executor, look: Callable[[int], _Look], numbers: Iterable[int]) -> Iterator[_Look]:
+def _ahead(pool: concurrent.futures.Executor, look: Callable[[int], _PreparedRecord], numbers: Iterable[int]) -> Iterator[_PreparedRecord]:
     """The results in order, some of them ahead of their turn."""
-    waiting: collections.deque[concurrent.futures.Future[_Look]] = collections.deque()
+    waiting: collections.deque[concurrent.futures.Future[_PreparedRecord]] = collections.deque()
     for number in numbers:
         waiting.append(pool.submit(look, number))
         if len(waiting) > AHEAD:
@@ -190,18 +190,18 @@ def _ahead(pool: concurrent.futures.Executor, look: Callable[[int], _Look], numb
         yield waiting.popleft().result()
 
 
-def _look(records: Sequence[Record], number: int, decode: bool) -> _Look:
+def _look(records: Sequence[Record], number: int, decode: bool) -> _PreparedRecord:
     record = None
     try:
         record = records[number]
         if record.problem is not None:
             raise ValueError(record.problem)
         picture = None if record.image is None else _picture(record.image, decode)
-        return _Look(record.name, example(record, picture))
+        return _PreparedRecord(record.name, example(record, picture))
     except (ValueError, OSError) as error:
         name, image = (str(number), None) if record is None else (record.name, record.image)
         file = None if image is None else str(getattr(image, "file", image))
-        return _Look(name, None, {"record": number, "name": name, "file": file, "problem": str(error)})
+        return _PreparedRecord(name, None, {"record": number, "name": name, "file": file, "problem": str(error)})
 
 
 def _picture(image: Any, decode: bool) -> bytes:
@@ -224,7 +224,7 @@ def _picture(image: Any, decode: bool) -> bytes:
     return content
 
 
-def _write(folder: Path, making: Making, number: int, looks: Iterable[_Look], advance: Callable[[], None]) -> Shard:
+def _write(folder: Path, making: Making, number: int, looks: Iterable[_PreparedRecord], advance: Callable[[], None]) -> Shard:
     """Makes one shard; raises OSError if it cannot be written."""
     from array_record.python.array_record_module import ArrayRecordWriter
 

@@ -9,10 +9,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mmjax.doctor import stored, words, work
+from mmjax.doctor import outputs, tokenizer, weights
 from mmjax.doctor.finding import Finding, show, to_json, worst
-from mmjax.doctor.patient import damaged, open_folder, statistics
-from mmjax.doctor.work import TEXTS
+from mmjax.doctor.inspection import damaged, inspect_folder, statistics
+from mmjax.doctor.outputs import TEXTS
 from mmjax.inference import loaded
 
 __all__ = ["TEXTS", "Finding", "examine", "show", "to_json", "worst"]
@@ -30,7 +30,7 @@ def examine(folder: str | Path, quick: bool = False, dtype: str | None = None, f
     Raises FileNotFoundError or ValueError if the folder holds no checkpoint at all, or its config.json is damaged.
     """
     tell("Opening")
-    patient, found = open_folder(Path(folder))
+    patient, found = inspect_folder(Path(folder))
     if "files" in [finding.name for finding in found]:
         return found
     tell("Reading every tensor")
@@ -39,10 +39,10 @@ def examine(folder: str | Path, quick: bool = False, dtype: str | None = None, f
             path: statistics(path, rows) for path, rows in patient.read.items()})
     except Exception as error:
         return [*found, damaged(patient.source.folder, error)]
-    for check in stored.CHECKS:
+    for check in weights.CHECKS:
         found += check(patient)
     tell("Trying the tokenizer")
-    found += words.check(patient)
+    found += tokenizer.check(patient)
     if quick:
         return found
     if blocked := [finding.name for finding in found
@@ -50,12 +50,12 @@ def examine(folder: str | Path, quick: bool = False, dtype: str | None = None, f
         return [*found, Finding("outputs", "warning", f"The model was not tried: see to {', '.join(blocked)} first.")]
     if patient.run:
         tell("Comparing the base weights with those the run was trained on")
-        found += work.base_weights(patient)
+        found += outputs.base_weights(patient)
     tell("Loading the model")
     model = loaded.load(folder, dtype=dtype, frozen_dtype=frozen_dtype, init_fresh=0)
-    found += work.beginning(model)
+    found += outputs.beginning(model)
     tell("Reading plain text")
-    found += work.plain_text(model, texts, found)
+    found += outputs.plain_text(model, texts, found)
     tell("Looking at pictures")
-    found += work.pictures(model, patient)
+    found += outputs.pictures(model, patient)
     return found

@@ -33,7 +33,7 @@ from mmjax.evaluate.rank import Choices, Rule, chosen
 from mmjax.evaluate.report import Example
 from mmjax.inference import predictions
 from mmjax.inference.loaded import Loaded
-from mmjax.inference.requests import Ask, digest
+from mmjax.inference.requests import Request, digest
 
 PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"
 TOP = 24  # worst pictures of a page, and best ones
@@ -84,12 +84,12 @@ class Test:
         return [items[number * len(items) // count] for number in range(count)]
 
 
-def asks(items: Sequence[Item]) -> list[Ask]:
-    return [Ask(item.id, item.sample, item.choices) for item in items]
+def asks(items: Sequence[Item]) -> list[Request]:
+    return [Request(item.id, item.sample, item.choices) for item in items]
 
 
 def answerer(test: Test, model: Loaded, decoding: predictions.Decoding, batch_size: int, recall: Any = None,
-             text: Mapping[str, Any] | None = None) -> Choices | predictions.Words:
+             text: Mapping[str, Any] | None = None) -> Choices | predictions.TextAnswerer:
     """What answers a benchmark's items: by rank, or in words of the length that the benchmark says unless told another.
 
     Raises ValueError naming the `unused` settings.
@@ -99,7 +99,7 @@ def answerer(test: Test, model: Loaded, decoding: predictions.Decoding, batch_si
         raise ValueError(f"{', '.join(names)}: {why}")
     if test.ranked:
         return Choices(model, batch_size, text or {})
-    return predictions.Words(model, decoding.at_most(BENCHMARKS[test.name].max_new_tokens), batch_size, recall,
+    return predictions.TextAnswerer(model, decoding.at_most(BENCHMARKS[test.name].max_new_tokens), batch_size, recall,
                              text or {})
 
 
@@ -116,7 +116,7 @@ def unused(test: Test, decoding: predictions.Decoding, recall: Any = None) -> tu
             f"{test.name} has no choices and is always answered in words; leave that out")
 
 
-def evaluate(test: Test, items: Sequence[Item], answers: Choices | predictions.Words, checkpoint: str | Path,
+def evaluate(test: Test, items: Sequence[Item], answers: Choices | predictions.TextAnswerer, checkpoint: str | Path,
              out: str | Path, console: Console | None = None) -> predictions.Done:
     """Answers what OUT/predictions.jsonl does not hold yet. Raises what `predictions.predict` does."""
     made = predictions.card(asks(items), answers, predictions.identity(checkpoint), **test.settings)
@@ -144,7 +144,7 @@ def begun(out: str | Path, test: Test) -> Test:
 
 
 def _card(out: Path) -> dict[str, Any]:
-    path = predictions.card_of(out / PREDICTIONS)
+    path = predictions.card_path(out / PREDICTIONS)
     if not path.is_file():
         raise FileNotFoundError(f"There are no answers to score: no {path}.")
     card = converted.read_card(path)
@@ -182,7 +182,7 @@ def scored(test: Test, items: Sequence[Item], out: str | Path) -> Scored:
     if card["samples"].get("sha256") != digest(asks(items)):
         raise ValueError(f"{path} has answers to {card['samples'].get('count')} items, but not to the {len(items)} of "
                          f"{test.data}: the data, or how they are asked, have changed since.")
-    lines, _ = predictions.kept(path.read_bytes(), [item.id for item in items], path)
+    lines, _ = predictions.read_answers(path.read_bytes(), [item.id for item in items], path)
     if len(lines) < len(items):
         raise ValueError(f"{path} has {len(lines)} of {len(items)} answers. Without score_only the same command makes "
                          "the others.")

@@ -17,7 +17,7 @@ from mmjax.batch import Batch
 from mmjax.data import text
 from mmjax.inference.loaded import Loaded
 from mmjax.inference.predictions import Opened, read, rows
-from mmjax.inference.requests import Ask
+from mmjax.inference.requests import Request
 from mmjax.training import steps
 
 MULTIPLE = 32  # of the places that rows are padded to, so that few lengths are compiled
@@ -32,7 +32,7 @@ def losses(module: nn.Module, params: Any, batch: Batch) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def seen(module: nn.Module, params: Any, batch: Batch) -> jax.Array:
+def encode(module: nn.Module, params: Any, batch: Batch) -> jax.Array:
     """What the encoder makes of a batch's pictures and other senses, float32 or as the module computes."""
     return module.apply({"params": params}, batch, method="feature")
 
@@ -67,7 +67,7 @@ class Choices:
     def _text(self) -> Any:
         return dataclasses.replace(self.model.text, **{"max_txt_len": UNCUT, "max_context_len": UNCUT, **self.text})
 
-    def open(self, ask: Ask) -> Opened:
+    def open(self, ask: Request) -> Opened:
         """Raises ValueError for what is wrong with the sample, and if it has no choices."""
         if not ask.choices:
             raise ValueError("there are no choices")
@@ -75,9 +75,9 @@ class Choices:
         batch = self.model.batch([ask.sample], **dataclasses.asdict(self._text))
         return Opened(ask, batch.tokens.shape[1])
 
-    def answer(self, asks: Sequence[Ask], first: int) -> list[dict[str, Any]]:
+    def answer(self, asks: Sequence[Request], first: int) -> list[dict[str, Any]]:
         filled = [*asks, *[asks[-1]] * (self.rows - len(asks))]
-        with sharding.use(self.model.mesh):
+        with sharding.use_mesh(self.model.mesh):
             shown = self._shown(filled)
             columns = [self._column(filled, place, shown) for place in range(max(len(ask.choices) for ask in asks))]
         found = []
@@ -91,15 +91,15 @@ class Choices:
             found.append({"answer": ask.choices[chosen(line)], **line})
         return found
 
-    def _shown(self, asks: Sequence[Ask]) -> dict[str, Any]:
+    def _shown(self, asks: Sequence[Request]) -> dict[str, Any]:
         """The fields of a `Batch` for what these samples show: features where the family has an encoder, or images."""
         model, place = self.model, sharding.batch_sharding(self.model.mesh)
         batch = model.batch([ask.sample for ask in asks], **dataclasses.asdict(self._text))
         if not model.family.encoder or batch.images is None and batch.media is None:
             return {"images": jax.device_put(batch.images, place)}
-        return {"features": seen(model.module, model.params, jax.device_put(batch, place))}
+        return {"features": encode(model.module, model.params, jax.device_put(batch, place))}
 
-    def _column(self, asks: Sequence[Ask], place: int, shown: Mapping[str, Any]) -> list[tuple[float, int, int]]:
+    def _column(self, asks: Sequence[Request], place: int, shown: Mapping[str, Any]) -> list[tuple[float, int, int]]:
         """(loss in nats, tokens it is of, padded length) of each row's choice at that place; of one with fewer choices,
         its last."""
         answers = [ask.choices[min(place, len(ask.choices) - 1)] for ask in asks]

@@ -38,7 +38,7 @@ class ScenesScore:
     examples: list[Example]
 
 
-def look(model: Loaded, scene: scenes.Scene, sense: str, words: str) -> Sample:
+def scene_sample(model: Loaded, scene: scenes.Scene, sense: str, words: str) -> Sample:
     """A scene as one of the senses gives it, and words about it."""
     if sense != "image":
         return Sample(media={sense: scenes.MEDIA[sense](scene)}, prompt=words)
@@ -62,7 +62,7 @@ def score_scenes(
     asked = [scenes.questions(scene)[index % len(scenes.questions(scene))] for index, scene in enumerate(truth)]
 
     def answers(prompts: Sequence[str]) -> list[str]:
-        samples = [look(model, scene, sense, words) for scene, words in zip(shown, prompts, strict=True)]
+        samples = [scene_sample(model, scene, sense, words) for scene, words in zip(shown, prompts, strict=True)]
         return model.generate(samples, **decoding.at_most(LONGEST).settings(model),
                               batch_size=min(batch_size, len(samples)), recall=recall)
 
@@ -87,7 +87,7 @@ def score_scenes(
 def picture_cache(model: Loaded, shown: Sequence[scenes.Scene], batch_size: int = AT_ONCE) -> Recall:
     """The features of these scenes' pictures, for other senses to be drawn towards (ImageBind-LLM's visual cache)."""
     feature = jax.jit(lambda params, batch: model.module.apply({"params": params}, batch, method="feature"))
-    samples = [look(model, scene, "image", "") for scene in shown]
+    samples = [scene_sample(model, scene, "image", "") for scene in shown]
     return Recall(np.concatenate([feature(model.params, model.batch(samples[first : first + batch_size]))
                                   for first in range(0, len(samples), batch_size)]))
 

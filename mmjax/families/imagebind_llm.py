@@ -46,7 +46,7 @@ LORA_RANK = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(FamilyConfig):
+class ImageBindLLMConfig(FamilyConfig):
     imagebind: ImageBindConfig = IMAGEBIND_HUGE
     bind: BindConfig = BIND_7B
     llm: LlamaConfig = dataclasses.replace(LLAMA_7B, injection="head")
@@ -64,9 +64,9 @@ class Config(FamilyConfig):
 
 
 PRESETS = {
-    "imagebind-llm-7b": Config(),
-    "imagebind-llm-7b-token": Config(llm=dataclasses.replace(LLAMA_7B, injection="layer")),
-    "tiny": Config(imagebind.TINY, bind.BindConfig(imagebind.TINY.out, llama.TINY.dim, 24),
+    "imagebind-llm-7b": ImageBindLLMConfig(),
+    "imagebind-llm-7b-token": ImageBindLLMConfig(llm=dataclasses.replace(LLAMA_7B, injection="layer")),
+    "tiny": ImageBindLLMConfig(imagebind.TINY, bind.BindConfig(imagebind.TINY.out, llama.TINY.dim, 24),
                    dataclasses.replace(llama.TINY, injection="head"), query_layers=1),
 }
 AXES = (
@@ -82,15 +82,15 @@ TRAINED = PHASES["pretrain"]
 ENCODER = {"imagebind": r"imagebind/.*"}
 
 
-def with_phase(cfg: Config, phase: str) -> Config:
+def with_phase(cfg: ImageBindLLMConfig, phase: str) -> ImageBindLLMConfig:
     """The architecture that a phase trains: for "finetune" LoRA on every matrix and biases on five, from zero."""
     if phase != "finetune" or cfg.llm.lora_rank:
         return cfg
     return dataclasses.replace(cfg, llm=source.adapted(cfg.llm, LORA_RANK))
 
 
-class Model(LanguageModel):
-    cfg: Config
+class ImageBindLLM(LanguageModel):
+    cfg: ImageBindLLMConfig
 
     def setup(self):
         super().setup()
@@ -129,7 +129,7 @@ class Model(LanguageModel):
         return for_every_layer(bound + self.query[:, None].astype(bound.dtype), depth)
 
 
-def example(cfg: Config) -> Batch:
+def example(cfg: ImageBindLLMConfig) -> Batch:
     return example_batch(media=imagebind.example(cfg.imagebind), mixed=True)
 
 
@@ -158,7 +158,7 @@ def _write_imagebind(out: Path, tensors: Mapping[str, Any], context: ExportConte
 
 
 FAMILY = register(Family(
-    name="imagebind_llm", Config=Config, Model=Model, axes=AXES, presets=PRESETS, example=example, trained=TRAINED,
+    name="imagebind_llm", Config=ImageBindLLMConfig, Model=ImageBindLLM, axes=AXES, presets=PRESETS, example=example, trained=TRAINED,
     phases=PHASES, with_phase=with_phase, encoder=ENCODER, prompt=PromptStyle(source.TEXT),
     conversion=Conversion(source.inspect_imagebind_llm, origins=(
         (r"imagebind/.*", "imagebind"), (r"bind/.*|query|llm/.*/(lora_[ab]|b|gate|new_gate)|llm/gate", "adapter"),

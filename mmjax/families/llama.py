@@ -14,30 +14,30 @@ from mmjax.models.llama import LLAMA2_7B_CHAT, LLAMA_7B, LLAMA_13B, LlamaConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(FamilyConfig):
+class TextLlamaConfig(FamilyConfig):
     llm: LlamaConfig = LLAMA_7B
 
 
 PRESETS = {
-    "llama-7b": Config(),
-    "llama-13b": Config(LLAMA_13B),
-    "llama2-7b-chat": Config(LLAMA2_7B_CHAT),
-    "tiny": Config(llama.TINY),
+    "llama-7b": TextLlamaConfig(),
+    "llama-13b": TextLlamaConfig(LLAMA_13B),
+    "llama2-7b-chat": TextLlamaConfig(LLAMA2_7B_CHAT),
+    "tiny": TextLlamaConfig(llama.TINY),
 }
 
 
-class Model(LanguageModel):
-    cfg: Config
+class TextLlama(LanguageModel):
+    cfg: TextLlamaConfig
 
     def encode(self, batch: Batch) -> tuple[jax.Array, None]:
         return self.embed(batch.tokens), None
 
 
-def example(cfg: Config) -> Batch:
+def example(cfg: TextLlamaConfig) -> Batch:
     return example_batch()
 
 
 FAMILY = register(Family(
-    name="llama", Config=Config, Model=Model, axes=(), presets=PRESETS, example=example,
+    name="llama", Config=TextLlamaConfig, Model=TextLlama, axes=(), presets=PRESETS, example=example,
     conversion=Conversion(source.inspect, origins=((r"llm/.*", "llm"),)),
     exports=parts.LLM_EXPORTS, stages=parts.LLM_STAGES))

@@ -45,7 +45,7 @@ from mmjax.trees import prefixed
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(FamilyConfig):
+class LlamaAdapterConfig(FamilyConfig):
     """v1 has neither `clip` nor `visual`, v2 has both; anything between raises ValueError."""
 
     llm: LlamaConfig = dataclasses.replace(LLAMA_7B, injection="head")
@@ -69,9 +69,9 @@ class Config(FamilyConfig):
 
 
 PRESETS = {
-    "llama-adapter-7b": Config(),
-    "llama-adapter-v2-7b": Config(query_layers=31, clip=CLIP_VIT_L14, visual=VISUAL_7B),
-    "tiny": Config(dataclasses.replace(llama.TINY, injection="head"), query_layers=1, query_len=3,
+    "llama-adapter-7b": LlamaAdapterConfig(),
+    "llama-adapter-v2-7b": LlamaAdapterConfig(query_layers=31, clip=CLIP_VIT_L14, visual=VISUAL_7B),
+    "tiny": LlamaAdapterConfig(dataclasses.replace(llama.TINY, injection="head"), query_layers=1, query_len=3,
                    clip=clip.TINY, visual=visual.TINY),
 }
 AXES = (
@@ -87,7 +87,7 @@ TRAINED = PHASES["pretrain"]
 ENCODER = {"clip": r"clip/.*"}
 
 
-def with_phase(cfg: Config, phase: str) -> Config:
+def with_phase(cfg: LlamaAdapterConfig, phase: str) -> LlamaAdapterConfig:
     """The architecture that a phase trains: for "finetune" biases on five matrices, from zero.
 
     Raises ValueError for "finetune" of v1, which has one phase.
@@ -100,8 +100,8 @@ def with_phase(cfg: Config, phase: str) -> Config:
         cfg, llm=dataclasses.replace(cfg.llm, bias_on=("q", "o", "gate", "up", "down")))
 
 
-class Model(LanguageModel):
-    cfg: Config
+class LlamaAdapter(LanguageModel):
+    cfg: LlamaAdapterConfig
 
     def setup(self):
         super().setup()
@@ -137,7 +137,7 @@ class Model(LanguageModel):
         return self.embed(batch.tokens), for_every_layer(prompts, c.llm.depth)
 
 
-def example(cfg: Config) -> Batch:
+def example(cfg: LlamaAdapterConfig) -> Batch:
     return example_batch(cfg.image_size)
 
 
@@ -162,7 +162,7 @@ def _write_adapter(out: Path, tensors: Mapping[str, Any], context: ExportContext
 
 
 FAMILY = register(Family(
-    name="llama_adapter", Config=Config, Model=Model, axes=AXES, presets=PRESETS, example=example, trained=TRAINED,
+    name="llama_adapter", Config=LlamaAdapterConfig, Model=LlamaAdapter, axes=AXES, presets=PRESETS, example=example, trained=TRAINED,
     phases=PHASES, with_phase=with_phase, encoder=ENCODER, prompt=PromptStyle(source.TEXT),
     conversion=Conversion(source.inspect_llama_adapter, origins=(
         (r"clip/.*", "clip"), (r"visual/.*|query|llm/.*/(lora_[ab]|b|gate|new_gate)|llm/gate", "adapter"),

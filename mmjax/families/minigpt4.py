@@ -39,7 +39,7 @@ from mmjax.trees import prefixed
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(FamilyConfig):
+class MiniGPT4Config(FamilyConfig):
     vit: VitConfig = EVA_VIT_G
     qformer: QFormerConfig | None = QFORMER_BASE
     llm: LlamaConfig = VICUNA_7B
@@ -57,11 +57,11 @@ class Config(FamilyConfig):
 
 _V2 = dataclasses.replace(LLAMA2_7B_CHAT, lora_rank=64, lora_alpha=16.0)
 PRESETS = {
-    "minigpt4-7b": Config(),
-    "minigpt4-13b": Config(llm=VICUNA_13B),
-    "minigpt4-llama2-7b": Config(qformer=None, llm=LLAMA2_7B_CHAT),
-    "minigpt-v2-7b": Config(vit=EVA_VIT_G_448, qformer=None, llm=_V2),
-    "tiny": Config(eva_vit.TINY, qformer.TINY, llama.TINY),
+    "minigpt4-7b": MiniGPT4Config(),
+    "minigpt4-13b": MiniGPT4Config(llm=VICUNA_13B),
+    "minigpt4-llama2-7b": MiniGPT4Config(qformer=None, llm=LLAMA2_7B_CHAT),
+    "minigpt-v2-7b": MiniGPT4Config(vit=EVA_VIT_G_448, qformer=None, llm=_V2),
+    "tiny": MiniGPT4Config(eva_vit.TINY, qformer.TINY, llama.TINY),
 }
 AXES = (
     *prefixed("vit", eva_vit.AXES),
@@ -74,8 +74,8 @@ TRAINED = (r"projector/.*",)
 ENCODER = {"vit": r"vit/.*", "qformer": r"(ln_vision|qformer)/.*"}
 
 
-class Model(LanguageModel):
-    cfg: Config
+class MiniGPT4(LanguageModel):
+    cfg: MiniGPT4Config
 
     def setup(self):
         super().setup()
@@ -111,11 +111,11 @@ class Model(LanguageModel):
         return words, None
 
 
-def example(cfg: Config) -> Batch:
+def example(cfg: MiniGPT4Config) -> Batch:
     return example_batch(cfg.image_size)
 
 
-def resize(cfg: Config, image_size: int | None, drop_path: float) -> Config:
+def resize(cfg: MiniGPT4Config, image_size: int | None, drop_path: float) -> MiniGPT4Config:
     """Raises ValueError for a size that the patches do not divide."""
     vit = dataclasses.replace(cfg.vit, image_size=image_size or cfg.vit.image_size, drop_path=drop_path)
     side = vit.patch if cfg.qformer else 2 * vit.patch  # four patches join without a Q-Former
@@ -139,7 +139,7 @@ STAGES = (
 )
 
 FAMILY = register(Family(
-    name="minigpt4", Config=Config, Model=Model, axes=AXES, presets=PRESETS, example=example, trained=TRAINED,
+    name="minigpt4", Config=MiniGPT4Config, Model=MiniGPT4, axes=AXES, presets=PRESETS, example=example, trained=TRAINED,
     resize=resize, encoder=ENCODER, prompt=PromptStyle(source.TEXT, "<Img><ImageHere></Img>"),
     conversion=Conversion(source.inspect, origins=(
         (r"vit/.*", "vit"), (r"(ln_vision|qformer)/.*", "qformer"), (r"projector/.*", "projector"),

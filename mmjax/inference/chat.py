@@ -215,13 +215,13 @@ def scenes_of(checkpoint: Path) -> ScenesConfig | None:
     return None if drawn is None else ScenesConfig(**drawn)
 
 
-def perceived(model: Loaded) -> tuple[str, ...]:
+def supported_inputs(model: Loaded) -> tuple[str, ...]:
     """The names of what a model can be given: "image", and of `mmjax.data.senses.NAMES` what it has a tower for."""
     media = tuple(name for name in senses.NAMES if sense_of(name) in model.config.senses)
     return ((IMAGE,) if model.config.image_size else ()) + media
 
 
-def take(model: Loaded, sense: str, source: Any) -> Any:
+def read_input(model: Loaded, sense: str, source: Any) -> Any:
     """What a sense is given, read once and checked, so that the file may change or go.
 
     source: of "image" whatever `mmjax.data.images.load` takes; of "text" the words; of "audio" a .wav file; of the
@@ -229,7 +229,7 @@ def take(model: Loaded, sense: str, source: Any) -> Any:
 
     Raises ValueError naming the file, or the senses that the model has.
     """
-    if sense not in (able := perceived(model)):
+    if sense not in (able := supported_inputs(model)):
         raise ValueError(f"This model does not perceive {sense!r}; "
                          + (f"it perceives {', '.join(able)}." if able else "it reads words alone."))
     if sense == IMAGE:
@@ -254,7 +254,7 @@ def _read(sense: str, source: str | os.PathLike) -> Any:
                          ) from error
 
 
-def add(model: Loaded, talk: Conversation, sense: str, value: Any) -> None:
+def add_input(model: Loaded, talk: Conversation, sense: str, value: Any) -> None:
     """Puts what `take` gave into a conversation, as this model perceives it."""
     if sense == IMAGE and model.config.image_tokens:
         talk.show(value)

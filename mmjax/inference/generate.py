@@ -130,7 +130,7 @@ class Strategy:
     stop: tuple[tuple[int, ...], ...]
 
 
-class Numbers(NamedTuple):
+class Operands(NamedTuple):
     """What is not: fields of `GenerateConfig`."""
 
     max_new_tokens: int | jax.Array
@@ -140,7 +140,7 @@ class Numbers(NamedTuple):
     min_length: int | jax.Array
 
 
-def compiled(config: GenerateConfig, room: int | None = None) -> tuple[Strategy, Numbers]:
+def compiled(config: GenerateConfig, room: int | None = None) -> tuple[Strategy, Operands]:
     """The two halves of a config. `room` is R, `max_new_tokens` if it is not given; ValueError if it is less."""
     room = config.max_new_tokens if room is None else room
     if room < config.max_new_tokens:
@@ -149,7 +149,7 @@ def compiled(config: GenerateConfig, room: int | None = None) -> tuple[Strategy,
         room, config.num_beams, config.sampling, config.repetition_penalty != 1,
         config.min_length > config.dummy, config.top_k, config.top_p < 1, config.top_p_inclusive,
         config.length_penalty, config.early_stopping, config.dummy, config.bos, config.eos, config.pad, config.stop,
-    ), Numbers(config.max_new_tokens, config.temperature, config.top_p, config.repetition_penalty, config.min_length)
+    ), Operands(config.max_new_tokens, config.temperature, config.top_p, config.repetition_penalty, config.min_length)
 
 
 @jax.tree_util.register_dataclass
@@ -178,12 +178,12 @@ def generate(module: nn.Module, params: Any, batch: Batch, config: GenerateConfi
     key: for sampling, one key, or keys [B]; a row with its own key draws the same ids in any batch.
     Raises ValueError when sampling without a key.
     """
-    writing = Writing(module, params, batch, config, key, return_scores=return_scores)
+    writing = Generation(module, params, batch, config, key, return_scores=return_scores)
     writing.advance()
     return writing.result()
 
 
-class Writing:
+class Generation:
     """Rows that are being continued: as `generate`, with a look at what is written wherever one is wanted.
 
     room: R, at least `max_new_tokens` and that if it is not given. Batches of one shape whose R is equal share what is
@@ -366,7 +366,7 @@ def top_p_inclusive(scores: jax.Array, p: float) -> jax.Array:
     return jnp.where(kept, scores, -jnp.inf)
 
 
-def penalised(strategy: Strategy, numbers: Numbers, scores: jax.Array, sequences: jax.Array,
+def penalised(strategy: Strategy, numbers: Operands, scores: jax.Array, sequences: jax.Array,
               length: jax.Array | int) -> jax.Array:
     """What every strategy does to scores [...,V], given the first `length` ids of sequences [...,W]."""
     if not strategy.dummy:
@@ -379,7 +379,7 @@ def penalised(strategy: Strategy, numbers: Numbers, scores: jax.Array, sequences
     return scores
 
 
-def filtered(strategy: Strategy, numbers: Numbers, scores: jax.Array) -> jax.Array:
+def filtered(strategy: Strategy, numbers: Operands, scores: jax.Array) -> jax.Array:
     """What sampling does next."""
     scores = scores / numbers.temperature
     if strategy.top_k > 0:

@@ -21,7 +21,7 @@ from mmjax.data.collate import collate
 from mmjax.data.neighbours import Recall
 from mmjax.data.text import row_slots
 from mmjax.families import Family
-from mmjax.inference.generate import GenerateConfig, Writing, row_keys
+from mmjax.inference.generate import GenerateConfig, Generation, row_keys
 from mmjax.inference.layouts import unstack
 from mmjax.inference.requests import is_text
 from mmjax.models import bind
@@ -184,19 +184,19 @@ class Loaded:
         return config, {name: value for name, value in settings.items() if name not in FURTHER}
 
     def _write(self, samples: Sequence[Sample], config: GenerateConfig, seed: int, first: int, recall: Recall | None,
-               settings: dict[str, Any]) -> Writing:
+               settings: dict[str, Any]) -> Generation:
         """The samples' prompts, read; `first` is the number of the first of them."""
         samples = [dataclasses.replace(sample, answer=None) for sample in samples]
-        share = sharding.ways(self.mesh, "batch")
+        share = sharding.num_shards(self.mesh, "batch")
         samples += [samples[-1]] * (-len(samples) % share)
         longest = max(self.prompt_lengths(samples, config.max_new_tokens, **settings))
         batch = self.batch(samples, common_length(longest), **settings)
         keys = row_keys(jax.random.key(seed), np.arange(first, first + len(samples))) if config.sampling else None
         module, params = self._decoder
-        with sharding.use(self.mesh):
+        with sharding.use_mesh(self.mesh):
             batch = batch if recall is None else self._recalled(batch, recall)
-            batch = sharding.put(batch, self.mesh, len(samples))
-            return Writing(module, params, batch, config, keys, common_length(config.max_new_tokens))
+            batch = sharding.put_batch(batch, self.mesh, len(samples))
+            return Generation(module, params, batch, config, keys, common_length(config.max_new_tokens))
 
     def prompt_lengths(self, samples: Sequence[Sample], max_new_tokens: int = 1, **settings: Any) -> list[int]:
         """Tokens of each sample's prompt, pictures counted. Raises ValueError naming the samples that hold no text, or
@@ -212,9 +212,9 @@ class Loaded:
                              + "\nAsk less, or lower max_new_tokens.")
         return lengths
 
-    def _finish(self, writing: Writing, stop: Sequence[str]) -> list[str]:
+    def _finish(self, writing: Generation, stop: Sequence[str]) -> list[str]:
         """The words of every row, written to its end."""
-        with sharding.use(self.mesh):
+        with sharding.use_mesh(self.mesh):
             if not stop or writing.beams:
                 writing.advance()
             while not writing.done.all():  # ids may spell a stop string in ways that the loop does not look for
@@ -225,7 +225,7 @@ class Loaded:
         rows = zip(np.asarray(made.sequences), np.asarray(made.lengths), strict=True)
         return [cut(self.tokenizer.decode(row[1:length].tolist()), stop).strip() for row, length in rows]
 
-    def _pieces(self, writing: Writing, stop: Sequence[str]) -> Iterator[str]:
+    def _pieces(self, writing: Generation, stop: Sequence[str]) -> Iterator[str]:
         said = ""
         while not (writing.done[0] or writing.beams):
             text = self.tokenizer.decode(writing.ids[0])
@@ -235,7 +235,7 @@ class Loaded:
             if len(settled) > len(said):
                 yield settled[len(said) :]
                 said = settled
-            with sharding.use(self.mesh):
+            with sharding.use_mesh(self.mesh):
                 writing.advance(writing.step + 1)
         if not writing.beams:
             writing.close(np.ones(1, bool))  # the rows that fill a mesh too

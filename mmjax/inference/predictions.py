@@ -46,7 +46,7 @@ from mmjax.data.neighbours import Recall
 from mmjax.inference import generate as generation
 from mmjax.inference import requests
 from mmjax.inference.loaded import Loaded
-from mmjax.inference.requests import Ask
+from mmjax.inference.requests import Request
 
 FORMAT = 1
 CARD = ".card.json"  # behind the name of the answers' file
@@ -64,7 +64,7 @@ class Opened:
     problem: why it cannot be answered
     """
 
-    ask: Ask
+    ask: Request
     length: int = 0
     problem: str | None = None
 
@@ -83,10 +83,10 @@ class Answerer(Protocol):
     window: int
     settings: dict[str, Any]
 
-    def open(self, ask: Ask) -> Opened:
+    def open(self, ask: Request) -> Opened:
         """In one of several threads. Raises ValueError or OSError saying what is wrong with the sample."""
 
-    def answer(self, asks: Sequence[Ask], first: int) -> list[dict[str, Any]]:
+    def answer(self, asks: Sequence[Request], first: int) -> list[dict[str, Any]]:
         """What each line has beside its id, of 1 to `rows` opened samples; with a window of 1 those from number `first`
         on."""
 
@@ -128,7 +128,7 @@ class Decoding:
 
 
 @dataclasses.dataclass(frozen=True)
-class Words:
+class TextAnswerer:
     """Answers in the model's own words; see `Answerer`.
 
     batch_size: rounded up to what the mesh can divide
@@ -159,14 +159,14 @@ class Words:
                                self.recall.sharpness, self.recall.weight]
         return given
 
-    def open(self, ask: Ask) -> Opened:
+    def open(self, ask: Request) -> Opened:
         ask = read(ask, self.model)
         new = self.decoding.settings(self.model)["max_new_tokens"]
         [length] = self.model.prompt_lengths([ask.sample], new, **self.text)
         self.model.batch([ask.sample], **self.text)  # raises for what else is wrong with the sample
         return Opened(ask, length)
 
-    def answer(self, asks: Sequence[Ask], first: int) -> list[dict[str, Any]]:
+    def answer(self, asks: Sequence[Request], first: int) -> list[dict[str, Any]]:
         words = self.model.generate([ask.sample for ask in asks], **self.decoding.settings(self.model), first=first,
                                     batch_size=self.rows, recall=self.recall, **self.text)
         return [{"answer": each} for each in words]
@@ -176,18 +176,18 @@ def rows(model: Loaded, batch_size: int) -> int:
     """`batch_size`, rounded up to what the model's mesh can divide. Raises ValueError for less than 1."""
     if batch_size < 1:
         raise ValueError(f"batch_size = {batch_size}: at least 1")
-    ways = sharding.ways(model.mesh, "batch")
+    ways = sharding.num_shards(model.mesh, "batch")
     return math.ceil(batch_size / ways) * ways
 
 
-def read(ask: Ask, model: Loaded) -> Ask:
+def read(ask: Request, model: Loaded) -> Request:
     """With its pictures and arrays read, and its pictures placed in the prompt. Raises ValueError naming the file that
     cannot be read."""
     sample, spec = requests.with_images(ask.sample, model.family.prompt), model.config.images
     if spec is not None:
         opened = [images.read(image, spec) for image in sample.images]
         sample = dataclasses.replace(sample, images=opened)
-    media = {name: requests.sense(name, value) for name, value in sample.media.items()}
+    media = {name: requests.read_sense(name, value) for name, value in sample.media.items()}
     return dataclasses.replace(ask, sample=dataclasses.replace(sample, media=media))
 
 
@@ -221,7 +221,7 @@ def _sha256(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def card(asks: Sequence[Ask], answerer: Answerer, model: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+def card(asks: Sequence[Request], answerer: Answerer, model: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """What OUT.card.json holds; `model` is its `identity`, `more` are further things of which answers depend."""
     dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(answerer.model.params)})
     settings = {"dtypes": dtypes, **answerer.settings, **more}
@@ -230,7 +230,7 @@ def card(asks: Sequence[Ask], answerer: Answerer, model: Mapping[str, Any], **mo
             "versions": {name: importlib.metadata.version(name) for name in ("mmjax", "jax")}}
 
 
-def card_of(out: Path) -> Path:
+def card_path(out: Path) -> Path:
     return out.with_name(out.name + CARD)
 
 
@@ -254,8 +254,8 @@ def _held(out: Path, made: Mapping[str, Any]) -> Iterator[Any]:
     Raises BlockingIOError if another process adds to it, ValueError if it is of something else.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a+b", buffering=0) as file, files.alone(out, "answering"):
-        beside = card_of(out)
+    with out.open("a+b", buffering=0) as file, files.exclusive_lock(out, "answering"):
+        beside = card_path(out)
         if beside.is_file():
             if differ := differences(converted.read_card(beside), made):
                 raise ValueError(f"{out} has answers of something else:\n  " + "\n  ".join(differ)
@@ -268,7 +268,7 @@ def _held(out: Path, made: Mapping[str, Any]) -> Iterator[Any]:
         yield file
 
 
-def kept(content: bytes, ids: Sequence[str], out: Path) -> tuple[list[dict[str, Any]], int]:
+def read_answers(content: bytes, ids: Sequence[str], out: Path) -> tuple[list[dict[str, Any]], int]:
     """(the lines that are whole, their bytes): what was being written when the command was stopped is none.
 
     Raises ValueError naming a line before the last that is not JSON, or that is of another sample than stands there.
@@ -342,7 +342,7 @@ class Done:
     compiled: compilation.Compiled
 
 
-def predict(out: str | Path, asks: Sequence[Ask], answerer: Answerer, made: Mapping[str, Any],
+def predict(out: str | Path, asks: Sequence[Request], answerer: Answerer, made: Mapping[str, Any],
             console: Console | None = None) -> Done:
     """Answers every sample that OUT has no line of yet. `made` is the `card`.
 
@@ -356,9 +356,9 @@ def predict(out: str | Path, asks: Sequence[Ask], answerer: Answerer, made: Mapp
     files.require_local({"out": out})
     out = Path(out)
     console, begun = console or Console(stderr=True, markup=False), time.monotonic()
-    with _held(out, made) as file, compilation.counted() as compiled:
+    with _held(out, made) as file, compilation.count_compilations() as compiled:
         file.seek(0)
-        done, size = kept(file.read(), [ask.id for ask in asks], out)
+        done, size = read_answers(file.read(), [ask.id for ask in asks], out)
         file.truncate(size)
         lines = _Lines(file, done, out)
         with Progress(*_columns(), console=console) as bar:
@@ -392,14 +392,14 @@ def summary(done: Done) -> Iterator[str]:
                'lines say why under "error"')
 
 
-def _windows(asks: Sequence[Ask], first: int, answerer: Answerer) -> Iterator[tuple[int, list[Opened]]]:
+def _windows(asks: Sequence[Request], first: int, answerer: Answerer) -> Iterator[tuple[int, list[Opened]]]:
     """(number of its first sample, opened samples) of each window that has one from `first` on; one is read ahead.
 
     Windows begin at the same samples wherever one starts, so that a command that goes on makes the same batches.
     """
     size, waiting = answerer.rows * answerer.window, collections.deque()
 
-    def opened(ask: Ask) -> Opened:
+    def opened(ask: Request) -> Opened:
         try:
             return answerer.open(ask)
         except (ValueError, OSError) as error:

@@ -17,7 +17,7 @@ import numpy as np
 from mmjax import files
 from mmjax.batch import Sample
 from mmjax.data.arrays import read_npy
-from mmjax.data.formats.rows import field, parse_json, picture, shown, text
+from mmjax.data.formats.rows import field, image_path, parse_json, shown, text
 from mmjax.data.text import PLACEHOLDER
 from mmjax.families.base import PromptStyle
 
@@ -28,7 +28,7 @@ MOST_NAMED = 20  # problems that one error names
 
 
 @dataclasses.dataclass(frozen=True)
-class Ask:
+class Request:
     """One sample that is to be answered, without an answer of its own.
 
     id:      no other sample of the same file has it
@@ -41,7 +41,7 @@ class Ask:
     choices: tuple[str, ...] = ()
 
 
-def lines(path: str | Path, root: str | Path | None = None) -> list[Ask]:
+def read_jsonl(path: str | Path, root: str | Path | None = None) -> list[Request]:
     """Of a file with one JSON object a line: {"id"?, "image" or "images"?, "prompt", "media"?, "weights"?}.
 
     root: the folder below which all files lie; None for that of `path`
@@ -76,7 +76,7 @@ def lines(path: str | Path, root: str | Path | None = None) -> list[Ask]:
     return asks
 
 
-def pictures(folder: str | Path, prompt: str) -> list[Ask]:
+def pictures(folder: str | Path, prompt: str) -> list[Request]:
     """Every picture of a folder and those in it, in the order of their names, each with the same prompt and known by
     its name. Raises FileNotFoundError if there is none, ValueError for a prompt that shows several and for names that
     are no text."""
@@ -92,7 +92,7 @@ def pictures(folder: str | Path, prompt: str) -> list[Ask]:
                          f"down: {', '.join(strange[:MOST_NAMED])}. Rename them.")
     if prompt.count(PLACEHOLDER) > 1:
         raise ValueError(f"The prompt shows {prompt.count(PLACEHOLDER)} pictures, but is asked about one at a time.")
-    return [Ask(name, Sample(images=[str(folder / name)], prompt=prompt)) for name in names]
+    return [Request(name, Sample(images=[str(folder / name)], prompt=prompt)) for name in names]
 
 
 def is_text(words: str) -> bool:
@@ -112,7 +112,7 @@ def with_images(sample: Sample, style: PromptStyle) -> Sample:
     return dataclasses.replace(sample, prompt=style.with_images(sample.prompt, len(sample.images)))
 
 
-def sense(name: str, value: Any) -> Any:
+def read_sense(name: str, value: Any) -> Any:
     """What a sample gives to a sense: the array in a .npy file, all else as it is. Raises ValueError naming the file
     that cannot be read."""
     if name in WORDED or not isinstance(value, str) or not value.endswith(".npy"):
@@ -123,7 +123,7 @@ def sense(name: str, value: Any) -> Any:
         raise ValueError(files.url_problem(value) or f"{value} is not an array that can be read: {error}") from error
 
 
-def digest(asks: Sequence[Ask]) -> str:
+def digest(asks: Sequence[Request]) -> str:
     """SHA-256 of everything that is asked, with files by their names without the folder: they may be moved."""
     found = hashlib.sha256()
     for ask in asks:
@@ -144,7 +144,7 @@ def _named(value: Any) -> Any:
     return [_named(part) for part in value] if isinstance(value, (list, tuple)) else str(value)
 
 
-def _ask(root: str, number: int, line: bytes) -> Ask:
+def _ask(root: str, number: int, line: bytes) -> Request:
     try:
         row = parse_json(line)
     except ValueError as error:
@@ -157,7 +157,7 @@ def _ask(root: str, number: int, line: bytes) -> Ask:
     prompt, names = text(row, "prompt"), _images(row)
     if (places := prompt.count(PLACEHOLDER)) not in (0, len(names)):
         raise ValueError(f"{places} {PLACEHOLDER} in the prompt for {len(names)} pictures")
-    return Ask(name, Sample(images=[picture(root, each) for each in names], media=_media(root, row),
+    return Request(name, Sample(images=[image_path(root, each) for each in names], media=_media(root, row),
                             weights=_weights(row), prompt=prompt))
 
 
@@ -178,7 +178,7 @@ def _images(row: dict[str, Any]) -> list[str]:
 
 def _media(root: str, row: dict[str, Any]) -> dict[str, str]:
     given = field(row, "media", dict) if "media" in row else {}
-    return {name: text(given, name) if name in WORDED else picture(root, text(given, name)) for name in given}
+    return {name: text(given, name) if name in WORDED else image_path(root, text(given, name)) for name in given}
 
 
 def _weights(row: dict[str, Any]) -> dict[str, float]:
@@ -186,7 +186,7 @@ def _weights(row: dict[str, Any]) -> dict[str, float]:
     return {name: float(field(given, name, int, float)) for name in given}
 
 
-def _repeated(asks: Sequence[Ask]) -> list[str]:
+def _repeated(asks: Sequence[Request]) -> list[str]:
     seen: set[str] = set()
     twice = [ask.id for ask in asks if ask.id in seen or seen.add(ask.id)]
     return [f"id {shown(name)} is that of an earlier line" for name in dict.fromkeys(twice)]

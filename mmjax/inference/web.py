@@ -27,7 +27,7 @@ from PIL import Image
 
 from mmjax.config import ScenesConfig
 from mmjax.data import images, scenes
-from mmjax.inference.chat import IMAGE, ChatSettings, Conversation, add, perceived, reply, take
+from mmjax.inference.chat import IMAGE, ChatSettings, Conversation, add_input, read_input, reply, supported_inputs
 from mmjax.inference.loaded import Loaded
 from mmjax.inference.uploads import Gate, Uploads
 
@@ -225,7 +225,7 @@ class Handlers:
 
     def _hear(self, visit: Visit, path: str, name: str) -> None:
         try:
-            add(self.model, visit.talk, "audio", take(self.model, "audio", path))
+            add_input(self.model, visit.talk, "audio", read_input(self.model, "audio", path))
         except ValueError as error:
             raise ValueError(f"{name} was refused: " + str(error).replace(str(path), name)) from error
         visit.perceive("audio", f'<div class="sense">sound: {_literal(name)}</div>', among_words=False)
@@ -233,7 +233,7 @@ class Handlers:
     def _see(self, visit: Visit, image: Image.Image, sense: str = IMAGE, value: Any = None) -> None:
         if visit.count >= MAX_PICTURES:
             raise ValueError(f"A conversation takes {MAX_PICTURES} pictures; begin a new one.")
-        add(self.model, visit.talk, sense, take(self.model, sense, image if value is None else value))
+        add_input(self.model, visit.talk, sense, read_input(self.model, sense, image if value is None else value))
         visit.count += 1
         among_words = self.model.config.image_tokens > 0
         visit.perceive(str(visit.count) if among_words else sense, thumbnail(image), among_words)
@@ -277,7 +277,7 @@ def _examples(model: Loaded, world: ScenesConfig) -> Iterator[tuple[str, Any, Im
     for scene in drawn:
         yield IMAGE, None, Image.fromarray(scenes.draw(scene))
     for sense, draw in scenes.MEDIA.items():
-        if sense in perceived(model):
+        if sense in supported_inputs(model):
             for scene in drawn[:EXAMPLES // 2]:
                 yield sense, draw(scene), Image.fromarray(scenes.as_picture(draw(scene)))
 
@@ -286,7 +286,7 @@ def _title(model: Loaded, page: Page) -> str:
     total = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     count = f"{total / 1e9:.2f} billion" if total >= 1e9 else f"{total / 1e6:.2f} million"
     memory = "remembers the conversation" if Conversation(page.template).remembers else "takes each question alone"
-    facts = (model.family.name, f"{count} parameters", f"perceives {', '.join(perceived(model)) or 'words'}",
+    facts = (model.family.name, f"{count} parameters", f"perceives {', '.join(supported_inputs(model)) or 'words'}",
              f"template {page.template}: {memory}", jax.devices()[0].platform)
     return f"<h1>{_literal(page.name)}</h1>" + "".join(f"<span>{_literal(fact)}</span>" for fact in facts)
 
@@ -297,7 +297,7 @@ def blocks(model: Loaded, page: Page, uploads: Uploads) -> Any:
     check()
     import gradio as gr
 
-    does, able = Handlers(model, page, uploads), perceived(model)
+    does, able = Handlers(model, page, uploads), supported_inputs(model)
     with gr.Blocks(title=f"{page.name} - mmjax", analytics_enabled=False, delete_cache=(600, 600)) as made:
         visit = gr.State(does.visit())
         gr.HTML(_title(model, page), elem_id="title", padding=False)

@@ -39,7 +39,7 @@ AXES = (
 )
 
 
-class Block(nn.Module):
+class BindBlock(nn.Module):
     """x + down(silu(gate(n)) · up(n)), n = norm(x)."""
 
     cfg: BindConfig
@@ -65,7 +65,7 @@ class Bind(nn.Module):
         c = self.cfg
         x = Project((c.inputs, c.dim), use_bias=True, name="proj")("BTE,ED->BTD", x.astype(self.dtype))
         for i in range(1, c.depth + 1):
-            x = Block(c, name=f"block_{i}")(x)
+            x = BindBlock(c, name=f"block_{i}")(x)
         return x
 
 

@@ -67,7 +67,7 @@ class FusedQKV(nn.Module):
         return einsum("BTD,DSNH->SBTNH", x, w) + bias[:, None, None]
 
 
-class Attention(nn.Module):
+class VitAttention(nn.Module):
     cfg: VitConfig
 
     @nn.compact
@@ -77,7 +77,7 @@ class Attention(nn.Module):
         return Project((N, D // N, D), contracted=2, use_bias=True, name="o")("BTNH,NHD->BTD", out)
 
 
-class Block(nn.Module):
+class VitBlock(nn.Module):
     """A pre-norm block; each branch of a sample is dropped with probability `drop_rate` (stochastic depth)."""
 
     cfg: VitConfig
@@ -86,7 +86,7 @@ class Block(nn.Module):
     def __call__(self, x, drop_rate):
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
         c = self.cfg
-        x = x + self.drop_path(Attention(c, name="attn")(LayerNorm(c.eps, name="norm1")(x)), drop_rate)
+        x = x + self.drop_path(VitAttention(c, name="attn")(LayerNorm(c.eps, name="norm1")(x)), drop_rate)
         x = x + self.drop_path(FeedForward(c.hidden, name="mlp")(LayerNorm(c.eps, name="norm2")(x)), drop_rate)
         return x, None
 
@@ -118,7 +118,7 @@ class EvaVit(nn.Module):
         pos = self.param("pos", nn.initializers.normal(0.02), (1 + c.table**2, c.dim))
         x = x + resize_positions(pos, c.grid).astype(self.dtype)
         blocks = nn.scan(
-            nn.remat(Block, prevent_cse=False) if self.remat else Block,
+            nn.remat(VitBlock, prevent_cse=False) if self.remat else VitBlock,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "vit": True},
             length=c.depth,

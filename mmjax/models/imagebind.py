@@ -253,7 +253,7 @@ def _check_shape(x, cfg):
         raise ValueError(f"This tower takes inputs of shape {list(cfg.input_shape)}, got {list(x.shape[1:])}.")
 
 
-class Attention(nn.Module):
+class TowerAttention(nn.Module):
     cfg: TowerConfig
 
     @nn.compact
@@ -273,7 +273,7 @@ class Attention(nn.Module):
         return jnp.concatenate([x, jnp.broadcast_to(extra, (len(x), 1, *extra.shape))], axis=1)
 
 
-class Block(nn.Module):
+class TowerBlock(nn.Module):
     """A pre-norm block; each branch of a sample is dropped with probability `drop_rate` (stochastic depth)."""
 
     cfg: TowerConfig
@@ -281,7 +281,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, drop_rate):
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
-        x = x + self.drop_path(Attention(self.cfg, name="attn")(LayerNorm(EPS, name="norm1")(x)), drop_rate)
+        x = x + self.drop_path(TowerAttention(self.cfg, name="attn")(LayerNorm(EPS, name="norm1")(x)), drop_rate)
         x = x + self.drop_path(FeedForward(self.cfg.hidden, name="mlp")(LayerNorm(EPS, name="norm2")(x)), drop_rate)
         return x, None
 
@@ -338,7 +338,7 @@ class Tower(nn.Module):
         if c.pre_norm:
             x = LayerNorm(EPS, name="pre_norm")(x)
         blocks = nn.scan(
-            Block,
+            TowerBlock,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "imagebind": True},
             length=c.depth,

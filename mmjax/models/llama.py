@@ -163,7 +163,7 @@ def attend_heads_first(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
     return jnp.moveaxis(out.reshape(K, B, T, G, H), 0, 2).reshape(B, T, N, H)
 
 
-class Attention(nn.Module):
+class LlamaAttention(nn.Module):
     """Self-attention with rotary positions over this call's keys, or over a cache that they are written into."""
 
     cfg: LlamaConfig
@@ -208,7 +208,7 @@ class Attention(nn.Module):
         return attend(q, to_k.matmul("BPD,DKH->BPKH", prompts), v)
 
 
-class FeedForward(nn.Module):
+class GatedFeedForward(nn.Module):
     """down(silu(gate(x)) · up(x))."""
 
     cfg: LlamaConfig
@@ -222,7 +222,7 @@ class FeedForward(nn.Module):
         return project("down", (F, D))("BTF,FD->BTD", jax.nn.silu(gate) * up)
 
 
-class Block(nn.Module):
+class LlamaBlock(nn.Module):
     cfg: LlamaConfig
     transposed: bool = False
 
@@ -236,12 +236,12 @@ class Block(nn.Module):
                 x = x + gate.astype(x.dtype) * injection
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
         normed = RMSNorm(c.eps, name="attn_norm")(x)
-        out, cache = Attention(c, self.transposed, name="attn")(normed, injection, positions, mask, cache, start)
+        out, cache = LlamaAttention(c, self.transposed, name="attn")(normed, injection, positions, mask, cache, start)
         x = x + out
-        return x + FeedForward(c, self.transposed, name="mlp")(RMSNorm(c.eps, name="mlp_norm")(x)), cache
+        return x + GatedFeedForward(c, self.transposed, name="mlp")(RMSNorm(c.eps, name="mlp_norm")(x)), cache
 
 
-class Unrolled(nn.Module):
+class UnrolledLayers(nn.Module):
     """The layers "0", "1" ... one after the other. Called as the scanned ones are, the cache a tuple of one a layer."""
 
     cfg: LlamaConfig
@@ -252,7 +252,7 @@ class Unrolled(nn.Module):
         caches = []
         for layer in range(self.cfg.depth):
             here = (None if each is None else each[layer] for each in (cache, injection))
-            x, written = Block(self.cfg, self.transposed, name=str(layer))(x, *here, *others)
+            x, written = LlamaBlock(self.cfg, self.transposed, name=str(layer))(x, *here, *others)
             caches.append(written)
         return x, None if cache is None else tuple(caches)
 
@@ -282,8 +282,8 @@ class Llama(nn.Module):
             raise ValueError("transposed_weights is for unstacked layers: set scan_layers=False.")
         c, transposed = self.cfg, self.transposed_weights
         self.embedding = self.param("embedding", nn.initializers.normal(0.02), (c.vocab, c.dim))
-        self.layers = Unrolled(c, transposed) if not self.scan_layers else nn.scan(
-            nn.remat(Block, prevent_cse=False, policy=None if self.remat else KEPT),
+        self.layers = UnrolledLayers(c, transposed) if not self.scan_layers else nn.scan(
+            nn.remat(LlamaBlock, prevent_cse=False, policy=None if self.remat else KEPT),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "llm": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),

@@ -54,7 +54,7 @@ class Dropout(nn.Module):
         return nn.Dropout(self.rate, rng_collection="qformer")(x, deterministic=not acts)
 
 
-class Attention(nn.Module):
+class QFormerAttention(nn.Module):
     """Queries x [B,Q,D] read `source` [B,S,E] (themselves, or the picture)."""
 
     cfg: QFormerConfig
@@ -80,9 +80,9 @@ class Layer(nn.Module):
             return LayerNorm(self.cfg.eps, name=name)(x + Dropout(self.cfg.dropout)(branch))
 
         x = nn.with_logical_constraint(x, ("batch", "query", "embed"))
-        x = add(Attention(self.cfg, name="attn")(x, x), "attn_norm")
+        x = add(QFormerAttention(self.cfg, name="attn")(x, x), "attn_norm")
         if self.crosses:
-            x = add(Attention(self.cfg, name="cross")(x, picture), "cross_norm")
+            x = add(QFormerAttention(self.cfg, name="cross")(x, picture), "cross_norm")
         return add(FeedForward(self.cfg.hidden, name="mlp")(x), "mlp_norm")
 
 

@@ -20,7 +20,7 @@ from mmjax.config import HostsConfig
 LAUNCHERS = {"SLURM": "SLURM_NTASKS", "Open MPI": "OMPI_COMM_WORLD_SIZE"}
 
 
-def join(cfg: HostsConfig) -> None:
+def initialize(cfg: HostsConfig) -> None:
     """Makes this process one of several, if the configuration or the surroundings say that there are several.
 
     Before anything else is asked of JAX. The surroundings are SLURM, Open MPI, or a Cloud TPU host; JAX works out of
@@ -55,12 +55,12 @@ def launcher(environment: Mapping[str, str]) -> str | None:
     return None
 
 
-def first() -> bool:
+def is_primary() -> bool:
     """Whether this is the process that writes what people read."""
     return jax.process_index() == 0
 
 
-def wait(what: str, timeout: int) -> None:
+def barrier(what: str, timeout: int) -> None:
     """Until all processes are here. Raises TimeoutError saying what they were to do, after so many seconds."""
     if jax.process_count() == 1:
         return
@@ -73,38 +73,38 @@ def wait(what: str, timeout: int) -> None:
                            f"({what}); one of them has stopped or is much slower, its log says why: {error}") from error
 
 
-def once(work: Callable[[], Any], what: str, timeout: int) -> None:
+def run_on_primary(work: Callable[[], Any], what: str, timeout: int) -> None:
     """The first process does it, the others wait. Raises what the work raises; in the others RuntimeError."""
     problem = None
-    if first():
+    if is_primary():
         try:
             work()
         except Exception as error:
             problem = error
-    wait(what, timeout)
-    failed = totals(problem is not None)[0]
+    barrier(what, timeout)
+    failed = all_sum(problem is not None)[0]
     if problem is not None:
         raise problem
     if failed:
         raise RuntimeError(f"Process 0 failed ({what}); its log says why.")
 
 
-def totals(*numbers: int) -> list[int]:
+def all_sum(*numbers: int) -> list[int]:
     """The sums of all processes' numbers."""
-    return [int(total) for total in _gathered(np.asarray(numbers, np.int32)).sum(0)]
+    return [int(total) for total in _all_gather(np.asarray(numbers, np.int32)).sum(0)]
 
 
-def collected(items: list[Any]) -> list[Any]:
+def all_gather_objects(items: list[Any]) -> list[Any]:
     """All processes' items, which are what JSON can hold, in the order of the processes."""
     if jax.process_count() == 1:
         return items
     content = np.frombuffer(json.dumps(items).encode(), np.uint8)
-    sizes = _gathered(np.asarray([len(content)], np.int32))[:, 0]
-    every = _gathered(np.pad(content, (0, sizes.max() - len(content))))
+    sizes = _all_gather(np.asarray([len(content)], np.int32))[:, 0]
+    every = _all_gather(np.pad(content, (0, sizes.max() - len(content))))
     return [item for row, size in zip(every, sizes, strict=True) for item in json.loads(row[:size].tobytes())]
 
 
-def _gathered(array: np.ndarray) -> np.ndarray:
+def _all_gather(array: np.ndarray) -> np.ndarray:
     """[processes, ...] of arrays of one shape."""
     from jax.experimental import multihost_utils
 

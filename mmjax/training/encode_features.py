@@ -30,7 +30,7 @@ from mmjax.config import RunConfig, WeightsConfig
 from mmjax.data import features as stored
 from mmjax.data import images, pipeline
 from mmjax.data.collate import inputs
-from mmjax.data.features import Card, Features, Held, Names, Writer
+from mmjax.data.features import Card, Features, Held, ImageNames, Writer
 from mmjax.data.formats import Record
 from mmjax.families import shapes
 from mmjax.families.base import ImageSpec
@@ -176,7 +176,7 @@ def make(config: RunConfig, source: converted.ConvertedCheckpoint, folder: Path,
             rows, encode = _encoder(spec, earlier, card, batch_size)
             at_once = rows // card.crops
             with concurrent.futures.ThreadPoolExecutor(config.data.threads) as pool:
-                opened = _ahead(pool, _Reader(records, names, card, source.config.images), new, AHEAD * at_once)
+                opened = _ahead(pool, _ImageReader(records, names, card, source.config.images), new, AHEAD * at_once)
                 task = bar.add_task("encoding", total=len(new))
                 unread = _store(opened, encode, at_once, writer, lambda n: bar.advance(task, n))
     return Made(folder, writer.card, len(writer.index), len(new) - unread, unread)
@@ -247,7 +247,7 @@ def _batch(pictures: Sequence[np.ndarray | None], model: Any) -> Batch:
     return dataclasses.replace(batch, **inputs(samples, model))
 
 
-def _pictures(records: Sequence[Sequence[Record]], names: Names, with_nothing: bool,
+def _pictures(records: Sequence[Sequence[Record]], names: ImageNames, with_nothing: bool,
               bar: Progress) -> tuple[np.ndarray, np.ndarray]:
     """(keys uint64[M,2], places int64[M,2]) of the records' pictures; a place is the source's number and the record's.
 
@@ -273,7 +273,7 @@ def _pictures(records: Sequence[Sequence[Record]], names: Names, with_nothing: b
 
 
 @dataclasses.dataclass(frozen=True)
-class _Opened:
+class _OpenedImage:
     """A picture, ready for the encoder: its K crops; or what is wrong with it."""
 
     name: str
@@ -285,21 +285,21 @@ class _Opened:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Reader:
+class _ImageReader:
     """Opens pictures by their places, see `_pictures`."""
 
     records: Sequence[Sequence[Record]]
-    names: Names
+    names: ImageNames
     card: Card
     images: ImageSpec
 
-    def __call__(self, place: np.ndarray) -> _Opened:
+    def __call__(self, place: np.ndarray) -> _OpenedImage:
         source, number = map(int, place)
         if source < 0:
-            return _Opened("", "", stored.key(self.names(None)), crops=(None,) * self.card.crops)
+            return _OpenedImage("", "", stored.key(self.names(None)), crops=(None,) * self.card.crops)
         record = self.records[source][number]
         name = self.names(record.image)
-        opened = _Opened(record.name, str(record.image), stored.key(name))
+        opened = _OpenedImage(record.name, str(record.image), stored.key(name))
         try:
             held = Held.of(record.image)
             whole = images.rgb(held)
@@ -313,7 +313,7 @@ class _Reader:
         return images.read(whole, self.images, random)
 
 
-def _store(opened: Iterator[_Opened], encode: Callable[[Sequence[_Opened]], np.ndarray], at_once: int, writer: Writer,
+def _store(opened: Iterator[_OpenedImage], encode: Callable[[Sequence[_OpenedImage]], np.ndarray], at_once: int, writer: Writer,
            advance: Callable[[int], None]) -> int:
     """Stores the features of pictures, so many computed at once; how many pictures could not be read."""
     unread = 0
@@ -331,9 +331,9 @@ def _store(opened: Iterator[_Opened], encode: Callable[[Sequence[_Opened]], np.n
     return unread
 
 
-def _ahead(pool: concurrent.futures.Executor, reader: _Reader, places: np.ndarray, most: int) -> Iterator[_Opened]:
+def _ahead(pool: concurrent.futures.Executor, reader: _ImageReader, places: np.ndarray, most: int) -> Iterator[_OpenedImage]:
     """The pictures at these places in order, so many of them opened at a time."""
-    waiting: collections.deque[concurrent.futures.Future[_Opened]] = collections.deque()
+    waiting: collections.deque[concurrent.futures.Future[_OpenedImage]] = collections.deque()
     for place in places:
         waiting.append(pool.submit(reader, place))
         if len(waiting) >= most:
@@ -343,7 +343,7 @@ def _ahead(pool: concurrent.futures.Executor, reader: _Reader, places: np.ndarra
 
 
 def _encoder(spec: ModelSpec, earlier: dict[str, Any] | None, card: Card,
-             batch_size: int) -> tuple[int, Callable[[Sequence[_Opened]], np.ndarray]]:
+             batch_size: int) -> tuple[int, Callable[[Sequence[_OpenedImage]], np.ndarray]]:
     """How many rows are computed at once, and what computes the features [n,K,...] of no more pictures than that.
 
     Of the model only the encoder is read.
@@ -355,13 +355,13 @@ def _encoder(spec: ModelSpec, earlier: dict[str, Any] | None, card: Card,
                if "/" not in path}
     params, place, feature = trees.unflatten(params), sharding.batch_sharding(mesh), _feature(spec.module)
     call = jax.jit(lambda params, batch: feature(params, batch).astype(card.dtype))
-    ways = sharding.ways(mesh, "batch")
+    ways = sharding.num_shards(mesh, "batch")
     rows = -(-max(batch_size, card.crops) // ways) * ways
 
-    def encode(pictures: Sequence[_Opened]) -> np.ndarray:
+    def encode(pictures: Sequence[_OpenedImage]) -> np.ndarray:
         crops = [crop for each in pictures for crop in each.crops]
         filled = crops + crops[-1:] * (rows - len(crops))  # one shape, one compiled function
-        with sharding.use(mesh):
+        with sharding.use_mesh(mesh):
             found = np.asarray(call(params, jax.device_put(_batch(filled, source.config), place)))[:len(crops)]
         return found.reshape(len(pictures), card.crops, *found.shape[1:])
 

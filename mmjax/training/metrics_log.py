@@ -17,11 +17,11 @@ import numpy as np
 
 from mmjax import files, trees
 from mmjax.config import RunConfig
-from mmjax.data.pipeline import Step
+from mmjax.data.pipeline import PipelineBatch
 from mmjax.training import distributed, optim
 
 
-class Lines:
+class JsonlLog:
     """A file of JSON lines that is added to, of which those are kept whose `field` is below a number.
 
     kept: how many those are. A last line that was being written when the run was killed is none.
@@ -31,7 +31,7 @@ class Lines:
 
     def __init__(self, path: Path, field: str, below: int):
         self._path = path
-        text = path.read_text(errors="replace") if path.exists() and distributed.first() else ""
+        text = path.read_text(errors="replace") if path.exists() and distributed.is_primary() else ""
         lines = text.splitlines()
         whole = [line for number, line in enumerate(lines, 1)
                  if (found := self._parsed(line, number, len(lines))) is not None and found[field] < below]
@@ -48,7 +48,7 @@ class Lines:
             raise ValueError(f"{self._path}, line {number} is not JSON: {error}. Mend or remove that line.") from error
 
     def __enter__(self) -> "Lines":
-        self._file = self._path.open("ab", buffering=0) if distributed.first() else None
+        self._file = self._path.open("ab", buffering=0) if distributed.is_primary() else None
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -71,7 +71,7 @@ class Lines:
             os.fsync(self._file.fileno())
 
 
-class BadData(Lines):
+class BadData(JsonlLog):
     """`data_errors.jsonl`: one line each time that a record could not be used, of all processes.
 
     count: such times since the run began, before an interruption too
@@ -81,12 +81,12 @@ class BadData(Lines):
     def __init__(self, path: Path, position: int, config: RunConfig):
         super().__init__(path, "position", position)
         self._data = config.data
-        self.count, self.tried = distributed.totals(self.kept)[0], 0
+        self.count, self.tried = distributed.all_sum(self.kept)[0], 0
 
-    def add(self, item: Step) -> bool:
+    def add(self, item: PipelineBatch) -> bool:
         """Whether there are now more of them than the configuration allows."""
         bad = [dataclasses.asdict(record) for record in item.bad]
-        found = distributed.collected(bad) if distributed.totals(len(bad))[0] else []
+        found = distributed.all_gather_objects(bad) if distributed.all_sum(len(bad))[0] else []
         for record in {(each["position"], each["attempt"]): each for each in found}.values():  # rows may be several's
             self.write(record)
             self.count += 1
@@ -94,7 +94,7 @@ class BadData(Lines):
         return self._data.too_bad(self.count, self.tried)
 
 
-class Metrics(Lines):
+class Metrics(JsonlLog):
     """`metrics.jsonl`: one line each `log_every` steps, and the first and the last.
 
     Speeds and the share of waiting are of the steps since the line before, or since the run went on; everything else
@@ -113,7 +113,7 @@ class Metrics(Lines):
         self._since, self._waited, self._from, self._real = time.monotonic(), 0.0, position, 0
         self._operations: int | None = 0
 
-    def add(self, item: Step, metrics: dict[str, Any], trained: Any, waited: float, operations: int | None) -> None:
+    def add(self, item: PipelineBatch, metrics: dict[str, Any], trained: Any, waited: float, operations: int | None) -> None:
         """waited:     seconds that the step had to wait for its batch
         operations: of the step, see `mmjax.cost.flops.Flops.useful`; None if they cannot be told
         """
@@ -137,14 +137,14 @@ class Metrics(Lines):
             "waiting_share": round(self._waited / seconds, 4),
         }
         if self._operations:
-            line |= used(self._operations / seconds, self._peak)
+            line |= utilization(self._operations / seconds, self._peak)
         if gates := open_gates(trained):
             line["gates"] = gates
         self.write(line)
         self._begin(item.end)
 
 
-def used(speed: float, peak: float | None) -> dict[str, float]:
+def utilization(speed: float, peak: float | None) -> dict[str, float]:
     """Operations a second as their share of the devices' peak, if that is known; in three digits."""
     name, value = ("gflops_per_second", speed / 1e9) if peak is None else ("mfu", speed / peak)
     return {name: float(f"{value:.3g}")}

@@ -30,7 +30,7 @@ def half_cycle(cfg: OptimConfig, step: Any, xp: Any) -> Any:
     """ImageBind-LLM's: a line from 0 (so the first step changes nothing), then half a cosine wave over the rest of the
     run. The steps of an accumulation window share the rate of its first."""
     if cfg.accumulate > 1:
-        step = step - place_in_window(cfg, step)
+        step = step - index_in_window(cfg, step)
     ramp = cfg.init_lr * step / max(cfg.warmup_steps, 1)
     along = (step - cfg.warmup_steps) / max(cfg.steps - cfg.warmup_steps, 1)
     wave = cfg.min_lr + (cfg.init_lr - cfg.min_lr) * 0.5 * (1 + xp.cos(np.pi * along))
@@ -48,7 +48,7 @@ def learning_rate(cfg: OptimConfig, step: Any, xp: Any = np) -> Any:
     return SCHEDULES[cfg.schedule](cfg, step, xp)
 
 
-def place_in_window(cfg: OptimConfig, step: Any) -> Any:
+def index_in_window(cfg: OptimConfig, step: Any) -> Any:
     """How many steps of the same accumulation window come before `step`."""
     return (step % cfg.steps_per_epoch if cfg.average else step) % cfg.accumulate
 
@@ -92,7 +92,7 @@ def accumulated(inner: optax.GradientTransformation, cfg: OptimConfig) -> optax.
         return Accumulated(jnp.int32(0), jax.tree.map(jnp.zeros_like, params), inner.init(params))
 
     def update(gradients: Any, state: Accumulated, params: Any = None) -> tuple[Any, Accumulated]:
-        place = place_in_window(cfg, state.step)
+        place = index_in_window(cfg, state.step)
         share = 1 / cfg.accumulate if cfg.average else 1.0
         total = jax.tree.map(lambda old, new: jnp.where(place == 0, 0, old) + share * new, state.total, gradients)
         updates, inner_state = jax.lax.cond(

@@ -26,7 +26,7 @@ class Preempted(SystemExit):
         super().__init__(STATUS)
 
 
-class Notice:
+class StopSignal:
     """Takes note, inside a `with`, of what tells a run at `step` to end; leaving it ends the run, if it was told so.
 
     From the first SIGTERM on every further one is ignored, until the process has ended. Where several processes have
@@ -37,7 +37,7 @@ class Notice:
     def __init__(self, step: int) -> None:
         self._together = jax.distributed.is_initialized()
         self._before: dict[int, Any] = {}
-        self._told: int | None = None
+        self._signal: int | None = None
         self._step = step
 
     def __enter__(self) -> "Notice":
@@ -48,28 +48,28 @@ class Notice:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == self._told == signal.SIGINT:
+        if number == self._signal == signal.SIGINT:
             raise KeyboardInterrupt
-        if self._told is None:
+        if self._signal is None:
             again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
             # `print` might be at work just where the signal came
             os.write(2, f"\n{signal.Signals(number).name}: saving behind this step{again}.\n".encode())
-        self._told = number
+        self._signal = number
 
-    def told(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Whether to end behind this step. Of several processes each must ask behind every step."""
         self._step = step
         if self._together:
             from orbax.checkpoint import multihost
 
             if multihost.reached_preemption(step):
-                self._told = signal.SIGTERM
-        return self._told is not None
+                self._signal = signal.SIGTERM
+        return self._signal is not None
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         for number, before in self._before.items():
-            ending = number == self._told == signal.SIGTERM
+            ending = number == self._signal == signal.SIGTERM
             signal.signal(number, signal.SIG_IGN if ending else before)
-        if kind is None and self._told is not None:
+        if kind is None and self._signal is not None:
             print(f"Saved at step {self._step}; the same command goes on from there.", file=sys.stderr)
-            raise KeyboardInterrupt if self._told == signal.SIGINT else Preempted
+            raise KeyboardInterrupt if self._signal == signal.SIGINT else Preempted

@@ -96,7 +96,7 @@ def newest(checkpoints: Checkpoints, console: Console) -> int | None:
     Newer ones that are not are set aside, with a word. Raises `Damaged` if none is; then all of them stay.
     """
     found, problems = 0, {}
-    if distributed.first():
+    if distributed.is_primary():
         for step in reversed(checkpoints.steps):
             try:
                 checkpoints.verify(step)
@@ -107,7 +107,7 @@ def newest(checkpoints: Checkpoints, console: Console) -> int | None:
                 break
         for step, problem in problems.items() if found else ():
             console.print(f"{problem} It is kept as {checkpoints.set_aside(step)}.", highlight=False, style="yellow")
-    found, damaged = distributed.totals(found, len(problems))
+    found, damaged = distributed.all_sum(found, len(problems))
     if damaged and not found:
         raise Damaged("None of the checkpoints can be gone on from:\n  " + "\n  ".join(problems.values())
                       + f"\nPut one of them back; or delete {checkpoints.folder} to begin anew.")

@@ -95,17 +95,17 @@ class Job:
         """Parameters on the mesh, those whose path `only` takes; the trained ones as float32."""
         return self.spec.restore(self.config.seed, self.earlier, only)
 
-    def batches(self, started: int, position: int) -> Iterator[tuple[pipeline.Step, Batch]]:
+    def batches(self, started: int, position: int) -> Iterator[tuple[pipeline.PipelineBatch, Batch]]:
         """The batches that are left from step `started` on, see `ahead`."""
         config, data = self.config, self.config.data
         collator = Collator.of(config, self.source.tokenizer, self.source.config, self.stored)
         read = pipeline.batches(self.records, data, collator, started, position,
-                                sharding.own_rows(self.mesh, data.batch_size))
+                                sharding.process_local_rows(self.mesh, data.batch_size))
         return ahead(itertools.islice(read, config.optim.steps - started), self.mesh, data.batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class StepFlops:
     """What a step asks of the devices, to tell how much of what they can do it uses.
 
     count: the operations of a step for a state and a batch; None where they cannot be told
@@ -116,22 +116,22 @@ class Work:
     peak: float | None
 
     @staticmethod
-    def of(job: Job, step: Any, frozen: Any) -> "Work":
+    def of(job: Job, step: Any, frozen: Any) -> "StepFlops":
         """step: `steps.train_step` of the job, compiled"""
         peak = hardware.peak(job.mesh.devices.flat[0])
         count = flops.by_shape(lambda state, batch: step.trace(state, frozen, batch), job.source.config.llm)
-        return Work(count, None if peak is None else peak * job.mesh.size)
+        return StepFlops(count, None if peak is None else peak * job.mesh.size)
 
     def operations(self, state: steps.TrainState, batch: Batch, metrics: dict[str, Any]) -> int | None:
         """Of the step that gave this state and these metrics."""
         count = self.count(state, batch)
         return None if count is None else count.useful(int(metrics["tokens"]))
 
-    def told(self, operations: int | None, seconds: float) -> str:
+    def format_throughput(self, operations: int | None, seconds: float) -> str:
         """For the progress line, such as "  mfu 0.52"; nothing if it cannot be told."""
         if operations is None:
             return ""
-        (name, value), = metrics_log.used(operations / seconds, self.peak).items()
+        (name, value), = metrics_log.utilization(operations / seconds, self.peak).items()
         return f"  mfu {value:.2f}" if name == "mfu" else f"  {value:,.0f} GFLOP/s"
 
 
@@ -149,16 +149,16 @@ def train(config: RunConfig, score: Score | None = None) -> Run:
     be written. Told to end, it saves its state and raises `preemption.Preempted` or KeyboardInterrupt.
     """
     check(config)
-    distributed.join(config.hosts)
-    console.quiet = not distributed.first()
+    distributed.initialize(config.hosts)
+    console.quiet = not distributed.is_primary()
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    distributed.once(lambda: prepare(config), "prepare the run", config.hosts.timeout)
+    distributed.run_on_primary(lambda: prepare(config), "prepare the run", config.hosts.timeout)
     job = set_up(config)
     with (
-        files.alone(out) if distributed.first() else contextlib.nullcontext(),
-        sharding.use(job.mesh),
-        training_checkpoints.told_once(),
+        files.exclusive_lock(out) if distributed.is_primary() else contextlib.nullcontext(),
+        sharding.use_mesh(job.mesh),
+        training_checkpoints.suppress_duplicate_errors(),
         contextlib.closing(training_checkpoints.Checkpoints(
             out / "checkpoints", config.keep, config.keep_best)) as checkpoints,
     ):
@@ -173,8 +173,8 @@ def train(config: RunConfig, score: Score | None = None) -> Run:
             check_first_loss(loss, job.source.config.llm.vocab, {"trained": state.params, "frozen": frozen})
 
         fed = job.batches(started, progress.position)
-        work = Work.of(job, step, frozen)
-        with preemption.Notice(started) as notice:
+        work = StepFlops.of(job, step, frozen)
+        with preemption.StopSignal(started) as notice:
             state, loss = loop(config, started, progress, advance, diagnose, work, state, fed, checkpoints, notice)
             checkpoints.wait()
         after = resume.fingerprints(frozen)
@@ -196,9 +196,9 @@ def set_up(config: RunConfig) -> Job:
     source = converted.ConvertedCheckpoint.open(config.weights.checkpoint)
     source = dataclasses.replace(source.of(architecture(source, config)), text=config.text)
     mesh = sharding.make_mesh(config.mesh)
-    if config.data.batch_size % sharding.ways(mesh, "batch"):
+    if config.data.batch_size % sharding.num_shards(mesh, "batch"):
         raise ValueError(f"data.batch_size = {config.data.batch_size} cannot be cut into "
-                         f"{sharding.ways(mesh, 'batch')} (mesh {dict(mesh.shape)}).")
+                         f"{sharding.num_shards(mesh, 'batch')} (mesh {dict(mesh.shape)}).")
     images = source.config.images
     if config.data.random_crop and not (images and images.fit == "center_crop"):
         raise ValueError(f"data.random_crop is for models that crop images; those of {source.family} "
@@ -230,7 +230,7 @@ def begin(job: Job, optimizer: optax.GradientTransformation,
                          f"{config.optim.steps}. Name another `out`, or raise them.")
     if started:
         console.print(f"Going on at step {started} of {config.optim.steps}. {changed}")
-    if distributed.first():
+    if distributed.is_primary():
         write_card(job)
     announce(job, params, mask)
     return state, frozen, progress
@@ -350,11 +350,11 @@ def loop(
     progress: training_checkpoints.Progress,
     advance: Callable[[steps.TrainState, Batch], tuple[steps.TrainState, dict[str, Any]]],
     diagnose: Callable[[float, steps.TrainState], None],
-    work: Work,
+    work: StepFlops,
     state: steps.TrainState,
-    fed: Iterator[tuple[pipeline.Step, Batch]],
+    fed: Iterator[tuple[pipeline.PipelineBatch, Batch]],
     checkpoints: training_checkpoints.Checkpoints,
-    notice: preemption.Notice,
+    notice: preemption.StopSignal,
 ) -> tuple[steps.TrainState, float | None]:
     """The steps from `started` on, to the last one or to that behind which the run is told to end: the state and the
     last loss. See `TrainingStopped`.
@@ -378,7 +378,7 @@ def loop(
             waited = time.monotonic() - asked
             check_batch(config, item, bad, checkpoints)
             first = item.number == started
-            with compilation.told("the training step", console) if first else contextlib.nullcontext():
+            with compilation.announce("the training step", console) if first else contextlib.nullcontext():
                 state, metrics = advance(state, batch)
             loss = float(metrics["loss"])
             check_step(item, metrics, checkpoints)
@@ -386,23 +386,23 @@ def loop(
                 diagnose(loss, state)
             operations = work.operations(state, batch, metrics)
             log.add(item, metrics, state.params, waited, operations)
-            speed = "" if first else work.told(operations, time.monotonic() - asked)  # the first one compiles
+            speed = "" if first else work.format_throughput(operations, time.monotonic() - asked)  # the first one compiles
             bar.update(task, advance=1, loss=f"loss {loss:.3f}{speed}")
             checkpoints.check()
             done, progress = item.number + 1, progress.after(loss, item.end)
             if due := done % config.save_every == 0 or done == config.optim.steps:
                 progress = progress.due()
-            if (told := notice.told(done)) or due:
+            if (stopping := notice.should_stop(done)) or due:
                 log.sync()
                 bad.sync()
                 checkpoints.save(done, state, progress)
-            if told:
+            if stopping:
                 break
             asked = time.monotonic()
     return state, loss
 
 
-def check_batch(config: RunConfig, item: pipeline.Step, bad: metrics_log.BadData,
+def check_batch(config: RunConfig, item: pipeline.PipelineBatch, bad: metrics_log.BadData,
                 checkpoints: training_checkpoints.Checkpoints) -> None:
     """Records what of the data was unusable. Raises TrainingStopped if it is too much, or leaves nothing to learn."""
     if bad.add(item):
@@ -410,13 +410,13 @@ def check_batch(config: RunConfig, item: pipeline.Step, bad: metrics_log.BadData
             f"{bad.count} of the first {bad.tried} records that were tried cannot be used, more than "
             f"data.max_bad_share = {config.data.max_bad_share} allows. {Path(config.out) / 'data_errors.jsonl'} names "
             f"them. Mend them, or raise data.max_bad_share. {last_good(checkpoints)}")
-    if not distributed.totals(item.batch.loss_mask[:, 1:].any())[0]:
+    if not distributed.all_sum(item.batch.loss_mask[:, 1:].any())[0]:
         raise TrainingStopped(
             f"Batch {item.number} has no token to learn: all its answers are empty or cut away "
             f"(text.max_txt_len = {config.text.max_txt_len}). {samples(item)} {last_good(checkpoints)}")
 
 
-def check_step(item: pipeline.Step, metrics: Mapping[str, Any], checkpoints: training_checkpoints.Checkpoints) -> None:
+def check_step(item: pipeline.PipelineBatch, metrics: Mapping[str, Any], checkpoints: training_checkpoints.Checkpoints) -> None:
     """Raises TrainingStopped if the step met NaN or infinity."""
     if not bool(metrics["finite"]):
         raise TrainingStopped(
@@ -425,18 +425,18 @@ def check_step(item: pipeline.Step, metrics: Mapping[str, Any], checkpoints: tra
             f"{last_good(checkpoints)}")
 
 
-def ahead(batches: Iterator[pipeline.Step], mesh: Any, rows: int) -> Iterator[tuple[pipeline.Step, Batch]]:
+def ahead(batches: Iterator[pipeline.PipelineBatch], mesh: Any, rows: int) -> Iterator[tuple[pipeline.PipelineBatch, Batch]]:
     """Each batch beside the same on the devices, the next one already on its way there. rows: of all processes"""
     last = None
     for item in batches:
         if last is not None:
             yield last
-        last = item, sharding.put(item.batch, mesh, rows)
+        last = item, sharding.put_batch(item.batch, mesh, rows)
     if last is not None:
         yield last
 
 
-def samples(item: pipeline.Step) -> str:
+def samples(item: pipeline.PipelineBatch) -> str:
     return f"Its samples: {', '.join(item.names)}."
 
 

@@ -54,7 +54,7 @@ def mean_loss(module: nn.Module, params: Any, batch: Batch, rngs: dict[str, jax.
         return module.apply({"params": params}, hidden, method="logits")
 
     ids, weights = (jnp.pad(x, ((0, 0), (0, 1))) for x in (batch.tokens[:, 1:], weights))  # the last tells nothing
-    return losses.weighted_sum(to_logits, hidden, ids, weights, sharding.batch_ways())
+    return losses.weighted_sum(to_logits, hidden, ids, weights, sharding.num_batch_shards())
 
 
 @jax.tree_util.register_dataclass

@@ -54,7 +54,7 @@ def assert_equal(found, expected):
 @pytest.fixture(scope="module", autouse=True)
 def told_once():
     """In all of this module: what fails in one test is told by threads that may outlive it."""
-    with training_checkpoints.told_once():
+    with training_checkpoints.suppress_duplicate_errors():
         yield
 
 

@@ -158,7 +158,7 @@ def test_nothing_to_start_from(tmp_path):
     write.command("imagebind_llm")(out=tmp_path / "out", **IMAGEBIND_LLM | {"arch": tmp_path / "arch.json"})
     card = described(tmp_path / "out")
     assert card["architecture"]["query_layers"] == 3 and card["architecture"]["bind"]["hidden"] == 128
-    made = config_from_dict(imagebind_llm.Config, card["architecture"])
+    made = config_from_dict(imagebind_llm.ImageBindLLMConfig, card["architecture"])
     assert card["fresh"] == [entry.path for entry in adapter.imagebind_llm_entries(made, ())]
     assert not frozen_weights.metadata(tmp_path / "out" / "weights").keys() & set(card["fresh"])
 

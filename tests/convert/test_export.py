@@ -159,7 +159,7 @@ def test_token_form_there_and_back(adapted, tmp_path):
 
 def test_what_a_finetuning_run_adds(adapted, tmp_path):
     """A checkpoint without LoRA, and a run that trained LoRA, biases and norms on top of it."""
-    cfg = config_from_dict(imagebind_llm.Config, described(adapted / "pretrain")["architecture"])
+    cfg = config_from_dict(imagebind_llm.ImageBindLLMConfig, described(adapted / "pretrain")["architecture"])
     trained = {path: value for path, value in params(adapted / "finetune").items()
                if path.endswith(("/lora_a", "/lora_b", "q/b", "o/b", "gate/b", "up/b", "down/b", "norm/scale"))
                and path.startswith("llm/")}

@@ -39,7 +39,7 @@ def golden(part):
 
 def config(part, tensors, arch):
     problems = Problems()
-    told = llama_adapter.told(arch, problems)[part]
+    told = llama_adapter.read_arch(arch, problems)[part]
     find = {"clip": llama_adapter.clip_config, "visual": llama_adapter.visual_config}[part]
     return find(tensors, told, problems), problems
 

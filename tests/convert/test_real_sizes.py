@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from mmjax import trees
+from mmjax.convert import adapter as adapter_source
 from mmjax.convert import imagebind, llama, llama_adapter, torch_file, write
 from mmjax.convert.tables import Computed
 from mmjax.families import config_from_dict, imagebind_llm, shapes
 from mmjax.families import llama_adapter as adapters
-from mmjax.families.minigpt4 import PRESETS, Config
+from mmjax.families.minigpt4 import PRESETS, MiniGPT4Config
 from mmjax.models.bind import BindConfig
 from mmjax.models.clip import CLIP_VIT_L14
 from mmjax.models.imagebind import IMAGEBIND_HUGE
@@ -157,7 +158,7 @@ def test_release_is_recognised_and_fills_the_model(released, preset):
                      qformer=qformer if has_qformer else None, lora=checkpoint if has_lora else None)
 
     card = json.loads((released.folder / "out" / "config.json").read_text())
-    assert config_from_dict(Config, card["architecture"]) == PRESETS[preset]
+    assert config_from_dict(MiniGPT4Config, card["architecture"]) == PRESETS[preset]
     assert card["fresh"] == [] and bool(card["constant"]) != has_qformer
     assert card["architecture"]["vit"]["image_size"] == (448 if has_lora else 224)
     assert not trees.compare(shapes("minigpt4", PRESETS[preset]), released.written)
@@ -223,7 +224,7 @@ def finetuned(size, lora=16):
 def expected_llm(size, phase):
     if size == "7b":
         return imagebind_llm.with_phase(imagebind_llm.PRESETS["imagebind-llm-7b"], phase)
-    base = imagebind_llm.Config(bind=BindConfig(1_024, 5_120, 20_480),
+    base = imagebind_llm.ImageBindLLMConfig(bind=BindConfig(1_024, 5_120, 20_480),
                                 llm=dataclasses.replace(LLAMA_13B, injection="head"))
     return imagebind_llm.with_phase(base, phase)
 
@@ -243,7 +244,7 @@ def test_imagebind_llm_of_real_sizes(released, size, phase):
     write.command("imagebind_llm")(towers, place_meta(released, size), released.folder / "out", adapter=adapter)
     card = json.loads((released.folder / "out" / "config.json").read_text())
     expected = expected_llm(size, phase)
-    assert config_from_dict(imagebind_llm.Config, card["architecture"]) == expected and card["fresh"] == []
+    assert config_from_dict(imagebind_llm.ImageBindLLMConfig, card["architecture"]) == expected and card["fresh"] == []
     replaced = {path for path in released.written if path.startswith("replaced/")}
     assert len(replaced) == (3 if phase == "finetune" else 0)
     assert not trees.compare(shapes("imagebind_llm", expected),
@@ -291,6 +292,6 @@ def test_llama_adapter_of_real_sizes(released, version):
                 adapter_source.adapted(expected.llm, lora), new_gate=True))
     write.command("llama_adapter")(place_meta(released, "7b"), released.folder / "out", adapter=adapter, clip=clip)
     card = json.loads((released.folder / "out" / "config.json").read_text())
-    assert config_from_dict(adapters.Config, card["architecture"]) == expected and card["fresh"] == []
+    assert config_from_dict(adapters.LlamaAdapterConfig, card["architecture"]) == expected and card["fresh"] == []
     written = {path: leaf for path, leaf in released.written.items() if not path.startswith("replaced/")}
     assert not trees.compare(shapes("llama_adapter", expected), written)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mmjax.convert import llama, minigpt4, tables
-from mmjax.convert.tables import Computed, ConversionError, Problems, backward, expand, forward, shown
+from mmjax.convert.tables import Computed, ConversionError, Problems, backward, expand, forward, sizes_from_shapes
 from mmjax.families import FAMILIES, shapes
 from mmjax.models import eva_vit, qformer
 from mmjax.models.llama import LlamaConfig
@@ -87,9 +87,9 @@ def test_what_shapes_tell():
     tensors = lazy({"a.w": np.zeros((3, 4)), "b.w": np.zeros((7, 9)), "c.w": np.zeros(5), "x.block.0.w": np.zeros(1),
                     "block.2.w": np.zeros(1), "block.10.w": np.zeros(1)})
     where = {"a.w": ("dim", ""), "b.w": ("dim", "hidden"), "c.w": ("other", ""), "absent": ("patch",)}
-    assert shown(tensors, where) == {"dim": 3, "hidden": 9}  # of two, the first
-    assert shown(tensors, where, r"block\.(\d+)\.") == {"dim": 3, "hidden": 9, "depth": 11}
-    assert shown(tensors, {}, r"layer\.(\d+)\.") == {}
+    assert sizes_from_shapes(tensors, where) == {"dim": 3, "hidden": 9}  # of two, the first
+    assert sizes_from_shapes(tensors, where, r"block\.(\d+)\.") == {"dim": 3, "hidden": 9, "depth": 11}
+    assert sizes_from_shapes(tensors, {}, r"layer\.(\d+)\.") == {}
 
 
 def test_numbers_stack_or_stay_apart():

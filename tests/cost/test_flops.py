@@ -143,7 +143,7 @@ def by_shape(monkeypatch, trained=minigpt4.TRAINED):
     params = trees.unflatten(shapes("minigpt4", c))
     trained, frozen = trees.split(params, trees.mask(params, trained))
     optimizer = optax.sgd(0.1)
-    step = steps.train_step(minigpt4.Model(c, jnp.bfloat16), optimizer)
+    step = steps.train_step(minigpt4.MiniGPT4(c, jnp.bfloat16), optimizer)
     state = jax.eval_shape(lambda trained: steps.start(trained, optimizer, 0), trained)
 
     def trace(state, batch):

@@ -145,7 +145,7 @@ def test_packed_rows_features_and_int8_are_planned():
     """Nothing is compiled."""
     def step(**changes):
         settings = changed(**changes)
-        return plan.Step.of(settings, source(settings), sharding.make_mesh(settings.mesh), 16)
+        return plan.AbstractStep.of(settings, source(settings), sharding.make_mesh(settings.mesh), 16)
 
     plain, packed = step(), step(data_pack_length=16, data_pack_pictures=3)
     assert packed.batch.images.shape[1] == 3 and packed.batch.segments.shape == plain.batch.tokens.shape
@@ -300,7 +300,7 @@ def refused(words):
         def lower(self, *_):
             return Lowered()
 
-    step = plan.Step.of(TINY, source(TINY), sharding.make_mesh(TINY.mesh), 16)
+    step = plan.AbstractStep.of(TINY, source(TINY), sharding.make_mesh(TINY.mesh), 16)
     return dataclasses.replace(step, call=Call())
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from mmjax import cli
 from mmjax.config import DataConfig, Source, TextConfig
-from mmjax.data.check import CORRUPT, MISSING, UNFIT, Rows, check
+from mmjax.data.check import CORRUPT, MISSING, UNFIT, RowSettings, check
 from mmjax.tokenizer import Tokenizer
 from tests import small
 
@@ -55,21 +55,21 @@ def test_everything_wrong_is_counted_and_named(folder):
 
 
 def test_rows_are_cut_as_the_run_cuts_them(folder, tokenizer):
-    rows = Rows(tokenizer, TEXT, image_tokens=4)
+    rows = RowSettings(tokenizer, TEXT, image_tokens=4)
     cfg = data(folder, prompts=("<Img><ImageHere></Img> What?", "<Img><ImageHere></Img>"))
     (found,), _ = check(cfg, folder, rows, console=QUIET)
     wanted = [len(tokenizer.encode(CAPTIONS[number] + "###")) for number in (0, 1, 5, 7)]
     assert found.lengths == tuple(wanted) and found.unit == "tokens"
     assert found.truncated == sum(length > 6 for length in wanted) in (1, 2, 3)
     assert found.unlearnt == 0
-    (nothing,), _ = check(cfg, folder, Rows(tokenizer, TextConfig(max_txt_len=0), 4), console=QUIET)
+    (nothing,), _ = check(cfg, folder, RowSettings(tokenizer, TextConfig(max_txt_len=0), 4), console=QUIET)
     assert nothing.unlearnt == 4 and nothing.lengths == tuple(wanted)
-    (words,), _ = check(cfg, folder, Rows(tokenizer), console=QUIET)
+    (words,), _ = check(cfg, folder, RowSettings(tokenizer), console=QUIET)
     assert words.lengths == tuple(len(tokenizer.encode(CAPTIONS[number])) for number in (0, 1, 5, 7))
 
 
 def test_rows_that_a_run_cannot_make_are_unfit(folder, tokenizer):
-    (found,), _ = check(data(folder, prompts=("No place for it",)), folder, Rows(tokenizer, TEXT, 4), console=QUIET)
+    (found,), _ = check(data(folder, prompts=("No place for it",)), folder, RowSettings(tokenizer, TEXT, 4), console=QUIET)
     assert found.count(UNFIT) == 8 and "0 <ImageHere> for 1 pictures" in found.problems[0].problem
 
 

@@ -15,7 +15,7 @@ from array_record.python import array_record_module
 from mmjax.batch import Sample
 from mmjax.config import Source
 from mmjax.data import features
-from mmjax.data.features import Card, Features, Held, Names, Writer
+from mmjax.data.features import Card, Features, Held, ImageNames, Writer
 from mmjax.data.formats import FORMATS
 from mmjax.data.formats.record import Member
 from tests import small
@@ -96,7 +96,7 @@ def test_crop_is_drawn(tmp_path, pictures):
     (None, ""),
 ])
 def test_names(image, name):
-    assert Names({"/data/cc": 0, "/data/cc/coco": 1, "gs://b/sbu": 2})(image) == name
+    assert ImageNames({"/data/cc": 0, "/data/cc/coco": 1, "gs://b/sbu": 2})(image) == name
 
 
 @pytest.mark.parametrize(("path", "root", "folder"), [
@@ -401,7 +401,7 @@ def test_stacked_among_words(tmp_path, pictures):
 def test_stacked_one_a_row(tmp_path, pictures):
     folder = fill(tmp_path / "features", pictures)
     with Writer(folder, CARD) as writer:
-        writer.add(features.key(Names({})(None)), 0, vector(100))
+        writer.add(features.key(ImageNames({})(None)), 0, vector(100))
     found, images = opened(folder, pictures)
     shown = [found.picture(image, None) for image in images]
     stacked = found.stack(rows(shown, 1, 0, 1), placed=False)

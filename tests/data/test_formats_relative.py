@@ -26,6 +26,6 @@ def test_dots_behind_a_link_lead_where_the_system_says(tmp_path):
     (tmp_path / "real" / "inside").mkdir(parents=True)
     (tmp_path / "link").symlink_to("real/inside")
     root = f"{tmp_path}/link/../pictures"
-    assert rows.picture(root, "0.jpg") == f"{root}/0.jpg"
+    assert rows.image_path(root, "0.jpg") == f"{root}/0.jpg"
     with pytest.raises(ValueError, match="not below"):
-        rows.picture(root, f"{tmp_path}/pictures/0.jpg")
+        rows.image_path(root, f"{tmp_path}/pictures/0.jpg")

@@ -88,7 +88,7 @@ def trained_and_frozen():
 @functools.cache
 def compiled():
     def objective(trained, frozen, batch):
-        return steps.loss(minigpt4.Model(CONFIG), trees.merge(trained, frozen), batch)
+        return steps.loss(minigpt4.MiniGPT4(CONFIG), trees.merge(trained, frozen), batch)
 
     return tiny.jit(jax.value_and_grad(objective, has_aux=True))
 

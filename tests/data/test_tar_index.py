@@ -12,7 +12,7 @@ from mmjax.data.formats import tar_index, webdataset
 from tests.data import layouts
 
 MADE_OF = (10_000, 7)
-INDEX = tar_index.Index(np.array([b"a", b"b"]), np.array([[512, 90, 2048, 5, 0], [0] * 5]), {1: "has no caption"})
+INDEX = tar_index.TarIndex(np.array([b"a", b"b"]), np.array([[512, 90, 2048, 5, 0], [0] * 5]), {1: "has no caption"})
 
 
 @pytest.fixture

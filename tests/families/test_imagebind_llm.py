@@ -51,7 +51,7 @@ def compiled(module, method="__call__"):
 
 
 def run(cfg, batch, method="__call__"):
-    return jax.tree.map(np.asarray, compiled(family.Model(cfg), method)(params(cfg), batch))
+    return jax.tree.map(np.asarray, compiled(family.ImageBindLLM(cfg), method)(params(cfg), batch))
 
 
 @pytest.mark.parametrize("cfg", [HEAD, LAYER, SHARED], ids=["head", "layer", "shared"])
@@ -59,7 +59,7 @@ def test_a_batch_without_media_is_plain_llamas(cfg):
     words = batch()
     plain = {path: leaf for path, leaf in trees.flatten(params(cfg)).items() if path.startswith("llm/")}
     plain = trees.unflatten({path: leaf for path, leaf in plain.items() if "gate/w" in path or "gate" not in path})
-    module = llama.Model(llama.Config(dataclasses.replace(cfg.llm, injection="")))
+    module = llama.TextLlama(llama.TextLlamaConfig(dataclasses.replace(cfg.llm, injection="")))
     expected = compiled(module)(plain, words)
     np.testing.assert_array_equal(run(cfg, words), expected)
     assert np.abs(run(cfg, batch(image=pictures())) - expected).max() > 0.01
@@ -113,7 +113,7 @@ def test_each_row_is_told_of_its_own_picture(beams):
     strong = trees.unflatten(trees.flatten(params(HEAD)) | {"llm/layers/attn/gate": np.full((2, 4), 3, np.float32)})
 
     def ids(batch):
-        return np.asarray(generate.generate(family.Model(HEAD), strong, batch, config).sequences)
+        return np.asarray(generate.generate(family.ImageBindLLM(HEAD), strong, batch, config).sequences)
 
     together = ids(same)
     moved = jax.tree.map(lambda leaf: np.roll(leaf, 1, axis=0), same)
@@ -148,7 +148,7 @@ def test_each_parameter_trains_in_one_phase_at_most(cfg):
 def test_start_values():
     """Gates, biases and LoRA's second matrix 0, norms 1, queries N(0, 1), LoRA's first as torch.nn.Linear's weight."""
     wide = dataclasses.replace(HEAD, llm=dataclasses.replace(HEAD.llm, depth=12), query_layers=12)
-    module = family.Model(family.with_phase(wide, "finetune"))
+    module = family.ImageBindLLM(family.with_phase(wide, "finetune"))
     words = batch()  # reaches no tower
     for path, leaf in trees.flatten(tiny.jit(module.init)(jax.random.key(0), words)["params"]).items():
         if trees.matches(path, ["llm/.*/(gate|b|lora_b)"]):

@@ -14,7 +14,7 @@ CFG = llama.PRESETS["tiny"]
 
 
 def test_they_are_the_model_s_own():
-    module = llama.Model(CFG, jnp.bfloat16, remat=True)
+    module = llama.TextLlama(CFG, jnp.bfloat16, remat=True)
     own = tiny.jit(lambda key: module.init(key, llama.example(CFG)))(jax.random.key(3))["params"]
     made = tiny.jit(families.initial("llama", CFG))(jax.random.key(3))
     jax.tree.map(np.testing.assert_array_equal, made, own)

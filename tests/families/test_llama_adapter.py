@@ -12,7 +12,7 @@ import pytest
 from mmjax import trees
 from mmjax.config import OptimConfig
 from mmjax.families import llama, llama_adapter, shapes
-from mmjax.families.llama_adapter import PHASES, PRESETS, TRAINED, Config, Model, with_phase
+from mmjax.families.llama_adapter import PHASES, PRESETS, TRAINED, LlamaAdapter, LlamaAdapterConfig, with_phase
 from mmjax.families.model import causal_mask
 from mmjax.models import clip, visual
 from mmjax.models.pixels import MEAN, STD
@@ -41,19 +41,19 @@ def batch(rows=2, pictures=1):
 
 @functools.cache
 def logits(cfg):
-    return tiny.jit(lambda params, batch: Model(cfg).apply({"params": params}, batch))
+    return tiny.jit(lambda params, batch: LlamaAdapter(cfg).apply({"params": params}, batch))
 
 
 @functools.cache
 def encode(cfg):
-    return tiny.jit(lambda params, batch: Model(cfg).apply({"params": params}, batch, method="encode"))
+    return tiny.jit(lambda params, batch: LlamaAdapter(cfg).apply({"params": params}, batch, method="encode"))
 
 
 @each_version
 def test_closed_gates_leave_llama_as_it_is(cfg):
     closed = trees.map_with_path(lambda path, leaf: 0 * leaf if path.endswith("attn/gate") else leaf, params(cfg))
-    plain = llama.Config(dataclasses.replace(cfg.llm, injection=""))
-    expected = tiny.jit(llama.Model(plain).apply)({"params": {"llm": closed["llm"]}}, batch())
+    plain = llama.TextLlamaConfig(dataclasses.replace(cfg.llm, injection=""))
+    expected = tiny.jit(llama.TextLlama(plain).apply)({"params": {"llm": closed["llm"]}}, batch())
     np.testing.assert_array_equal(logits(cfg)(closed, batch()), expected)
     assert np.abs(logits(cfg)(params(cfg), batch()) - expected).max() > 1e-3
 
@@ -77,7 +77,7 @@ def test_prompts_go_to_the_last_layers_in_order(cfg):
 def test_gradients_reach_what_is_injected_alone(cfg):
     """Gates of the layers below exist and stay where they are; v1's batch of text alone is enough to train it."""
     trained, frozen = trees.split(params(cfg), trees.mask(params(cfg), TRAINED))
-    grads = tiny.jit(jax.grad(lambda trained: steps.loss(Model(cfg), trees.merge(trained, frozen), batch())[0]))
+    grads = tiny.jit(jax.grad(lambda trained: steps.loss(LlamaAdapter(cfg), trees.merge(trained, frozen), batch())[0]))
     flat = {path: leaf for path, leaf in trees.flatten(grads(trained)).items() if leaf is not None}
     assert flat.keys() == {"query", "llm/layers/attn/gate"} | (VISUAL if cfg.visual else set())
     gate = np.asarray(flat["llm/layers/attn/gate"])
@@ -88,7 +88,7 @@ def test_gradients_reach_what_is_injected_alone(cfg):
 
 def test_decoding_with_a_cache_is_the_whole_pass():
     rows = dataclasses.replace(batch(), valid=np.ones((2, 12), bool))
-    module, weights = Model(V2), {"params": params(V2)}
+    module, weights = LlamaAdapter(V2), {"params": params(V2)}
     x, injection = encode(V2)(params(V2), rows)
     mask = causal_mask(jnp.asarray(rows.valid))
 
@@ -122,14 +122,14 @@ def test_pictures_pass_in_the_order_blue_green_red():
 
 def test_two_pictures_a_row_are_refused():
     with pytest.raises(ValueError, match="reads one picture a row, got 2"):
-        Model(V2).apply({"params": params(V2)}, batch(pictures=2))
+        LlamaAdapter(V2).apply({"params": params(V2)}, batch(pictures=2))
 
 
 def test_a_config_has_both_parts_of_v2_or_none():
     with pytest.raises(ValueError, match="v1 has neither; only clip is given"):
-        Config(clip=clip.TINY)
+        LlamaAdapterConfig(clip=clip.TINY)
     with pytest.raises(ValueError, match="v1 has neither; only visual is given"):
-        Config(visual=visual.TINY)
+        LlamaAdapterConfig(visual=visual.TINY)
     assert (V1.image_size, V2.image_size) == (None, 28)
 
 
@@ -163,7 +163,7 @@ def test_a_step_changes_what_its_phase_trains(cfg, phase):
     optimizer = optim.optimizer(OptimConfig(init_lr=1e-2, min_lr=1e-3, warmup_steps=0, weight_decay=0.0))
     trained, frozen = trees.split(params(cfg), trees.mask(params(cfg), PHASES[phase]))
     state = steps.start(tiny.copied(trained), optimizer, 0)
-    step = tiny.compiled(steps.train_step(Model(cfg), optimizer), state, frozen, batch())
+    step = tiny.compiled(steps.train_step(LlamaAdapter(cfg), optimizer), state, frozen, batch())
     mark = int(steps.fingerprint(frozen))
     state, metrics = step(state, frozen, batch())
     assert bool(metrics["finite"]) and int(steps.fingerprint(frozen)) == mark

@@ -6,7 +6,7 @@ import functools
 import numpy as np
 import pytest
 
-from mmjax.families.minigpt4 import Model
+from mmjax.families.minigpt4 import MiniGPT4
 from mmjax.families.model import place_soft_tokens
 from mmjax.models import eva_vit
 from mmjax.models.eva_vit import EvaVit
@@ -24,7 +24,7 @@ def params(cfg=tiny.MINIGPT4):
 
 @functools.cache
 def compiled(cfg, method):
-    return tiny.jit(lambda params, argument: Model(cfg).apply({"params": params}, argument, method=method))
+    return tiny.jit(lambda params, argument: MiniGPT4(cfg).apply({"params": params}, argument, method=method))
 
 
 def soft_tokens(images, cfg=tiny.MINIGPT4):

@@ -45,7 +45,7 @@ def test_a_refusal_for_another_reason_is_not_the_fault(bench, tmp_path):
     """The lock has the status of a full disk, and is called by its name."""
     campaign = harness.Campaign.__new__(harness.Campaign)  # without the run that is left alone
     campaign.bench, campaign.options, campaign.counts = bench, (), harness.Counts()
-    with files.alone(tmp_path):
+    with files.exclusive_lock(tmp_path):
         campaign.fault(tmp_path, "full disk", 0)
     assert campaign.counts.ended == {"otherwise": 1}
     (problem,) = campaign.counts.problems

@@ -46,7 +46,7 @@ def at(owner: Any, name: str, call: int, fault: Callable[..., None], behind: boo
     setattr(owner, name, faulty)
 
 
-def torn(lines: metrics_log.Lines, line: dict[str, Any]) -> None:
+def torn(lines: metrics_log.JsonlLog, line: dict[str, Any]) -> None:
     lines._file.write(json.dumps(line).encode()[:-5])
     die()
 
@@ -87,7 +87,7 @@ def terms(count: int) -> Callable[..., None]:
 
 FAULTS: dict[str, Callable[[int], None]] = {
     "killed behind a step": lambda call: at(metrics_log.Metrics, "add", call, die, behind=True),
-    "killed in a line": lambda call: at(metrics_log.Lines, "write", call, torn),
+    "killed in a line": lambda call: at(metrics_log.JsonlLog, "write", call, torn),
     "killed as a save begins": lambda call: at(training_checkpoints.Checkpoints, "save", call, die, behind=True),
     "killed before a seal": lambda call: at(training_checkpoints, "seal", call, die),
     "killed with half a seal": lambda call: at(files, "sync", 12 * call + 8, die),

@@ -42,13 +42,13 @@ def mixing(model):
     config = dataclasses.replace(config, llm=dataclasses.replace(
         config.llm, vocab=model.tokenizer.vocab_size, max_positions=2048))
     words = TextConfig(prompt_template=ALPACA, end_sym="</s>", joint=True)
-    return Loaded("imagebind_llm", imagebind_llm.Model(config), tiny.params("imagebind_llm", config), config,
+    return Loaded("imagebind_llm", imagebind_llm.ImageBindLLM(config), tiny.params("imagebind_llm", config), config,
                   model.tokenizer, words, model.generation, model.mesh)
 
 
 def show(model, talk, *pictures):
     for picture in pictures:
-        chat.add(model, talk, "image", chat.take(model, "image", picture))
+        chat.add_input(model, talk, "image", chat.read_input(model, "image", picture))
 
 
 def exchange(talk, question, answer):
@@ -87,7 +87,7 @@ def test_every_picture_stands_where_it_was_shown(model):
     assert made.prompt == (f"<s>[INST] {PICTURE}<s>[INST] {PICTURE} One? [/INST]Yes."
                            f"<s>[INST] {PICTURE} Two? [/INST]")
     for picture, shown in zip(made.images, PICTURES, strict=False):
-        np.testing.assert_array_equal(picture, chat.take(model, "image", shown))
+        np.testing.assert_array_equal(picture, chat.read_input(model, "image", shown))
 
 
 def test_a_model_that_writes_the_mark_of_a_picture_does_not_end_the_conversation(model):
@@ -109,7 +109,7 @@ def test_a_template_without_memory_asks_about_what_was_shown_last(model, templat
     talk.ask("Third?")
     made = chat.prompt(model, talk, FEW).sample
     assert made.prompt == (around or "{}").format(f"{PICTURE}{PICTURE} Third?")
-    np.testing.assert_array_equal(made.images, [chat.take(model, "image", picture) for picture in PICTURES[1:3]])
+    np.testing.assert_array_equal(made.images, [chat.read_input(model, "image", picture) for picture in PICTURES[1:3]])
 
 
 def test_a_picture_without_places_is_perceived_until_the_next_one(mixing):
@@ -117,13 +117,13 @@ def test_a_picture_without_places_is_perceived_until_the_next_one(mixing):
     show(mixing, talk, PICTURES[0])
     exchange(talk, "First?", "Yes.")
     depth = np.zeros(mixing.config.imagebind.towers["depth"].input_shape, np.float32)
-    chat.add(mixing, talk, "depth", chat.take(mixing, "depth", depth))
+    chat.add_input(mixing, talk, "depth", chat.read_input(mixing, "depth", depth))
     show(mixing, talk, PICTURES[1])
     talk.ask("Second?")
     made = chat.prompt(mixing, talk, FEW).sample
     assert made.prompt == ALPACA.format("Second?")
     assert [*made.media] == ["depth"] and made.media["depth"] is depth
-    np.testing.assert_array_equal(made.images, [chat.take(mixing, "image", PICTURES[1])])
+    np.testing.assert_array_equal(made.images, [chat.read_input(mixing, "image", PICTURES[1])])
 
 
 @pytest.mark.parametrize(("settings", "world", "template"), [
@@ -178,7 +178,7 @@ def test_the_oldest_words_go_first_then_the_oldest_pictures(model):
     assert silent.pictures == 0 and len(silent.sample.images) == 3
     dark = chat.prompt(model, talk, room(length(model, silent.sample) - 1))
     assert (dark.turns, dark.pictures) == (3, 1)
-    np.testing.assert_array_equal(dark.sample.images, [chat.take(model, "image", picture) for picture in PICTURES[1:3]])
+    np.testing.assert_array_equal(dark.sample.images, [chat.read_input(model, "image", picture) for picture in PICTURES[1:3]])
     assert dark.left_out.startswith("3 earlier answers and 1 earlier picture left out")
     assert all(length(model, made.sample) <= length(model, whole.sample) for made in (one, silent, dark))
 
@@ -291,10 +291,10 @@ def test_a_model_that_mixes_senses_takes_the_prompt(mixing):
 
 
 def test_what_models_perceive(model, mixing):
-    assert chat.perceived(model) == ("image",)
-    assert {"image", "audio", "depth", "text"} <= set(chat.perceived(mixing))
+    assert chat.supported_inputs(model) == ("image",)
+    assert {"image", "audio", "depth", "text"} <= set(chat.supported_inputs(mixing))
     with pytest.raises(ValueError, match="does not perceive 'audio'; it perceives image"):
-        chat.take(model, "audio", "a.wav")
+        chat.read_input(model, "audio", "a.wav")
 
 
 def test_what_cannot_be_taken_is_named(model, mixing, tmp_path):
@@ -304,14 +304,14 @@ def test_what_cannot_be_taken_is_named(model, mixing, tmp_path):
             (model, "image", "c.jpg", "No picture at .*c.jpg"), (mixing, "audio", "c.wav", "No sound at .*c.wav"),
             (mixing, "depth", "a.npy", "a.npy cannot be read"), (mixing, "depth", "b.npy", "(?s)b.npy: .*float32")):
         with pytest.raises(ValueError, match=message):
-            chat.take(loaded, sense, tmp_path / name)
+            chat.read_input(loaded, sense, tmp_path / name)
 
 
 def test_a_picture_is_read_once(model, tmp_path):
     path = small.pictures() / "image" / "0.jpg"
     copy = tmp_path / "copy.jpg"
     copy.write_bytes(path.read_bytes())
-    taken = chat.take(model, "image", copy)
+    taken = chat.read_input(model, "image", copy)
     copy.unlink()
     assert taken.shape == (56, 56, 3) and taken.dtype == np.uint8
 

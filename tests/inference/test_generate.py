@@ -20,11 +20,11 @@ from mmjax.inference.generate import GenerateConfig
 from mmjax.models.llama import LlamaConfig
 
 V, T, NEW = 13, 6, 8
-TINY = llama.Config(LlamaConfig(vocab=V, depth=2, dim=16, heads=4, kv_heads=2, head_dim=4, hidden=24))
-MODEL = llama.Model(TINY)
+TINY = llama.TextLlamaConfig(LlamaConfig(vocab=V, depth=2, dim=16, heads=4, kv_heads=2, head_dim=4, hidden=24))
+MODEL = llama.TextLlama(TINY)
 
 
-class Watched(llama.Model):
+class Watched(llama.TextLlama):
     """Remembers which ids it was fed, and how often it was traced."""
 
     fed = []
@@ -228,7 +228,7 @@ def test_one_compilation_no_padding_fed_and_an_end_with_the_last_row():
     for seed in range(4):
         Watched.fed.clear()
         # an equal module and config, not the same objects
-        model = Watched(llama.Config(dataclasses.replace(TINY.llm)))
+        model = Watched(llama.TextLlamaConfig(dataclasses.replace(TINY.llm)))
         generated = run(random_prompts(seed), dataclasses.replace(config), seed, model=model)
         jax.effects_barrier()
         fed, lengths = Watched.fed, np.asarray(generated.lengths)

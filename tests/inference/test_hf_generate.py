@@ -91,7 +91,7 @@ def test_ids_are_those_of_transformers(pair):
             minimum = int(random.integers(1, new + 1)) if least else 0
             config = g.GenerateConfig(new, repetition_penalty=penalty, min_length=minimum, dummy=False, eos=eos,
                                       pad=PAD, **search)
-            writing = g.Writing(ours.module, ours.params, batch, config, room=R)
+            writing = g.Generation(ours.module, ours.params, batch, config, room=R)
             writing.advance()
             made = writing.result()
             expected = theirs_of(theirs, batch, new, eos, repetition_penalty=penalty, **search,

@@ -66,7 +66,7 @@ def test_a_stop_string_is_found_in_the_words(model, samples, monkeypatch):
             made.append(self)
 
     monkeypatch.setattr(loaded, "stop_ids", lambda tokenizer, words: [])
-    monkeypatch.setattr(loaded, "Writing", Watched)
+    monkeypatch.setattr(loaded, "Generation", Watched)
     assert stop in whole
     assert model.generate(samples[1:2], max_new_tokens=60, stop=[stop]) == [whole[: whole.index(stop)].strip()]
     assert made[0].step < 60
@@ -124,12 +124,12 @@ def test_prompts_of_about_one_length_share_what_is_compiled(model, samples):
         return [mmjax.Sample(images=picture, prompt="<Img><ImageHere></Img>" + " a" * count)]
 
     model.generate(asked(1), 5, temperature=0.7, top_p=0.9)
-    with compilation.counted() as compiled:
+    with compilation.count_compilations() as compiled:
         model.generate(asked(3), 9, temperature=0.9, top_p=0.8)
         model.generate(asked(6), 32, temperature=0.5, top_p=0.3, seed=4)
         list(model.stream(asked(5)[0], 20, temperature=0.4, top_p=0.2))
     assert not [name for name in compiled.names if "prefill" in name or "decode" in name]
-    with compilation.counted() as compiled:
+    with compilation.count_compilations() as compiled:
         model.generate(asked(40), 5, temperature=0.7, top_p=0.9)
     assert len([name for name in compiled.names if "prefill" in name or "decode" in name]) == 2
 

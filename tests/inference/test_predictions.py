@@ -11,7 +11,7 @@ import mmjax
 from mmjax import compilation, files
 from mmjax.inference import predictions
 from mmjax.inference.predictions import Opened
-from mmjax.inference.requests import Ask
+from mmjax.inference.requests import Request
 from tests import small
 
 CARD = {"format": 1, "model": {"config": "a"}, "samples": {"sha256": "b"}, "settings": {"num_beams": 1, "stop": ["#"]},
@@ -44,7 +44,7 @@ PROMPTS = ("one", "twenty-two", "ü", "bad", "five", "sixty-six\u2028", "seven",
 
 
 def asks(prompts=PROMPTS):
-    return [Ask(f"n{number}", mmjax.Sample(prompt=prompt)) for number, prompt in enumerate(prompts)]
+    return [Request(f"n{number}", mmjax.Sample(prompt=prompt)) for number, prompt in enumerate(prompts)]
 
 
 def predict(out, answerer, asked=None, **changes):
@@ -72,7 +72,7 @@ def test_stopped_at_any_byte_whole_lines_are_kept(tmp_path):
     whole = (tmp_path / "out.jsonl").read_bytes()
     ids = [ask.id for ask in asks()]
     for size in range(len(whole) + 1):
-        lines, kept = predictions.kept(whole[:size], ids, tmp_path)
+        lines, kept = predictions.read_answers(whole[:size], ids, tmp_path)
         assert [json.loads(line) for line in whole[:kept].split(b"\n")[:-1]] == lines
         assert len(lines) == whole[:size].count(b"\n") and whole[kept:size].count(b"\n") == 0
 
@@ -86,7 +86,7 @@ def test_stopped_it_goes_on_to_the_same_end(tmp_path, window):
     ends = [place for place, byte in enumerate(whole) if byte == ord("\n")]
     for size in sorted({end + more for end in ends for more in (-9, 0, 1)} | {0, 1}):
         out.write_bytes(whole[:size])
-        files.replace(predictions.card_of(out), json.dumps(CARD))
+        files.replace(predictions.card_path(out), json.dumps(CARD))
         there = whole[:size].count(b"\n")
         answerer = Echo(window=window)
         done = predict(out, answerer)
@@ -139,7 +139,7 @@ def test_other_settings_are_refused_and_named(tmp_path):
 def test_answers_without_a_card_are_refused(tmp_path):
     out = tmp_path / "out.jsonl"
     predict(out, Echo())
-    predictions.card_of(out).unlink()
+    predictions.card_path(out).unlink()
     with pytest.raises(ValueError, match=r"no out.jsonl.card.json beside it"):
         predict(out, Echo())
 
@@ -147,7 +147,7 @@ def test_answers_without_a_card_are_refused(tmp_path):
 def test_two_at_once_are_refused(tmp_path):
     out = tmp_path / "out.jsonl"
     predict(out, Echo())
-    with files.alone(out), pytest.raises(BlockingIOError, match=r"answering in .*out.jsonl"):
+    with files.exclusive_lock(out), pytest.raises(BlockingIOError, match=r"answering in .*out.jsonl"):
         predict(out, Echo())
 
 
@@ -180,7 +180,7 @@ def test_a_disk_that_is_full_keeps_what_was_written(tmp_path, monkeypatch):
 def test_programs_are_counted():
     import jax
 
-    with compilation.counted() as compiled:
+    with compilation.count_compilations() as compiled:
         jax.jit(lambda x: x * 3 + 1)(2.0)
     programs = compiled.programs
     assert programs >= 1 and compiled.seconds > 0 and len(compiled.names) == programs
@@ -202,12 +202,12 @@ def shown(tmp_path):
     shutil.copytree(small.pictures() / "image", tmp_path / "image")
     (tmp_path / "image" / "2.jpg").write_text("not a picture")
     prompts = ["Where?", "Describe this image in detail. " * 2, "What?", "Is it red or is it blue?", "Which one is it?"]
-    return [Ask(f"{n}", mmjax.Sample(images=[str(tmp_path / "image" / f"{n}.jpg")], prompt=prompt))
+    return [Request(f"{n}", mmjax.Sample(images=[str(tmp_path / "image" / f"{n}.jpg")], prompt=prompt))
             for n, prompt in enumerate(prompts)]
 
 
 def answered(out, asked, model, batch_size=2, **decoding):
-    answerer = predictions.Words(model, predictions.Decoding(max_new_tokens=5, **decoding), batch_size)
+    answerer = predictions.TextAnswerer(model, predictions.Decoding(max_new_tokens=5, **decoding), batch_size)
     made = predictions.card(asked, answerer, predictions.identity(small.checkpoint()))
     predictions.predict(out, asked, answerer, made, QUIET)
     return {line["id"]: line for line in map(json.loads, out.read_text().splitlines())}
@@ -223,10 +223,10 @@ def test_answers_do_not_depend_on_order_or_batch(tmp_path, model, shown):
 
 
 def test_a_sample_that_is_too_long_is_an_error_of_its_own(model):
-    answerer = predictions.Words(model, predictions.Decoding(max_new_tokens=2_000))
+    answerer = predictions.TextAnswerer(model, predictions.Decoding(max_new_tokens=2_000))
     with pytest.raises(ValueError, match="more than the 2048 positions"):
-        answerer.open(Ask("long", mmjax.Sample(prompt="Why? " * 100)))
-    assert answerer.open(Ask("short", mmjax.Sample(prompt="Why?"))).length > 1
+        answerer.open(Request("long", mmjax.Sample(prompt="Why? " * 100)))
+    assert answerer.open(Request("short", mmjax.Sample(prompt="Why?"))).length > 1
 
 
 def test_draws_depend_on_the_number_of_the_sample_alone(tmp_path, model, shown):

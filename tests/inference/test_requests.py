@@ -19,12 +19,12 @@ def test_lines_become_samples(tmp_path):
     path = lines(tmp_path / "in.jsonl", {"image": "a.jpg", "prompt": "What?"}, "",
                  {"id": 7, "images": ["a.jpg", "sub/b.jpg"], "prompt": "<ImageHere> and <ImageHere>"},
                  {"id": "n", "prompt": "Hi", "media": {"audio": "c.wav", "text": "a dog.npy"}, "weights": {"audio": 1}})
-    first, second, third = requests.lines(path)
-    assert first == requests.Ask("1", Sample(images=[str(tmp_path / "a.jpg")], prompt="What?"))
+    first, second, third = requests.read_jsonl(path)
+    assert first == requests.Request("1", Sample(images=[str(tmp_path / "a.jpg")], prompt="What?"))
     assert (second.id, second.sample.images) == ("7", [str(tmp_path / "a.jpg"), str(tmp_path / "sub" / "b.jpg")])
     assert third.sample.media == {"audio": str(tmp_path / "c.wav"), "text": "a dog.npy"}
     assert third.sample.weights == {"audio": 1.0}
-    assert requests.lines(path, tmp_path / "sub")[0].sample.images == [str(tmp_path / "sub" / "a.jpg")]
+    assert requests.read_jsonl(path, tmp_path / "sub")[0].sample.images == [str(tmp_path / "sub" / "a.jpg")]
 
 
 BROKEN = {
@@ -48,7 +48,7 @@ BROKEN = {
 def test_all_broken_lines_are_in_one_error(tmp_path):
     path = lines(tmp_path / "in.jsonl", {"prompt": "good"}, *BROKEN, {"id": 1, "prompt": "twice"})
     with pytest.raises(ValueError) as error:
-        requests.lines(path)
+        requests.read_jsonl(path)
     message = str(error.value)
     assert message.startswith(f"{len(BROKEN) + 1} lines of {path} cannot be used:")
     named = message.splitlines()[1:]
@@ -63,19 +63,19 @@ def test_a_link_that_leads_out_is_refused(tmp_path):
     put(tmp_path / "secret.jpg", jpeg())
     (tmp_path / "root" / "a.jpg").symlink_to(tmp_path / "secret.jpg")
     with pytest.raises(ValueError, match="is not below"):
-        requests.lines(lines(tmp_path / "root" / "in.jsonl", {"image": "a.jpg", "prompt": "?"}))
+        requests.read_jsonl(lines(tmp_path / "root" / "in.jsonl", {"image": "a.jpg", "prompt": "?"}))
 
 
 def test_many_problems_are_counted(tmp_path):
     with pytest.raises(ValueError, match=r"(?s)50 lines of .*and 30 more"):
-        requests.lines(lines(tmp_path / "in.jsonl", *["{"] * 50))
+        requests.read_jsonl(lines(tmp_path / "in.jsonl", *["{"] * 50))
 
 
 def test_files_that_are_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="no samples at"):
-        requests.lines(tmp_path / "in.jsonl")
+        requests.read_jsonl(tmp_path / "in.jsonl")
     with pytest.raises(ValueError, match="has no lines"):
-        requests.lines(lines(tmp_path / "in.jsonl", " "))
+        requests.read_jsonl(lines(tmp_path / "in.jsonl", " "))
     with pytest.raises(FileNotFoundError, match="has no pictures"):
         requests.pictures(tmp_path, "What?")
     with pytest.raises(FileNotFoundError, match="no folder"):
@@ -109,15 +109,15 @@ def test_pictures_are_placed_where_the_prompt_does_not_say(tmp_path):
 
 def test_arrays_are_read_and_words_are_not(tmp_path):
     np.save(tmp_path / "a.npy", np.ones(3, np.float32))
-    np.testing.assert_array_equal(requests.sense("depth", str(tmp_path / "a.npy")), np.ones(3))
-    assert requests.sense("text", "a.npy") == "a.npy"
-    assert requests.sense("audio", "a.wav") == "a.wav"
+    np.testing.assert_array_equal(requests.read_sense("depth", str(tmp_path / "a.npy")), np.ones(3))
+    assert requests.read_sense("text", "a.npy") == "a.npy"
+    assert requests.read_sense("audio", "a.wav") == "a.wav"
     put(tmp_path / "b.npy", b"no")
     with pytest.raises(ValueError, match="b.npy is not an array that can be read"):
-        requests.sense("depth", str(tmp_path / "b.npy"))
+        requests.read_sense("depth", str(tmp_path / "b.npy"))
 
 
 def test_objects_are_never_unpickled(tmp_path):
     np.save(tmp_path / "a.npy", np.array([{}], object), allow_pickle=True)
     with pytest.raises(ValueError, match="a.npy is not an array"):
-        requests.sense("depth", str(tmp_path / "a.npy"))
+        requests.read_sense("depth", str(tmp_path / "a.npy"))

@@ -102,7 +102,7 @@ def test_words_behind_the_end_change_nothing():
 def test_the_extra_value_is_one_of_the_values():
     """Where queries and values are zero, all keys count alike: the extra value comes out divided by T + 1."""
     cfg, T = TINY.depth, 5
-    module = imagebind.Attention(cfg)
+    module = imagebind.TowerAttention(cfg)
     x = np.zeros((1, T, cfg.dim), np.float32)
     weights = trees.map_with_path(lambda path, leaf: leaf * 0, tiny.module_params(module, x))
     N, H = cfg.heads, cfg.dim // cfg.heads

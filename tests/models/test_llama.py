@@ -30,7 +30,7 @@ ALL = np.ones((B, T), bool)
 
 @functools.cache
 def params(cfg):
-    return tiny.params("llama", family.Config(cfg))["llm"]
+    return tiny.params("llama", family.TextLlamaConfig(cfg))["llm"]
 
 
 def logits(cfg, params, x, positions, valid, injection=None, remat=False, rngs=None):
@@ -148,7 +148,7 @@ def test_merged_lora_equals_unmerged():
     inputs = vectors(), POSITIONS, ALL
     found, expected = forward(LORA)(params(LORA), *inputs), forward(TINY)(merged, *inputs)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
-    assert np.abs(expected - forward(TINY)(tiny.params("llama", family.Config(TINY))["llm"], *inputs)).max() > 0.1
+    assert np.abs(expected - forward(TINY)(tiny.params("llama", family.TextLlamaConfig(TINY))["llm"], *inputs)).max() > 0.1
 
 
 def test_lora_dropout_acts_when_given_randomness():

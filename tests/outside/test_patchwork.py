@@ -119,7 +119,7 @@ def test_it_generates_chats_and_is_evaluated(trained, folder, capsys):
     model = mmjax.load(trained, dtype="float32")
     assert words and words == model.generate([mmjax.Sample(images=[image], prompt=QUESTION)], max_new_tokens=4)[0]
     talk = chat.Conversation(chat.template_of(model))
-    chat.add(model, talk, "image", chat.take(model, "image", image))
+    chat.add_input(model, talk, "image", chat.read_input(model, "image", image))
     talk.ask("What is it?")
     assert isinstance("".join(chat.reply(model, talk, chat.ChatSettings(max_new_tokens=4))), str)
     lines = folder / "questions.jsonl"

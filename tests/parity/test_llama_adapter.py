@@ -12,7 +12,7 @@ import numpy as np
 from mmjax import trees
 from mmjax.convert import adapter, write
 from mmjax.convert.tables import Entry, backward
-from mmjax.families.llama_adapter import PHASES, TRAINED, Model
+from mmjax.families.llama_adapter import PHASES, TRAINED, LlamaAdapter
 from mmjax.inference.loaded import Loaded, load
 from mmjax.training import steps
 from tests import tiny
@@ -44,7 +44,7 @@ def pretraining(m: Loaded) -> Loaded:
     """The same weights in the architecture of that phase: without biases in the language model."""
     config = dataclasses.replace(m.config, llm=dataclasses.replace(m.config.llm, bias_on=()))
     kept = {path: leaf for path, leaf in trees.flatten(m.params).items() if not re.fullmatch("llm/.*/b", path)}
-    return dataclasses.replace(m, config=config, module=Model(config), params=trees.unflatten(kept))
+    return dataclasses.replace(m, config=config, module=LlamaAdapter(config), params=trees.unflatten(kept))
 
 
 def entries(m: Loaded, paths) -> list[Entry]:
@@ -64,7 +64,7 @@ def batch(case):
 
 
 @functools.cache
-def forward(module: Model):
+def forward(module: LlamaAdapter):
     """(params, batch) -> (loss, logits, every layer's output [L,B,T,D]), compiled."""
 
     def run(params, batch):

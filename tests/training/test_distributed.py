@@ -33,15 +33,15 @@ def test_launchers_are_known_by_their_environment(environment, launcher):
 ])
 def test_half_a_configuration_is_refused(cfg, message):
     with pytest.raises(ValueError, match=message):
-        distributed.join(cfg)
+        distributed.initialize(cfg)
 
 
 def test_one_process_needs_nobody():
-    distributed.join(HostsConfig())
+    distributed.initialize(HostsConfig())
     done = []
-    distributed.once(lambda: done.append(1), "work", timeout=1)
-    assert done == [1] and distributed.first()
-    assert distributed.totals(2, 3) == [2, 3] and distributed.collected([{"a": 1}]) == [{"a": 1}]
+    distributed.run_on_primary(lambda: done.append(1), "work", timeout=1)
+    assert done == [1] and distributed.is_primary()
+    assert distributed.all_sum(2, 3) == [2, 3] and distributed.all_gather_objects([{"a": 1}]) == [{"a": 1}]
 
 
 def start(out, mesh, process=0, processes=1, devices=8, port=0, kill=()):

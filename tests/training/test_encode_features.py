@@ -20,7 +20,7 @@ from mmjax.config import DataConfig, OptimConfig, RunConfig, ScenesConfig, TextC
 from mmjax.convert import write
 from mmjax.data import images, pipeline, scenes
 from mmjax.data.collate import Collator
-from mmjax.data.features import Features, Names, crop_random
+from mmjax.data.features import Features, ImageNames, crop_random
 from mmjax.families import FAMILIES, shapes
 from mmjax.training import encode_features, run
 from tests import small, tiny
@@ -242,7 +242,7 @@ def test_random_crops(imagebind, tmp_path):
     made = encode_features.make(random, opened(random), tmp_path / "features", crops=3, batch_size=5)
     assert made.pictures == 4 and made.nbytes == 4 * 3 * made.card.nbytes
     found = load(with_features(random, tmp_path / "features", "run"))
-    names = Names({str(folder.parent / "asked"): 0})
+    names = ImageNames({str(folder.parent / "asked"): 0})
     image = next(record.image for record in pipeline.read(config.data)[0] if record.image)
     size = opened(config).config.image_size
     shown = [images.load(image, size, "center_crop", crop_random(config.data.seed, names(image), crop))

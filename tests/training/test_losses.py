@@ -102,7 +102,7 @@ def test_a_step_has_no_room_for_all_logits():
         tiny.MINIGPT4.llm, vocab=8_192))
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tiny.params("minigpt4", wide))
     trained, frozen = trees.split(params, trees.mask(params, minigpt4.TRAINED))
-    module, batch = minigpt4.Model(wide), tiny.batch(rows=16, length=64)
+    module, batch = minigpt4.MiniGPT4(wide), tiny.batch(rows=16, length=64)
     logits = 4 * 16 * 64 * 8_192
 
     def room(mean):

@@ -8,13 +8,13 @@ import pytest
 
 from mmjax.config import OptimConfig, RunConfig
 from mmjax.training import metrics_log
-from mmjax.training.metrics_log import Lines
+from mmjax.training.metrics_log import JsonlLog
 
 WHOLE = '{"step": 0}\n{"step": 1}\n{"step": 2}\n'
 
 
 def kept(path, below=9):
-    lines = Lines(path, "step", below)
+    lines = JsonlLog(path, "step", below)
     return lines.kept, path.read_text()
 
 
@@ -39,7 +39,7 @@ def test_another_broken_line_is_named_and_stays(tmp_path):
 
 
 def test_lines_are_there_as_soon_as_they_are_written(tmp_path):
-    with Lines(tmp_path / "a", "step", 0) as lines:
+    with JsonlLog(tmp_path / "a", "step", 0) as lines:
         lines.write({"step": 0})
         lines.sync()
         assert (tmp_path / "a").read_text() == '{"step": 0}\n'
@@ -48,9 +48,9 @@ def test_lines_are_there_as_soon_as_they_are_written(tmp_path):
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(IsADirectoryError, match="folder"), Lines(tmp_path / "folder", "step", 0):
+    with pytest.raises(IsADirectoryError, match="folder"), JsonlLog(tmp_path / "folder", "step", 0):
         pass
-    with pytest.raises(OSError, match="No space left on device: .*full"), Lines(tmp_path / "full", "step", 0) as lines:
+    with pytest.raises(OSError, match="No space left on device: .*full"), JsonlLog(tmp_path / "full", "step", 0) as lines:
         lines._file.close()
         lines._file = open("/dev/full", "ab", buffering=0)
         lines.write({"step": 0})

@@ -162,12 +162,12 @@ def test_operations_are_counted_from_the_trace_that_the_step_has(finished, looke
 @pytest.mark.parametrize(("peak", "operations", "told"), [
     (1e12, 5 * 10**11, "  mfu 0.25"), (None, 5 * 10**11, "  250 GFLOP/s"), (1e12, None, ""), (None, None, "")])
 def test_progress_line_tells_how_much_of_the_devices_is_used(peak, operations, told):
-    assert run.Work(lambda state, batch: None, peak).told(operations, seconds=2.0) == told
+    assert run.StepFlops(lambda state, batch: None, peak).format_throughput(operations, seconds=2.0) == told
 
 
 def test_operations_are_those_of_the_targets():
     count = run.flops.Flops({"llm": 600}, {"llm": 600}, {"llm": 99}, logits=200, places=10)
-    work = run.Work(lambda state, batch: count, None)
+    work = run.StepFlops(lambda state, batch: count, None)
     assert work.operations(None, None, {"tokens": jnp.int32(4)}) == 1000 + 80
 
 

@@ -58,7 +58,7 @@ def projector_step():
     """MiniGPT-4's own training: (step, first state's maker, frozen)."""
     trained, frozen = parts("minigpt4", tiny.MINIGPT4, minigpt4.TRAINED)
     fresh = functools.partial(fresh_state, trained, ADAMW)
-    step = tiny.compiled(steps.train_step(minigpt4.Model(tiny.MINIGPT4), ADAMW), fresh(), frozen, tiny.batch())
+    step = tiny.compiled(steps.train_step(minigpt4.MiniGPT4(tiny.MINIGPT4), ADAMW), fresh(), frozen, tiny.batch())
     return step, fresh, frozen
 
 
@@ -99,7 +99,7 @@ def test_compiled_step_has_no_room_for_gradients_of_the_frozen_part():
     def memory(rules):
         trained, frozen = trees.split(params, trees.mask(params, rules))
         state = jax.eval_shape(lambda trained: steps.start(trained, ADAMW, 0), trained)
-        step = steps.train_step(minigpt4.Model(cfg), ADAMW)
+        step = steps.train_step(minigpt4.MiniGPT4(cfg), ADAMW)
         used = tiny.compiled(step, state, frozen, tiny.batch(rows=1, length=8)).memory_analysis()
         return used, size((state.params, state.opt_state))
 
@@ -140,7 +140,7 @@ def leaves(tree):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_batch_without_targets_has_no_loss_and_no_gradients(reduction):
-    module, params = llama.Model(LLAMA), tiny.params("llama", LLAMA)
+    module, params = llama.TextLlama(LLAMA), tiny.params("llama", LLAMA)
 
     @tiny.jit
     def run(params, batch):
@@ -176,7 +176,7 @@ def test_a_phase_moves_its_own_parameters_and_no_bit_of_the_others(cfg, phase, o
     images = np.random.default_rng(0).normal(size=(4, 1, 3, side, side)).astype(np.float32)
     batch = dataclasses.replace(WORDS, images=images, weights={"image": np.ones(4, np.float32)})
     first, before, mark = bits(trained), bits(frozen), int(steps.fingerprint(frozen))
-    state, metrics = run(imagebind_llm.Model(cfg), trained, frozen, [batch] * 2, sgd)
+    state, metrics = run(imagebind_llm.ImageBindLLM(cfg), trained, frozen, [batch] * 2, sgd)
     assert all(bool(each["finite"]) for each in metrics)
     assert bits(frozen) == before and int(steps.fingerprint(frozen)) == mark
     after = bits(state.params)
@@ -199,7 +199,7 @@ def test_unfrozen_towers_train_with_dropout_and_drop_path():
     trained, frozen = parts("minigpt4", cfg, ("projector/.*", "qformer/.*", "vit/.*"))
     assert {path.split("/")[0] for path in bits(frozen)} == {"ln_vision", "llm"}
     fresh = functools.partial(fresh_state, trained, sgd)
-    step = tiny.compiled(steps.train_step(minigpt4.Model(cfg), sgd), fresh(0), frozen, tiny.batch())
+    step = tiny.compiled(steps.train_step(minigpt4.MiniGPT4(cfg), sgd), fresh(0), frozen, tiny.batch())
     state, metrics = step(fresh(0), frozen, tiny.batch())
     before, after = bits(trained), bits(state.params)
     assert {path for path in before if after[path] == before[path]} <= {path for path in before if "/k/b" in path}
@@ -212,7 +212,7 @@ def test_unfrozen_towers_train_with_dropout_and_drop_path():
 
 
 def test_mean_and_none_reduction():
-    module = llama.Model(LLAMA)
+    module = llama.TextLlama(LLAMA)
     losses = {reduction: tiny.jit(lambda p, b, r=reduction: steps.loss(module, p, b, r))
               for reduction in ("mean", "none")}
     params, batch = tiny.params("llama", LLAMA), dataclasses.replace(WORDS, padded_length=np.array([12, 20, 12, 7]))
@@ -232,7 +232,7 @@ def test_mean_and_none_reduction():
 
 
 def test_accumulated_steps_equal_one_with_the_summed_gradient():
-    module, rules = llama.Model(LLAMA), ("llm/norm/.*", "llm/layers/mlp/.*")
+    module, rules = llama.TextLlama(LLAMA), ("llm/norm/.*", "llm/layers/mlp/.*")
     cfg = OptimConfig(init_lr=1e-2, min_lr=1e-2, warmup_steps=0, eps=1e-2, accumulate=2)
     batches = [WORDS, tiny.batch(pictures=0, seed=1)]
     first, frozen = parts("llama", LLAMA, rules)
@@ -254,12 +254,12 @@ def test_bfloat16_model_trains_in_float32():
     rules, sgd = ("llm/layers/mlp/down/w",), optax.sgd(1e-4)
     first, frozen = parts("llama", LLAMA, rules)
     frozen = jax.tree.map(lambda leaf: jnp.array(np.asarray(leaf, jnp.bfloat16)), frozen)
-    state, metrics = run(llama.Model(LLAMA, jnp.bfloat16), first, frozen, [WORDS], sgd)
+    state, metrics = run(llama.TextLlama(LLAMA, jnp.bfloat16), first, frozen, [WORDS], sgd)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
     before, after = (np.asarray(tree["llm"]["layers"]["mlp"]["down"]["w"]) for tree in (first, state.params))
     assert 0 < np.abs(after - before).max() < 2**-9 * np.abs(before).max()
     assert (after != before).mean() > 0.9
-    wide = tiny.jit(lambda p: steps.loss(llama.Model(LLAMA), p, WORDS)[0])(tiny.params("llama", LLAMA))
+    wide = tiny.jit(lambda p: steps.loss(llama.TextLlama(LLAMA), p, WORDS)[0])(tiny.params("llama", LLAMA))
     np.testing.assert_allclose(metrics[0]["loss"], wide, rtol=0.02)
     assert metrics[0]["loss"].dtype == jnp.float32
 

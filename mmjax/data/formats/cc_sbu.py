@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.data.formats.record import Record
-from mmjax.data.formats.rows import Rows, field, picture, read_json, words
+from mmjax.data.formats.rows import RowRecords, caption_text, field, image_path, read_json
 
 
 def cc_sbu_align(path: str, root: str | None = None) -> Sequence[Record]:
@@ -23,11 +23,11 @@ def cc_sbu_align(path: str, root: str | None = None) -> Sequence[Record]:
     rows = read_json(file, dict, expected=expected).get("annotations")
     if not isinstance(rows, list):
         raise ValueError(f"{file} must hold {expected}.")
-    return Rows(file, path if root is None else root, rows, _caption)
+    return RowRecords(file, path if root is None else root, rows, _caption)
 
 
 def _caption(root: str, name: str, number: int, row: Any) -> Record:
     key = str(field(row, "image_id", str, int))
     if not key.strip():
         raise ValueError("'image_id' is empty")
-    return Record(key, picture(root, f"image/{key}.jpg"), words(row, "caption"))
+    return Record(key, image_path(root, f"image/{key}.jpg"), caption_text(row, "caption"))

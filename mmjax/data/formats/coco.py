@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.data.formats.record import Record
-from mmjax.data.formats.rows import Rows, field, picture, picture_root, read_json, the_file, words
+from mmjax.data.formats.rows import RowRecords, caption_text, field, image_path, image_root, read_json, the_file
 
 
 def coco_captions(path: str, root: str | None = None) -> Sequence[Record]:
@@ -21,14 +21,14 @@ def coco_captions(path: str, root: str | None = None) -> Sequence[Record]:
     file = the_file(path, "captions_*.json", "COCO's captions_SPLIT.json")
     expected = '{"images": [...], "annotations": [...]}, or a list of {"image", "caption"}'
     content = read_json(file, dict, list, expected=expected)
-    root = picture_root(file, root)
+    root = image_root(file, root)
     if isinstance(content, list):
-        return Rows(file, root, content, _karpathy)
+        return RowRecords(file, root, content, _karpathy)
     images, annotations = content.get("images"), content.get("annotations")
     if not isinstance(images, list) or not isinstance(annotations, list):
         raise ValueError(f"{file} must hold {expected}.")
     split = file.stem.removeprefix("captions_")
-    return Rows(file, root, annotations, functools.partial(_caption, split, by_id(images)))
+    return RowRecords(file, root, annotations, functools.partial(_caption, split, by_id(images)))
 
 
 def by_id(rows: Sequence[Any]) -> dict[int, Any]:
@@ -41,8 +41,8 @@ def _caption(split: str, images: dict[int, Any], root: str, name: str, number: i
     if key not in images:
         raise ValueError(f"there is no picture with the id {key}")
     file = field(images[key], "file_name", str)
-    return Record(name, picture(root, str(Path(split, file))), words(row, "caption"))
+    return Record(name, image_path(root, str(Path(split, file))), caption_text(row, "caption"))
 
 
 def _karpathy(root: str, name: str, number: int, row: Any) -> Record:
-    return Record(name, picture(root, field(row, "image", str)), words(row, "caption"))
+    return Record(name, image_path(root, field(row, "image", str)), caption_text(row, "caption"))

@@ -16,15 +16,15 @@ from mmjax.data.boxes import box_text
 from mmjax.data.formats.coco import by_id
 from mmjax.data.formats.record import Record, clean_caption
 from mmjax.data.formats.rows import (
-    Rows,
+    RowRecords,
     about_picture,
+    caption_text,
     coco_name,
     field,
-    picture,
-    picture_root,
+    image_path,
+    image_root,
     read_json,
     the_file,
-    words,
 )
 
 SPLIT = "train2014"
@@ -87,7 +87,7 @@ def _references(path: str, root: str | None, inverse: bool) -> Sequence[Record]:
     file = the_file(path, "refs(*).p", "RefCOCO's refs(SPLITTER).p")
     if file.suffix == ".json":
         rows = read_json(file, list, expected='a list of {"img_id", "sents", "bbox", "height", "width"}')
-        return Rows(file, picture_root(file, root), rows, functools.partial(_evaluation, inverse))
+        return RowRecords(file, image_root(file, root), rows, functools.partial(_evaluation, inverse))
     root = str(file.absolute().parent.parent) if root is None else root
     images, boxes = instances(file)
     rows = []  # a reference that is not as expected stays one row, so that it is named
@@ -97,7 +97,7 @@ def _references(path: str, root: str | None, inverse: bool) -> Sequence[Record]:
                 rows += [(ref, sentence) for sentence in ref["sentences"]]
         else:
             rows.append((ref, None))
-    return Rows(file, root, rows, functools.partial(_reference, images, boxes, inverse))
+    return RowRecords(file, root, rows, functools.partial(_reference, images, boxes, inverse))
 
 
 def _reference(images: dict[int, Any], boxes: dict[int, Any], inverse: bool, root: str, name: str, number: int,
@@ -109,14 +109,14 @@ def _reference(images: dict[int, Any], boxes: dict[int, Any], inverse: bool, roo
         raise ValueError(f"instances.json has no picture {key}, or no box {box}")
     size, place = images[key], field(boxes[box], "bbox", list)
     where = box_text(place, field(size, "width", int, float), field(size, "height", int, float))
-    return _asked(name, number, picture(root, coco_name(SPLIT, key)), words(sentence, "raw"), where, inverse)
+    return _asked(name, number, image_path(root, coco_name(SPLIT, key)), caption_text(sentence, "raw"), where, inverse)
 
 
 def _evaluation(inverse: bool, root: str, name: str, number: int, row: Any) -> Record:
     # eval_ref.py: the id of the picture, then that of the box
-    image = picture(root, f"{SPLIT}/{field(row, 'img_id', str)[:len('COCO_train2014_000000000000')]}.jpg")
+    image = image_path(root, f"{SPLIT}/{field(row, 'img_id', str)[:len('COCO_train2014_000000000000')]}.jpg")
     where = box_text(field(row, "bbox", list), field(row, "width", int, float), field(row, "height", int, float))
-    return _asked(name, number, image, words(row, "sents"), where, inverse)
+    return _asked(name, number, image, caption_text(row, "sents"), where, inverse)
 
 
 def _asked(name: str, number: int, image: str, sentence: str, where: str, inverse: bool) -> Record:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.data.formats.record import Record
-from mmjax.data.formats.rows import Rows, field, picture, read_json, shown, text, words
+from mmjax.data.formats.rows import RowRecords, caption_text, field, image_path, read_json, shown, text
 
 CAPTION_PROMPT = "Generate caption of this image"  # imagebind_LLM/data/dataset.py: PretrainDataset
 # What pandas reads as no value by default. The original makes text of it: "nan".
@@ -17,7 +17,7 @@ NO_VALUE = frozenset((
     "NULL", "NaN", "None", "n/a", "nan", "null"))
 
 
-class Listed(Rows):
+class Listed(RowRecords):
     """The rows of several files that a YAML file lists: (name of the file, number in it, row)."""
 
     def name(self, number: int) -> str:
@@ -134,7 +134,7 @@ def _caption(root: str, name: str, number: int, row: Any) -> Record:
     named = {"url": "", "caption": ""} | dict(zip(head, fields, strict=False))
     if named["caption"] in NO_VALUE:
         named["caption"] = "nan"
-    return Record(name, picture(root, named["url"]), words(named, "caption"), CAPTION_PROMPT)
+    return Record(name, image_path(root, named["url"]), caption_text(named, "caption"), CAPTION_PROMPT)
 
 
 def _instruction(tuple_prompts: bool, root: str, name: str, number: int, row: Any) -> Record:
@@ -142,9 +142,9 @@ def _instruction(tuple_prompts: bool, root: str, name: str, number: int, row: An
         said = field(row, "conversations", list)
         if len(said) < 2:
             raise ValueError(f"a conversation needs a question and an answer, but has {len(said)} messages")
-        question, answer = text(said[0], "value"), words(said[1], "value")
-        return Record(name, picture(root, field(row, "image", str)), answer, question)
-    prompt, answer, given = text(row, "instruction"), words(row, "output"), text(row, "input")
+        question, answer = text(said[0], "value"), caption_text(said[1], "value")
+        return Record(name, image_path(root, field(row, "image", str)), answer, question)
+    prompt, answer, given = text(row, "instruction"), caption_text(row, "output"), text(row, "input")
     return Record(name, None, answer, str((prompt,)) if tuple_prompts else prompt, given)
 
 

@@ -6,16 +6,16 @@ from typing import Any
 from mmjax.data.formats.record import Record
 from mmjax.data.formats.rows import (
     MARK,
-    Rows,
+    RowRecords,
     about_picture,
+    caption_text,
     field,
+    image_path,
+    image_root,
     parse_json,
-    picture,
-    picture_root,
     read_json,
     the_file,
-    without_picture,
-    words,
+    without_image,
 )
 
 ROLES = ("human", "gpt")
@@ -34,7 +34,7 @@ def llava_instruct(path: str, root: str | None = None) -> Sequence[Record]:
     """
     file = the_file(path, "*.json", "a JSON file of conversations")
     rows = read_json(file, list, expected='a list of {"image", "conversations"}')
-    return Rows(file, picture_root(file, root), rows, _conversation)
+    return RowRecords(file, image_root(file, root), rows, _conversation)
 
 
 def jsonl(path: str, root: str | None = None) -> Sequence[Record]:
@@ -48,7 +48,7 @@ def jsonl(path: str, root: str | None = None) -> Sequence[Record]:
     """
     file = the_file(path, "*.jsonl", "a file with one JSON object a line")
     lines = [line for line in file.read_bytes().split(b"\n") if line.strip()]
-    return Rows(file, picture_root(file, root), lines, _line)
+    return RowRecords(file, image_root(file, root), lines, _line)
 
 
 def _conversation(root: str, name: str, number: int, row: Any) -> Record:
@@ -58,19 +58,19 @@ def _conversation(root: str, name: str, number: int, row: Any) -> Record:
     if wrong := [place for place, message in enumerate(said) if isinstance(message, dict)
                  and message.get("from", ROLES[place % 2]) != ROLES[place % 2]]:
         raise ValueError(f"'from' must be human and gpt in turn, but is not in message {wrong[0]} (from 0)")
-    questions, answers = ([words(message, "value") for message in said[first::2]] for first in range(2))
+    questions, answers = ([caption_text(message, "value") for message in said[first::2]] for first in range(2))
     for question in questions[1:]:
-        without_picture(question)
+        without_image(question)
 
     first = questions[0]
     if "image" in row:
-        image = picture(root, field(row, "image", str))
+        image = image_path(root, field(row, "image", str))
     elif MARK in first:
-        image = picture(root, f"COCO_train2014_{field(row, 'id', str, int)}.jpg")
+        image = image_path(root, f"COCO_train2014_{field(row, 'id', str, int)}.jpg")
     else:
         image = None
     if image is None:
-        questions = [without_picture(first), *questions[1:]]
+        questions = [without_image(first), *questions[1:]]
     else:  # llava_dataset.py: LlavaConversationDataset
         first = about_picture(first.replace(MARK, "").replace("\n", "").strip())
         questions = [first, *(f"{question} " for question in questions[1:])]
@@ -84,8 +84,8 @@ def _line(root: str, name: str, number: int, line: bytes) -> Record:
     except ValueError as error:
         raise ValueError(f"the line is not JSON: {error}") from error
     if isinstance(row, dict) and "caption" in row:
-        return Record(name, picture(root, field(row, "image", str)), words(row, "caption"))
-    prompt, answer = words(row, "prompt"), words(row, "answer")
+        return Record(name, image_path(root, field(row, "image", str)), caption_text(row, "caption"))
+    prompt, answer = caption_text(row, "prompt"), caption_text(row, "answer")
     if "image" in row:
-        return Record(name, picture(root, field(row, "image", str)), answer, about_picture(prompt))
-    return Record(name, None, answer, without_picture(prompt))
+        return Record(name, image_path(root, field(row, "image", str)), answer, about_picture(prompt))
+    return Record(name, None, answer, without_image(prompt))

@@ -50,7 +50,7 @@ class Lazy(Sequence[Record]):
         """Raises ValueError or OSError saying what is wrong with this one."""
 
 
-class Rows(Lazy):
+class RowRecords(Lazy):
     """The rows of a data file, each made a record by `read(root, name, number, row)`.
 
     root: the folder that their pictures lie below
@@ -109,7 +109,7 @@ def the_file(path: str, pattern: str, what: str) -> Path:
     return found[0]
 
 
-def picture_root(file: Path, root: str | None) -> str:
+def image_root(file: Path, root: str | None) -> str:
     """The folder below which pictures lie: `root`, or the file's; of `annotations/FILE` the one above."""
     if root is not None:
         return root
@@ -156,7 +156,7 @@ def text(row: Any, key: str) -> str:
     return found
 
 
-def words(row: Any, key: str) -> str:
+def caption_text(row: Any, key: str) -> str:
     """Text with something in it; raises ValueError for anything else."""
     found = text(row, key)
     if not found.strip():
@@ -164,7 +164,7 @@ def words(row: Any, key: str) -> str:
     return found
 
 
-def picture(root: str, name: str) -> str:
+def image_path(root: str, name: str) -> str:
     """The path of a picture, which need not be there. Raises ValueError if it leads out of the root.
 
     Links are followed to see where it leads; an absolute path that stays below the root is fine.
@@ -200,7 +200,7 @@ def about_picture(question: str) -> str:
     return f"{PICTURE} {question.replace(MARK, '').strip()} "
 
 
-def without_picture(question: str) -> str:
+def without_image(question: str) -> str:
     """A question that shows no picture; raises ValueError if it does."""
     if PLACEHOLDER in question or MARK in question:
         raise ValueError(f"the question {shown(question)} shows a picture that is not there")

@@ -27,7 +27,7 @@ FORMAT = 1  # of the files; others are made anew
 DIGEST = 32  # bytes in front of a file's content
 
 
-class Index(NamedTuple):
+class TarIndex(NamedTuple):
     """Where the N samples of a tar are.
 
     keys:     bytes[N]
@@ -64,7 +64,7 @@ def folder() -> Path | None:
     return None
 
 
-def kept(file: str, place: Path | None, read: Callable[[str], Index]) -> Index:
+def kept(file: str, place: Path | None, read: Callable[[str], TarIndex]) -> TarIndex:
     """The index of a tar, from the folder `place` if the tar is as it was then; otherwise `read`, and put there.
 
     Several processes may do so at once. An index that is damaged is read anew, which is said. Raises what `read` does.
@@ -103,7 +103,7 @@ def _absolute(file: str) -> str:
     return file if "://" in file else os.path.abspath(file)
 
 
-def _content(index: Index, made_of: tuple[int, int]) -> bytes:
+def _content(index: TarIndex, made_of: tuple[int, int]) -> bytes:
     """A digest, then the index and what it was made of."""
     problems = json.dumps({str(place): problem for place, problem in index.problems.items()})
     buffer = io.BytesIO()
@@ -113,7 +113,7 @@ def _content(index: Index, made_of: tuple[int, int]) -> bytes:
     return hashlib.sha256(content).digest() + content
 
 
-def _parse(content: bytes, made_of: tuple[int, int]) -> Index | None:
+def _parse(content: bytes, made_of: tuple[int, int]) -> TarIndex | None:
     """None if it was made of something else. Raises ValueError if it is damaged, or points outside of its tar."""
     digest, content = content[:DIGEST], content[DIGEST:]
     if hashlib.sha256(content).digest() != digest:
@@ -127,7 +127,7 @@ def _parse(content: bytes, made_of: tuple[int, int]) -> Index | None:
     except Exception as error:  # another program may have written anything
         raise ValueError(f"it cannot be read: {error!r}") from error
     _check(keys, places, problems, made_of[0])
-    return Index(keys, places, problems)
+    return TarIndex(keys, places, problems)
 
 
 def _check(keys: np.ndarray, places: np.ndarray, problems: dict[int, str], size: int) -> None:

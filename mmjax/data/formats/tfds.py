@@ -18,7 +18,7 @@ import numpy as np
 from mmjax import files
 from mmjax.data import manifest
 from mmjax.data.formats.record import Record
-from mmjax.data.formats.rows import Lazy, words
+from mmjax.data.formats.rows import Lazy, caption_text
 
 FIELDS = ("answer", "image", "input", "name", "prompt", "turns")  # of a prepared data set, those of `Record`
 CAPTIONS = ("caption", "captions", "text", "answer", "description", "title")  # names of what is learnt, if not told
@@ -123,7 +123,7 @@ class Examples(Lazy):
         texts = _values(stored, self._text)
         if image is None or not texts:
             raise ValueError(f"there is nothing in the feature {self._text if image else self._image}")
-        return Record(self.name(number), image, words({self._text: texts[text % len(texts)].decode()}, self._text))
+        return Record(self.name(number), image, caption_text({self._text: texts[text % len(texts)].decode()}, self._text))
 
     def picture(self, number: int) -> bytes:
         """The first picture of an example; raises OSError or ValueError as `Stored.read` does."""

@@ -12,15 +12,15 @@ from typing import Any
 
 from mmjax.data.formats.record import Record, clean_caption
 from mmjax.data.formats.rows import (
-    Rows,
+    RowRecords,
     about_picture,
+    caption_text,
     coco_name,
     field,
-    picture,
-    picture_root,
+    image_path,
+    image_root,
     read_json,
     the_file,
-    words,
 )
 
 INSTRUCTIONS = (  # coco_vqa_datasets.py, gqa_datasets.py: instruction_pool
@@ -41,11 +41,11 @@ def vqa(path: str, root: str | None = None) -> Sequence[Record]:
     """
     file = the_file(path, "*_questions.json", "VQA's questions")
     content = read_json(file, dict, list, expected='{"questions": [...]}, or a list of {"image", "question", "answer"}')
-    root = picture_root(file, root)
+    root = image_root(file, root)
     if isinstance(content, list):
-        return Rows(file, root, content, functools.partial(_listed, ""))
+        return RowRecords(file, root, content, functools.partial(_listed, ""))
     questions, split, answers = with_answers(file, content)
-    return Rows(file, root, questions, functools.partial(_question, split, answers))
+    return RowRecords(file, root, questions, functools.partial(_question, split, answers))
 
 
 def gqa(path: str, root: str | None = None) -> Sequence[Record]:
@@ -59,10 +59,10 @@ def gqa(path: str, root: str | None = None) -> Sequence[Record]:
     """
     file = the_file(path, "*questions*.json", "GQA's questions")
     content = read_json(file, dict, list, expected='{ID: {"imageId", "question", "answer"}}')
-    root = picture_root(file, root)
+    root = image_root(file, root)
     if isinstance(content, list):
-        return Rows(file, root, content, functools.partial(_listed, "images/"))
-    return Rows(file, root, list(content.values()), _gqa)
+        return RowRecords(file, root, content, functools.partial(_listed, "images/"))
+    return RowRecords(file, root, list(content.values()), _gqa)
 
 
 def with_answers(file: Path, content: dict[str, Any]) -> tuple[list[Any], str, dict[int | str, Any]]:
@@ -90,26 +90,26 @@ def _question(split: str, answers: dict[Any, Any], root: str, name: str, number:
     if key not in answers:
         raise ValueError(f"there is no answer to question {key}")
     given = [field(answer, "answer", str) for answer in field(answers[key], "answers", list)]
-    image = picture(root, coco_name(split, field(row, "image_id", int)))
+    image = image_path(root, coco_name(split, field(row, "image_id", int)))
     return _asked(name, number, image, row, given)
 
 
 def _listed(folder: str, root: str, name: str, number: int, row: Any) -> Record:
-    image = picture(root, folder + field(row, "image", str))
+    image = image_path(root, folder + field(row, "image", str))
     given = field(row, "answer", str, list)
     return _asked(name, number, image, row, given if isinstance(given, list) else [given])
 
 
 def _gqa(root: str, name: str, number: int, row: Any) -> Record:
-    image = picture(root, f"images/{field(row, 'imageId', str, int)}.jpg")
+    image = image_path(root, f"images/{field(row, 'imageId', str, int)}.jpg")
     return _asked(name, number, image, row, [field(row, "answer", str)])
 
 
 def _asked(name: str, number: int, image: str, row: Any, answers: Sequence[Any]) -> Record:
     """Both texts go through the caption cleaning, as in the original; empty answers do not count."""
-    question = clean_caption(words(row, "question"))
+    question = clean_caption(caption_text(row, "question"))
     counts = collections.Counter(filter(None, (
-        clean_caption(words({"answer": answer}, "answer")) for answer in answers if answer != "")))
+        clean_caption(caption_text({"answer": answer}, "answer")) for answer in answers if answer != "")))
     if not question or not counts:
         raise ValueError("nothing but punctuation in the question, or no answer")
     instruction = INSTRUCTIONS[number % len(INSTRUCTIONS)]

@@ -19,8 +19,8 @@ from rich.progress import track
 from mmjax.config import REMOTE
 from mmjax.data.formats import tar_index
 from mmjax.data.formats.record import Member, Record
-from mmjax.data.formats.rows import Lazy, parse_json, words
-from mmjax.data.formats.tar_index import Index
+from mmjax.data.formats.rows import Lazy, caption_text, parse_json
+from mmjax.data.formats.tar_index import TarIndex
 from mmjax.files import url_problem
 
 NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)  # webdataset: base_plus_ext
@@ -54,7 +54,7 @@ def _read(path: str, root: None) -> Sequence[Record]:
         raise ValueError(f"The pictures of {path} lie in the tars themselves: leave out the root, {root}.")
     files, place = shards(path), tar_index.folder()
 
-    def look(file: str) -> Index | ValueError | None:
+    def look(file: str) -> TarIndex | ValueError | None:
         try:
             return tar_index.kept(file, place, index) if epath.Path(file).is_file() else None
         except ValueError as error:
@@ -111,7 +111,7 @@ def _expanded(pattern: str) -> Iterator[str]:
 class Samples(Lazy):
     """The samples of several tars, one after the other."""
 
-    def __init__(self, files: Sequence[str], indices: Sequence[Index]) -> None:
+    def __init__(self, files: Sequence[str], indices: Sequence[TarIndex]) -> None:
         self.files, self.indices = files, indices
         self.ends = np.cumsum([len(index.keys) for index in indices])
 
@@ -139,12 +139,12 @@ class Samples(Lazy):
 
 def _caption(content: bytes, is_json: bool) -> str:
     if not is_json:
-        return words({"caption": content.decode()}, "caption")
+        return caption_text({"caption": content.decode()}, "caption")
     row = parse_json(content)
-    return words(row, "text" if isinstance(row, dict) and "caption" not in row else "caption")
+    return caption_text(row, "text" if isinstance(row, dict) and "caption" not in row else "caption")
 
 
-def index(file: str) -> Index:
+def index(file: str) -> TarIndex:
     """Where the samples of a tar are, from its headers alone. Raises ValueError if it is not a tar (or compressed)."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     problems: dict[str, str] = {}
@@ -177,7 +177,7 @@ def index(file: str) -> Index:
         else:
             problems[key] = f"has no {'caption' if 'picture' in sample else 'picture'}"
     keys = np.array([key.encode("utf-8", "replace")[:LONGEST_KEY] for key in samples], np.bytes_)
-    return Index(keys, places, {place: problems[key] for place, key in enumerate(samples) if key in problems})
+    return TarIndex(keys, places, {place: problems[key] for place, key in enumerate(samples) if key in problems})
 
 
 def _problem(header: "Header", kind: str, size: int) -> str | None:

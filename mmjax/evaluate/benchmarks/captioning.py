@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.data.formats.coco import by_id
-from mmjax.data.formats.rows import field, picture_root, read_json, the_file, words
+from mmjax.data.formats.rows import caption_text, field, image_root, read_json, the_file
 from mmjax.evaluate.benchmarks.items import Item, asked, check_pictures, items, there
 from mmjax.evaluate.metrics import java
 
@@ -28,7 +28,7 @@ def captions(path: str, root: str | None = None, prompt: str | None = None) -> l
     file = the_file(path, "captions_*.json", "COCO's captions_SPLIT.json")
     expected = '{"images": [...], "annotations": [...]}, {"images": [...]}, or a list of {"image", "caption"}'
     content = read_json(file, dict, list, expected=expected)
-    root, prompt = picture_root(file, root), check_pictures(PROMPT if prompt is None else prompt)
+    root, prompt = image_root(file, root), check_pictures(PROMPT if prompt is None else prompt)
     if isinstance(content, list):
         return items(file, root, content, functools.partial(_listed, root, prompt))
     images, annotations = content.get("images"), content.get("annotations")
@@ -68,19 +68,19 @@ def _released(root: str, prompt: str, folder: str, number: int, row: tuple[Any, 
     if not annotations:
         raise ValueError(f"the picture {field(image, 'id', int)} has no caption")
     path = there(root, str(Path(folder, field(image, "file_name", str))))
-    return Item(str(image["id"]), asked(prompt, "", path), tuple(words(each, "caption") for each in annotations),
+    return Item(str(image["id"]), asked(prompt, "", path), tuple(caption_text(each, "caption") for each in annotations),
                 group=field(image, "domain", str) if "domain" in image else "")
 
 
 def _karpathy(root: str, prompt: str, number: int, row: Any) -> Item:
     path = there(root, str(Path(field(row, "filepath", str), field(row, "filename", str))))
-    said = tuple(words(each, "raw") for each in field(row, "sentences", list))
+    said = tuple(caption_text(each, "raw") for each in field(row, "sentences", list))
     return _described(str(field(row, "cocoid", int)), prompt, path, said)
 
 
 def _listed(root: str, prompt: str, number: int, row: Any) -> Item:
     name, given = field(row, "image", str), field(row, "caption", str, list)
-    said = tuple(words({"caption": each}, "caption") for each in ([given] if isinstance(given, str) else given))
+    said = tuple(caption_text({"caption": each}, "caption") for each in ([given] if isinstance(given, str) else given))
     return _described(name, prompt, there(root, name), said)
 
 

@@ -4,7 +4,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from mmjax.data.formats.rows import field, parse_json, picture_root, read_json, shown, text, the_file, words
+from mmjax.data.formats.rows import caption_text, field, image_root, parse_json, read_json, shown, text, the_file
 from mmjax.evaluate.benchmarks.items import Item, asked, check_template, items, json_lines, there
 from mmjax.evaluate.benchmarks.questions import SHORT
 
@@ -46,7 +46,7 @@ def iconqa(path: str, root: str | None = None, prompt: str | None = None) -> lis
     """
     file = the_file(path, "*.json", "IconQA's list of questions")
     rows = read_json(file, list, expected='a list of {"image_id", "question", "choices", "answer"}')
-    root, prompt = picture_root(file, root), check_template(SHORT if prompt is None else prompt, "question")
+    root, prompt = image_root(file, root), check_template(SHORT if prompt is None else prompt, "question")
     return items(file, root, rows, functools.partial(_icons, root, prompt))
 
 
@@ -68,7 +68,7 @@ def pope(path: str, root: str | None = None, prompt: str | None = None) -> list[
                                 "..._adversarial.json in it: POPE's lines of questions.")
     found: list[Item] = []
     for file in files:
-        folder = picture_root(file, root)
+        folder = image_root(file, root)
         inside = "val2014/" if (Path(folder) / "val2014").is_dir() else ""
         setting = next((name for name in SETTINGS if file.stem.endswith(name)), "")
         found += items(file, folder, json_lines(file), functools.partial(_pope, folder, inside, setting, prompt))
@@ -87,7 +87,7 @@ def right_choice(row: Any, choices: tuple[str, ...]) -> int:
 
 def read_choices(row: Any) -> tuple[str, ...]:
     """Two or more; raises ValueError for fewer, and for what is no text."""
-    choices = tuple(words({"choices": each}, "choices") for each in field(row, "choices", list))
+    choices = tuple(caption_text({"choices": each}, "choices") for each in field(row, "choices", list))
     if len(choices) < 2:
         raise ValueError(f"'choices' must be two or more, got {shown(choices)}")
     return choices
@@ -107,7 +107,7 @@ def _split(file: Path, problems: dict[str, Any]) -> list[str]:
 def _problem(root: str, prompt: str, number: int, entry: tuple[str, Any]) -> Item:
     name, row = entry
     choices, hint = read_choices(row), text(row, "hint").strip() if "hint" in row else ""
-    question = f"{words(row, 'question')} Context: {hint}" if hint else words(row, "question")
+    question = f"{caption_text(row, 'question')} Context: {hint}" if hint else caption_text(row, "question")
     image = None
     if row.get("image") is not None:
         image = there(root, f"{SCIENCE_SPLIT}/{name}/{field(row, 'image', str)}")
@@ -118,7 +118,7 @@ def _problem(root: str, prompt: str, number: int, entry: tuple[str, Any]) -> Ite
 def _icons(root: str, prompt: str, number: int, row: Any) -> Item:
     image = there(root, f"{field(row, 'image_id', str, int)}/image.png")
     choices = read_choices(row)
-    return Item(str(number), asked(prompt, words(row, "question"), image), choices=choices,
+    return Item(str(number), asked(prompt, caption_text(row, "question"), image), choices=choices,
                 right=right_choice(row, choices))
 
 
@@ -128,5 +128,5 @@ def _pope(root: str, folder: str, setting: str, prompt: str, number: int, line: 
     if label not in YES_NO:
         raise ValueError(f"'label' must be yes or no, got {shown(label)}")
     name = f"{setting or 'pope'}:{field(row, 'question_id', int, str)}"
-    return Item(name, asked(prompt, words(row, "text"), image), choices=YES_NO, right=YES_NO.index(label),
+    return Item(name, asked(prompt, caption_text(row, "text"), image), choices=YES_NO, right=YES_NO.index(label),
                 group=setting)

@@ -14,7 +14,7 @@ from typing import Any
 
 from mmjax.batch import Sample
 from mmjax.data.conversation import PICTURE
-from mmjax.data.formats.rows import picture, shown, without_picture
+from mmjax.data.formats.rows import image_path, shown, without_image
 from mmjax.data.text import MARKED, PLACEHOLDER
 
 SHOWN = 20  # broken entries that an error names
@@ -83,7 +83,7 @@ def json_lines(file: Path) -> dict[int, bytes]:
 @functools.lru_cache(maxsize=4096)
 def there(root: str, name: str) -> str:
     """The path of a picture below a root; raises ValueError if it is not there, or leads out of the root."""
-    path = picture(root, name)
+    path = image_path(root, name)
     if not os.path.isfile(path):
         raise ValueError(f"there is no picture {shown(path)}")
     return path
@@ -97,7 +97,7 @@ def asked(template: str, question: str, image: str | None) -> Sample:
     question shows a picture that is not there, or both show it.
     """
     if image is None:
-        return Sample(prompt=MARKED.sub("", template).replace("{}", without_picture(question)))
+        return Sample(prompt=MARKED.sub("", template).replace("{}", without_image(question)))
     words = template.replace("{}", question)
     if words.count(PLACEHOLDER) > 1:
         raise ValueError(f"{shown(words)} has {words.count(PLACEHOLDER)} {PLACEHOLDER}, but there is one picture")

@@ -3,7 +3,7 @@
 import functools
 from typing import Any
 
-from mmjax.data.formats.rows import field, parse_json, picture_root, text, the_file, words
+from mmjax.data.formats.rows import caption_text, field, image_root, parse_json, text, the_file
 from mmjax.evaluate.benchmarks.choosing import read_choices, right_choice
 from mmjax.evaluate.benchmarks.items import Item, asked, check_template, items, json_lines, there
 
@@ -33,7 +33,7 @@ def jsonl_choices(path: str, root: str | None = None, prompt: str | None = None)
 
 def _lines(path: str, root: str | None, prompt: str | None, make: Any) -> list[Item]:
     file = the_file(path, "*.jsonl", "a file with one JSON object a line")
-    root, prompt = picture_root(file, root), check_template(PROMPT if prompt is None else prompt, "line's prompt")
+    root, prompt = image_root(file, root), check_template(PROMPT if prompt is None else prompt, "line's prompt")
     return items(file, root, json_lines(file), functools.partial(_line, root, prompt, make))
 
 
@@ -42,7 +42,7 @@ def _line(root: str, prompt: str, make: Any, number: int, line: bytes) -> Item:
         row = parse_json(line)
     except ValueError as error:
         raise ValueError(f"the line is not JSON: {error}") from error
-    question = words(row, "prompt")
+    question = caption_text(row, "prompt")
     image = there(root, field(row, "image", str)) if row.get("image") is not None else None
     name = str(field(row, "id", str, int)) if "id" in row else str(number)
     group = text(row, "group") if "group" in row else ""
@@ -53,9 +53,9 @@ def _in_words(name: str, sample: Any, group: str, row: Any) -> Item:
     if "choices" in row:
         raise ValueError("it has choices: score this file as jsonl_choices")
     if "references" in row:
-        references = tuple(words({"references": each}, "references") for each in field(row, "references", list))
+        references = tuple(caption_text({"references": each}, "references") for each in field(row, "references", list))
     else:
-        references = (words(row, "answer"),)
+        references = (caption_text(row, "answer"),)
     if not references:
         raise ValueError("'references' is empty")
     return Item(name, sample, references, group=group)

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmjax.data.formats.grounding import SPLIT, instances, plain_pickle
 from mmjax.data.formats.record import clean_caption
-from mmjax.data.formats.rows import coco_name, field, picture_root, read_json, shown, the_file, words
+from mmjax.data.formats.rows import caption_text, coco_name, field, image_root, read_json, shown, the_file
 from mmjax.evaluate.benchmarks.items import Item, asked, check_template, items, there
 
 PROMPT = "[refer] give me the location of {}"  # coco_caption.py: RefCOCOEvalData
@@ -28,7 +28,7 @@ def refer(path: str, root: str | None = None, prompt: str | None = None) -> list
     prompt = check_template(PROMPT if prompt is None else prompt, "expression")
     if file.suffix == ".json":
         rows = read_json(file, list, expected='a list of {"img_id", "sents", "bbox", "height", "width"}')
-        root = picture_root(file, root)
+        root = image_root(file, root)
         return items(file, root, rows, functools.partial(_evaluation, root, prompt))
     root = str(file.absolute().parent.parent) if root is None else root
     images, boxes = instances(file)
@@ -48,7 +48,7 @@ def _reference(root: str, images: dict[int, Any], boxes: dict[int, Any], prompt:
     key, box = field(ref, "image_id", int), field(ref, "ann_id", int)
     if key not in images or box not in boxes:
         raise ValueError(f"instances.json has no picture {key}, or no box {box}")
-    expression = clean_caption(words(sentence, "raw"))
+    expression = clean_caption(caption_text(sentence, "raw"))
     if not expression:
         raise ValueError("nothing but punctuation in the expression")
     image = there(root, coco_name(SPLIT, key))
@@ -60,7 +60,7 @@ def _evaluation(root: str, prompt: str, number: int, row: Any) -> Item:
     # eval_ref.py: the id of the picture, then that of the box; several expressions have the same
     name = field(row, "img_id", str)
     image = there(root, f"{SPLIT}/{name[:len('COCO_train2014_000000000000')]}.jpg")
-    return _found(f"{name}:{number}", asked(prompt, words(row, "sents"), image), row, row, "")
+    return _found(f"{name}:{number}", asked(prompt, caption_text(row, "sents"), image), row, row, "")
 
 
 def _found(name: str, sample: Any, boxed: Any, sized: Any, group: str) -> Item:

@@ -3,7 +3,7 @@
 import functools
 from typing import Any
 
-from mmjax.data.formats.rows import coco_name, field, parse_json, picture_root, read_json, the_file, words
+from mmjax.data.formats.rows import caption_text, coco_name, field, image_root, parse_json, read_json, the_file
 from mmjax.data.formats.vqa import with_answers
 from mmjax.evaluate.benchmarks.items import Item, asked, check_template, items, json_lines, there
 
@@ -26,7 +26,7 @@ def vqa(path: str, root: str | None = None, prompt: str | None = None) -> list[I
     """
     file = the_file(path, "*_questions.json", "VQA's questions")
     content = read_json(file, dict, list, expected='{"questions": [...]}, or a list of {"image", "question", "answer"}')
-    root, prompt = picture_root(file, root), check_template(SHORT if prompt is None else prompt, "question")
+    root, prompt = image_root(file, root), check_template(SHORT if prompt is None else prompt, "question")
     if isinstance(content, list):
         return items(file, root, content, functools.partial(_listed, root, "", prompt))
     questions, split, answers = with_answers(file, content)
@@ -45,7 +45,7 @@ def gqa(path: str, root: str | None = None, prompt: str | None = None) -> list[I
     """
     file = the_file(path, "*questions*.json", "GQA's questions")
     content = read_json(file, dict, list, expected='{ID: {"imageId", "question", "answer"}}')
-    root, prompt = picture_root(file, root), check_template(SHORT if prompt is None else prompt, "question")
+    root, prompt = image_root(file, root), check_template(SHORT if prompt is None else prompt, "question")
     if isinstance(content, list):
         return items(file, root, content, functools.partial(_listed, root, "images/", prompt))
     return items(file, root, content.items(), functools.partial(_gqa, root, prompt))
@@ -61,7 +61,7 @@ def vizwiz(path: str, root: str | None = None, prompt: str | None = None) -> lis
     """
     file = the_file(path, "val.json", "VizWiz's val.json")
     rows = read_json(file, list, expected='a list of {"image", "question", "answers"}')
-    root, prompt = picture_root(file, root), check_template(VIZWIZ if prompt is None else prompt, "question")
+    root, prompt = image_root(file, root), check_template(VIZWIZ if prompt is None else prompt, "question")
     return items(file, root, rows, functools.partial(_vizwiz, root, prompt))
 
 
@@ -74,7 +74,7 @@ def vsr(path: str, root: str | None = None, prompt: str | None = None) -> list[I
     Groups are the relations. Raises FileNotFoundError, or ValueError naming what cannot be used.
     """
     file = the_file(path, "*.jsonl", "VSR's lines of JSON")
-    root, prompt = picture_root(file, root), check_template(VSR if prompt is None else prompt, "statement")
+    root, prompt = image_root(file, root), check_template(VSR if prompt is None else prompt, "statement")
     return items(file, root, json_lines(file), functools.partial(_vsr, root, prompt))
 
 
@@ -84,17 +84,17 @@ def _question(root: str, split: str, answers: dict[Any, Any], prompt: str, numbe
         raise ValueError(f"there is no answer to question {key}")
     image = there(root, coco_name(split, field(row, "image_id", int)))
     kind = answers[key].get("answer_type", "")
-    return Item(str(key), asked(prompt, words(row, "question"), image), _answers(answers[key]),
+    return Item(str(key), asked(prompt, caption_text(row, "question"), image), _answers(answers[key]),
                 group=kind if isinstance(kind, str) else "")
 
 
 def _listed(root: str, folder: str, prompt: str, number: int, row: Any) -> Item:
     given = field(row, "answer", str, list)
-    references = tuple(words({"answer": each}, "answer") for each in ([given] if isinstance(given, str) else given))
+    references = tuple(caption_text({"answer": each}, "answer") for each in ([given] if isinstance(given, str) else given))
     if not references:
         raise ValueError("there is no answer")
     name = str(field(row, "question_id", int, str)) if "question_id" in row else str(number)
-    return Item(name, asked(prompt, words(row, "question"), there(root, folder + field(row, "image", str))), references)
+    return Item(name, asked(prompt, caption_text(row, "question"), there(root, folder + field(row, "image", str))), references)
 
 
 def _gqa(root: str, prompt: str, number: int, entry: tuple[str, Any]) -> Item:
@@ -102,14 +102,14 @@ def _gqa(root: str, prompt: str, number: int, entry: tuple[str, Any]) -> Item:
     image = there(root, f"images/{field(row, 'imageId', str, int)}.jpg")
     types = row.get("types")
     group = types.get("structural", "") if isinstance(types, dict) else ""
-    return Item(name, asked(prompt, words(row, "question"), image), (words(row, "answer"),),
+    return Item(name, asked(prompt, caption_text(row, "question"), image), (caption_text(row, "answer"),),
                 group=group if isinstance(group, str) else "")
 
 
 def _vizwiz(root: str, prompt: str, number: int, row: Any) -> Item:
     name = field(row, "image", str)
     kind = row.get("answer_type", "")
-    return Item(name, asked(prompt, words(row, "question"), there(root, name)), _answers(row),
+    return Item(name, asked(prompt, caption_text(row, "question"), there(root, name)), _answers(row),
                 group=kind if isinstance(kind, str) else "")
 
 
@@ -120,7 +120,7 @@ def _vsr(root: str, prompt: str, number: int, line: bytes) -> Item:
     if label not in (0, 1):
         raise ValueError(f"'label' must be 0 or 1, got {label}")
     relation = row.get("relation", "")
-    return Item(str(number), asked(prompt, words(row, "caption"), image), ("true" if label else "false",),
+    return Item(str(number), asked(prompt, caption_text(row, "caption"), image), ("true" if label else "false",),
                 group=relation if isinstance(relation, str) else "")
 
 

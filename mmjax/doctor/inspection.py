@@ -78,7 +78,7 @@ class Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Patient:
+class Inspection:
     """What is examined.
 
     source:  the checkpoint, with the run's architecture if it is a run
@@ -115,7 +115,7 @@ class Patient:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class StoredRows:
     """A parameter's rows along the first axis, read as float32 when they are asked for. `layered`: those are layers."""
 
     shape: tuple[int, ...]
@@ -132,7 +132,7 @@ class Rows:
         return ((first, min(first + step, self.shape[0])) for first in range(0, self.shape[0], step))
 
 
-def open_folder(folder: Path) -> tuple[Patient, list[Finding]]:
+def inspect_folder(folder: Path) -> tuple[Inspection, list[Finding]]:
     """The patient, without statistics; and what can be said of its files.
 
     Raises FileNotFoundError or ValueError if there is no checkpoint at all, or its config.json is damaged.
@@ -147,11 +147,11 @@ def open_folder(folder: Path) -> tuple[Patient, list[Finding]]:
     except FileNotFoundError:
         raise
     except Exception as error:
-        return Patient(source, card, {}, {}, run), [*found, damaged(source.folder, error)]
+        return Inspection(source, card, {}, {}, run), [*found, damaged(source.folder, error)]
     axes = source.family.all_axes(source.config)
-    read = {path: Rows(tuple(array.shape), functools.partial(_stored, array), trees.lookup(path, axes)[0] == "layer")
+    read = {path: StoredRows(tuple(array.shape), functools.partial(_stored, array), trees.lookup(path, axes)[0] == "layer")
             for path, array in held.items() if path in wanted and path not in trained}
-    read |= {path: Rows(leaf.shape, functools.partial(_rows, np.asarray(leaf)), trees.lookup(path, axes)[0] == "layer")
+    read |= {path: StoredRows(leaf.shape, functools.partial(_rows, np.asarray(leaf)), trees.lookup(path, axes)[0] == "layer")
              for path, leaf in trained.items() if path in wanted}
     fresh = tuple(path for path in source.fresh if path not in trained)
     there = {path: rows for path, rows in (held | trained).items() if not path.startswith(REPLACED)}
@@ -165,7 +165,7 @@ def open_folder(folder: Path) -> tuple[Patient, list[Finding]]:
         found.append(Finding("parameters", "ok", f"{len(read)} tensors, {count:,} numbers, as the architecture wants "
                              "them.", {"tensors": len(read), "numbers": count}))
     unreadable = any(finding.verdict == "wrong" for finding in found if finding.name == "run")
-    return Patient(source, card, read, {}, run, () if unreadable else fresh), found
+    return Inspection(source, card, read, {}, run, () if unreadable else fresh), found
 
 
 def damaged(folder: Path, error: Exception) -> Finding:
@@ -193,7 +193,7 @@ def _trained(run: Path) -> tuple[dict[str, Any], list[Finding]]:
                              "are trained.", {"step": step, "trained": sorted(trained)})]
 
 
-def statistics(path: str, rows: Rows) -> Tensor:
+def statistics(path: str, rows: StoredRows) -> Tensor:
     """Reads a tensor slice by slice."""
     parts = [Moments.of(rows(*bounds)) for bounds in rows.ranges()]
     return Tensor(path, rows.shape, functools.reduce(Moments.__add__, parts, Moments()),

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 from mmjax.convert.vocabulary import PADDED_VOCABULARY
 from mmjax.doctor.finding import Finding, some
-from mmjax.doctor.patient import Patient
+from mmjax.doctor.inspection import Inspection
 from mmjax.tokenizer import Tokenizer
 
 STRINGS = ("The sun rises in the east.", "3.14 is less than 4; isn't it?", "Wie geht es dir? Ça va bien.")
 
 
-def check(patient: Patient) -> list[Finding]:
+def check(patient: Inspection) -> list[Finding]:
     """Does the vocabulary fit the embedding table, and do its special ids?"""
     try:
         words = patient.source.tokenizer
@@ -30,7 +30,7 @@ def _vocabulary(words: Tokenizer, rows: int) -> Finding:
                    "Vicuna v0 32001). Take the tokenizer files from the folder of the weights.", figures)
 
 
-def _special(patient: Patient, words: Tokenizer, rows: int) -> Finding:
+def _special(patient: Inspection, words: Tokenizer, rows: int) -> Finding:
     told = patient.source.generation
     ends = told["eos_token_id"] if isinstance(told["eos_token_id"], list) else [told["eos_token_id"]]
     own = {"bos": words.bos, "eos": words.eos, "unk": words.unk, "pad": words.pad}

@@ -16,7 +16,7 @@ from mmjax.checkpoints import training as training_checkpoints
 from mmjax.checkpoints.restore import ModelSpec
 from mmjax.config import MeshConfig
 from mmjax.doctor.finding import Finding, Verdict, some
-from mmjax.doctor.patient import Patient
+from mmjax.doctor.inspection import Inspection
 from mmjax.inference.loaded import Loaded
 from mmjax.training import steps
 
@@ -37,7 +37,7 @@ STILL = 1e-5  # of the largest logit: what a picture moves less than this does n
 FAINT, LOUD = 1 / 30, 1000.0  # lengths of soft tokens over those of words
 
 
-def base_weights(patient: Patient) -> Iterator[Finding]:
+def base_weights(patient: Inspection) -> Iterator[Finding]:
     """Are a run's frozen parameters those that it was trained with? A few are read at a time."""
     told = converted.read_run_card(patient.run)["config"]
     place = patient.run / "checkpoints"
@@ -61,7 +61,7 @@ def base_weights(patient: Patient) -> Iterator[Finding]:
         yield Finding("base weights", "ok", f"All {len(known)} frozen tensors are those that the run was trained with.")
 
 
-def _together(paths: Sequence[str], patient: Patient) -> Iterator[list[str]]:
+def _together(paths: Sequence[str], patient: Inspection) -> Iterator[list[str]]:
     """Parts of a list of parameters that are as large as the largest of them, or `AT_ONCE`."""
     part, count = [], 0
     for path in paths:
@@ -157,7 +157,7 @@ def _run(model: Loaded, batch: Batch, language_only: bool = False) -> dict[str, 
     """The stages of a batch, or those of the language model, in order."""
     known = parity.known(model.family, model.config)
     names = [name for name, stage in known.items() if not language_only or stage.kind != "encoder"]
-    with sharding.use(model.mesh):
+    with sharding.use_mesh(model.mesh):
         found = parity.compute(model.module, model.family, frozenset(names), False, model.params, batch)
     return {name: np.asarray(found[name].astype(jnp.float32)) for name in names if name in found}
 
@@ -176,7 +176,7 @@ def not_finite(model: Loaded, found: Mapping[str, np.ndarray]) -> Finding | None
                    "number is NaN, the activations overflow: try --dtype float32.", {"stage": name})
 
 
-def pictures(model: Loaded, patient: Patient) -> Iterator[Finding]:
+def pictures(model: Loaded, patient: Inspection) -> Iterator[Finding]:
     """Two pictures, or two inputs of every sense: is all finite, do they differ, and do they reach the answer?"""
     if (batch := seeing(model)) is None:
         return

@@ -9,7 +9,7 @@ import numpy as np
 
 from mmjax.convert.vocabulary import DELTA_SCALE
 from mmjax.doctor.finding import Finding, some
-from mmjax.doctor.patient import Moments, Patient, Rows
+from mmjax.doctor.inspection import Inspection, Moments, StoredRows
 
 NOISE = 2.0  # how much more word vectors' lengths vary than chance makes them: fresh ones 1, trained ones 9 and more
 OUTLIER = 30.0  # factor between the size of a layer's matrix and the median layer's
@@ -20,7 +20,7 @@ GATE = r"llm/(layers/)?(attn/)?gate"
 LORA_B = r"llm/.*/lora_b"
 
 
-def finite(patient: Patient) -> Iterator[Finding]:
+def finite(patient: Inspection) -> Iterator[Finding]:
     """NaN and infinity in stored tensors."""
     bad = {path: tensor for path, tensor in patient.tensors.items() if tensor.whole.bad}
     for path, tensor in bad.items():
@@ -33,7 +33,7 @@ def finite(patient: Patient) -> Iterator[Finding]:
         yield Finding("finite", "ok", "No stored number is NaN or infinite.")
 
 
-def empty(patient: Patient) -> Iterator[Finding]:
+def empty(patient: Inspection) -> Iterator[Finding]:
     """Tensors and layers that are all zeros, or one number throughout."""
     known, wrong = patient.card.get("constant", {}), False
     for path, tensor in patient.matching(f"{MATRIX}|{NORM}").items():
@@ -57,7 +57,7 @@ def empty(patient: Patient) -> Iterator[Finding]:
         yield Finding("empty", "ok", "No matrix, table or layer is empty.")
 
 
-def layers(patient: Patient) -> Iterator[Finding]:
+def layers(patient: Inspection) -> Iterator[Finding]:
     """Layers that are copies of each other, or of another order of magnitude."""
     copies: dict[tuple[str, int, int], list[str]] = collections.defaultdict(list)
     strange, compared = [], collections.Counter()
@@ -87,7 +87,7 @@ def layers(patient: Patient) -> Iterator[Finding]:
                       f"({sum(compared.values())} kinds of matrices).")
 
 
-def _groups(patient: Patient) -> dict[str, dict[int, tuple[Moments, str, int | None]]]:
+def _groups(patient: Inspection) -> dict[str, dict[int, tuple[Moments, str, int | None]]]:
     """`{name: {layer: (moments, path, place along the first axis or None)}}`: what layers have in common."""
     groups: dict[str, dict[int, tuple[Moments, str, int | None]]] = collections.defaultdict(dict)
     for path, tensor in patient.tensors.items():
@@ -106,11 +106,11 @@ def _alike(group: Mapping[int, tuple[Moments, str, int | None]]) -> Iterator[tup
             yield first[moments], i
 
 
-def _layer(patient: Patient, path: str, place: int | None) -> np.ndarray:
+def _layer(patient: Inspection, path: str, place: int | None) -> np.ndarray:
     return patient.array(path) if place is None else patient.read[path](place, place + 1)
 
 
-def delta(patient: Patient) -> Iterator[Finding]:
+def delta(patient: Inspection) -> Iterator[Finding]:
     """A delta in place of the language model: its norm scales lie around 0."""
     scales = {path: patient.array(path) for path in patient.matching(r"llm/.*norm/scale")}
     if not scales:
@@ -129,7 +129,7 @@ def delta(patient: Patient) -> Iterator[Finding]:
                       f"{negative:.1%} of them negative.", figures)
 
 
-def word_vectors(patient: Patient) -> Iterator[Finding]:
+def word_vectors(patient: Inspection) -> Iterator[Finding]:
     """Do the embedding table and the head look trained? Lengths of fresh random vectors hardly differ."""
     for path, axis in (("llm/embedding", 0), ("llm/head/w", 1)):
         tensor = patient.tensors.get(path)
@@ -151,7 +151,7 @@ def word_vectors(patient: Patient) -> Iterator[Finding]:
                           f"{spread:.0f} times as much as chance makes them.", figures)
 
 
-def _spread(rows: Rows, axis: int) -> tuple[float, int]:
+def _spread(rows: StoredRows, axis: int) -> tuple[float, int]:
     """(variance of the words' squared lengths over that of independent numbers of the same moments, words of zeros).
 
     For independent numbers x a squared length of D of them has the variance D·(E[x⁴] - E[x²]²).
@@ -171,7 +171,7 @@ def _spread(rows: Rows, axis: int) -> tuple[float, int]:
     return float(written.var() / chance) if chance > 0 else math.inf, int((lengths == 0).sum())
 
 
-def never_trained(patient: Patient) -> Iterator[Finding]:
+def never_trained(patient: Inspection) -> Iterator[Finding]:
     """Parameters that no file held."""
     if patient.fresh:
         yield Finding("never trained", "warning", f"{len(patient.fresh)} parameters were in no file and start anew: "
@@ -180,7 +180,7 @@ def never_trained(patient: Patient) -> Iterator[Finding]:
                       {"parameters": list(patient.fresh)})
 
 
-def gates(patient: Patient) -> Iterator[Finding]:
+def gates(patient: Inspection) -> Iterator[Finding]:
     """Gates through which pictures and prompts reach the language model."""
     cfg = patient.source.config
     for path in patient.matching(GATE):
@@ -209,7 +209,7 @@ def gates(patient: Patient) -> Iterator[Finding]:
                           f"{widest.max():.2g}.", figures)
 
 
-def lora(patient: Patient) -> Iterator[Finding]:
+def lora(patient: Inspection) -> Iterator[Finding]:
     """LoRA of which either matrix is zero adds nothing."""
     idle, total = {}, 0
     for path, second in patient.matching(LORA_B).items():
