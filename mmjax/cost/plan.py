@@ -234,7 +234,7 @@ class AbstractStep:
     mesh: Any
 
     @staticmethod
-    def of(config: RunConfig, source: ConvertedCheckpoint, mesh: Any, length: int) -> "Step":
+    def of(config: RunConfig, source: ConvertedCheckpoint, mesh: Any, length: int) -> "AbstractStep":
         """As `mmjax.training.run.train` would call it. Raises ValueError for parameters that the mesh cannot divide."""
         spec = run.model_spec(config, source, mesh)
         params = trees.unflatten(spec.param_specs(run.loaded_by(config, source.family)))

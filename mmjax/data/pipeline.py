@@ -206,7 +206,7 @@ class _Position:
         """What it takes of a row."""
         return Size(self.tokenized.length, len(self.tokenized.sample.images))
 
-    def with_images(self, images: list[Any], **changes: Any) -> "_Place":
+    def with_images(self, images: list[Any], **changes: Any) -> "_Position":
         """The same with its images opened."""
         sample = dataclasses.replace(self.tokenized.sample, images=images)
         return dataclasses.replace(self, tokenized=dataclasses.replace(self.tokenized, sample=sample), **changes)

@@ -91,7 +91,7 @@ class Inspection:
 
     source: ConvertedCheckpoint
     card: Mapping[str, Any]
-    read: Mapping[str, "Rows"]
+    read: Mapping[str, "StoredRows"]
     tensors: Mapping[str, Tensor]
     run: Path | None = None
     fresh: tuple[str, ...] = ()

@@ -47,7 +47,7 @@ class JsonlLog:
                 return None
             raise ValueError(f"{self._path}, line {number} is not JSON: {error}. Mend or remove that line.") from error
 
-    def __enter__(self) -> "Lines":
+    def __enter__(self) -> "JsonlLog":
         self._file = self._path.open("ab", buffering=0) if distributed.is_primary() else None
         return self
 

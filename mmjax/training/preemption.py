@@ -40,7 +40,7 @@ class StopSignal:
         self._signal: int | None = None
         self._step = step
 
-    def __enter__(self) -> "Notice":
+    def __enter__(self) -> "StopSignal":
         if not self._together and threading.current_thread() is threading.main_thread():
             self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._note)
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
