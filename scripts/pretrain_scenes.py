@@ -333,7 +333,7 @@ def main() -> None:
     (out / "llama").mkdir(parents=True, exist_ok=True)
     write_tokenizer(out / "llama", all_texts())
     tokenizer = Tokenizer.from_folder(out / "llama")
-    vision = train_vision(steps=1_600, pictures=24_000, batch=64, rate=2e-3)
+    vision = train_vision(steps=1_600, image_count=24_000, batch=64, rate=2e-3)
     language = train_language(tokenizer, steps=800, texts=40_000, batch=96, rate=3e-3)
     save(out, {**vision, **language})
 

@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    vision, head = train_vision(steps=1_600, pictures=16_000, batch=64, rate=2e-3)
+    vision, head = train_vision(steps=1_600, image_count=16_000, batch=64, rate=2e-3)
     depth = train_depth(vision, head, steps=600, pairs=12_000, batch=64, rate=2e-3)
     measure(vision, depth, head)
     save(out, {"imagebind": {"vision": vision, "depth": depth}})

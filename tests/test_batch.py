@@ -11,7 +11,7 @@ def test_batches_pass_through_jit_with_and_without_pictures():
     seen = []
     double = jax.jit(lambda batch: seen.append(batch.images is None) or jax.tree.map(lambda x: x + x, batch))
     for pictures in (1, 0):
-        batch = tiny.batch(pictures=pictures)
+        batch = tiny.batch(image_count=pictures)
         doubled = double(batch)
         assert (doubled.tokens == 2 * batch.tokens).all()
         assert (doubled.images is None) == (pictures == 0)

@@ -48,7 +48,7 @@ def test_a_process_that_fails_is_told_with_its_words():
 
 def test_batches_are_as_the_pipeline_makes_them():
     cfg = TOY.minigpt4
-    packed = sizes.batch(cfg, [[30, 34], [29]], 80, pictures=2)
+    packed = sizes.batch(cfg, [[30, 34], [29]], 80, image_count=2)
     assert packed.images.shape[:2] == (2, 2)
     assert packed.valid.sum(1).tolist() == [64, 29]
     assert packed.positions[0, [29, 30, 63]].tolist() == [29, 0, 33]

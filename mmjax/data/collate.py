@@ -77,7 +77,7 @@ class Collator:
         """uint8[S,S,3], or of one that comes normalised float32[3,S,S]; or its feature. Raises ValueError as
         `images.load` and `Features.find` do."""
         if self.features is not None:
-            return self.features.picture(image, random)
+            return self.features.feature_of(image, random)
         return images.read(image, self.config.images, random)
 
     def batch(self, rows: Sequence[Sequence[Tokenized]], length: int) -> Batch:

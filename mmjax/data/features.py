@@ -550,7 +550,7 @@ class Features:
         """The feature of the picture of zeros."""
         return self.find(None)
 
-    def picture(self, image: Any, random: np.random.Generator | None) -> np.ndarray:
+    def feature_of(self, image: Any, random: np.random.Generator | None) -> np.ndarray:
         """The feature of a picture; of one of its crops, where one is drawn. Raises ValueError as `find` does."""
         return self.find(image, 0 if random is None else int(random.integers(self.card.crops)))
 
@@ -561,15 +561,15 @@ class Features:
                 no pictures at all. Otherwise [B,...], one a row: of text alone that of the picture of zeros
         most:   F; None for the longest row's number of pictures
         """
-        pictures = [[picture for sample in row for picture in sample.images] for row in rows]
+        found = [[picture for sample in row for picture in sample.images] for row in rows]
         if not placed:
-            if many := [row for row, its in enumerate(pictures) if len(its) > 1]:
+            if many := [row for row, its in enumerate(found) if len(its) > 1]:
                 raise ValueError(f"Rows {many} have more than one picture, but this model reads one a row.")
-            return np.stack([its[0] if its else self.nothing for its in pictures])
-        most = max(map(len, pictures)) if most is None else most
+            return np.stack([its[0] if its else self.nothing for its in found])
+        most = max(map(len, found)) if most is None else most
         if not most:
             return None
-        return np.stack([np.stack(its + [self.blank] * (most - len(its))) for its in pictures])
+        return np.stack([np.stack(its + [self.blank] * (most - len(its))) for its in found])
 
 
 def _is_picture(held: Held) -> bool:

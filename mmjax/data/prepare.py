@@ -196,15 +196,15 @@ def _look(records: Sequence[Record], number: int, decode: bool) -> _PreparedReco
         record = records[number]
         if record.problem is not None:
             raise ValueError(record.problem)
-        picture = None if record.image is None else _picture(record.image, decode)
-        return _PreparedRecord(record.name, example(record, picture))
+        content = None if record.image is None else _image_bytes(record.image, decode)
+        return _PreparedRecord(record.name, example(record, content))
     except (ValueError, OSError) as error:
         name, image = (str(number), None) if record is None else (record.name, record.image)
         file = None if image is None else str(getattr(image, "file", image))
         return _PreparedRecord(name, None, {"record": number, "name": name, "file": file, "problem": str(error)})
 
 
-def _picture(image: Any, decode: bool) -> bytes:
+def _image_bytes(image: Any, decode: bool) -> bytes:
     """A picture's bytes. Raises OSError or ValueError if it is not there, or not a picture of a size to be decoded."""
     if hasattr(image, "read"):
         content = image.read()

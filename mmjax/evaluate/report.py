@@ -110,15 +110,15 @@ def thumbnail(picture: Any, side: int) -> np.ndarray:
     return np.asarray(small)
 
 
-def boxed(picture: np.ndarray, size: tuple[int, int],
+def boxed(pixels: np.ndarray, size: tuple[int, int],
           boxes: Mapping[str, tuple[float, float, float, float]]) -> np.ndarray:
-    """A picture uint8[H,W,3] with boxes drawn on it, each with its name: "truth" in green, others in blue.
+    """A pixels uint8[H,W,3] with boxes drawn on it, each with its name: "truth" in green, others in blue.
 
-    size:  (width, height) of the picture that the boxes' pixels (x1, y1, x2, y2) are of
+    size:  (width, height) of the pixels that the boxes' pixels (x1, y1, x2, y2) are of
     """
     from PIL import Image, ImageDraw
 
-    image = Image.fromarray(picture)
+    image = Image.fromarray(pixels)
     draw, (across, down) = ImageDraw.Draw(image), (image.width / size[0], image.height / size[1])
     wide = max(2, round(max(image.size) / 120))
     labels = []

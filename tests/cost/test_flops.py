@@ -60,7 +60,7 @@ def test_what_cannot_be_counted_is_an_error():
 
 def test_a_trained_language_model_is_6N():
     c = FAMILIES["llama"].presets["tiny"]
-    found = count("llama", c, ("llm/.*",), tiny.batch(B, T, pictures=0))
+    found = count("llama", c, ("llm/.*",), tiny.batch(B, T, image_count=0))
     forward = sum(layers(c.llm, B, T)) + head(c.llm, B, T)
     assert found.forward == {"llm": forward} and found.backward == {"llm": 2 * forward}
     assert found.model == 3 * forward
@@ -132,7 +132,7 @@ def test_only_the_logits_of_targets_are_useful():
     assert found.model - found.useful(6) == found.logits * (B * T - 6) // (B * T)
     tied = dataclasses.replace(FAMILIES["llama"].presets["tiny"].llm, tied=True)
     words = count("llama", dataclasses.replace(FAMILIES["llama"].presets["tiny"], llm=tied), ("llm/norm/.*",),
-                  tiny.batch(B, T, pictures=0))
+                  tiny.batch(B, T, image_count=0))
     assert words.logits == 2 * head(tied, B, T)
 
 

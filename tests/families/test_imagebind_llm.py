@@ -41,7 +41,7 @@ def batch(weights=None, image=None, **media):
     given = media if image is None else {"image": image} | media
     ones = {name: np.ones(len(x), np.float32) for name, x in given.items()}
     return dataclasses.replace(
-        tiny.batch(rows=ROWS, pictures=0), images=None if image is None else image[:, None], media=media or None,
+        tiny.batch(rows=ROWS, image_count=0), images=None if image is None else image[:, None], media=media or None,
         weights=(ones | (weights or {})) if given else None)
 
 

@@ -32,11 +32,11 @@ def params(cfg):
     return tiny.params("llama_adapter", cfg)
 
 
-def batch(rows=2, pictures=1):
+def batch(rows=2, image_count=1):
     """Words, and normalised pictures."""
     random = np.random.default_rng(1)
     images = random.normal(size=(rows, pictures, 3, SIZE, SIZE)).astype(np.float32) if pictures else None
-    return dataclasses.replace(tiny.batch(rows, pictures=0), images=images)
+    return dataclasses.replace(tiny.batch(rows, image_count=0), images=images)
 
 
 @functools.cache
@@ -107,7 +107,7 @@ def test_decoding_with_a_cache_is_the_whole_pass():
 
 def test_text_alone_comes_with_a_picture_of_zeros():
     dark = dataclasses.replace(batch(), images=np.zeros((2, 1, 3, SIZE, SIZE), np.float32))
-    np.testing.assert_array_equal(logits(V2)(params(V2), batch(pictures=0)), logits(V2)(params(V2), dark))
+    np.testing.assert_array_equal(logits(V2)(params(V2), batch(image_count=0)), logits(V2)(params(V2), dark))
 
 
 def test_pictures_pass_in_the_order_blue_green_red():
@@ -122,7 +122,7 @@ def test_pictures_pass_in_the_order_blue_green_red():
 
 def test_two_pictures_a_row_are_refused():
     with pytest.raises(ValueError, match="reads one picture a row, got 2"):
-        LlamaAdapter(V2).apply({"params": params(V2)}, batch(pictures=2))
+        LlamaAdapter(V2).apply({"params": params(V2)}, batch(image_count=2))
 
 
 def test_a_config_has_both_parts_of_v2_or_none():

@@ -28,13 +28,13 @@ def compiled(cfg, method):
 
 
 def soft_tokens(images, cfg=tiny.MINIGPT4):
-    batch = dataclasses.replace(tiny.batch(len(images), pictures=0), images=images)
+    batch = dataclasses.replace(tiny.batch(len(images), image_count=0), images=images)
     return compiled(cfg, "soft_tokens")(params(cfg), batch)
 
 
 def two_pictures():
     """Rows with two pictures each: one shape, so that the tests share what is compiled."""
-    return tiny.batch(rows=2, pictures=2)
+    return tiny.batch(rows=2, image_count=2)
 
 
 def encode(batch):
@@ -76,7 +76,7 @@ def test_soft_tokens_stand_where_the_batch_says():
 
 
 def test_without_pictures_words_alone():
-    batch = tiny.batch(rows=2, pictures=0)
+    batch = tiny.batch(rows=2, image_count=0)
     words = params()["llm"]["embedding"][batch.tokens]
     np.testing.assert_array_equal(encode(batch), words)
     nowhere = dataclasses.replace(batch, images=two_pictures().images)

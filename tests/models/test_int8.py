@@ -175,7 +175,7 @@ def test_greedy_words_are_those_of_the_wide_matrices():
     config = FAMILIES["llama"].presets["tiny"]
     params = held(tiny.params("llama", config))
     settings = generate.GenerateConfig(max_new_tokens=6, stop=())
-    found, expected = (generate.generate(FAMILIES["llama"].Model(config), params, tiny.batch(pictures=0), settings)
+    found, expected = (generate.generate(FAMILIES["llama"].Model(config), params, tiny.batch(image_count=0), settings)
                        for params in (params, widened(params)))
     np.testing.assert_array_equal(found.sequences, expected.sequences)
 

@@ -49,11 +49,11 @@ def assert_same(found):
     ("llama", TIED, ("llm/embedding",)),  # it gets gradients from both of its ends
 ], ids=["frozen head", "trained head", "trained table that is the head"])
 def test_loss_and_gradients_are_the_plain_ones(small_chunks, family, cfg, rules):
-    assert_same(both(family, cfg, rules, tiny.batch(rows=3, length=11, pictures=int(family == "minigpt4"))))
+    assert_same(both(family, cfg, rules, tiny.batch(rows=3, length=11, image_count=int(family == "minigpt4"))))
 
 
 def test_every_place_a_target(small_chunks):
-    batch = tiny.batch(rows=3, length=11, pictures=0)
+    batch = tiny.batch(rows=3, length=11, image_count=0)
     assert_same(both("llama", llama.PRESETS["tiny"], ("llm/norm/scale",),
                      dataclasses.replace(batch, loss_mask=np.ones_like(batch.loss_mask))))
 

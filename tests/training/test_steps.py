@@ -20,7 +20,7 @@ from tests import tiny
 
 ADAMW = optim.optimizer(OptimConfig(init_lr=1e-2, min_lr=1e-3, warmup_steps=0))
 LLAMA = llama.PRESETS["tiny"]
-WORDS = tiny.batch(pictures=0)
+WORDS = tiny.batch(image_count=0)
 
 
 def parts(family, cfg, rules):
@@ -234,7 +234,7 @@ def test_mean_and_none_reduction():
 def test_accumulated_steps_equal_one_with_the_summed_gradient():
     module, rules = llama.TextLlama(LLAMA), ("llm/norm/.*", "llm/layers/mlp/.*")
     cfg = OptimConfig(init_lr=1e-2, min_lr=1e-2, warmup_steps=0, eps=1e-2, accumulate=2)
-    batches = [WORDS, tiny.batch(pictures=0, seed=1)]
+    batches = [WORDS, tiny.batch(image_count=0, seed=1)]
     first, frozen = parts("llama", LLAMA, rules)
     state, _ = run(module, first, frozen, batches, optim.optimizer(cfg))
 
