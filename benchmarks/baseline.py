@@ -1,11 +1,11 @@
 """The PyTorch side: what the original trains, put together from `transformers`, with mmjax's weights in it.
 
-MiniGPT-4 (minigpt4/models/minigpt4.py): picture tower and Q-Former are frozen and run without gradients, LLaMA is
+MiniGPT-4 (minigpt4/models/minigpt4.py): image tower and Q-Former are frozen and run without gradients, LLaMA is
 frozen and differentiated through, the projector is trained. ImageBind-LLM (imagebind_LLM/llama/llama_adapter.py): the
 bind network, the query and a gate a head are trained, its features are ready. Attention is torch's
 scaled_dot_product_attention, which both originals lack; layers are kept, not computed again.
 
-B rows   T tokens   F pictures a row   Q soft tokens a picture   E projector input   D language model
+B rows   T tokens   F images a row   Q soft tokens a image   E projector input   D language model
 """
 
 import dataclasses
@@ -74,7 +74,7 @@ def vision_config(cfg: Any) -> transformers.Blip2VisionConfig:
 
 
 def vision_block(cfg: Any, params: Mapping[str, Any], dtype: str, device: str) -> nn.Module:
-    """The first block of a picture tower."""
+    """The first block of a image tower."""
     prefix = "vision.encoder.layers.0."
     tensors = {key.removeprefix(prefix): tensor for key, tensor in released(minigpt4.vit_entries(cfg), params).items()
                if key.startswith(prefix)}

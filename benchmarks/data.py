@@ -1,13 +1,13 @@
 """Speed of the data pipeline, against the floor of the same work, and what of it a training step feels.
 
-    python benchmarks/data.py                     600 pictures, about two minutes
+    python benchmarks/data.py                     600 images, about two minutes
 
 Floor: Pillow alone decodes the same JPEG files and scales them (bicubic, 224 x 224) in as many threads. Pipeline: the
 batches of a MiniGPT-4 run, one sample a row and packed, from the records' order to the arrays. Floor and pipeline take
 turns in one process; the figures are medians of the turns.
 
-Python's own work: the same pipeline with pictures that are not opened. Only that keeps other threads waiting, so it
-says how many samples one process can feed to its devices, however many cores open pictures.
+Python's own work: the same pipeline with images that are not opened. Only that keeps other threads waiting, so it
+says how many samples one process can feed to its devices, however many cores open images.
 
 Waiting: a run's loop with a device that takes a given time for each step, and leaves the host alone meanwhile; the
 share of its time that it waits for its batches.
@@ -91,7 +91,7 @@ def speed(feed: Callable[[], Iterator[pipeline.PipelineBatch]], count: int) -> t
 
 
 class Unopened(Collator):
-    """Every picture is black, and no file is read."""
+    """Every image is black, and no file is read."""
 
     def image(self, image: Any, random: np.random.Generator | None) -> np.ndarray:
         return self.blank
@@ -116,7 +116,7 @@ def waiting(feed: Callable[[], Iterator[pipeline.PipelineBatch]], seconds: float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=600, help="pictures")
+    parser.add_argument("--count", type=int, default=600, help="images")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="where to write the figures too; without waiting")
@@ -128,11 +128,11 @@ def main() -> None:
         apart = DataConfig(path=folder, prompts=("<Img><ImageHere></Img> Describe this image in detail.",),
                            batch_size=12, threads=args.threads)
         packed = DataConfig(path=folder, prompts=apart.prompts, batch_size=4, threads=args.threads, pack_length=512,
-                            pack_pictures=5)
+                            pack_images=5)
         tokenizer = Tokenizer.from_folder(TOKENIZER)
 
         def feed(cfg: DataConfig, kind: type[Collator] = Collator) -> Callable[[], Iterator[pipeline.PipelineBatch]]:
-            most = cfg.pack_pictures if cfg.pack_length else None
+            most = cfg.pack_images if cfg.pack_length else None
             records = pipeline.read(cfg)
             return lambda: pipeline.batches(records, cfg, kind(tokenizer, TEXT, CONFIG, most))
 

@@ -1,7 +1,7 @@
 """Small files that would take a machine down, and what reading each takes: an answer or one line, in little memory.
 
     python benchmarks/hostile.py                 about 40 files, made in a temporary folder; half a minute
-    python benchmarks/hostile.py FILE ...        other files, read by their endings: .wav, .npy, .npz, .p, pictures
+    python benchmarks/hostile.py FILE ...        other files, read by their endings: .wav, .npy, .npz, .p, images
     python benchmarks/hostile.py --most 500      fails above so many megabytes
 
 Each is read in a forked process of its own, which prints its peak. Fails if a process dies, raises anything but a
@@ -43,7 +43,7 @@ def wav(rate: int, size: int = 128, channels: int = 1, bits: int = 16, claimed: 
 
 
 def png(width: int, height: int, colour: int = 0, present: bool = True) -> bytes:
-    """A picture of one colour (colour 0: grey, 2: RGB, 6: RGBA); without its pixels if they are not `present`."""
+    """A image of one colour (colour 0: grey, 2: RGB, 6: RGBA); without its pixels if they are not `present`."""
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
@@ -80,7 +80,7 @@ def npz(count: int, size: int) -> bytes:
 
 
 def tiff(side: int, tile: int) -> bytes:
-    """A picture of side x side grey pixels in tiles of tile x tile, whose content is missing."""
+    """A image of side x side grey pixels in tiles of tile x tile, whose content is missing."""
     tags = ((256, 4, side), (257, 4, side), (258, 3, 8), (259, 3, 5), (262, 3, 1), (277, 3, 1), (322, 4, tile),
             (323, 4, tile), (324, 4, 8), (325, 4, 100))
     return (b"II*\0" + struct.pack("<I", 108) + bytes(100) + struct.pack("<H", len(tags))

@@ -1,4 +1,4 @@
-"""What the benchmarks found, as lines of a table, as JSON, and as a picture."""
+"""What the benchmarks found, as lines of a table, as JSON, and as a image."""
 
 import dataclasses
 import json

@@ -54,7 +54,7 @@ def conversion(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
                 note=f"{found['bytes'] / 1e9:.1f} GB; the other side is the copy")]
 
 
-def pictures(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
+def images(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
     """The data pipeline against Pillow alone: `benchmarks/data.py`."""
     found = _script("data.py", "--count", "200", "--turns", str(rounds))
     return [Row(f"data, {name}", "samples/s", speed, found["floor"], note="the other side is Pillow alone")
@@ -72,7 +72,7 @@ def _script(name: str, *arguments: str) -> dict[str, Any]:
         return json.loads(out.read_text())
 
 
-PARTS: dict[str, Part] = {**training.PARTS, "generate": generation, "convert": conversion, "data": pictures,
+PARTS: dict[str, Part] = {**training.PARTS, "generate": generation, "convert": conversion, "data": images,
                           **startup.PARTS}
 NEEDS_TORCH = ("generate",)
 LONG = ("convert", "data")  # minutes each: only when they are asked for
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--only", nargs="+", choices=PARTS, help=f"default: all but {' and '.join(LONG)}")
     parser.add_argument("--ours", action="store_true", help="mmjax alone, where PyTorch is not installed")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder for the JSON and the picture")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder for the JSON and the image")
     args = parser.parse_args(arguments)
     if not args.ours and importlib.util.find_spec("torch") is None:
         parser.error("PyTorch is not installed: pip install 'mmjax[bench]', or --ours for mmjax alone.")

@@ -36,7 +36,7 @@ class Size:
     dtype: str
     pack_length: int
     pack_rows: int
-    pack_pictures: int
+    pack_images: int
     matmul: int
     stream: int
     turns: int
@@ -55,14 +55,14 @@ SIZES = {size.name: size for size in (
         "small",
         minigpt4.MiniGPT4Config(eva_vit.VitConfig(dim=384, depth=12, heads=6, hidden=1_536),
                         qformer.QFormerConfig(dim=384, depth=6, heads=6, hidden=1_536), _LLAMA),
-        _bound(_LLAMA, 1_024), rows=8, length=128, dtype="float32", pack_length=512, pack_rows=5, pack_pictures=4,
+        _bound(_LLAMA, 1_024), rows=8, length=128, dtype="float32", pack_length=512, pack_rows=5, pack_images=4,
         matmul=2_048, stream=2**28, turns=5),
     Size(
         "7b", minigpt4.PRESETS["minigpt4-7b"], imagebind_llm.PRESETS["imagebind-llm-7b"], rows=16, length=256,
-        dtype="bfloat16", pack_length=1_024, pack_rows=8, pack_pictures=8, matmul=8_192, stream=2**31, turns=20),
+        dtype="bfloat16", pack_length=1_024, pack_rows=8, pack_images=8, matmul=8_192, stream=2**31, turns=20),
     Size(
         "toy", minigpt4.PRESETS["tiny"], _bound(llama.TINY, 20), rows=2, length=40, dtype="float32", pack_length=512,
-        pack_rows=1, pack_pictures=5, matmul=64, stream=2**16, turns=1),
+        pack_rows=1, pack_images=5, matmul=64, stream=2**16, turns=1),
 )}
 
 
@@ -80,38 +80,38 @@ def params(family: str, cfg: Any, dtype: str, rules: tuple[str, ...], seed: int 
     return {path: drawn(path, shape) for path, shape in shapes(family, cfg).items()}
 
 
-BEFORE, PROMPT = 6, 16  # words before the picture, and between it and the answer
+BEFORE, PROMPT = 6, 16  # words before the image, and between it and the answer
 PAD = 2
 
 
-def batch(cfg: Any, rows: Sequence[Sequence[int]], length: int, pictures: int | None = None, seed: int = 0) -> Batch:
-    """Random words around random pictures: `[words][soft tokens][words][answer]` of the given lengths, one after the
+def batch(cfg: Any, rows: Sequence[Sequence[int]], length: int, image_count: int | None = None, seed: int = 0) -> Batch:
+    """Random words around random images: `[words][soft tokens][words][answer]` of the given lengths, one after the
     other in each row, then padding to `length`.
 
-    cfg:      a family's; without `image_tokens` there is no picture
-    pictures: a row has places for; None for one sample a row, which is then not packed
+    cfg:      a family's; without `image_tokens` there is no image
+    image_count: images that a row has places for; None for one sample a row, which is then not packed
     """
     random, Q = np.random.default_rng(seed), cfg.image_tokens
-    shape, most = (len(rows), length), pictures or 1
+    shape, most = (len(rows), length), image_count or 1
     tokens, soft_index = np.full(shape, PAD, np.int32), np.full(shape, -1, np.int32)
     segments, positions = np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
     loss_mask = np.zeros(shape, bool)
     for row, samples in enumerate(rows):
         start = 0
         for number, size in enumerate(samples):
-            here, picture = slice(start, start + size), start + BEFORE
+            here, image = slice(start, start + size), start + BEFORE
             tokens[row, here] = random.integers(PAD + 1, cfg.llm.vocab, size)
-            soft_index[row, picture:picture + Q] = number * Q + np.arange(Q)
-            loss_mask[row, picture + Q + PROMPT:start + size] = True
+            soft_index[row, image:image + Q] = number * Q + np.arange(Q)
+            loss_mask[row, image + Q + PROMPT:start + size] = True
             segments[row, here], positions[row, here] = number, np.arange(size)
             start += size
     tokens[soft_index >= 0] = PAD
-    if pictures is None:
+    if image_count is None:
         positions = np.tile(np.arange(length, dtype=np.int32), (len(rows), 1))
     side = cfg.image_size
     images = random.integers(0, 256, (len(rows), most, side, side, 3), np.uint8) if Q else None
     return Batch(tokens, soft_index, segments >= 0, loss_mask, positions, np.full(len(rows), length, np.int32), images,
-                 segments=None if pictures is None else segments)
+                 segments=None if image_count is None else segments)
 
 
 def lengths(cfg: Any, count: int, seed: int = 0) -> list[int]:

@@ -100,7 +100,7 @@ class Theirs:
         return loss.item()
 
     def tensors(self, batch: Batch) -> dict[str, Any]:
-        """What the module takes; pictures normalised, which its data loader does."""
+        """What the module takes; images normalised, which its data loader does."""
         found = {name: np.array(getattr(batch, name), np.int64) for name in ("tokens", "soft_index", "positions")}
         found |= {"valid": np.array(batch.valid), "loss_mask": np.array(batch.loss_mask)}
         if batch.images is not None:
@@ -190,7 +190,7 @@ def equal_rows(size: Size, cfg: Any) -> Batch:
 
 
 def with_features(batch: Batch, cfg: Any, seed: int = 0) -> Batch:
-    """What the encoder makes of the pictures in place of them: random here."""
+    """What the encoder makes of the images in place of them: random here."""
     shape = (*batch.images.shape[:2], cfg.image_tokens, cfg.soft_width)
     feature = np.random.default_rng(seed).standard_normal(shape, np.float32)
     return dataclasses.replace(batch, images=None, features=feature)
@@ -212,15 +212,15 @@ MEAN = 160  # tokens of a sample of natural length, and what stays free of a pac
 
 
 def natural(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
-    """Captions of natural lengths: packed rows, with pictures and with cached features, against one a row, padded to
+    """Captions of natural lengths: packed rows, with images and with cached features, against one a row, padded to
     the longest of the batch."""
     model = Model("minigpt4", size.minigpt4, size.dtype)
     cfg, taken = model.cfg, sizes.lengths(model.cfg, size.pack_rows * size.pack_length // MEAN)
-    room = packing.Size(size.pack_length, size.pack_pictures)
+    room = packing.Size(size.pack_length, size.pack_images)
     placed = packing.pack([packing.Size(length, 1) for length in taken], room, size.pack_rows)
     taken = taken[:sum(map(len, placed))]
     packed = sizes.batch(cfg, [[taken[number] for number in row] for row in placed], size.pack_length,
-                         size.pack_pictures)
+                         size.pack_images)
     padded = [sizes.batch(cfg, [[length] for length in group], max(group))
               for group in (taken[start:start + size.rows] for start in range(0, len(taken), size.rows))]
     note = (f"{len(taken)} captions; real tokens {packed.valid.mean():.2f} of packed rows, "
@@ -259,7 +259,7 @@ def block(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
     places = x.shape[0] * x.shape[1]
     count = 2 * places * (4 * cfg.dim**2 + 2 * cfg.dim * cfg.hidden) + 4 * places * x.shape[1] * cfg.dim
     ceiling = {name: count / seconds / top[name] for name, seconds in took.items()}
-    return [Row("ViT-G block, forward", "pictures/s", size.rows / took["ours"],
+    return [Row("ViT-G block, forward", "images/s", size.rows / took["ours"],
                 size.rows / took["theirs"] if "theirs" in names else None, ceiling=ceiling)]
 
 

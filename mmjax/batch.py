@@ -11,7 +11,7 @@ import numpy as np
 class Sample:
     """One example, before tokenisation.
 
-    images:  pictures for the `<ImageHere>` places of the prompt, in order: a path, a PIL image, `uint8[H,W,3]`, or
+    images:  images for the `<ImageHere>` places of the prompt, in order: a path, a PIL image, `uint8[H,W,3]`, or
              an already normalised `float32[3,H,W]`
     media:   other senses by name (ImageBind families): "video", "audio", "depth", "thermal", "imu", "text"
     weights: of "image" and of the media in the mix of senses; 1 where nothing is said
@@ -33,7 +33,7 @@ class Sample:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows of one static length. B rows, T places, F pictures a row, Q soft tokens a picture.
+    """Rows of one static length. B rows, T places, F images a row, Q soft tokens a image.
 
     tokens:        int32[B,T]  ids; the places of soft tokens and of padding hold the pad id
     soft_index:    int32[B,T]  which of the row's F·Q soft tokens stands here; -1 where a word stands

@@ -26,7 +26,7 @@ class TextConfig:
     joint:           prompt and answer are tokenised as one string, without special tokens in it, and `max_txt_len` is
                      what is kept of the whole row (ImageBind-LLM, LLaMA-Adapter)
     max_txt_len:     tokens kept of an answer, or of everything behind the first question of a conversation
-    max_context_len: tokens kept of a prompt with pictures (soft tokens counted); the right end is cut
+    max_context_len: tokens kept of a prompt with images (soft tokens counted); the right end is cut
     """
 
     prompt_template: str = ""
@@ -63,9 +63,9 @@ class WeightsConfig:
 class ScenesConfig:
     """The procedural world of the embedded default, drawn to disk before training.
 
-    count:    training pictures
-    held_out: pictures of each evaluation split
-    most:     things in a picture, at most
+    count:    training images
+    held_out: images of each evaluation split
+    most:     things in a image, at most
     """
 
     count: int = 3000
@@ -105,21 +105,21 @@ class DataConfig:
 
     format:          how the data lie on disk, one of `mmjax.data.formats.FORMATS`
     path:            the folder or file of that format, such as one with `filter_cap.json` and `image/IMAGE_ID.jpg`
-    root:            folder that the pictures lie below, where that is not the data file's own
+    root:            folder that the images lie below, where that is not the data file's own
     mixture:         several sources in place of `format`, `path` and `root`
     prompts:         one is drawn for each batch, as in the original; empty for image tokens and caption alone (stage 1)
     clean_captions:  the original's stage-1 cleaning: lower case, no punctuation, 50 words
-    random_crop:     pictures are cut at random to 90 to 100 % of their area, anew in every pass (ImageBind-LLM,
+    random_crop:     images are cut at random to 90 to 100 % of their area, anew in every pass (ImageBind-LLM,
                      LLaMA-Adapter v2)
     batch_size:      rows of a batch, over all devices
     length_multiple: rows are padded to the batch's longest, rounded up to this, so that few lengths are compiled
     pack_length:     tokens of a row into which several samples go, as many as fit, so that little is padding; None: one
                      sample a row. A step then learns from more samples than `batch_size`
-    pack_pictures:   pictures that a packed row has room for. What it does not hold is filled up with black ones, which
+    pack_images:   images that a packed row has room for. What it does not hold is filled up with black ones, which
                      cost as much time: about `pack_length` over the mean length of a sample
-    features:        folder of what the run's frozen encoder makes of the pictures (`mmjax data features`), read in
+    features:        folder of what the run's frozen encoder makes of the images (`mmjax data features`), read in
                      place of them: the encoder is not loaded. Of random crops, one of those that are stored is drawn
-    threads:         that read and decode pictures
+    threads:         that read and decode images
     max_bad_share:   a record that cannot be used is replaced by another one of its source; the run stops once there are
                      more such records than this share of all that were tried, these counted as 1,000 at least: with
                      0.01 the eleventh among the first thousand, with 0 the first one
@@ -136,7 +136,7 @@ class DataConfig:
     batch_size: int = 12
     length_multiple: int = 32
     pack_length: int | None = None
-    pack_pictures: int = 4
+    pack_images: int = 4
     features: str | None = None
     seed: int = 42
     threads: int = 2
@@ -226,8 +226,8 @@ class RunConfig:
     phase:       which of the family's phases this is ("pretrain" or "finetune" of ImageBind-LLM); it says what trains
     trained:     path rules of the trained parameters; None for the phase's or the family's own.
                  `("projector/.*", "qformer/.*")` unfreezes the Q-Former as well, with its dropout
-    image_size:  pictures of another size than the checkpoint's; the position table is resized
-    drop_path:   stochastic depth of the picture tower while it is trained
+    image_size:  images of another size than the checkpoint's; the position table is resized
+    drop_path:   stochastic depth of the image tower while it is trained
     remat:       recompute layers in the backward pass: less memory, about a third more work
     log_every, save_every: steps
     keep:        checkpoints kept, the newest ones

@@ -3,7 +3,7 @@
 The reference is an npz file with the inputs and with what the original's modules gave for them; docs/parity.md has the
 format, and a recipe that writes such a file. Inputs and stages have names: `INPUTS`, and the family's `stages`.
 
-B rows   T tokens   F pictures a row   N = B·F   D model   V vocabulary
+B rows   T tokens   F images a row   N = B·F   D model   V vocabulary
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ from mmjax.inference.loaded import Loaded
 from mmjax.training import steps
 
 INPUTS = {
-    "images": "pictures as the original takes them, normalised: [B,3,H,W], or several a row [B,F,3,H,W]",
-    "tokens": "int[B,T]: ids, the beginning's included; -1 where a soft token of a picture stands",
+    "images": "images as the original takes them, normalised: [B,3,H,W], or several a row [B,F,3,H,W]",
+    "tokens": "int[B,T]: ids, the beginning's included; -1 where a soft token of a image stands",
     "valid": "bool or int[B,T]: what attention sees (the original's attention_mask); without it, everything",
     "targets": "int[B,T]: the ids to be predicted, -100 where there is none (the original's labels); for `loss`",
     "positions": "int[B,T]: rotary positions; without it, 0, 1, 2, ... in every row",
@@ -86,7 +86,7 @@ def parity(model: Loaded, reference: str | Path, tolerance: float | None = None)
     with sharding.use_mesh(model.mesh):
         found = compute(model.module, model.family, frozenset(wanted), "targets" in held, model.params, batch, given)
         if missing := [name for name in wanted if name not in found]:
-            raise ValueError(f"{reference} has no inputs for {', '.join(summary(missing))}: pictures need `images`, "
+            raise ValueError(f"{reference} has no inputs for {', '.join(summary(missing))}: images need `images`, "
                              "senses `media_image` and the like, the language model's stages `tokens` or "
                              f"`{embedding}`, and the loss `targets`.")
     kind = jnp.dtype(model.module.dtype).name
@@ -144,20 +144,20 @@ def inputs(model: Loaded, held: Mapping[str, np.ndarray]) -> tuple[Batch, np.nda
                          "at their own places (as transformers' labels), not moved by one.")
     if soft.any() and "images" not in held:
         raise ValueError("`tokens` marks places of soft tokens (-1), but there are no `images`.")
-    pictures = held.get("images")
-    if pictures is not None:
-        pictures = pictures[:, None] if pictures.ndim == 4 else pictures
-        pictures = pictures.astype(np.float32)
-        if len(pictures) != rows:
-            raise ValueError(f"`images` has {len(pictures)} rows, the text {rows}. Several pictures a row are given as "
+    images = held.get("images")
+    if images is not None:
+        images = images[:, None] if images.ndim == 4 else images
+        images = images.astype(np.float32)
+        if len(images) != rows:
+            raise ValueError(f"`images` has {len(images)} rows, the text {rows}. Several images a row are given as "
                              "[B,F,3,H,W].")
-        room = pictures.shape[1] * model.config.image_tokens
+        room = images.shape[1] * model.config.image_tokens
         if (most := soft.sum(1).max(initial=0)) > room:
-            raise ValueError(f"`tokens` marks {most} places of soft tokens in a row, its pictures become {room}.")
+            raise ValueError(f"`tokens` marks {most} places of soft tokens in a row, its images become {room}.")
     media = {name.removeprefix("media_"): _narrow(x) for name, x in held.items() if name.startswith("media_")}
     mixed = [*media]
     if "image" in media:  # of a model that mixes senses
-        pictures = media.pop("image")[:, None]
+        images = media.pop("image")[:, None]
     return Batch(
         tokens=np.where(soft, 0, tokens),
         soft_index=np.where(soft, np.cumsum(soft, axis=1) - 1, -1).astype(np.int32),
@@ -165,7 +165,7 @@ def inputs(model: Loaded, held: Mapping[str, np.ndarray]) -> tuple[Batch, np.nda
         loss_mask=marked,
         positions=held.get("positions", np.tile(np.arange(length), (rows, 1))).astype(np.int32),
         padded_length=np.full(rows, length, np.int32),
-        images=pictures,
+        images=images,
         media=media or None,
         weights={name: held.get(f"weight_{name}", np.ones(rows)).astype(np.float32) for name in mixed} or None,
     ), given

@@ -77,10 +77,10 @@ def slots(scene: world.Scene, order=SLOTS) -> list[str]:
 # The picture tower
 
 
-def see(params, pictures):
+def see(params, images):
     """uint8[B,48,48,3] -> (tokens [B,37,96], queries [B,12,96])."""
     tower = {"params": params["vit"]}
-    tokens = EvaVit(VIT).apply(tower, normalise(pictures))
+    tokens = EvaVit(VIT).apply(tower, normalise(images))
     tokens = LayerNorm(1e-5).apply({"params": params["ln_vision"]}, tokens)
     return tokens, QFormer(QFORMER).apply({"params": params["qformer"]}, tokens)
 
@@ -102,11 +102,11 @@ def patch_targets(scene: world.Scene) -> np.ndarray:
     return grid.repeat(2, 0).repeat(2, 1).reshape(36, 5)
 
 
-def train_vision(steps: int, pictures: int, batch: int, rate: float) -> dict:
+def train_vision(steps: int, image_count: int, batch: int, rate: float) -> dict:
     """Every query names one word through a head that all share, and every patch what is in it; both heads are thrown
-    away. The pictures hold neither the pairs nor the captions that `world.scenes` keeps from its `train` split.
+    away. The images hold neither the pairs nor the captions that `world.scenes` keeps from its `train` split.
     """
-    shown = world.scenes("train", pictures, seed=1)
+    shown = world.scenes("train", image_count, seed=1)
     images = np.stack([world.draw(scene) for scene in shown])
     named = np.array([[WORDS.index(word) for word in slots(scene)] for scene in shown])
     patches = np.stack([patch_targets(scene) for scene in shown])
@@ -132,7 +132,7 @@ def train_vision(steps: int, pictures: int, batch: int, rate: float) -> dict:
         return entropy(words, named).mean() + 0.5 * entropy(local, patches).mean(), right
 
     rng = np.random.default_rng(1)
-    orders = np.concatenate([rng.permutation(pictures) for _ in range(steps * batch // pictures + 1)])
+    orders = np.concatenate([rng.permutation(image_count) for _ in range(steps * batch // image_count + 1)])
 
     def feed(step):
         chosen = orders[step * batch : (step + 1) * batch]
@@ -202,10 +202,10 @@ def texts_of(scene: world.Scene, rng: np.random.Generator) -> Sample:
     else:
         asked = world.questions(scene)
         prompt, answer, _ = asked[rng.integers(len(asked))]
-    return Sample(prompt=prompt, answer=answer) if rng.random() < 0.1 else about_picture(prompt, answer)
+    return Sample(prompt=prompt, answer=answer) if rng.random() < 0.1 else about_image(prompt, answer)
 
 
-def about_picture(prompt: str, answer: str) -> Sample:
+def about_image(prompt: str, answer: str) -> Sample:
     return Sample(["words"], prompt="<Img><ImageHere></Img> " + prompt, answer=answer)
 
 
@@ -262,9 +262,9 @@ def train_language(tokenizer: Tokenizer, steps: int, texts: int, batch: int, rat
     params = train("language", loss, params, feed, steps, rate)
 
     held = world.scenes("held_out", 300, seed=4, new_pairs=())
-    tasks = [(scene, "caption", about_picture(world.PROMPTS[0], world.caption(scene)))
+    tasks = [(scene, "caption", about_image(world.PROMPTS[0], world.caption(scene)))
              for scene in held]
-    tasks += [(scene, question.kind, about_picture(question.text, question.answer))
+    tasks += [(scene, question.kind, about_image(question.text, question.answer))
               for scene in held for question in world.questions(scene)]
     tokens, soft, valid, loss_mask = as_rows([t[0] for t in tasks], [t[2] for t in tasks], [SLOTS] * len(tasks))
     said = jax.jit(lambda *rows: logits(params, *rows, 0.0).argmax(-1))

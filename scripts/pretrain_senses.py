@@ -98,12 +98,12 @@ def orders(rng: np.random.Generator, count: int, steps: int, batch: int) -> np.n
     return np.concatenate(rounds)[: steps * batch].reshape(steps, batch)
 
 
-def train_vision(steps: int, pictures: int, batch: int, rate: float) -> tuple[dict, jax.Array]:
+def train_vision(steps: int, image_count: int, batch: int, rate: float) -> tuple[dict, jax.Array]:
     """(the tower, its head): each attribute is read linearly off the vector, what a patch shows off its token.
 
     Half of the time the training crop of ImageBind-LLM is seen instead of the whole picture.
     """
-    shown = lone("train", pictures, seed=11)
+    shown = lone("train", image_count, seed=11)
     images = [world.draw(scene) for scene in shown]
     named, barred = words_of(shown), untold(shown)
     patches = np.stack([patch_targets(scene) for scene in shown])
@@ -128,10 +128,10 @@ def train_vision(steps: int, pictures: int, batch: int, rate: float) -> tuple[di
         return 4 * whole.mean() + 0.5 * entropy(local, patches).mean(), right
 
     rng = np.random.default_rng(11)
-    order = orders(rng, pictures, steps, batch)
+    order = orders(rng, image_count, steps, batch)
 
-    def glance(picture):
-        return senses.picture(picture, world.SIDE, rng if rng.random() >= 0.5 else None)
+    def glance(image):
+        return senses.image(image, world.SIDE, rng if rng.random() >= 0.5 else None)
 
     def feed(step):
         chosen = order[step]
@@ -141,8 +141,8 @@ def train_vision(steps: int, pictures: int, batch: int, rate: float) -> tuple[di
     return params["tower"], params["head"]
 
 
-def pictures_of(scenes: list[world.Scene]) -> np.ndarray:
-    return np.stack([senses.picture(world.draw(scene), world.SIDE) for scene in scenes])
+def images_of(scenes: list[world.Scene]) -> np.ndarray:
+    return np.stack([senses.image(world.draw(scene), world.SIDE) for scene in scenes])
 
 
 def depths_of(scenes: list[world.Scene]) -> np.ndarray:
@@ -156,7 +156,7 @@ def train_depth(vision, head, steps: int, pairs: int, batch: int, rate: float) -
     from one as from the other: a language model that learns from pictures alone is to take either.
     """
     shown = lone("train", pairs, seed=12)
-    targets = vectors_of(VISION, vision, pictures_of(shown))
+    targets = vectors_of(VISION, vision, images_of(shown))
     maps = depths_of(shown)
     params = with_sincos(DEPTH.init(jax.random.key(12), jnp.zeros((1, *CONFIG.depth.input_shape)))["params"],
                          CONFIG.depth)
@@ -187,7 +187,7 @@ def report(name: str, split: str, head, vectors, named) -> None:
 def measure(vision, depth, head) -> None:
     for split in world.SPLITS[1:]:
         held = lone(split, 1_000, seed=13)
-        seen = vectors_of(VISION, vision, pictures_of(held))
+        seen = vectors_of(VISION, vision, images_of(held))
         felt = vectors_of(DEPTH, depth, depths_of(held))
         report("vision", split, head, seen, words_of(held))
         report("depth", split, head, felt, words_of(held))

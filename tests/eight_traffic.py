@@ -78,7 +78,7 @@ def test_sharded_devices_gather_each_frozen_layer_once_a_pass(remat):
 
 
 def passed(passes):
-    """{size: how many matrices of it there are in so many passes}; of the picture tower there is one."""
+    """{size: how many matrices of it there are in so many passes}; of the image tower there is one."""
     count = collections.Counter()
     for path, shape in stacked().items():
         count[math.prod(shape[1:])] += (passes if path.startswith("llm/") else 1) * shape[0]

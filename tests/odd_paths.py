@@ -78,7 +78,7 @@ def command(*args: object) -> tuple[int, str]:
 
 def train(place: Path, steps: int) -> tuple[object, ...]:
     config = small.GOLDEN.parents[1] / "faults" / "config.py"
-    return ("train", "--config", config, f"--out={place}/run", f"--data.path={place}/pictures", "--save-every=1",
+    return ("train", "--config", config, f"--out={place}/run", f"--data.path={place}/images", "--save-every=1",
             "--keep=1", f"--weights.checkpoint={place}/checkpoint", f"--optim.steps-per-epoch={steps}",
             "--optim.accumulate=1")
 
@@ -118,8 +118,8 @@ def live(place: Path) -> dict[str, bytes]:
                            (train(place, 2), "Going on at step 1 of 2"), (export(place), "")):
         status, said = command(*task)
         assert status == 0 and expected in " ".join(said.split()), f"{task[0]}: status {status}\n{said}"
-        if not (place / "pictures").exists():
-            shutil.copytree(small.pictures(), place / "pictures")
+        if not (place / "images").exists():
+            shutil.copytree(small.images(), place / "images")
     return outcome(place)
 
 

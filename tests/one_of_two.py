@@ -1,6 +1,6 @@
 """One of the processes of a run, each with its own virtual devices; started by tests/training/test_distributed.py.
 
-    python tests/one_of_two.py CHECKPOINT PICTURES OUT PORT PROCESS PROCESSES DEVICES MESH [kill|term STEP]
+    python tests/one_of_two.py CHECKPOINT IMAGES OUT PORT PROCESS PROCESSES DEVICES MESH [kill|term STEP]
 
 MESH is data,fsdp,tensor. With `kill` each process ends by SIGKILL behind a step; with `term` the second gets SIGTERM.
 """
@@ -15,12 +15,12 @@ import jax
 from mmjax.config import DataConfig, HostsConfig, MeshConfig, OptimConfig, RunConfig, TextConfig, WeightsConfig
 from mmjax.training import metrics_log, run
 
-checkpoint, pictures, out, port, process, processes, devices, mesh, *kill = sys.argv[1:]
+checkpoint, images, out, port, process, processes, devices, mesh, *kill = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", int(devices))
 CONFIG = RunConfig(
     out=out,
     weights=WeightsConfig(checkpoint=checkpoint, dtype="float32"),
-    data=DataConfig(path=pictures, prompts=("<Img><ImageHere></Img> What is it?",), batch_size=8, length_multiple=64,
+    data=DataConfig(path=images, prompts=("<Img><ImageHere></Img> What is it?",), batch_size=8, length_multiple=64,
                     pack_length=None),
     text=TextConfig(prompt_template="###Human: {} ###Assistant: ", end_sym="###", max_txt_len=32),
     optim=OptimConfig(init_lr=1e-3, warmup_steps=1, epochs=1, steps_per_epoch=10),

@@ -7,14 +7,14 @@ from mmjax.batch import Sample
 from tests import tiny
 
 
-def test_batches_pass_through_jit_with_and_without_pictures():
+def test_batches_pass_through_jit_with_and_without_images():
     seen = []
     double = jax.jit(lambda batch: seen.append(batch.images is None) or jax.tree.map(lambda x: x + x, batch))
-    for pictures in (1, 0):
-        batch = tiny.batch(image_count=pictures)
+    for images in (1, 0):
+        batch = tiny.batch(image_count=images)
         doubled = double(batch)
         assert (doubled.tokens == 2 * batch.tokens).all()
-        assert (doubled.images is None) == (pictures == 0)
+        assert (doubled.images is None) == (images == 0)
     assert seen == [False, True]
 
 

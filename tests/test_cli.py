@@ -12,7 +12,7 @@ def call(monkeypatch, *args):
 
 
 def test_generate_prints_the_words(monkeypatch, capsys):
-    call(monkeypatch, "generate", "--checkpoint", small.checkpoint(), "--image", small.pictures() / "image" / "0.jpg",
+    call(monkeypatch, "generate", "--checkpoint", small.checkpoint(), "--image", small.images() / "image" / "0.jpg",
          "--prompt", "What is it?", "--max-new-tokens", 4)
     assert capsys.readouterr().out.strip()
 
@@ -39,12 +39,12 @@ def test_mistake_ends_with_one_message(monkeypatch, capsys, args, message):
     assert message in error and "Traceback" not in error
 
 
-def test_unreadable_picture_is_named(monkeypatch, capsys, tmp_path):
-    (tmp_path / "a.jpg").write_text("not a picture")
+def test_unreadable_image_is_named(monkeypatch, capsys, tmp_path):
+    (tmp_path / "a.jpg").write_text("not a image")
     with pytest.raises(SystemExit):
         call(monkeypatch, "generate", "--checkpoint", small.checkpoint(), "--prompt", "Hi",
              "--image", tmp_path / "a.jpg")
-    assert "a.jpg is not a picture" in capsys.readouterr().err
+    assert "a.jpg is not a image" in capsys.readouterr().err
 
 
 def test_config_fields_are_overridden(monkeypatch, tmp_path):

@@ -22,9 +22,9 @@ def call(monkeypatch):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     for number in (0, 1, 2):
-        put(tmp_path / "in" / f"{number}.jpg", (small.pictures() / "image" / f"{number}.jpg").read_bytes())
+        put(tmp_path / "in" / f"{number}.jpg", (small.images() / "image" / f"{number}.jpg").read_bytes())
     return tmp_path / "in"
 
 
@@ -32,17 +32,17 @@ def answers(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_many_are_answered_like_one(call, capsys, pictures, tmp_path):
+def test_many_are_answered_like_one(call, capsys, images, tmp_path):
     lines = [{"image": "0.jpg", "prompt": "What is it?"}, {"image": "1.jpg", "prompt": "What is it?", "id": "second"},
              {"images": ["2.jpg", "0.jpg"], "prompt": "Which of <ImageHere> and <ImageHere>?"}]
     put(tmp_path / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     out = tmp_path / "out" / "out.jsonl"
-    arguments = ("--samples", tmp_path / "samples.jsonl", "--root", pictures, "--out", out, "--batch-size", 2)
+    arguments = ("--samples", tmp_path / "samples.jsonl", "--root", images, "--out", out, "--batch-size", 2)
     call(*arguments)
     found = answers(out)
     assert [line["id"] for line in found] == ["1", "second", "3"]
     capsys.readouterr()
-    call("--prompt", "What is it?", "--image", pictures / "1.jpg")
+    call("--prompt", "What is it?", "--image", images / "1.jpg")
     assert capsys.readouterr().out.strip("\n") == found[1]["answer"]
 
     call(*arguments)
@@ -53,28 +53,28 @@ def test_many_are_answered_like_one(call, capsys, pictures, tmp_path):
     assert "settings.num_beams: 1 -> 2" in capsys.readouterr().err
 
 
-def test_a_folder_of_pictures(call, capsys, pictures, tmp_path):
-    put(pictures / "deep" / "9.png", b"not a picture")
+def test_a_folder_of_images(call, capsys, images, tmp_path):
+    put(images / "deep" / "9.png", b"not a image")
     with pytest.raises(SystemExit) as stopped:
-        call("--pictures", pictures, "--prompt", "What is it?", "--out", tmp_path / "out.jsonl")
+        call("--images", images, "--prompt", "What is it?", "--out", tmp_path / "out.jsonl")
     assert stopped.value.code == 1
     assert "1 samples could not be answered (deep/9.png)" in " ".join(capsys.readouterr().err.split())
     found = answers(tmp_path / "out.jsonl")
     assert [line["id"] for line in found] == ["0.jpg", "1.jpg", "2.jpg", "deep/9.png"]
-    assert "9.png is not a picture that can be read" in found[3]["error"]
+    assert "9.png is not a image that can be read" in found[3]["error"]
     assert all("answer" in line for line in found[:3])
 
 
 @pytest.mark.parametrize(("args", "message"), [
     ((), "--prompt is missing; or name a file of --samples"),
-    (("--samples", "a", "--pictures", "b", "--prompt", "c", "--out", "d"), "--samples and --pictures"),
+    (("--samples", "a", "--images", "b", "--prompt", "c", "--out", "d"), "--samples and --images"),
     (("--samples", "a", "--prompt", "c", "--out", "d"), "every line of --samples has its own"),
-    (("--pictures", "a", "--prompt", "b"), "--out is missing"),
-    (("--prompt", "a", "--out", "b"), "--out is for --samples or --pictures"),
+    (("--images", "a", "--prompt", "b"), "--out is missing"),
+    (("--prompt", "a", "--out", "b"), "--out is for --samples or --images"),
     (("--samples", "a", "--out", "b", "--image", "c"), "--image, --media and --weights are for one prompt"),
-    (("--pictures", "a", "--prompt", "b", "--out", "c", "--root", "d"), "--root is for --samples"),
-    (("--prompt", "a", "--batch-size", "2"), "--batch-size and --mesh are for --samples or --pictures"),
-    (("--prompt", "a", "--mesh.tensor", "2"), "--batch-size and --mesh are for --samples or --pictures"),
+    (("--images", "a", "--prompt", "b", "--out", "c", "--root", "d"), "--root is for --samples"),
+    (("--prompt", "a", "--batch-size", "2"), "--batch-size and --mesh are for --samples or --images"),
+    (("--prompt", "a", "--mesh.tensor", "2"), "--batch-size and --mesh are for --samples or --images"),
     (("--samples", "nowhere", "--out", "b"), "There are no samples at nowhere"),
     (("--prompt", "a", "--recall", "nowhere.npy"), "There are no vectors at nowhere.npy"),
     (("--prompt", "a", "--top-p", "0"), "top_p = 0.0"),

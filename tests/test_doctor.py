@@ -114,7 +114,7 @@ def test_healthy_one_passes():
     assert "not made for English" in wrong(found, "warning")["plain text"]
     names = {finding.name for finding in found}
     assert names >= {"parameters", "finite", "empty", "layers", "delta", "word vectors", "tokenizer", "special ids",
-                     "round trip", "beginning", "outputs", "pictures"}
+                     "round trip", "beginning", "outputs", "images"}
     assert json.loads(doctor.to_json(scenes(), found))["verdict"] == "warning"
 
 
@@ -139,7 +139,7 @@ def test_other_families_are_tried():
     assert "As good as uniform" in wrong(found)["plain text"] and "llm/embedding" in wrong(found)["plain text"]
     ok = wrong(found, "ok")
     assert "open in every layer" in ok["gates"] and "add something" in ok["LoRA"]
-    assert "stages of seeing are finite" in ok["outputs"] and "moves the logits" in ok["pictures"]
+    assert "stages of seeing are finite" in ok["outputs"] and "moves the logits" in ok["images"]
 
 
 # ---- damaged weights ----
@@ -207,7 +207,7 @@ def test_closed_gates_and_idle_lora(tmp_path):
     found = wrong(doctor.examine(out))
     assert "Every gate of llm/layers/attn/gate is closed" in found["gates"] and "adapter.pth" in found["gates"]
     assert "LoRA adds nothing" in found["LoRA"]
-    assert "nothing of it reaches the language model" in found["pictures"]
+    assert "nothing of it reaches the language model" in found["images"]
 
 
 def test_some_idle_lora_is_a_warning(tmp_path):

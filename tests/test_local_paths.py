@@ -210,7 +210,7 @@ BY_PLACE = {("doctor", "checkpoint"), ("parity", "checkpoint"), ("verify", "fold
 
 def test_no_path_of_a_command_is_left_out():
     named = {"checkpoint", "image", "media", "json", "text", "reference", "out", "llm", "delta", "vit", "qformer",
-             "projector", "lora", "arch", "imagebind", "adapter", "words", "clip", "samples", "pictures", "root",
+             "projector", "lora", "arch", "imagebind", "adapter", "words", "clip", "samples", "images", "root",
              "recall", "data", "config", "tokenizer", "folder"}
     assert {name for _, name in OPTIONS} == named
 
@@ -293,7 +293,7 @@ def test_a_function_refuses(call, url):
 
 
 @pytest.mark.parametrize("url", ["gs://b/a.jpg", "https://h/a.jpg", Path("s3://b/a.jpg")], ids=repr)
-def test_a_picture_or_sound_of_a_sample_is_named(url, tmp_path):
+def test_a_image_or_sound_of_a_sample_is_named(url, tmp_path):
     message = f"{str(url).replace(':/', '://').replace('///', '//')} is a URL where a local path is expected"
     with pytest.raises(ValueError, match=message):
         images.stack([Sample(images=[url], prompt="?")], ImageSpec(8, tokens=4))
@@ -309,7 +309,7 @@ def test_an_array_is_named():
 def test_lines_with_urls_are_named(tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_text('{"image": "a.jpg", "prompt": "Hi"}\n{"image": "https://h/a.jpg", "prompt": "https://h/ ?"}\n')
-    with pytest.raises(ValueError, match="line 2: the picture https://h/a.jpg is a URL where") as raised:
+    with pytest.raises(ValueError, match="line 2: the image https://h/a.jpg is a URL where") as raised:
         requests.read_jsonl(path)
     assert "line 1" not in str(raised.value)
     assert rows.image_path(str(tmp_path), "gs:/a.jpg")  # a folder of that name is one, in data

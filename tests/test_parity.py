@@ -49,8 +49,8 @@ def imagebind_llm_reference(name, path):
     """(model, file) of a case of ImageBind-LLM's language model."""
     case = imagebind_golden.load(name)
     a = case.arrays
-    picture = np.broadcast_to(a["image"], (len(a["tokens"]), *a["image"].shape[1:]))
-    np.savez(path, **stages_of(a), targets=np.where(a["labels"] == 0, NO_TARGET, a["labels"]), media_image=picture)
+    image = np.broadcast_to(a["image"], (len(a["tokens"]), *a["image"].shape[1:]))
+    np.savez(path, **stages_of(a), targets=np.where(a["labels"] == 0, NO_TARGET, a["labels"]), media_image=image)
     return imagebind_golden.model(imagebind_golden.adapter(case)), path
 
 

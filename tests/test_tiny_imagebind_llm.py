@@ -33,7 +33,7 @@ def test_two_steps_of_each_phase(tmp_path):
     assert done.scores[0] == ["", "held-out", "held-out, blind", "new pairs", "new pairs, blind", "depth",
                               "depth, blind", "depth, cache", "untrained"]
     assert [row[0] for row in done.scores[1:]] == [
-        label for name, label in evaluate.ROWS.items() if name != "several"]  # one shape a picture
+        label for name, label in evaluate.ROWS.items() if name != "several"]  # one shape a image
     page = (tmp_path / "finetune" / "report" / "report.html").read_text(encoding="utf-8")
     assert "<h2>Gates</h2>" in page
     assert not (tmp_path / "pretrain" / "report").exists()

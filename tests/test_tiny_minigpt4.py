@@ -37,7 +37,7 @@ def test_two_steps_from_nothing(tmp_path):
 
 
 def test_shipped_language_model_reads_words(tmp_path):
-    """It never saw a picture: given the words in the picture's place it writes the caption."""
+    """It never saw a image: given the words in the image's place it writes the caption."""
     from mmjax.convert import write
 
     job = config.load(str(CONFIG))

@@ -65,13 +65,13 @@ def module_params(module: Any, *inputs: Any, seed: int = 0) -> dict[str, Any]:
     return trees.map_with_path(lambda path, shape: drawn(path, shape, random), variables.get("params", {}))
 
 
-def batch(rows: int = 4, length: int = 12, pictures: int = 1, seed: int = 0) -> Batch:
-    """`[word][soft tokens][words][padding]`, rows of different lengths; targets from place 2 + Q·pictures on."""
+def batch(rows: int = 4, length: int = 12, image_count: int = 1, seed: int = 0) -> Batch:
+    """`[word][soft tokens][words][padding]`, rows of different lengths; targets from place 2 + Q·image_count on."""
     random = np.random.default_rng(seed)
-    size, soft = MINIGPT4.image_size, Q * pictures
+    size, soft = MINIGPT4.image_size, Q * image_count
     places = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
     valid = places < length - np.arange(rows)[:, None] % 3
-    images = random.integers(0, 256, (rows, pictures, size, size, 3), np.uint8) if pictures else None
+    images = random.integers(0, 256, (rows, image_count, size, size, 3), np.uint8) if image_count else None
     return Batch(
         tokens=random.integers(1, V, (rows, length), np.int32),
         soft_index=np.where((places >= 1) & (places <= soft), places - 1, -1).astype(np.int32),

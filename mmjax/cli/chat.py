@@ -28,7 +28,7 @@ DEFAULTS = ChatSettings()
 
 
 def chat(args: Sequence[str]) -> None:
-    """Talk to a model about pictures, in the terminal or (--web) in the browser."""
+    """Talk to a model about images, in the terminal or (--web) in the browser."""
     tyro.cli(options.local(converse, "media"), args=args, prog="mmjax chat")
 
 
@@ -44,11 +44,11 @@ def converse(
     host: str = "127.0.0.1",
     port: int = 7860,
 ) -> None:
-    """Talk to a model about pictures, in the terminal or (--web) in the browser.
+    """Talk to a model about images, in the terminal or (--web) in the browser.
 
     Args:
         checkpoint: converted checkpoint or run folder
-        image: picture files to begin with
+        image: image files to begin with
         media: other senses of ImageBind-LLM to begin with, by name: audio FILE.wav, text WORDS, or an array in a
             FILE.npy (video, depth, thermal, imu)
         template: how the conversation is written down (default: what fits the model's training; docs/chat.md)
@@ -67,7 +67,7 @@ def converse(
         from mmjax.inference import web as page
 
         if image or media:
-            raise ValueError("--image and --media are for the terminal; with --web pictures are given on the page.")
+            raise ValueError("--image and --media are for the terminal; with --web images are given on the page.")
         page.check()
     model, scenes = load(checkpoint, dtype=dtype, frozen_dtype=frozen_dtype), scenes_of(checkpoint)
     talk = Conversation(template or template_of(model, scenes))

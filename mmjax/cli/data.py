@@ -41,7 +41,7 @@ def data_check(
         config: config file of the run; what follows takes the place of what it says. Its phases are checked in turn
         format: how the data lie on disk, if not as the config says
         path: the folder or file of that format
-        root: folder that the pictures lie below, where that is not the data file's own
+        root: folder that the images lie below, where that is not the data file's own
         tokenizer: folder of a tokenizer, to count captions in tokens where there is no config with its checkpoint;
             otherwise they are counted in words
         sample: records of each source to look at, drawn at random; all of them if this is not given
@@ -96,9 +96,9 @@ def data_prepare(
         source: the folder or file of that format
         out: the folder to write; FOLDER/NAME/1.0.0 is also found by TensorFlow Datasets as NAME, below data_dir=FOLDER
         name: of the data set (default: the format's)
-        root: folder that the pictures lie below, where that is not the data file's own
+        root: folder that the images lie below, where that is not the data file's own
         shard_size: records of the source that go into a file
-        decode: decode every picture, to find those that are cut off; otherwise a file's head tells whether it is one
+        decode: decode every image, to find those that are cut off; otherwise a file's head tells whether it is one
     """
     from rich.console import Console
 
@@ -131,18 +131,18 @@ def data_features(
     phase: str | None = None,
     batch_size: int = 64,
 ) -> None:
-    """Run a run's frozen encoder over its pictures once; with data.features = OUT training reads what came out.
+    """Run a run's frozen encoder over its images once; with data.features = OUT training reads what came out.
 
-    Stopped, the same command goes on; it also adds the pictures that are new. Those that cannot be read are left out
+    Stopped, the same command goes on; it also adds the images that are new. Those that cannot be read are left out
     and named in features_errors.jsonl.
 
     Args:
         config: config file of the run
         out: folder for the features, by phase where the file has several and none is named
-        crops: of every picture, if the run crops them at random (data.random_crop); 4 if this is not given
+        crops: of every image, if the run crops them at random (data.random_crop); 4 if this is not given
         dtype: of the stored numbers; that in which the run's frozen parts compute if this is not given
         phase: of those in the file
-        batch_size: pictures that the encoder gets at once
+        batch_size: images that the encoder gets at once
     """
     from mmjax.checkpoints.converted import ConvertedCheckpoint
     from mmjax.training import encode_features, run

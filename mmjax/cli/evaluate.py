@@ -23,7 +23,7 @@ NOT_OF_ANSWERS = ("checkpoint", *(field.name for field in dataclasses.fields(Dec
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateOptions:
-    """Score a model on a benchmark: answers kept, figures with intervals, and a page of the worst and best pictures.
+    """Score a model on a benchmark: answers kept, figures with intervals, and a page of the worst and best images.
 
     Every item is asked in a conversation of its own. Stopped, the same command goes on. An item that could not be
     answered counts as wrong; then the exit status is 1.
@@ -34,7 +34,7 @@ class EvaluateOptions:
         out: the folder for predictions.jsonl, scores.json and report.html
         checkpoint: converted checkpoint or run folder
         data: the benchmark's folder or file
-        root: the folder below which the pictures lie (default: beside the data)
+        root: the folder below which the images lie (default: beside the data)
         prompt: put around what an item asks at its {} (default: the benchmark's own)
         limit: ask so many items only, evenly spread over all
         rank_by: of choices, the loss that ranks them: sum over the answer, mean of its tokens, or the original's
@@ -75,7 +75,7 @@ class EvaluateOptions:
 
 
 def evaluate(args: Sequence[str]) -> None:
-    """Score a model on a benchmark: answers kept, figures with intervals, and a page of the worst and best pictures."""
+    """Score a model on a benchmark: answers kept, figures with intervals, and a page of the worst and best images."""
     score(tyro.cli(EvaluateOptions, args=args, prog="mmjax evaluate"))
 
 
@@ -107,7 +107,7 @@ def score(options: EvaluateOptions) -> None:
     result = benchmarks.scored(test, items, options.out)
     page = benchmarks.write(result, options.out)
     benchmarks.show(result, console)
-    console.print(f"{options.out / benchmarks.SCORES} has the figures, {page} the worst and best pictures.",
+    console.print(f"{options.out / benchmarks.SCORES} has the figures, {page} the worst and best images.",
                   highlight=False, markup=False, soft_wrap=True)
     if result.errors:
         sys.exit(1)
@@ -176,7 +176,7 @@ def _config_of_scenes(options: EvaluateOptions) -> dict[str, Any]:
 
     run, wrong = options.checkpoint, []
     if unused := options.given(NOT_OF_SCENES):
-        wrong.append(f"{_written(unused)}: the pictures are drawn, and the questions are their own, answered in words; "
+        wrong.append(f"{_written(unused)}: the images are drawn, and the questions are their own, answered in words; "
                      "leave that out")
     if run is None:
         wrong.append("--checkpoint is missing: the run to score")

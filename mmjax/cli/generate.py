@@ -17,25 +17,25 @@ GREEDY, EVERY_DEVICE = Decoding(), MeshConfig()
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOptions:
-    """Print the model's answer to a prompt, or write those to many samples or a folder of pictures into a file.
+    """Print the model's answer to a prompt, or write those to many samples or a folder of images into a file.
 
     One prompt:     --prompt "What is this?" --image a.jpg
     Many samples:   --samples in.jsonl --out out.jsonl        A line: {"image": "a.jpg", "prompt": "What is this?"}
-    Many pictures:  --pictures FOLDER --prompt "Describe this image." --out out.jsonl
+    Many images:  --images FOLDER --prompt "Describe this image." --out out.jsonl
 
     Of many, the same command goes on where it was stopped. A sample that cannot be used has an "error" in its line;
     then the exit status is 1.
 
     Args:
         checkpoint: converted checkpoint or run folder
-        prompt: the question; MiniGPT-4's pictures are put in front of it unless it says where with <ImageHere>
-        image: picture files
+        prompt: the question; MiniGPT-4's images are put in front of it unless it says where with <ImageHere>
+        image: image files
         media: other senses of ImageBind-LLM by name: audio FILE.wav, text WORDS, or an array in a FILE.npy (video,
             depth, thermal, imu)
         weights: of the senses in their mix, by name: image 1.0 audio 0.5
         samples: a file with one JSON object a line: image or images, prompt; where needed media, weights, id
-        pictures: a folder, all of whose pictures get the prompt
-        out: the answers to samples or pictures, one JSON object a line, in their order
+        images: a folder, all of whose images get the prompt
+        out: the answers to samples or images, one JSON object a line, in their order
         root: the folder below which the files of samples lie (default: that of the samples)
         recall: vectors that ImageBind-LLM's senses are drawn towards (its visual cache): .npy or a flat faiss index
         prompt_template: put around the prompt at its {} (default: the checkpoint's)
@@ -51,7 +51,7 @@ class GenerateOptions:
     media: dict[str, str] | None = None
     weights: dict[str, float] | None = None
     samples: Path | None = None
-    pictures: Path | None = None
+    images: Path | None = None
     out: Path | None = None
     root: Path | None = None
     decoding: tyro.conf.OmitArgPrefixes[Decoding] = GREEDY
@@ -69,7 +69,7 @@ class GenerateOptions:
 
 
 def generate(args: Sequence[str]) -> None:
-    """Print the model's answer to a prompt, or write those to many samples or a folder of pictures into a file."""
+    """Print the model's answer to a prompt, or write those to many samples or a folder of images into a file."""
     answer(tyro.cli(GenerateOptions, args=args, prog="mmjax generate"))
 
 
@@ -83,8 +83,8 @@ def answer(options: GenerateOptions) -> None:
     asks: list[requests.Request] = []
     if options.samples is not None:
         asks = requests.read_jsonl(options.samples, options.root)
-    elif options.pictures is not None:
-        asks = requests.pictures(options.pictures, options.prompt)
+    elif options.images is not None:
+        asks = requests.images(options.images, options.prompt)
     compilation.enable()
     recall = visual_cache(options.recall)
     mesh = sharding.make_mesh(options.mesh) if options.out else None
@@ -104,10 +104,10 @@ def visual_cache(recall: Path | None) -> Any:
 
 def _check_form(options: GenerateOptions) -> None:
     """Raises ValueError naming what does not go together."""
-    samples, pictures, out = (value is not None for value in (options.samples, options.pictures, options.out))
-    asked, many, wrong = options.prompt is not None, samples or pictures, []
-    if samples and pictures:
-        wrong.append("--samples and --pictures: name one of them")
+    samples, images, out = (value is not None for value in (options.samples, options.images, options.out))
+    asked, many, wrong = options.prompt is not None, samples or images, []
+    if samples and images:
+        wrong.append("--samples and --images: name one of them")
     if samples and asked:
         wrong.append("--prompt: every line of --samples has its own")
     if not samples and not asked:
@@ -119,9 +119,9 @@ def _check_form(options: GenerateOptions) -> None:
     if many and (options.image or options.media or options.weights):
         wrong.append("--image, --media and --weights are for one prompt")
     if not many and out:
-        wrong.append("--out is for --samples or --pictures; the answer to one prompt is printed")
+        wrong.append("--out is for --samples or --images; the answer to one prompt is printed")
     if not many and (options.batch_size, options.mesh) != (GenerateOptions.batch_size, EVERY_DEVICE):
-        wrong.append("--batch-size and --mesh are for --samples or --pictures; one prompt is answered on one device")
+        wrong.append("--batch-size and --mesh are for --samples or --images; one prompt is answered on one device")
     if wrong:
         raise ValueError("These do not go together:\n  " + "\n  ".join(wrong))
 

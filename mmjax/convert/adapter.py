@@ -273,8 +273,8 @@ def llama_adapter(
     held = tensors or {}
     is_v2 = any(key.startswith("visual_") for key in held) if tensors else clip is not None
     if is_v2 != (clip is not None):
-        problems.append("The adapter is LLaMA-Adapter v2's, which sees pictures: give its CLIP as --clip." if is_v2 else
-                        "The adapter is LLaMA-Adapter v1's, which has no pictures: leave out --clip.")
+        problems.append("The adapter is LLaMA-Adapter v2's, which sees images: give its CLIP as --clip." if is_v2 else
+                        "The adapter is LLaMA-Adapter v1's, which has no images: leave out --clip.")
     if tensors and LLAMA_ADAPTER.query not in tensors:
         problems.append(f"The adapter has no {LLAMA_ADAPTER.query}."
                         + " It is ImageBind-LLM's: convert it with imagebind-llm." * (IMAGEBIND_LLM.query in tensors))
@@ -353,7 +353,7 @@ def inspect_imagebind_llm(
             what it does not hold, and without it everything that is trained, starts fresh
         injection: how features reach the layers: through each head's gate as in the release, or added to every token
             through a gate of each layer (token) or one gate for all (token-shared)
-        arch: JSON file with what tensors do not show (head counts, picture size, ...); released sizes need none
+        arch: JSON file with what tensors do not show (head counts, image size, ...); released sizes need none
         words: merges of the text sense (CLIP's bpe_simple_vocab_16e6.txt.gz); without it that sense cannot be read
         prompt_template: put around every prompt at its {}; the default is Alpaca's, which the release was trained with
     """
@@ -383,7 +383,7 @@ def inspect_llama_adapter(
         llm: folder of LLaMA as Meta ships it (params.json, consolidated.NN.pth) or as transformers saves it
         adapter: released adapter or training checkpoint; without it everything that is trained starts fresh, of v2 if
             `clip` is given
-        clip: state dict of CLIP, of which v2 reads the picture tower (released: ViT-L/14)
+        clip: state dict of CLIP, of which v2 reads the image tower (released: ViT-L/14)
         arch: JSON file with what tensors do not show (adapter_v1: adapter_layer, adapter_len; adapter_v2: clip_heads,
             v_num_heads, ...); released sizes need none
         raw_gates: multiply by the gates themselves and not by their tanh, as v1's inference code does

@@ -309,7 +309,7 @@ def _shown(sense: str, tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, int
     assumed: dict[str, Any] = {"head_dropout": HEAD_DROPOUT} if sense == "imu" else {}
     if places and "window" in found:
         assumed["steps"] = (places - 1) * found["window"]
-    elif places and "patch" in found:  # of a square picture cut into patches side by side, which a sound is not
+    elif places and "patch" in found:  # of a square image cut into patches side by side, which a sound is not
         side = math.isqrt(places - 1) * found["patch"]
         squares = {"height": side, "width": side, "stride": found["patch"]}
         assumed |= {"vision": {"image_size": side}, "audio": {}}.get(sense, squares)

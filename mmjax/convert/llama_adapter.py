@@ -1,4 +1,4 @@
-"""LLaMA-Adapter v2's picture side: CLIP's tower, and the visual query network of an adapter file.
+"""LLaMA-Adapter v2's image side: CLIP's tower, and the visual query network of an adapter file.
 
 CLIP:   C colours   P, Q patch sides   A places   S q, k and v   D model   F feed-forward   N heads   H head
         E the shared space
@@ -120,7 +120,7 @@ def read_arch(arch: Mapping[str, Any], problems: Problems) -> dict[str, dict[str
 
 
 def clip_config(tensors: Mapping[str, LazyTensor], told: Mapping[str, int], problems: Problems) -> ClipConfig | None:
-    """Sizes of CLIP's picture tower: from its tensors, `told`, or its loader's rule for heads."""
+    """Sizes of CLIP's image tower: from its tensors, `told`, or its loader's rule for heads."""
     found = sizes_from_shapes(tensors, CLIP_SIZES, r"visual\.transformer\.resblocks\.(\d+)\.")
     places = found.pop("places", None)
     if places and "patch" in found:  # not a square: a wrong shape, which the line of the positions reports

@@ -1,7 +1,7 @@
 """The released files of MiniGPT-4 and MiniGPT-v2: eva_vit.pth, blip2_pretrained*.pth and the trained checkpoints.
 
 Vision: C colours   P, Q patch sides   S 1 + patches   T q, k and v   D model   F feed-forward   N heads   H head
-Q-Former: A queries   D model   E picture width   F feed-forward   N heads   H head
+Q-Former: A queries   D model   E image width   F feed-forward   N heads   H head
 Projector: E input   D language model
 
 Facts: minigpt4/models/{eva_vit,Qformer,minigpt_base}.py, and what its runner saves (minigpt4/runners/runner_base.py).
@@ -66,7 +66,7 @@ LN_VISION = (
     ("ln_vision.bias", "ln_vision/bias", "E -> E"),
 )
 _LAYER = "Qformer.bert.encoder.layer."
-QFORMER = (  # {i} every layer, {c} every layer that reads the picture
+QFORMER = (  # {i} every layer, {c} every layer that reads the image
     ("query_tokens", "qformer/query_tokens", "1 A D -> A D"),
     ("Qformer.bert.embeddings.LayerNorm.weight", "qformer/norm/scale", "D -> D"),
     ("Qformer.bert.embeddings.LayerNorm.bias", "qformer/norm/bias", "D -> D"),
@@ -224,7 +224,7 @@ def vit_config(tensors: Mapping[str, LazyTensor], arch: Mapping[str, Mapping[str
         told["image_size"] = arch["minigpt_v2"]["image_size"]
     cfg = _config(VitConfig, "vit", tensors, found, known, told, problems)
     if cfg and cfg.image_size % cfg.patch:
-        problems.append(f"vit: pictures of {cfg.image_size} pixels do not divide into patches of {cfg.patch}.")
+        problems.append(f"vit: images of {cfg.image_size} pixels do not divide into patches of {cfg.patch}.")
         return None
     return cfg
 

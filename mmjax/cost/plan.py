@@ -150,7 +150,7 @@ def plan(config: RunConfig, where: str, preset: str | None = None, length: int |
 def architecture(config: RunConfig, preset: str | None) -> tuple[ConvertedCheckpoint, list[str]]:
     """What a run trains, and a line for what had to be guessed.
 
-    Raises ValueError if there is neither a checkpoint nor a preset, or for a phase or picture size that does not exist.
+    Raises ValueError if there is neither a checkpoint nor a preset, or for a phase or image size that does not exist.
     """
     folder, notes = Path(config.weights.checkpoint), []
     if preset is None and folder.exists():
@@ -198,8 +198,8 @@ def row_length(config: RunConfig, source: ConvertedCheckpoint) -> tuple[int, lis
     model = source.config
 
     def count(words: str) -> int:
-        pictures = words.count(text.PLACEHOLDER) if words else int(model.image_size is not None)
-        sample = Sample(images=[""] * pictures, prompt=words, answer="")
+        images = words.count(text.PLACEHOLDER) if words else int(model.image_size is not None)
+        sample = Sample(images=[""] * images, prompt=words, answer="")
         return len(text.prompt_slots(sample, tokenizer, settings, model.image_tokens))
 
     prompt = max(map(count, config.data.prompts or ("",)))
@@ -266,8 +266,8 @@ def _state(trained: Any, optimizer: optax.GradientTransformation, seed: int, mes
 
 
 def batch_of(config: RunConfig, spec: ModelSpec, length: int) -> Batch:
-    """The batch that the pipeline feeds, as shapes: rows with an image each, `pack_pictures` of packed rows."""
-    packed = None if config.data.pack_length is None else config.data.pack_pictures
+    """The batch that the pipeline feeds, as shapes: rows with an image each, `pack_images` of packed rows."""
+    packed = None if config.data.pack_length is None else config.data.pack_images
     feature = None
     if config.data.features:
         feature = jax.ShapeDtypeStruct(encode_features.feature_shape(spec), jnp.dtype(config.weights.dtype))

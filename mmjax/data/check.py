@@ -24,7 +24,7 @@ from mmjax.data.formats import Record
 from mmjax.data.pipeline import read, sample
 from mmjax.tokenizer import Tokenizer
 
-MISSING, CORRUPT, UNFIT = "missing picture", "corrupt picture", "unfit record"  # kinds of problems
+MISSING, CORRUPT, UNFIT = "missing image", "corrupt image", "unfit record"  # kinds of problems
 CHUNK = 512  # records handed to the threads at once
 SHOWN = 10  # problems on the screen; all of them are in the JSON file
 INK, MUTED, FILL, LIMIT = "#1c2128", "#667080", "#2563c9", "#c0362c"
@@ -34,7 +34,7 @@ INK, MUTED, FILL, LIMIT = "#1c2128", "#667080", "#2563c9", "#c0362c"
 class RowSettings:
     """How a run makes rows. Without `text`, only the captions are counted.
 
-    image_tokens: places that a picture takes among the words
+    image_tokens: places that a image takes among the words
     """
 
     tokenizer: Tokenizer
@@ -57,7 +57,7 @@ class Found:
     """What one source holds.
 
     looked_at:  how many of its records were read, whole; all the following is about them
-    pictures:   how many have a picture
+    images:   how many have a image
     duplicates: names that more than one record has, and how many have them
     lengths:    of the captions of those without a problem, uncut, in `unit`
     truncated:  rows that lose some of their right end; None where that was not counted
@@ -67,7 +67,7 @@ class Found:
     source: Source
     records: int
     looked_at: int
-    pictures: int
+    images: int
     problems: tuple[Problem, ...]
     duplicates: dict[str, int]
     lengths: tuple[int, ...]
@@ -88,7 +88,7 @@ class _CheckedRecord:
     """At one record."""
 
     name: str
-    picture: bool
+    image: bool
     problem: Problem | None
     length: int = 0
     truncated: bool = False
@@ -132,7 +132,7 @@ def _source(source: Source, records: Sequence[Record], cfg: DataConfig, rows: Ro
     sound = [look for look in looks if look.problem is None]
     cut = rows is not None and rows.text is not None
     return Found(
-        source, len(records), len(looks), sum(look.picture for look in looks),
+        source, len(records), len(looks), sum(look.image for look in looks),
         tuple(look.problem for look in looks if look.problem is not None),
         {name: count for name, count in names.items() if count > 1}, tuple(look.length for look in sound),
         "words" if rows is None else "tokens", sum(look.truncated for look in sound) if cut else None,
@@ -153,8 +153,8 @@ def _looks(source: Source, records: Sequence[Record], numbers: Sequence[int], pr
         except (ValueError, OSError) as error:
             return dataclasses.replace(seen, problem=_problem(source, record, UNFIT, error))
         try:
-            for picture in made.images:
-                images.rgb(picture)
+            for image in made.images:
+                images.rgb(image)
         except (ValueError, OSError) as error:
             absent = isinstance(record.image, str) and not os.path.isfile(record.image)
             return dataclasses.replace(seen, problem=_problem(source, record, MISSING if absent else CORRUPT, error))
@@ -238,9 +238,9 @@ def _print(console: Console, found: Sequence[Found], share: float, limit: float,
     lines = {
         "records": lambda each: f"{each.records:,}",
         "looked at": lambda each: of(each.looked_at, each.records),
-        "with a picture": lambda each: of(each.pictures, each.looked_at),
-        "missing pictures": lambda each: of(each.count(MISSING), each.looked_at),
-        "corrupt pictures": lambda each: of(each.count(CORRUPT), each.looked_at),
+        "with a image": lambda each: of(each.images, each.looked_at),
+        "missing images": lambda each: of(each.count(MISSING), each.looked_at),
+        "corrupt images": lambda each: of(each.count(CORRUPT), each.looked_at),
         "unfit records": lambda each: of(each.count(UNFIT), each.looked_at),
         "names used more than once": lambda each: of(len(each.duplicates), each.looked_at),
         "caption lengths": lambda each: ", ".join(

@@ -58,7 +58,7 @@ class Collator:
     @staticmethod
     def of(config: RunConfig, tokenizer: Tokenizer, model: FamilyConfig, features: Features | None = None) -> "Collator":
         """The collator of a run; `model` is the config of what it trains."""
-        most = None if config.data.pack_length is None else config.data.pack_pictures
+        most = None if config.data.pack_length is None else config.data.pack_images
         return Collator(tokenizer, config.text, model, most, features)
 
     @property

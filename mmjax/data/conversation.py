@@ -6,7 +6,7 @@ from typing import Any
 
 from mmjax.batch import Sample
 
-PICTURE = "<Img><ImageHere></Img>"
+IMAGE = "<Img><ImageHere></Img>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +42,11 @@ TEMPLATES = {
 class Transcript:
     """A conversation as it is written down: what has been said and shown so far; every method returns a new one.
 
-        talk = Transcript(TEMPLATES["vicuna0"]).show(picture).ask("What is this?")
+        talk = Transcript(TEMPLATES["vicuna0"]).show(image).ask("What is this?")
         talk = talk.answer("A dog.").ask("Which color?")
 
     messages: `(role, words)` pairs, the roles being the template's
-    images:   the pictures shown, one for each `<ImageHere>` of the messages
+    images:   the images shown, one for each `<ImageHere>` of the messages
     """
 
     template: Template
@@ -54,11 +54,11 @@ class Transcript:
     images: tuple[Any, ...] = ()
 
     def show(self, image: Any) -> "Transcript":
-        """The user uploads a picture."""
-        return dataclasses.replace(self._say(0, PICTURE), images=(*self.images, image))
+        """The user uploads a image."""
+        return dataclasses.replace(self._say(0, IMAGE), images=(*self.images, image))
 
     def ask(self, question: str) -> "Transcript":
-        """The user asks; right after a picture the question joins its message."""
+        """The user asks; right after a image the question joins its message."""
         if self.messages:
             *before, (role, words) = self.messages
             if role == self.template.roles[0] and words.endswith("</Img>"):

@@ -1,17 +1,17 @@
-"""Features on disk: what a frozen encoder makes of every picture, so that training need not run it.
+"""Features on disk: what a frozen encoder makes of every image, so that training need not run it.
 
-N pictures in all, n of a shard   K crops of each
+N images in all, n of a shard   K crops of each
 
     FOLDER/features.json           what the features are (`Card`)
-    FOLDER/NNNNN.array_record      a shard: the K features of its first picture, of its second, ...; plain bytes
-    FOLDER/NNNNN.npy               uint64[3,n]: the keys and contents of its pictures. Written last: without it the
+    FOLDER/NNNNN.array_record      a shard: the K features of its first image, of its second, ...; plain bytes
+    FOLDER/NNNNN.npy               uint64[3,n]: the keys and contents of its images. Written last: without it the
                                    shard was not finished and is written again
-    FOLDER/index.npy               uint64[4,N]: the same of all shards, sorted by key, and where each picture is.
+    FOLDER/index.npy               uint64[4,N]: the same of all shards, sorted by key, and where each image is.
                                    Without it the whole was never finished
-    FOLDER/features_errors.jsonl   the pictures that could not be read; see `mmjax.training.encode_features`
+    FOLDER/features_errors.jsonl   the images that could not be read; see `mmjax.training.encode_features`
 
-A picture is known by the path from its source's folder, so that the data may move. Its key is a hash of that in two
-words. That the folder still holds the same pictures, a hash of their contents shows: `Features.of` looks at some.
+A image is known by the path from its source's folder, so that the data may move. Its key is a hash of that in two
+words. That the folder still holds the same images, a hash of their contents shows: `Features.of` looks at some.
 """
 
 import contextlib
@@ -38,19 +38,19 @@ from mmjax.data.formats.record import Record
 from mmjax.data.formats.rows import image_root, shown
 
 FORMAT = 1
-SHARD = 4096  # pictures
+SHARD = 4096  # images
 OPEN = 64  # shards that are kept open
-LOOKED_AT = 16  # pictures of a source whose contents are compared before a run
+LOOKED_AT = 16  # images of a source whose contents are compared before a run
 MOST_NUMBERS = 2**26  # of a feature; the largest encoder here makes half a million
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(bfloat16)}
 AGAIN = "`mmjax data features` with the same folder adds what is missing"
 
 
-# ---- what pictures are called ----
+# ---- what images are called ----
 
 
 def folder_of(source: Source) -> str:
-    """The folder below which a source's pictures lie, absolute."""
+    """The folder below which a source's images lie, absolute."""
     if source.root is not None:
         return _absolute(source.root)
     if epath.Path(source.path).is_dir():
@@ -64,7 +64,7 @@ def _absolute(path: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ImageNames:
-    """What pictures are called: a folder's number and their path from there, such as `0/image/1.jpg`, `0/00.tar, 9321
+    """What images are called: a folder's number and their path from there, such as `0/image/1.jpg`, `0/00.tar, 9321
     bytes at 512` and, of a folder that holds them in itself, `0, example 3`; their whole path if they are in none.
 
     folders: absolute, with their numbers
@@ -73,7 +73,7 @@ class ImageNames:
     folders: Mapping[str, int]
 
     def __call__(self, image: Any) -> str:
-        """image: as in `Record`; None: the picture of zeros that stands for one where a model needs it"""
+        """image: as in `Record`; None: the image of zeros that stands for one where a model needs it"""
         if image is None:
             return ""
         path = _absolute(str(image))
@@ -85,23 +85,23 @@ class ImageNames:
 
 
 def key(name: str) -> np.ndarray:
-    """uint64[2]: a hash of a picture's name."""
+    """uint64[2]: a hash of a image's name."""
     return np.frombuffer(hashlib.blake2b(os.fsencode(name), digest_size=16).digest(), "<u8")
 
 
 def content_hash(content: bytes) -> int:
-    """Of a picture's bytes, in 64 bits."""
+    """Of a image's bytes, in 64 bits."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def crop_random(seed: int, name: str, crop: int) -> np.random.Generator:
-    """What draws one of a picture's crops."""
+    """What draws one of a image's crops."""
     return np.random.default_rng([seed, *map(int, key(name)), crop])
 
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """A picture's bytes, under the name that errors give it; `mmjax.data.images` reads it.
+    """A image's bytes, under the name that errors give it; `mmjax.data.images` reads it.
 
     image: as in `Record`
     """
@@ -115,7 +115,7 @@ class Held:
         if hasattr(image, "read"):
             return Held(image, image.read())
         if not Path(image).is_file():  # neither a folder nor a pipe that would be waited for
-            raise ValueError(files.url_problem(image) or f"No picture at {image}.")
+            raise ValueError(files.url_problem(image) or f"No image at {image}.")
         return Held(image, Path(image).read_bytes())
 
     def read(self) -> bytes:
@@ -133,8 +133,8 @@ class Card:
     """What the features of a folder are: its `features.json`.
 
     encoder:   what made them; see `mmjax.training.encode_features.encoder`
-    transform: how pictures were cut and scaled for it; see `mmjax.training.encode_features.transform`
-    crops:     features of a picture, K
+    transform: how images were cut and scaled for it; see `mmjax.training.encode_features.transform`
+    crops:     features of a image, K
     seed:      of the crops, where they are random
     dtype:     of the stored numbers, "float32" or "bfloat16"
     shape:     of a feature
@@ -220,7 +220,7 @@ def check(folder: Path, card: Card, encoder: Mapping[str, Any], transform: Mappi
 
 
 class FeatureIndex:
-    """Where pictures are, by their keys. columns: uint64[4,N] as in index.npy."""
+    """Where images are, by their keys. columns: uint64[4,N] as in index.npy."""
 
     def __init__(self, columns: np.ndarray):
         self.first, self.second, self.contents, self.places = map(np.asarray, columns)
@@ -237,7 +237,7 @@ class FeatureIndex:
         return len(self.first)
 
     def find(self, name: str) -> int | None:
-        """The column of a picture."""
+        """The column of a image."""
         first, second = key(name)
         for column in range(int(np.searchsorted(self.first, first)), len(self)):
             if self.first[column] != first:
@@ -247,17 +247,17 @@ class FeatureIndex:
         return None
 
 
-# ---- whose pictures these are ----
+# ---- whose images these are ----
 
 
 def numbers(card: Card, index: FeatureIndex, sources: Sequence[Source], records: Sequence[Sequence[Record]],
             at: Path) -> dict[str, int]:
     """The numbers that the card has for the folders of these sources, without those that it has none for.
 
-    A folder that is not on the card has the number of one that is, and whose pictures are in it now. That the contents
-    of some pictures show. at: where the features are
+    A folder that is not on the card has the number of one that is, and whose images are in it now. That the contents
+    of some images show. at: where the features are
 
-    Raises ValueError naming a picture if those of a folder on the card have become others.
+    Raises ValueError naming a image if those of a folder on the card have become others.
     """
     folders = [folder_of(source) for source in sources]
     found = {folder: number for number, folder in enumerate(card.folders) if folder in folders}
@@ -266,7 +266,7 @@ def numbers(card: Card, index: FeatureIndex, sources: Sequence[Source], records:
         if folder in found:
             _, others = _compared(index, folder, found[folder], shown)
             if others:
-                raise ValueError(f"{others[0]} is another picture than the one of which {at} holds a feature. Delete "
+                raise ValueError(f"{others[0]} is another image than the one of which {at} holds a feature. Delete "
                                  f"{at} and make the features again with `mmjax data features`.")
             continue
         for number in sorted(set(range(len(card.folders))) - set(found.values())):
@@ -278,7 +278,7 @@ def numbers(card: Card, index: FeatureIndex, sources: Sequence[Source], records:
 
 
 def _compared(index: FeatureIndex, folder: str, number: int, shown: Sequence[Held]) -> tuple[list[Held], list[Held]]:
-    """Of the pictures that are known by their names in a folder of that number those that are as they were, and those
+    """Of the images that are known by their names in a folder of that number those that are as they were, and those
     that are others."""
     names, same, others = ImageNames({folder: number}), [], []
     for held in shown:
@@ -289,7 +289,7 @@ def _compared(index: FeatureIndex, folder: str, number: int, shown: Sequence[Hel
 
 
 def _some(records: Sequence[Record]) -> list[Held]:
-    """Pictures of some records, spread over all of them, that can be read."""
+    """Images of some records, spread over all of them, that can be read."""
     found = []
     for number in sorted({step * len(records) // LOOKED_AT for step in range(LOOKED_AT)}) if records else ():
         try:
@@ -340,11 +340,11 @@ class Writer:
 
     @property
     def keys(self) -> np.ndarray:
-        """uint64[N,2]: of the pictures that are stored."""
+        """uint64[N,2]: of the images that are stored."""
         return np.stack([self.index.first, self.index.second], axis=1)
 
     def names(self, sources: Sequence[Source], records: Sequence[Sequence[Record]]) -> ImageNames:
-        """The names of these sources' pictures; folders that are new are put on the card."""
+        """The names of these sources' images; folders that are new are put on the card."""
         found = numbers(self.card, self.index, sources, records, self.folder)
         for folder in map(folder_of, sources):
             if folder not in found:
@@ -354,12 +354,12 @@ class Writer:
         return ImageNames(found)
 
     def add(self, key: np.ndarray, content: int, features: np.ndarray) -> None:
-        """Of one picture: its key, the hash of its content, and its features [K,...]."""
+        """Of one image: its key, the hash of its content, and its features [K,...]."""
         from array_record.python.array_record_module import ArrayRecordWriter
 
         stored = np.ascontiguousarray(features, DTYPES[self.card.dtype])
         if stored.shape != (self.card.crops, *self.card.shape):
-            raise ValueError(f"Features of a picture must be {[self.card.crops, *self.card.shape]}, got "
+            raise ValueError(f"Features of a image must be {[self.card.crops, *self.card.shape]}, got "
                              f"{list(stored.shape)}.")
         if self._writer is None:
             self._number = max(self._shards, default=-1) + 1
@@ -403,7 +403,7 @@ def _the_same(folder: Path, card: Card) -> Card:
     check(folder, stored, card.encoder, card.transform)
     ours, theirs = (dataclasses.replace(each, encoder={}, transform={}, folders=()) for each in (card, stored))
     if lines := differences(dataclasses.asdict(theirs), dataclasses.asdict(ours)):
-        raise ValueError(f"{folder} holds other features of these pictures:\n  " + "\n  ".join(lines)
+        raise ValueError(f"{folder} holds other features of these images:\n  " + "\n  ".join(lines)
                          + "\nName another folder.")
     return stored
 
@@ -472,7 +472,7 @@ def _records(path: Path) -> int:
 class Features:
     """The features of a folder. Threads may share it, other processes are sent no more than where it is.
 
-    names: what pictures are called; see `of`
+    names: what images are called; see `of`
 
     Raises FileNotFoundError or ValueError naming what is missing or wrong.
     """
@@ -495,9 +495,9 @@ class Features:
         return Features, (self.folder, self.names)
 
     def of(self, sources: Sequence[Source], records: Sequence[Sequence[Record]]) -> "Features":
-        """The same for pictures of these sources, wherever they lie now. Looks at the contents of some of each.
+        """The same for images of these sources, wherever they lie now. Looks at the contents of some of each.
 
-        Raises ValueError naming a source whose pictures are others, or a picture of them that is missing.
+        Raises ValueError naming a source whose images are others, or a image of them that is missing.
         """
         found = Features(self.folder, ImageNames(numbers(self.card, self.index, sources, records, self.folder)))
         for source, its in zip(sources, records, strict=True):
@@ -507,22 +507,22 @@ class Features:
     def _check_some(self, source: Source, records: Sequence[Record]) -> None:
         shown = _some(records)
         absent = [held for held in shown if self.index.find(self.names(held.image)) is None]
-        absent = [held for held in absent if _is_picture(held)]  # of others there can be no features
+        absent = [held for held in absent if _is_image(held)]  # of others there can be no features
         if absent:
-            raise ValueError(f"{len(absent)} of {len(shown)} pictures of {source.path} that were looked at are not in "
-                             f"{self.folder}, such as {absent[0]}. It has features of pictures of "
+            raise ValueError(f"{len(absent)} of {len(shown)} images of {source.path} that were looked at are not in "
+                             f"{self.folder}, such as {absent[0]}. It has features of images of "
                              f"{', '.join(self.card.folders)}; {AGAIN}.")
 
     def find(self, image: Any, crop: int = 0) -> np.ndarray:
-        """The feature of a picture, or of one of its crops.
+        """The feature of a image, or of one of its crops.
 
-        image: as in `Record`; None: the picture of zeros
+        image: as in `Record`; None: the image of zeros
 
-        Raises ValueError naming a picture that has none, or the file that is damaged.
+        Raises ValueError naming a image that has none, or the file that is damaged.
         """
         column = self.index.find(self.names(image))
         if column is None:
-            raise ValueError(f"{'The picture of zeros' if image is None else image} has no feature in {self.folder}: "
+            raise ValueError(f"{'The image of zeros' if image is None else image} has no feature in {self.folder}: "
                              f"it could not be read (features_errors.jsonl there says why), or it is new. {AGAIN}.")
         shard, number = divmod(int(self.index.places[column]), 1 << 32)
         return self._read(shard, number * self.card.crops + crop)
@@ -538,33 +538,33 @@ class Features:
     def _opened(self, shard: int) -> Any:
         return _reader(self.folder / f"{shard:05}.array_record")
 
-    # ---- as a collator's pictures ----
+    # ---- as a collator's images ----
 
     @functools.cached_property
     def blank(self) -> np.ndarray:
-        """Zeros, for the places of pictures that no word refers to."""
+        """Zeros, for the places of images that no word refers to."""
         return np.zeros(self.card.shape, self.dtype)
 
     @functools.cached_property
     def nothing(self) -> np.ndarray:
-        """The feature of the picture of zeros."""
+        """The feature of the image of zeros."""
         return self.find(None)
 
     def feature_of(self, image: Any, random: np.random.Generator | None) -> np.ndarray:
-        """The feature of a picture; of one of its crops, where one is drawn. Raises ValueError as `find` does."""
+        """The feature of a image; of one of its crops, where one is drawn. Raises ValueError as `find` does."""
         return self.find(image, 0 if random is None else int(random.integers(self.card.crops)))
 
     def stack(self, rows: Sequence[Sequence[Sample]], placed: bool, most: int | None = None) -> np.ndarray | None:
-        """`Batch.media["feature"]` of rows of samples whose pictures are features.
+        """`Batch.media["feature"]` of rows of samples whose images are features.
 
-        placed: pictures take places among the words: [B,F,...] with blank ones behind a row's own, None if there are
-                no pictures at all. Otherwise [B,...], one a row: of text alone that of the picture of zeros
-        most:   F; None for the longest row's number of pictures
+        placed: images take places among the words: [B,F,...] with blank ones behind a row's own, None if there are
+                no images at all. Otherwise [B,...], one a row: of text alone that of the image of zeros
+        most:   F; None for the longest row's number of images
         """
-        found = [[picture for sample in row for picture in sample.images] for row in rows]
+        found = [[image for sample in row for image in sample.images] for row in rows]
         if not placed:
             if many := [row for row, its in enumerate(found) if len(its) > 1]:
-                raise ValueError(f"Rows {many} have more than one picture, but this model reads one a row.")
+                raise ValueError(f"Rows {many} have more than one image, but this model reads one a row.")
             return np.stack([its[0] if its else self.nothing for its in found])
         most = max(map(len, found)) if most is None else most
         if not most:
@@ -572,7 +572,7 @@ class Features:
         return np.stack([np.stack(its + [self.blank] * (most - len(its))) for its in found])
 
 
-def _is_picture(held: Held) -> bool:
+def _is_image(held: Held) -> bool:
     try:
         images.rgb(held)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Stored picture features that a mix of senses is drawn towards: ImageBind-LLM's visual cache.
+"""Stored image features that a mix of senses is drawn towards: ImageBind-LLM's visual cache.
 
 V stored vectors   E ImageBind's space
 

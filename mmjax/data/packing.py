@@ -1,12 +1,12 @@
 """Several samples in one row, so that little of a batch is padding.
 
-B rows   T places   F pictures a row   S side of a picture
+B rows   T places   F images a row   S side of a image
 
 A row is `[sample][sample]...[padding]`; each sample is a segment of the places that `text.rows` gives it, with
 positions from 0 on. The attention mask keeps segments apart (`families.base.causal_mask`), and as each begins with BOS,
 which is never a target, no target is told from the segment before it.
 
-For families whose pictures are soft tokens among the words (MiniGPT-4, MiniGPT-v2), and for LLaMA alone. ImageBind-LLM
+For families whose images are soft tokens among the words (MiniGPT-4, MiniGPT-v2), and for LLaMA alone. ImageBind-LLM
 and LLaMA-Adapter are refused: what they inject into the layers is one a row.
 """
 
@@ -26,10 +26,10 @@ class Size(NamedTuple):
     """What a sample takes of a row."""
 
     tokens: int
-    pictures: int = 0
+    images: int = 0
 
     def within(self, room: "Size") -> bool:
-        return self.tokens <= room.tokens and self.pictures <= room.pictures
+        return self.tokens <= room.tokens and self.images <= room.images
 
 
 def pack(sizes: Iterable[Size], room: Size, rows: int) -> list[list[int]]:
@@ -46,14 +46,14 @@ def pack(sizes: Iterable[Size], room: Size, rows: int) -> list[list[int]]:
     for number, size in enumerate(sizes):
         if not size.within(room):
             raise ValueError(
-                f"Sample {number} of the batch does not fit into a row: {size.tokens} tokens and {size.pictures} "
-                f"pictures, a row has room for {room.tokens} and {room.pictures}. Raise that, or lower max_txt_len or "
+                f"Sample {number} of the batch does not fit into a row: {size.tokens} tokens and {size.images} "
+                f"images, a row has room for {room.tokens} and {room.images}. Raise that, or lower max_txt_len or "
                 "max_context_len.")
         row = next((row for row in range(rows) if size.within(free[row])), None)
         if row is None:
             break
         placed[row].append(number)
-        free[row] = Size(free[row].tokens - size.tokens, free[row].pictures - size.pictures)
+        free[row] = Size(free[row].tokens - size.tokens, free[row].images - size.images)
     return placed
 
 

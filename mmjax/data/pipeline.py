@@ -6,11 +6,11 @@ stopped by asking for the next batch from the next position, on as many hosts as
 of each pass over a source, and the reading ahead.
 
 A batch is made in two stages. Its plan says which samples stand in which row and how long the rows are. That takes the
-samples' words alone, so every process makes the same plan of the whole batch. Then each process opens the pictures of
+samples' words alone, so every process makes the same plan of the whole batch. Then each process opens the images of
 its own rows.
 
 A record that cannot be used never ends a run by itself: another one of its source takes its place, which one depends on
-the position too, and `Step.bad` names it. One whose picture fails is replaced by one that fits where it stood.
+the position too, and `Step.bad` names it. One whose image fails is replaced by one that fits where it stood.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class BadRecord:
 
     attempt: 0 for the record of this position, from 1 on for those that were to take its place
     source:  the path of its source
-    file:    its picture's, or the archive that holds it; the source's path where that is not known
+    file:    its image's, or the archive that holds it; the source's path where that is not known
     """
 
     position: int
@@ -152,11 +152,11 @@ def batches(
 
     sources:         the records of each of `cfg.sources`
     start, position: number of the first batch, and where in the sequence it begins
-    rows:            which of every batch this process makes; it opens no other's pictures. None: all
+    rows:            which of every batch this process makes; it opens no other's images. None: all
 
     Raises ValueError if there are fewer records than rows in a batch, and whatever `collator` raises for every one of a
     source's first records, with one of the configuration's prompts: that is tried before the first batch, with blank
-    pictures. While iterating: ValueError when nothing usable is found for a position, and whatever `collator.batch`
+    images. While iterating: ValueError when nothing usable is found for a position, and whatever `collator.batch`
     raises.
     """
     import grain
@@ -174,7 +174,7 @@ def batches(
 
 
 def sample(record: Record, prompt: str, cfg: DataConfig) -> Sample:
-    """What a record becomes, its picture unopened; `prompt` is for those without one of their own.
+    """What a record becomes, its image unopened; `prompt` is for those without one of their own.
 
     Raises ValueError if there is something wrong with the record, or an answer of it is empty.
     """
@@ -235,7 +235,7 @@ class _Records:
         """What an empty row has room for."""
         if self.cfg.pack_length is None:
             return BOUNDLESS
-        return Size(self.cfg.pack_length, self.cfg.pack_pictures)
+        return Size(self.cfg.pack_length, self.cfg.pack_images)
 
     def usable(self, position: int, prompt: str, room: Size, attempt: int = 0,
                bad: tuple[BadRecord, ...] = ()) -> _Position:
@@ -251,8 +251,8 @@ class _Records:
                 place = _Position(position, number, record, self.collator.tokenize(sample(record, prompt, self.cfg)), bad)
                 size = place.size
                 if not size.within(self.row):
-                    raise ValueError(f"{size.tokens} tokens and {size.pictures} pictures, but a packed row has room "
-                                     f"for {self.row.tokens} and {self.row.pictures}")
+                    raise ValueError(f"{size.tokens} tokens and {size.images} images, but a packed row has room "
+                                     f"for {self.row.tokens} and {self.row.images}")
             except (ValueError, OSError) as error:
                 bad = (*bad, self.named(position, number, record, error))
             else:
@@ -266,9 +266,9 @@ class _Records:
                          "The first of them:\n  " + "\n  ".join(wrong))
 
     def opened(self, place: _Position, prompt: str, room: Size) -> tuple[_Position, bool]:
-        """A place with its pictures open, its record replaced where they cannot be opened; and whether it is learnt.
+        """A place with its images open, its record replaced where they cannot be opened; and whether it is learnt.
 
-        It is not where none of the records drawn to replace it fits: then its own words stand there, blank pictures
+        It is not where none of the records drawn to replace it fits: then its own words stand there, blank images
         beside them, and no word is a target.
         """
         first = place
@@ -285,7 +285,7 @@ class _Records:
             try:
                 place = self.usable(place.position, prompt, room, place.attempt + 1, bad)
             except _NoneFits as none:
-                blank = [self.collator.blank] * first.size.pictures
+                blank = [self.collator.blank] * first.size.images
                 return first.with_images(blank, bad=none.bad), False
 
     def named(self, position: int, attempt: int, record: Record | None, error: Exception) -> BadRecord:
@@ -298,7 +298,7 @@ class _Records:
 
 @dataclasses.dataclass(frozen=True)
 class _BatchPlan:
-    """A whole batch before its pictures are opened: the places of each row, the rows' length, where it ends."""
+    """A whole batch before its images are opened: the places of each row, the rows' length, where it ends."""
 
     prompt: str
     rows: list[list[_Position]]
@@ -394,7 +394,7 @@ def _try_out(sources: Sequence[Sequence[Record]], cfg: DataConfig, collator: Col
 
 
 def _whole(records: Sequence[Record], cfg: DataConfig) -> Iterator[Record]:
-    """The first records, without those that have something wrong with them (their pictures are not looked at)."""
+    """The first records, without those that have something wrong with them (their images are not looked at)."""
     for number in range(min(len(records), TRIED_FIRST)):
         try:
             sample(record := records[number], "", cfg)

@@ -1,6 +1,6 @@
 """Data of any format as a data set of TensorFlow Datasets, written without TensorFlow: `mmjax data prepare`.
 
-Pictures go in as the bytes they are, records in their order. Shard k is made of the source's records from
+Images go in as the bytes they are, records in their order. Shard k is made of the source's records from
 k · shard_size on, under another name until it is whole; then a line of the manifest says so. So it does not matter when
 it is stopped: what has a line is kept, all else is made anew. The source is read once and never held in memory.
 """
@@ -31,8 +31,8 @@ from mmjax.data.manifest import PARTIAL, Making, Manifest, Shard
 
 ERRORS = "prepare_errors.jsonl"
 SPLIT, VERSION = "train", "1.0.0"
-MOST_BYTES = 2**28  # more than any picture has that is meant well
-READERS = 16  # threads that read the source's pictures
+MOST_BYTES = 2**28  # more than any image has that is meant well
+READERS = 16  # threads that read the source's images
 AHEAD = 64  # records that are read before their turn to be written
 COMPARED = 32  # shards of which it is checked that they are of this source
 
@@ -60,7 +60,7 @@ def prepare(
     format, source, root: what is read, as in `Source`
     name:       of the data set (the format's if not given)
     shard_size: of the source's records that go into a file
-    decode:     decode every picture, to find those that are cut off; otherwise a file's head tells whether it is one
+    decode:     decode every image, to find those that are cut off; otherwise a file's head tells whether it is one
 
     Records that cannot be used are left out and named in `prepare_errors.jsonl` in the folder. Called again after it
     was stopped it goes on; shards that are not there or have another size are made anew. Raises ValueError if the
@@ -205,11 +205,11 @@ def _look(records: Sequence[Record], number: int, decode: bool) -> _PreparedReco
 
 
 def _image_bytes(image: Any, decode: bool) -> bytes:
-    """A picture's bytes. Raises OSError or ValueError if it is not there, or not a picture of a size to be decoded."""
+    """A image's bytes. Raises OSError or ValueError if it is not there, or not a image of a size to be decoded."""
     if hasattr(image, "read"):
         content = image.read()
     elif not os.path.isfile(image):  # neither a folder nor a pipe that would be waited for
-        raise ValueError(f"No picture at {image}.")
+        raise ValueError(f"No image at {image}.")
     elif (size := os.path.getsize(image)) > MOST_BYTES:
         raise ValueError(f"{image} has {size} bytes, more than the {MOST_BYTES} that are read.")
     else:
@@ -220,7 +220,7 @@ def _image_bytes(image: Any, decode: bool) -> bytes:
             if decode:
                 opened.load()
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
-        raise ValueError(f"{image} is not a picture that can be read: {error}") from error
+        raise ValueError(f"{image} is not a image that can be read: {error}") from error
     return content
 
 
@@ -232,7 +232,7 @@ def _write(folder: Path, making: Making, number: int, looks: Iterable[_PreparedR
     beside = path.with_name(path.name + PARTIAL)
     first, last, errors, count = None, "", [], 0
     try:
-        writer = ArrayRecordWriter(str(beside), "group_size:1,uncompressed")  # pictures are compressed already
+        writer = ArrayRecordWriter(str(beside), "group_size:1,uncompressed")  # images are compressed already
         try:
             for look in looks:
                 first, last = look.name if first is None else first, look.name
@@ -278,7 +278,7 @@ def _describe(folder: Path, made: Manifest) -> None:
         builder=core.DatasetIdentity(
             name=making.name, version=core.Version(VERSION), data_dir=str(folder), module_name=__name__),
         features=features(), disable_shuffling=True,
-        description=f"{making.format} {making.source}, prepared by mmjax: the records in their order, pictures as they "
+        description=f"{making.format} {making.source}, prepared by mmjax: the records in their order, images as they "
                     "are. `image` and `prompt` hold one or none.")
     info.set_file_format("array_record")
     info.set_splits(core.SplitDict([core.SplitInfo(

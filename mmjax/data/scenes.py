@@ -181,7 +181,7 @@ def total(scores: Iterable[dict[str, tuple[int, int]]]) -> dict[str, float]:
 
 def write(folder: str | Path, scenes: Sequence[Scene]) -> None:
     """Draw scenes into `folder/image/ID.jpg` and write `folder/filter_cap.json`; the id is the place in the list."""
-    _write_pictures(folder, scenes)
+    _write_images(folder, scenes)
     annotations = [{"image_id": str(number), "caption": caption(scene)} for number, scene in enumerate(scenes)]
     (Path(folder) / "filter_cap.json").write_text(json.dumps({"annotations": annotations}, indent=1))
 
@@ -189,22 +189,22 @@ def write(folder: str | Path, scenes: Sequence[Scene]) -> None:
 def write_pretrain(folder: str | Path, scenes: Sequence[Scene]) -> None:
     """The layout of ImageBind-LLM's pretraining: `folder/pretrain.yaml` names `pretrain.csv`, tab-separated lines of
     a picture's path and its caption. All paths are absolute, as the original takes others from where it is started."""
-    pictures = _write_pictures(folder, scenes)
+    images = _write_images(folder, scenes)
     with open(Path(folder) / "pretrain.csv", "w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file, delimiter="\t", lineterminator="\n")
         lines.writerow(["url", "caption"])
-        lines.writerows([picture, caption(scene)] for picture, scene in zip(pictures, scenes, strict=True))
+        lines.writerows([image, caption(scene)] for image, scene in zip(images, scenes, strict=True))
     _write_meta(folder, "pretrain", "pretrain.csv")
 
 
 def write_finetune(folder: str | Path, scenes: Sequence[Scene]) -> None:
     """The layout of ImageBind-LLM's fine-tuning: `folder/finetune.yaml` names `finetune.json`, in LLaVA's manner a row
     for each of `instructions` with its answer. All paths are absolute."""
-    asked = [(picture, *asked) for picture, scene in zip(_write_pictures(folder, scenes), scenes, strict=True)
+    asked = [(image, *asked) for image, scene in zip(_write_images(folder, scenes), scenes, strict=True)
              for asked in instructions(scene)]
-    rows = [{"id": str(number), "image": picture,
+    rows = [{"id": str(number), "image": image,
              "conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]}
-            for number, (picture, prompt, answer) in enumerate(asked)]
+            for number, (image, prompt, answer) in enumerate(asked)]
     (Path(folder) / "finetune.json").write_text(json.dumps(rows, indent=1))
     _write_meta(folder, "finetune", "finetune.json")
 
@@ -214,7 +214,7 @@ LAYOUTS = {"cc_sbu_align": ("filter_cap.json", write), "imagebind_llm_pretrain":
            "imagebind_llm_finetune": ("finetune.yaml", write_finetune)}
 
 
-def _write_pictures(folder: str | Path, scenes: Sequence[Scene]) -> list[str]:
+def _write_images(folder: str | Path, scenes: Sequence[Scene]) -> list[str]:
     """Their absolute paths."""
     from PIL import Image
 
@@ -242,11 +242,11 @@ _Y, _X = np.mgrid[:SIDE, :SIDE].astype(np.float32) + 0.5
 def draw(scene: Scene) -> np.ndarray:
     """The picture, uint8[48,48,3]."""
     rng = np.random.default_rng((*scene.key, 1))
-    picture = _background(rng)
+    image = _background(rng)
     for thing, (cover, shade) in zip(scene.things, _layers(scene, rng), strict=True):
-        picture += cover[..., None] * (np.array(COLORS[thing.color], np.float32) * shade[..., None] - picture)
-    picture += 0.03 * rng.standard_normal(picture.shape, np.float32)
-    return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
+        image += cover[..., None] * (np.array(COLORS[thing.color], np.float32) * shade[..., None] - image)
+    image += 0.03 * rng.standard_normal(image.shape, np.float32)
+    return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def depth(scene: Scene) -> np.ndarray:
@@ -270,7 +270,7 @@ def depth(scene: Scene) -> np.ndarray:
 MEDIA = {"depth": depth}  # what gives a scene to the senses beside pictures, by the name of the sense
 
 
-def as_picture(channel: np.ndarray) -> np.ndarray:
+def as_image(channel: np.ndarray) -> np.ndarray:
     """float32[1,48,48] of about 0 to 1 for the eye: uint8[48,48,3], grey."""
     return np.repeat((np.clip(channel[0], 0, 1) * 255).astype(np.uint8)[..., None], 3, axis=2)
 

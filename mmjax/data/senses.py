@@ -1,9 +1,9 @@
 """Inputs of ImageBind's towers from files and arrays (imagebind/data.py, imagebind/models/multimodal_preprocessors.py),
 and the rows of a batch made of them.
 
-C channels   S side of a picture   M mel bins   T frames of a spectrogram
+C channels   S side of a image   M mel bins   T frames of a spectrogram
 
-Numpy on the host. Pictures keep their proportions here, unlike MiniGPT-4's. Depth, heat and motion come as arrays:
+Numpy on the host. Images keep their proportions here, unlike MiniGPT-4's. Depth, heat and motion come as arrays:
 the original has no transform for them. Video files are not decoded; a video is given as its frames.
 """
 
@@ -29,11 +29,11 @@ from mmjax.models.pixels import MEAN, STD, normalise
 from mmjax.models.senses import sense_of
 from mmjax.tokenizer import WORDS
 
-# ---- pictures ----
+# ---- images ----
 
 
-def picture(source: Any, size: int = 224, random: np.random.Generator | None = None) -> np.ndarray:
-    """float32[3,S,S]: the middle of a picture whose short side was scaled to S, or a random part of it; normalised.
+def image(source: Any, size: int = 224, random: np.random.Generator | None = None) -> np.ndarray:
+    """float32[3,S,S]: the middle of a image whose short side was scaled to S, or a random part of it; normalised.
 
     source: as `mmjax.data.images.load` takes it; one that comes normalised is unchanged
     random: draws the part, as in training
@@ -427,7 +427,7 @@ def stack(samples: Sequence[Sample], cfg: Any, words: Path | None = None) -> dic
 
 def _inputs(sample: Sample, cfg: Any, words: Path | None) -> tuple[dict[str, np.ndarray], list[str]]:
     """What a sample gives to the towers by name, and what is wrong with it."""
-    wrong = [f"{name}: there is no such sense (pictures go into `images`)" for name in sample.media
+    wrong = [f"{name}: there is no such sense (images go into `images`)" for name in sample.media
              if name not in NAMES]
     given = {name: source for name, source in sample.media.items() if name in NAMES}
     if sample.images:
@@ -445,7 +445,7 @@ def _inputs(sample: Sample, cfg: Any, words: Path | None) -> tuple[dict[str, np.
             wrong.append(f"{name}: a weight of {weight!r}, but weights are finite and not negative")
     if not given and not wrong:
         if cfg.vision is None:
-            wrong.append("nothing: a picture of zeros would stand for it, but this model has no tower for pictures")
+            wrong.append("nothing: a image of zeros would stand for it, but this model has no tower for images")
         else:
             inputs["image"] = np.zeros((cfg.vision.image_size, cfg.vision.image_size, 3), np.uint8)
     return inputs, wrong
@@ -458,7 +458,7 @@ def _input(name: str, source: Any, cfg: Any, words: Path | None) -> np.ndarray:
         raise ValueError("this model has no tower for it")
     if name == "image":
         if len(source) > 1:
-            raise ValueError(f"{len(source)} pictures, but a row takes one")
+            raise ValueError(f"{len(source)} images, but a row takes one")
         return load(source[0], tower.image_size, "center_crop")
     if name == "video" and isinstance(source, tuple):
         frames, fps = source

@@ -1,6 +1,6 @@
 """Samples to rows of token ids: which word, soft token or padding stands at each slot.
 
-A row is `[BOS][prompt][answer][padding]`; a picture's soft tokens take `image_tokens` slots of the prompt. The ids,
+A row is `[BOS][prompt][answer][padding]`; a image's soft tokens take `image_tokens` slots of the prompt. The ids,
 targets and masks are those of minigpt4/models/minigpt_base.py (preparing_embedding, prompt_wrap,
 tokenize_conversation, get_context_emb), and where `TextConfig.joint` says so those of imagebind_LLM/data/dataset.py;
 where the originals drop what does not fit together, this raises.
@@ -111,7 +111,7 @@ def empty_grid(count: int, length: int, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def batch(grid: np.ndarray, positions: np.ndarray, padded_length: int, segments: np.ndarray | None = None) -> Batch:
-    """A grid of slots as a `Batch` without pictures."""
+    """A grid of slots as a `Batch` without images."""
     tokens, soft_index, valid, loss_mask = np.moveaxis(grid, -1, 0).copy()
     return Batch(
         tokens=tokens, soft_index=soft_index, valid=valid.astype(bool), loss_mask=loss_mask.astype(bool),
@@ -170,24 +170,24 @@ def joint_slots(sample: Sample, tokenizer: Tokenizer, text: TextConfig) -> list[
 def prompt_slots(sample: Sample, tokenizer: Tokenizer, text: TextConfig, image_tokens: int) -> list[Slot]:
     """The prompt, or the first question of a conversation, behind BOS.
 
-    Segments between pictures are tokenised one by one, so each starts with its own space marker. Pictures without a
+    Segments between images are tokenised one by one, so each starts with its own space marker. Images without a
     prompt stand alone (stage 1), without a template.
     """
 
     def words(segment: str) -> list[Slot]:
         return [Slot(token) for token in tokenizer.encode(segment)]
 
-    def picture(k: int) -> list[Slot]:
+    def image(k: int) -> list[Slot]:
         return [Slot(tokenizer.pad, k * image_tokens + j) for j in range(image_tokens)]
 
     prompt, *_ = _questions(sample)
     if sample.images and image_tokens and not prompt + sample.input:
-        return [slot for k in range(len(sample.images)) for slot in picture(k)]
+        return [slot for k in range(len(sample.images)) for slot in image(k)]
     prompt, given = (prompt, sample.input) if image_tokens else (bare(prompt), bare(sample.input))
     first, *others = _wrap(prompt, text, given).split(PLACEHOLDER)
     slots = words(first)
     for k, segment in enumerate(others):
-        slots += picture(k) + words(segment)
+        slots += image(k) + words(segment)
     return slots[:text.max_context_len] if sample.images and _learns(sample) else slots
 
 
@@ -213,7 +213,7 @@ def answer_slots(sample: Sample, tokenizer: Tokenizer, text: TextConfig) -> list
 
 
 def bare(prompt: str) -> str:
-    """A prompt as a model reads it whose pictures take no slots among the words: the question alone.
+    """A prompt as a model reads it whose images take no slots among the words: the question alone.
 
     `<Img><ImageHere></Img> What is it? `, as data for MiniGPT-4 have it, is `What is it?` here: with the marks go the
     space behind them and those at both ends. A prompt without marks stays as it is.
@@ -245,7 +245,7 @@ def _check(samples: Sequence[Sample], text: TextConfig, image_tokens: int) -> No
     if text.input_template and text.input_template.count("{}") != 2:
         raise ValueError(f"input_template {text.input_template!r} must have two '{{}}', for the prompt and the input.")
     if text.joint and image_tokens:
-        raise ValueError("joint = True is for models whose pictures take no slots among the words; here a picture "
+        raise ValueError("joint = True is for models whose images take no slots among the words; here a image "
                          f"takes {image_tokens}.")
     unfit, apart = [], []
     for row, sample in enumerate(samples):
@@ -260,17 +260,17 @@ def _check(samples: Sequence[Sample], text: TextConfig, image_tokens: int) -> No
         words = prompt + sample.input
         shown = words.count(PLACEHOLDER)
         if shown != len(sample.images) and (shown or image_tokens and words):  # without words: stage 1
-            apart.append(f"row {row}: {shown} {PLACEHOLDER} for {len(sample.images)} pictures in {words!r}")
+            apart.append(f"row {row}: {shown} {PLACEHOLDER} for {len(sample.images)} images in {words!r}")
         apart += [f"row {row}: {PLACEHOLDER} in a later question, {question!r}"
                   for question in later if PLACEHOLDER in question]
     messages = []
     if unfit:
         messages.append("These rows do not fit the text settings:\n  " + "\n  ".join(unfit))
     if apart:
-        messages.append("Pictures and placeholders do not agree:\n  " + "\n  ".join(apart))
+        messages.append("Images and placeholders do not agree:\n  " + "\n  ".join(apart))
     if apart:
-        messages.append(f"Write one {PLACEHOLDER} for each picture, as in '<Img>{PLACEHOLDER}</Img> What is it?'; in a "
+        messages.append(f"Write one {PLACEHOLDER} for each image, as in '<Img>{PLACEHOLDER}</Img> What is it?'; in a "
                         "conversation all of them into the first question."
-                        + ("" if image_tokens else " Or none at all: pictures of this model take no slots."))
+                        + ("" if image_tokens else " Or none at all: images of this model take no slots."))
     if messages:
         raise ValueError("\n".join(messages))

@@ -2,7 +2,7 @@
 
 Every check gives `Finding`s. Those of the stored numbers read tensor by tensor, a slice at a time, so that a model of
 any size is looked through in little memory; `quick` stops there. The others load the model, let it read plain English
-and look at two pictures. docs/doctor.md says what each finding means.
+and look at two images. docs/doctor.md says what each finding means.
 """
 
 import dataclasses
@@ -56,6 +56,6 @@ def examine(folder: str | Path, quick: bool = False, dtype: str | None = None, f
     found += outputs.beginning(model)
     tell("Reading plain text")
     found += outputs.plain_text(model, texts, found)
-    tell("Looking at pictures")
-    found += outputs.pictures(model, patient)
+    tell("Looking at images")
+    found += outputs.images(model, patient)
     return found

@@ -1,4 +1,4 @@
-"""Checks of the model at work: what it makes of sentences and of pictures."""
+"""Checks of the model at work: what it makes of sentences and of images."""
 
 import dataclasses
 import math
@@ -33,7 +33,7 @@ SEEN = 0.6  # share of ln V that a model which knows the text stays below
 UNIFORM = 0.97  # share of ln V above which the entropy of predictions says that nothing is known
 ENGLISH = 1.7  # tokens a word up to which a vocabulary was made for texts like these
 ORDER = 1.0  # nats a token that a model which knows the language loses when words are shuffled
-STILL = 1e-5  # of the largest logit: what a picture moves less than this does not reach the answer
+STILL = 1e-5  # of the largest logit: what a image moves less than this does not reach the answer
 FAINT, LOUD = 1 / 30, 1000.0  # lengths of soft tokens over those of words
 
 
@@ -176,8 +176,8 @@ def not_finite(model: Loaded, found: Mapping[str, np.ndarray]) -> Finding | None
                    "number is NaN, the activations overflow: try --dtype float32.", {"stage": name})
 
 
-def pictures(model: Loaded, patient: Inspection) -> Iterator[Finding]:
-    """Two pictures, or two inputs of every sense: is all finite, do they differ, and do they reach the answer?"""
+def images(model: Loaded, patient: Inspection) -> Iterator[Finding]:
+    """Two images, or two inputs of every sense: is all finite, do they differ, and do they reach the answer?"""
     if (batch := seeing(model)) is None:
         return
     found = _run(model, batch)
@@ -188,14 +188,14 @@ def pictures(model: Loaded, patient: Inspection) -> Iterator[Finding]:
     size, apart = float(np.abs(found["logits"]).max()), np.abs(found["logits"][0] - found["logits"][1])
     moved = float(apart[batch.valid[0]].max())
     figures = {"moved": moved, "logits": size}
-    told = f"Another picture moves the logits by up to {moved:.2g} of {size:.2g}"
+    told = f"Another image moves the logits by up to {moved:.2g} of {size:.2g}"
     if moved <= STILL * size:
-        yield Finding("pictures", "wrong", "Another picture leads to the same answer: nothing of it reaches the "
-                      "language model. Look at gates, projector and picture tower.", figures)
+        yield Finding("images", "wrong", "Another image leads to the same answer: nothing of it reaches the "
+                      "language model. Look at gates, projector and image tower.", figures)
         return
     soft = batch.soft_index >= 0
     if not soft.any():
-        yield Finding("pictures", "ok", f"{told}.", figures)
+        yield Finding("images", "ok", f"{told}.", figures)
         return
     embedded = next(name for name, stage in parity.known(model.family, model.config).items() if stage.kind == "embedding")
     lengths = np.linalg.norm(found[embedded], axis=-1)
@@ -204,9 +204,9 @@ def pictures(model: Loaded, patient: Inspection) -> Iterator[Finding]:
     figures |= {"soft tokens": of_soft, "words": of_words}
     told += f"; soft tokens are {factor:.2g} times as long as words"
     if FAINT < factor < LOUD:
-        yield Finding("pictures", "ok", f"{told}.", figures)
+        yield Finding("images", "ok", f"{told}.", figures)
     else:
-        yield Finding("pictures", "warning", f"{told}, which the language model has never seen. The projector belongs "
+        yield Finding("images", "warning", f"{told}, which the language model has never seen. The projector belongs "
                       f"to another language model, or is untrained ({patient.comes_from('projector/w')}).", figures)
 
 
@@ -224,7 +224,7 @@ def seeing(model: Loaded) -> Batch | None:
     slope = np.linspace(0, 255, side).astype(np.uint8)
     drawn = (random.integers(0, 256, (side, side, 3), np.uint8), np.stack([np.tile(slope, (side, 1))] * 3, -1))
     prompt = model.family.prompt.with_images("What is it?", 1)
-    return model.batch([Sample(images=[picture], prompt=prompt) for picture in drawn])
+    return model.batch([Sample(images=[image], prompt=prompt) for image in drawn])
 
 
 def _sense(tower: Any, random: np.random.Generator) -> np.ndarray:

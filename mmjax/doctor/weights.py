@@ -181,7 +181,7 @@ def never_trained(patient: Inspection) -> Iterator[Finding]:
 
 
 def gates(patient: Inspection) -> Iterator[Finding]:
-    """Gates through which pictures and prompts reach the language model."""
+    """Gates through which images and prompts reach the language model."""
     cfg = patient.source.config
     for path in patient.matching(GATE):
         if patient.tensors[path].whole.bad:

@@ -3,7 +3,7 @@
     OUT/predictions.jsonl            the answers, see `mmjax.inference.predictions`
     OUT/predictions.jsonl.card.json  of which model and with which settings
     OUT/scores.json                  the figures with their intervals, and what they are of
-    OUT/report.html                  the figures, and the worst and the best pictures
+    OUT/report.html                  the figures, and the worst and the best images
 
 Every item is a conversation of its own, so the answers do not depend on the order of the items or on what else is
 asked. An item that could not be answered counts as wrong, and is counted.
@@ -36,8 +36,8 @@ from mmjax.inference.loaded import Loaded
 from mmjax.inference.requests import Request, digest
 
 PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"
-TOP = 24  # worst pictures of a page, and best ones
-SIDE = 480  # pixels of the long side of a picture on a page, at most
+TOP = 24  # worst images of a page, and best ones
+SIDE = 480  # pixels of the long side of a image on a page, at most
 PACKAGES = ("mmjax", "jax", "flax", "numpy", "pillow")
 
 
@@ -47,7 +47,7 @@ class Test:
 
     name:     one of BENCHMARKS
     data:     the folder or file of that benchmark
-    root:     the folder below which its pictures lie, where that is not the data file's own
+    root:     the folder below which its images lie, where that is not the data file's own
     prompt:   put around what an item asks at its {}; None for the benchmark's own
     limit:    items to ask, evenly spread over all of them; None for all
     in_words: have choices answered in words, too, and read from them, in place of ranking them by their loss
@@ -279,22 +279,22 @@ def example(result: Scored, place: int) -> Example:
     said = item.choices[taken] if isinstance(taken, int) else taken
     note = f"{item.id} · score {each:.3f}" + (f" · {item.group}" if item.group else "")
     right = {0.0: False, 1.0: True}.get(float(each))
-    truth, picture = _truth(item), _picture(item)
+    truth, image = _truth(item), _image(item)
     if item.box is not None:
         found = answered_box(said, item.size)
         drawn = {"truth": item.box} | ({} if found is None else {"said": found})
-        picture, right = report.boxed(picture, item.size, drawn), each > 0.5
+        image, right = report.boxed(image, item.size, drawn), each > 0.5
     options = []
     if isinstance(taken, int):
         options = zip(item.choices, line["losses"], strict=True)
-    return Example(picture, bare(item.sample.prompt), said, truth, right, note, tuple(options))
+    return Example(image, bare(item.sample.prompt), said, truth, right, note, tuple(options))
 
 
 def _truth(item: Item) -> str:
     if item.right is not None:
         return item.choices[item.right]
     if item.box is not None:
-        width, height = item.size  # some boxes lie over the edge of their picture
+        width, height = item.size  # some boxes lie over the edge of their image
         x1, x2 = (min(max(x, 0), width) for x in item.box[::2])
         y1, y2 = (min(max(y, 0), height) for y in item.box[1::2])
         return boxes.box_text((x1, y1, x2 - x1, y2 - y1), width, height)
@@ -302,8 +302,8 @@ def _truth(item: Item) -> str:
     return " · ".join(words if times == 1 else f"{words} × {times}" for words, times in counts.most_common())
 
 
-def _picture(item: Item) -> Any:
-    """uint8[H,W,3] of the item's first picture, at most SIDE long; None without one."""
+def _image(item: Item) -> Any:
+    """uint8[H,W,3] of the item's first image, at most SIDE long; None without one."""
     if not item.sample.images:
         return None
     return report.thumbnail(images.rgb(item.sample.images[0]), SIDE)

@@ -33,7 +33,7 @@ def losses(module: nn.Module, params: Any, batch: Batch) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode(module: nn.Module, params: Any, batch: Batch) -> jax.Array:
-    """What the encoder makes of a batch's pictures and other senses, float32 or as the module computes."""
+    """What the encoder makes of a batch's images and other senses, float32 or as the module computes."""
     return module.apply({"params": params}, batch, method="feature")
 
 

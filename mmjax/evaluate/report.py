@@ -1,4 +1,4 @@
-"""Pages about a model: scores, and pictures with its words under them; of a finished run the loss curve as well.
+"""Pages about a model: scores, and images with its words under them; of a finished run the loss curve as well.
 
 Plain inputs only (arrays, texts, numbers); what they are about is the caller's business.
 """
@@ -18,13 +18,13 @@ from mmjax import files
 
 
 class Example(NamedTuple):
-    """One picture and what was said about it. `right` None leaves the mark out.
+    """One image and what was said about it. `right` None leaves the mark out.
 
     note:    stands small below, such as the name and the score of the item
     choices: (words, loss in nats) of the answers that were ranked
     """
 
-    picture: np.ndarray | None  # uint8[H,W,3]; None where there is none
+    image: np.ndarray | None  # uint8[H,W,3]; None where there is none
     question: str
     said: str
     truth: str
@@ -39,7 +39,7 @@ DARK = {"ink": "#e6e9ee", "muted": "#98a2b0", "grid": "#343b46", "line": "#7db0f
         "bad": "#ff8f85", "page": "#1c2027"}
 MARKS = {True: "✓", False: "✗", None: ""}
 NOTHING = "(nothing)"
-PHOTO = 128  # pixels; pictures with a longer side are photographs, smaller ones show their pixels
+PHOTO = 128  # pixels; images with a longer side are photographs, smaller ones show their pixels
 
 
 class Curves(NamedTuple):
@@ -57,7 +57,7 @@ class Curves(NamedTuple):
 
 def write(folder: str | Path, title: str, metrics: Sequence[str | Path], examples: Sequence[Example],
           table: Sequence[Sequence[str | float | None]], facts: Mapping[str, str] | None = None) -> Path:
-    """Writes `report.html` (self-contained), `loss.png`, `pictures.png` and, if gates were measured, `gates.png`;
+    """Writes `report.html` (self-contained), `loss.png`, `images.png` and, if gates were measured, `gates.png`;
     returns the path of the page.
 
     metrics: JSON lines of the run, those of the runs it started from before them; those with "step" and "loss" make
@@ -75,14 +75,14 @@ def write(folder: str | Path, title: str, metrics: Sequence[str | Path], example
     plots = {"Loss": ("loss", "training loss by step", _draw_loss)}
     if curves.gates:
         plots["Gates"] = ("gates", "how far each layer's gate is open, by step and by depth", _draw_gates)
-    pictures = []
+    images = []
     for heading, (name, words, draw) in plots.items():
         light, dark = (draw(curves, colors) for colors in (LIGHT, DARK))
         (folder / f"{name}.png").write_bytes(light)
-        pictures.append((heading, words, light, dark))
-    (folder / "pictures.png").write_bytes(_draw_sheet(title, examples))
+        images.append((heading, words, light, dark))
+    (folder / "images.png").write_bytes(_draw_sheet(title, examples))
     page = folder / "report.html"
-    page.write_text(_page(title, pictures, {"Pictures and words": examples}, table, facts or {}, {}), encoding="utf-8")
+    page.write_text(_page(title, images, {"Images and words": examples}, table, facts or {}, {}), encoding="utf-8")
     return page
 
 
@@ -91,7 +91,7 @@ def write_scores(folder: str | Path, title: str, table: Sequence[Sequence[str | 
                  notes: Mapping[str, Sequence[str]] | None = None) -> Path:
     """Writes `report.html` (self-contained) about a model that was tested; its path.
 
-    sections: pictures and words by their heading
+    sections: images and words by their heading
     notes:    lines of text by their heading, below everything else
     The others as in `write`, which raises the same for the table.
     """
@@ -103,9 +103,9 @@ def write_scores(folder: str | Path, title: str, table: Sequence[Sequence[str | 
     return page
 
 
-def thumbnail(picture: Any, side: int) -> np.ndarray:
-    """uint8[H,W,3] of a PIL picture, its long side no longer than that."""
-    small = picture.convert("RGB")
+def thumbnail(image: Any, side: int) -> np.ndarray:
+    """uint8[H,W,3] of a PIL image, its long side no longer than that."""
+    small = image.convert("RGB")
     small.thumbnail((side, side))
     return np.asarray(small)
 
@@ -229,7 +229,7 @@ def _draw_gates(curves: Curves, colors: Mapping[str, str]) -> bytes:
 
 
 def _draw_sheet(title: str, examples: Sequence[Example]) -> bytes:
-    """The pictures enlarged, four in a row, with what was asked, what was said, and the truth where it differs."""
+    """The images enlarged, four in a row, with what was asked, what was said, and the truth where it differs."""
     from matplotlib.figure import Figure
 
     columns = min(4, max(1, len(examples)))
@@ -250,7 +250,7 @@ def _draw_sheet(title: str, examples: Sequence[Example]) -> bytes:
         for column, number in enumerate(numbers):
             x, y = cell * column + margin, top - side
             axes = figure.add_axes((x / width, y / height, side / width, side / height))
-            axes.imshow(examples[number].picture, interpolation="nearest")
+            axes.imshow(examples[number].image, interpolation="nearest")
             axes.axis("off")
             y -= 0.08
             for lines, color, weight in texts[number]:
@@ -260,7 +260,7 @@ def _draw_sheet(title: str, examples: Sequence[Example]) -> bytes:
 
 
 def _sheet_lines(example: Example) -> list[tuple[list[str], str, str]]:
-    """(lines, colour, weight) of what stands below a picture."""
+    """(lines, colour, weight) of what stands below a image."""
 
     def wrap(words: str, width: int) -> list[str]:
         return textwrap.wrap(words, width, max_lines=5, placeholder=" …", break_on_hyphens=False) or [""]
@@ -299,7 +299,7 @@ tr:last-child td { border-bottom: 0; }
 thead th { color: var(--muted); font-weight: 500; font-size: 13px; }
 .curve { padding: 14px; }
 .curve img { display: block; width: 100%; max-width: 860px; height: auto; margin: 0 auto; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 16px; }
+.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 16px; }
 figure { margin: 0; overflow: hidden; }
 figure img { display: block; width: 100%; image-rendering: pixelated; }
 figure img.photo { aspect-ratio: 4 / 3; object-fit: contain; background: var(--grid); image-rendering: auto; }
@@ -327,10 +327,10 @@ def _page(title: str, plots: Sequence[tuple[str, str, bytes, bytes]], sections: 
     head = "".join(f'<th scope="col">{text(_cell(cell))}</th>' for cell in heading)
     body = "\n".join("<tr>" + "".join(f"<td>{text(_cell(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     drawn = "\n".join(f'''<h2>{heading}</h2>
-<div class="card curve"><picture><source media="(prefers-color-scheme: dark)" srcset="{_inline(dark)}">
-<img src="{_inline(light)}" alt="{words}"></picture></div>''' for heading, words, light, dark in plots)
+<div class="card curve"><image><source media="(prefers-color-scheme: dark)" srcset="{_inline(dark)}">
+<img src="{_inline(light)}" alt="{words}"></image></div>''' for heading, words, light, dark in plots)
     shown = "\n".join(f"""<h2>{text(name)}</h2>
-<div class="pictures">
+<div class="images">
 {"".join(map(_figure, examples))}</div>""" for name, examples in sections.items())
     told = "\n".join(f"""<h2>{text(name)}</h2>
 <ul class="card lines">{"".join(f"<li>{text(line)}</li>" for line in lines)}</ul>""" for name, lines in notes.items())
@@ -378,10 +378,10 @@ def _figure(example: Example) -> str:
 def _image(example: Example) -> str:
     from PIL import Image
 
-    if example.picture is None:
-        return '<div class="none">no picture</div>'
-    out, photo = io.BytesIO(), max(example.picture.shape[:2]) > PHOTO
-    Image.fromarray(example.picture).save(out, format="jpeg" if photo else "png", **{"quality": 85} if photo else {})
+    if example.image is None:
+        return '<div class="none">no image</div>'
+    out, photo = io.BytesIO(), max(example.image.shape[:2]) > PHOTO
+    Image.fromarray(example.image).save(out, format="jpeg" if photo else "png", **{"quality": 85} if photo else {})
     source = _inline(out.getvalue(), "jpeg" if photo else "png")
     return f'<img{" class=photo" if photo else ""} src="{source}" alt="{html.escape(example.truth)}">'
 

@@ -54,7 +54,7 @@ def score_scenes(
     truth:      the scenes to score by; None for the ones shown. Other ones give the blind baseline: what a model gets
                 right that does not look.
     sense:      what it is shown of them: "image", or one of `scenes.MEDIA`
-    recall:     draws that towards known pictures
+    recall:     draws that towards known images
     decoding:   how it answers
     batch_size: scenes at once
     """
@@ -71,12 +71,12 @@ def score_scenes(
     right = [reply.strip(" .").lower() == question.answer for reply, question in zip(replies, asked, strict=True)]
     shares = scenes.total(scenes.score(*pair) for pair in zip(captions, truth, strict=True))
     examples = []
-    for pictured, caption, scene, reply, question, is_right in zip(
+    for imaged, caption, scene, reply, question, is_right in zip(
             shown, captions, truth, replies, asked, right, strict=True):
-        picture = scenes.draw(pictured) if sense == "image" else scenes.as_picture(scenes.MEDIA[sense](pictured))
+        image = scenes.draw(imaged) if sense == "image" else scenes.as_image(scenes.MEDIA[sense](imaged))
         whole = scenes.score(caption, scene)["whole"][0] == 1
-        examples.append(Example(picture, scenes.PROMPTS[0], caption, scenes.caption(scene), whole))
-        examples.append(Example(picture, question.text, reply, question.answer, is_right))
+        examples.append(Example(image, scenes.PROMPTS[0], caption, scenes.caption(scene), whole))
+        examples.append(Example(image, question.text, reply, question.answer, is_right))
     alone = np.array([len(scene.things) == 1 for scene in truth])
     for name, chosen in (("one shape", alone), ("several", ~alone)):
         if chosen.any():
@@ -84,15 +84,15 @@ def score_scenes(
     return ScenesScore(shares, examples)
 
 
-def picture_cache(model: Loaded, shown: Sequence[scenes.Scene], batch_size: int = AT_ONCE) -> Recall:
-    """The features of these scenes' pictures, for other senses to be drawn towards (ImageBind-LLM's visual cache)."""
+def image_cache(model: Loaded, shown: Sequence[scenes.Scene], batch_size: int = AT_ONCE) -> Recall:
+    """The features of these scenes' images, for other senses to be drawn towards (ImageBind-LLM's visual cache)."""
     feature = jax.jit(lambda params, batch: model.module.apply({"params": params}, batch, method="feature"))
     samples = [scene_sample(model, scene, "image", "") for scene in shown]
     return Recall(np.concatenate([feature(model.params, model.batch(samples[first : first + batch_size]))
                                   for first in range(0, len(samples), batch_size)]))
 
 
-CACHED = 1000  # pictures that other senses are drawn towards
+CACHED = 1000  # images that other senses are drawn towards
 ROWS = {**{name: name for name in scenes.ATTRIBUTES}, "mean": "mean of the four", "whole": "whole caption",
         "one shape": "questions, one shape", "several": "questions, several"}
 
@@ -102,16 +102,16 @@ def scenes_table(model: Loaded, cfg: ScenesConfig, untrained: Loaded, decoding: 
     """(table, heading first; examples of the held-out scenes).
 
     Rows: the four attributes in captions and their mean, captions that are wholly right, answers to one question a
-    scene. Columns: held-out scenes; scenes with colour-shape pairs that no picture ever showed, to the job or to the
+    scene. Columns: held-out scenes; scenes with colour-shape pairs that no image ever showed, to the job or to the
     towers; held-out scenes through each further sense that the model has, which no training showed it, as it is and
-    drawn towards the pictures of the training; all also "blind", with what belongs to another scene; and the model
+    drawn towards the images of the training; all also "blind", with what belongs to another scene; and the model
     before training.
     """
     train, held_out, new_pairs = (scenes.scenes(split, count, cfg.seed, most=cfg.most) for split, count in (
         ("train", CACHED), ("held_out", cfg.held_out), ("new_pairs", cfg.held_out)))
     tests = [("held-out", held_out, "image", None), ("new pairs", new_pairs, "image", None)]
     if further := [sense for sense in scenes.MEDIA if sense in model.config.senses]:
-        cache = picture_cache(model, train, batch_size)
+        cache = image_cache(model, train, batch_size)
         tests += [test for sense in further for test in (
             (sense, held_out, sense, None), (f"{sense}, cache", held_out, sense, cache))]
     score = functools.partial(score_scenes, decoding=decoding, batch_size=batch_size)
@@ -130,17 +130,17 @@ def scenes_table(model: Loaded, cfg: ScenesConfig, untrained: Loaded, decoding: 
 
 def report_scenes(model: Loaded, untrained: Loaded, cfg: ScenesConfig, folder: Path, runs: Sequence[Path],
                   facts: dict[str, str], decoding: Decoding = GREEDY, batch_size: int = AT_ONCE) -> list[list[Any]]:
-    """Prints `scenes_table` and writes it into `folder`: scores.json, and a page with curves, pictures and words.
+    """Prints `scenes_table` and writes it into `folder`: scores.json, and a page with curves, images and words.
 
     runs:       the run folders whose metrics make the curves, in order
     facts:      short figures for the top of the page, where what `decoding` changes is put too
     batch_size: scenes at once
     """
     console = Console(markup=False)
-    console.print("Scoring held-out scenes, with the right and with the wrong picture")
+    console.print("Scoring held-out scenes, with the right and with the wrong image")
     rows, examples = scenes_table(model, cfg, untrained, decoding, batch_size)
     mean = next(row for row in rows if row[0] == ROWS["mean"])
-    facts |= {"attributes right on held-out scenes": f"{mean[1]:.3f}", "with the wrong picture": f"{mean[2]:.3f}"}
+    facts |= {"attributes right on held-out scenes": f"{mean[1]:.3f}", "with the wrong image": f"{mean[2]:.3f}"}
     facts |= {name: str(getattr(decoding, name)) for name in decoding.changed}
     page = report.write(folder / "report", f"mmjax: {model.family} on scenes", [run / "metrics.jsonl" for run in runs],
                         examples, rows, facts)
@@ -151,7 +151,7 @@ def report_scenes(model: Loaded, untrained: Loaded, cfg: ScenesConfig, folder: P
     for row in rows[1:]:
         table.add_row(row[0], *(f"{value:.3f}" for value in row[1:]))
     console.print(table)
-    console.print(f"Report with pictures: {page}")
+    console.print(f"Report with images: {page}")
     return rows
 
 

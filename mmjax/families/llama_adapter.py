@@ -1,9 +1,9 @@
 """LLaMA-Adapter: learned prompts in the upper LLaMA layers, behind gates that start closed (Zhang et al. 2023), and
-v2, where a picture moves the prompts (Gao et al. 2023).
+v2, where a image moves the prompts (Gao et al. 2023).
 
 B rows   T tokens   P prompts a layer   A injected layers   L layers   D language model
 
-    v1:  prompts of layer l = query[l]                                    v2:  ... + visual(clip(picture))
+    v1:  prompts of layer l = query[l]                                    v2:  ... + visual(clip(image))
 
 Attention reads them on the last A layers, through a gate a head. The gates of the layers below exist, as in the files,
 and get gradients of zero. Mirrors alpaca_finetuning_v1/llama/model.py and
@@ -112,20 +112,20 @@ class LlamaAdapter(LanguageModel):
         self.query = self.param("query", nn.initializers.normal(1.0), (c.query_layers, c.query_len, c.llm.dim))
 
     def feature(self, batch: Batch) -> jax.Array:
-        """What CLIP sees in each row's picture, [B,S,E]; of v2.
+        """What CLIP sees in each row's image, [B,S,E]; of v2.
 
-        Text alone comes with a picture of zeros, as in the original. Raises ValueError for more than one a row.
+        Text alone comes with a image of zeros, as in the original. Raises ValueError for more than one a row.
         """
         if batch.features is not None:
             return batch.features.astype(self.dtype)
         size = self.cfg.clip.image_size
         images = jnp.zeros((len(batch.tokens), 1, 3, size, size)) if batch.images is None else batch.images
         if images.shape[1] != 1:
-            raise ValueError(f"LLaMA-Adapter v2 reads one picture a row, got {images.shape[1]}.")
+            raise ValueError(f"LLaMA-Adapter v2 reads one image a row, got {images.shape[1]}.")
         return self.clip(self.cfg.images.normalise(images)[:, 0])
 
     def visual_query(self, batch: Batch) -> jax.Array:
-        """What the pictures add to the prompts of every injected layer, [B,P,D]; of v2."""
+        """What the images add to the prompts of every injected layer, [B,P,D]; of v2."""
         return self.visual(self.feature(batch))
 
     def encode(self, batch: Batch) -> tuple[jax.Array, jax.Array]:

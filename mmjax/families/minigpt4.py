@@ -1,6 +1,6 @@
-"""MiniGPT-4 and MiniGPT-v2: pictures become soft tokens among the words (Zhu et al. 2023; Chen et al. 2023).
+"""MiniGPT-4 and MiniGPT-v2: images become soft tokens among the words (Zhu et al. 2023; Chen et al. 2023).
 
-B rows   T tokens   F pictures a row   S picture tokens   Q soft tokens a picture   M = F·Q soft tokens a row
+B rows   T tokens   F images a row   S image tokens   Q soft tokens a image   M = F·Q soft tokens a row
 D language model   E projector input
 
     feature = qformer(ln_vision(vit(images)))  [B,F,Q,E]
@@ -67,7 +67,7 @@ AXES = (
     *prefixed("vit", eva_vit.AXES),
     (r"ln_vision/(scale|bias)", ("embed",)),
     *prefixed("qformer", qformer.AXES),
-    (r"projector/w", ("picture", "embed")),
+    (r"projector/w", ("image", "embed")),
     (r"projector/b", ("embed",)),
 )
 TRAINED = (r"projector/.*",)
@@ -87,7 +87,7 @@ class MiniGPT4(LanguageModel):
         self.projector = Project((c.soft_width, c.llm.dim), use_bias=True)
 
     def feature(self, batch: Batch) -> jax.Array:
-        """What the projector reads of each picture, [B,F,Q,E]."""
+        """What the projector reads of each image, [B,F,Q,E]."""
         if batch.features is not None:
             return batch.features.astype(self.dtype)
         B, F = batch.images.shape[:2]
@@ -100,7 +100,7 @@ class MiniGPT4(LanguageModel):
         return tokens.reshape(B, F, self.cfg.image_tokens, self.cfg.soft_width)
 
     def soft_tokens(self, batch: Batch) -> jax.Array:
-        """Of all the batch's pictures, [B,M,D]."""
+        """Of all the batch's images, [B,M,D]."""
         soft = self.projector("BFQE,ED->BFQD", self.feature(batch))
         return soft.reshape(len(soft), -1, self.cfg.llm.dim)
 

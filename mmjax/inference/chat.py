@@ -7,11 +7,11 @@
         print(piece, end="")
 
 Three templates are those of MiniGPT-4's chat (minigpt4/conversation/conversation.py): they write the whole history into
-one prompt, every picture where it was shown. The other two remember what was shown and not what was said, as the demos
+one prompt, every image where it was shown. The other two remember what was shown and not what was said, as the demos
 of ImageBind-LLM and LLaMA-Adapter do: each question stands alone.
 
 Where a history is longer than the limit, the original cuts tokens off its left end, the system sentence first. Here the
-words of the oldest questions and answers are left out, then the oldest pictures; the prompt stays whole, and `Prompt`
+words of the oldest questions and answers are left out, then the oldest images; the prompt stays whole, and `Prompt`
 says what is missing.
 """
 
@@ -60,7 +60,7 @@ class ChatSettings:
     repetition_penalty: float = 1.05
     # of beams: above 0 favours long answers
     length_penalty: float = 1.0
-    # most tokens of the history and the answer together, pictures counted
+    # most tokens of the history and the answer together, images counted
     max_length: int = 2000
     # of the draws; every answer of a conversation draws anew
     seed: int = 0
@@ -93,11 +93,11 @@ class ChatSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """A question with the pictures that were shown just before it, and its answer; "" while there is none."""
+    """A question with the images that were shown just before it, and its answer; "" while there is none."""
 
     question: str
     answer: str = ""
-    pictures: tuple[Any, ...] = ()
+    images: tuple[Any, ...] = ()
 
 
 @dataclasses.dataclass
@@ -106,15 +106,15 @@ class Conversation:
 
     template: one of `TEMPLATES`
     turns:    the questions, oldest first; only the last one may be without an answer
-    pictures: shown since the last question
-    given:    by sense, what the model perceives besides: the latest of each. A picture is here for models whose
-              pictures take no places among the words, and among the turns for the others
+    images: shown since the last question
+    given:    by sense, what the model perceives besides: the latest of each. A image is here for models whose
+              images take no places among the words, and among the turns for the others
     left_out: of the last prompt: a sentence about what did not fit, or ""
     """
 
     template: str
     turns: list[Turn] = dataclasses.field(default_factory=list)
-    pictures: list[Any] = dataclasses.field(default_factory=list)
+    images: list[Any] = dataclasses.field(default_factory=list)
     given: dict[str, Any] = dataclasses.field(default_factory=dict)
     left_out: str = ""
 
@@ -127,9 +127,9 @@ class Conversation:
         """Whether a prompt holds what was said before."""
         return self.template in HISTORIES
 
-    def show(self, picture: Any) -> None:
-        """A picture among the words, in front of the next question."""
-        self.pictures.append(picture)
+    def show(self, image: Any) -> None:
+        """A image among the words, in front of the next question."""
+        self.images.append(image)
 
     def give(self, sense: str, value: Any) -> None:
         """What the model perceives from now on through a sense."""
@@ -143,17 +143,17 @@ class Conversation:
         if not is_text(question):
             raise ValueError("The question holds bytes that are not UTF-8. Save or type it as UTF-8.")
         if text.PLACEHOLDER in question:
-            raise ValueError(f"A question cannot hold {text.PLACEHOLDER}: show a picture instead, and it gets its "
+            raise ValueError(f"A question cannot hold {text.PLACEHOLDER}: show a image instead, and it gets its "
                              "place in front of the question.")
-        self.turns.append(Turn(question, pictures=tuple(self.pictures)))
-        self.pictures = []
+        self.turns.append(Turn(question, images=tuple(self.images)))
+        self.images = []
 
     def say(self, words: str) -> None:
         """More of the answer to the last question."""
         self.turns[-1] = dataclasses.replace(self.turns[-1], answer=self.turns[-1].answer + words)
 
     def finish(self) -> None:
-        """Ends an answer; a question that got none is taken back, its pictures wait for the next one.
+        """Ends an answer; a question that got none is taken back, its images wait for the next one.
 
         What a model of MiniGPT-4's goes on with in the assistant's name is the answer, as in the original's `Chat`.
         """
@@ -162,29 +162,29 @@ class Conversation:
         if answer.strip():
             self.turns.append(dataclasses.replace(last, answer=answer.strip()))
         else:
-            self.pictures = [*last.pictures, *self.pictures]
+            self.images = [*last.images, *self.images]
 
     def reset(self) -> None:
         """Forgets everything but the template."""
-        self.turns, self.pictures, self.given, self.left_out = [], [], {}, ""
+        self.turns, self.images, self.given, self.left_out = [], [], {}, ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """What a model is asked, complete: no template goes around it any more.
 
-    turns, pictures: how many of the conversation were left out, oldest first, for it would be too long with them
+    turns, images: how many of the conversation were left out, oldest first, for it would be too long with them
     """
 
     sample: Sample
     turns: int = 0
-    pictures: int = 0
+    images: int = 0
 
     @property
     def left_out(self) -> str:
         """One sentence about what was left out; "" for nothing."""
         parts = [f"{count} {name}{'s' * (count > 1)}" for count, name in (
-            (self.turns, "earlier answer"), (self.pictures, "earlier picture")) if count]
+            (self.turns, "earlier answer"), (self.images, "earlier image")) if count]
         return f"{' and '.join(parts)} left out: the conversation is longer than max_length." if parts else ""
 
 
@@ -268,7 +268,7 @@ def add_input(model: Loaded, talk: Conversation, sense: str, value: Any) -> None
 def prompt(model: Loaded, talk: Conversation, settings: ChatSettings = ChatSettings()) -> Prompt:
     """The last question, with as much of what came before it as fits.
 
-    Raises ValueError if the question alone, with its pictures, does not fit.
+    Raises ValueError if the question alone, with its images, does not fit.
     """
     room = min(settings.max_length, model.config.llm.max_positions) - settings.max_new_tokens
     bare = dataclasses.replace(model.text, prompt_template="")
@@ -280,52 +280,52 @@ def prompt(model: Loaded, talk: Conversation, settings: ChatSettings = ChatSetti
         if length <= room:
             return made
     raise ValueError(
-        f"The question takes {length} tokens with its pictures, but there is room for {max(room, 0)} beside an answer "
+        f"The question takes {length} tokens with its images, but there is room for {max(room, 0)} beside an answer "
         f"of {settings.max_new_tokens} (max_length = {settings.max_length}; this model reads "
-        f"{model.config.llm.max_positions} at most). Ask a shorter one, show fewer pictures, or lower "
+        f"{model.config.llm.max_positions} at most). Ask a shorter one, show fewer images, or lower "
         "max_new_tokens.")
 
 
 def _shorter_and_shorter(model: Loaded, talk: Conversation, earlier: Sequence[Turn], last: Turn) -> Iterator[Prompt]:
-    """Without ever more of what came first: the words of the turns, then pictures."""
+    """Without ever more of what came first: the words of the turns, then images."""
     if not talk.remembers:
         yield Prompt(_alone(model, talk, earlier, last))
         return
     for turns in range(len(earlier) + 1):
         yield Prompt(_with_history(talk, earlier, last, turns, 0), turns)
-    for pictures in range(1, sum(len(turn.pictures) for turn in earlier) + 1):
-        yield Prompt(_with_history(talk, earlier, last, len(earlier), pictures), len(earlier), pictures)
+    for hidden in range(1, sum(len(turn.images) for turn in earlier) + 1):
+        yield Prompt(_with_history(talk, earlier, last, len(earlier), hidden), len(earlier), hidden)
 
 
 def _alone(model: Loaded, talk: Conversation, earlier: Sequence[Turn], last: Turn) -> Sample:
     """One question about what was shown last."""
-    pictures = next((turn.pictures for turn in (last, *reversed(earlier)) if turn.pictures), ())
-    words = conversation.PICTURE * len(pictures) + " " * bool(pictures) + last.question
+    images = next((turn.images for turn in (last, *reversed(earlier)) if turn.images), ())
+    words = conversation.IMAGE * len(images) + " " * bool(images) + last.question
     around = ALPACA if talk.template == "alpaca" else model.text.prompt_template
-    return _given(talk, Sample(images=list(pictures), prompt=around.replace("{}", words) if around else words))
+    return _given(talk, Sample(images=list(images), prompt=around.replace("{}", words) if around else words))
 
 
 def _with_history(talk: Conversation, earlier: Sequence[Turn], last: Turn, mute: int, blind: int) -> Sample:
-    """A whole conversation without the words of its first `mute` turns and without its first `blind` pictures.
+    """A whole conversation without the words of its first `mute` turns and without its first `blind` images.
 
-    A picture whose words are left out stands in front of the next words.
+    A image whose words are left out stands in front of the next words.
     """
-    waiting = [picture for turn in earlier[:mute] for picture in turn.pictures][blind:]
+    waiting = [image for turn in earlier[:mute] for image in turn.images][blind:]
     written = conversation.Transcript(HISTORIES[talk.template])
     for turn in (*earlier[mute:], last):
-        for picture in (*waiting, *turn.pictures):
-            written = written.show(picture)
+        for image in (*waiting, *turn.images):
+            written = written.show(image)
         written, waiting = written.ask(turn.question), []
-        if turn is not last:  # a model may write the mark of a picture; there would be none for it
+        if turn is not last:  # a model may write the mark of a image; there would be none for it
             written = written.answer(turn.answer.replace(text.PLACEHOLDER, ""))
     return _given(talk, written.sample())
 
 
 def _given(talk: Conversation, sample: Sample) -> Sample:
-    """With what other senses perceive, and pictures that take no places."""
+    """With what other senses perceive, and images that take no places."""
     media = {sense: value for sense, value in talk.given.items() if sense != IMAGE}
-    pictures = [talk.given[IMAGE]] if IMAGE in talk.given else []
-    return dataclasses.replace(sample, images=[*sample.images, *pictures], media=media)
+    images = [talk.given[IMAGE]] if IMAGE in talk.given else []
+    return dataclasses.replace(sample, images=[*sample.images, *images], media=media)
 
 
 # ---- the answer ----

@@ -95,7 +95,7 @@ class Loaded:
         length, multiple: fixed row length, or what the longest row is rounded up to
         settings:         fields of `TextConfig` that differ from the checkpoint's (max_txt_len, end_sym, ...)
 
-        Raises ValueError naming the rows, pictures or settings that cannot be used.
+        Raises ValueError naming the rows, images or settings that cannot be used.
         """
         return collate(samples, self.tokenizer, self._text(settings), self.config, length, multiple)
 
@@ -126,7 +126,7 @@ class Loaded:
         seed, first: of the draws. What a sample draws depends on the seed and on its number alone, which is `first` for
                      the first of these samples
         batch_size:  rows generated at once; None for all
-        recall:      draws what each sample gives to the senses towards known pictures (ImageBind-LLM); None: as it is
+        recall:      draws what each sample gives to the senses towards known images (ImageBind-LLM); None: as it is
         settings:    top_k, top_p, top_p_inclusive, repetition_penalty, length_penalty, min_length, early_stopping and
                      dummy, which mean what they mean in `GenerateConfig`; and fields of `TextConfig` that differ from
                      the checkpoint's
@@ -199,7 +199,7 @@ class Loaded:
             return Generation(module, params, batch, config, keys, common_length(config.max_new_tokens))
 
     def prompt_lengths(self, samples: Sequence[Sample], max_new_tokens: int = 1, **settings: Any) -> list[int]:
-        """Tokens of each sample's prompt, pictures counted. Raises ValueError naming the samples that hold no text, or
+        """Tokens of each sample's prompt, images counted. Raises ValueError naming the samples that hold no text, or
         that an answer of `max_new_tokens` would take beyond the positions that the model reads."""
         if strange := [row for row, sample in enumerate(samples) if not is_text(sample.prompt + sample.input)]:
             raise ValueError(f"The prompts of the rows {strange} hold characters that are no text (unpaired "
@@ -253,7 +253,7 @@ class Loaded:
         return module, unstack(self.params, transposed)
 
     def _recalled(self, batch: Batch, recall: Recall) -> Batch:
-        """The same batch with the mix of each row's senses in place of the senses, after a look at known pictures."""
+        """The same batch with the mix of each row's senses in place of the senses, after a look at known images."""
         if not self.config.senses:
             raise ValueError(f"recall is for models that mix senses; the family {self.family} does not.")
         width = self.config.media.out

@@ -1,7 +1,7 @@
 """The answers of a model to many samples, kept as they come, so that a stopped command goes on where it was.
 
     OUT            a JSON object a line, in the order of the samples: {"id", "answer", ...}, or {"id", "error"} of a
-                   sample that cannot be used, such as one whose picture cannot be read
+                   sample that cannot be used, such as one whose image cannot be read
     OUT.card.json  of which samples, by which model and with which settings; with others OUT is not gone on with
 
 Every sample is a prompt of its own: nothing is carried over from one to the next. A window of samples is opened by
@@ -51,7 +51,7 @@ from mmjax.inference.requests import Request
 FORMAT = 1
 CARD = ".card.json"  # behind the name of the answers' file
 COMPARED = ("model", "samples", "settings")  # of a card, which must be the same for a file to be gone on with
-THREADS = 2  # that open pictures ahead
+THREADS = 2  # that open images ahead
 NAMED = 5  # samples with errors that a summary names
 
 
@@ -59,7 +59,7 @@ NAMED = 5  # samples with errors that a summary names
 class Opened:
     """A sample whose files are read, or what is wrong with it.
 
-    ask:     with pictures as uint8[S,S,3] and arrays in place of their files
+    ask:     with images as uint8[S,S,3] and arrays in place of their files
     length:  places of its row
     problem: why it cannot be answered
     """
@@ -181,7 +181,7 @@ def rows(model: Loaded, batch_size: int) -> int:
 
 
 def read(ask: Request, model: Loaded) -> Request:
-    """With its pictures and arrays read, and its pictures placed in the prompt. Raises ValueError naming the file that
+    """With its images and arrays read, and its images placed in the prompt. Raises ValueError naming the file that
     cannot be read."""
     sample, spec = requests.with_images(ask.sample, model.family.prompt), model.config.images
     if spec is not None:
@@ -422,7 +422,7 @@ def _result(start: int, window: Sequence[concurrent.futures.Future[Opened]]) -> 
 
 
 def _batches(window: Sequence[Opened], answerer: Answerer) -> Iterator[list[int]]:
-    """The places in the window of each batch. Where they are sorted, samples with as many pictures and the same senses,
+    """The places in the window of each batch. Where they are sorted, samples with as many images and the same senses,
     and then of about the same length, are together; and those that cannot be answered are left out."""
 
     def order(place: int) -> tuple[Any, ...]:

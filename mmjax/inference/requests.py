@@ -1,6 +1,6 @@
-"""What a model is asked: samples from a file of JSON lines, from a folder of pictures, or from a benchmark.
+"""What a model is asked: samples from a file of JSON lines, from a folder of images, or from a benchmark.
 
-The lines come from anywhere, so all of them are looked at before any is used. Pictures and other files are only named
+The lines come from anywhere, so all of them are looked at before any is used. Images and other files are only named
 here; one that cannot be opened shows when its turn comes.
 """
 
@@ -32,7 +32,7 @@ class Request:
     """One sample that is to be answered, without an answer of its own.
 
     id:      no other sample of the same file has it
-    sample:  its pictures, and its other senses where they lie in files, are paths
+    sample:  its images, and its other senses where they lie in files, are paths
     choices: answers of which one is to be chosen; none where the model answers in its own words
     """
 
@@ -48,7 +48,7 @@ def read_jsonl(path: str | Path, root: str | Path | None = None) -> list[Request
 
     "image" is a name, "images" a list of them; "media" gives other senses by name: "text" in words, all others as the
     name of a .wav or .npy file; "weights" are those of the senses in their mix. A prompt says by `<ImageHere>` where
-    its pictures stand, or not at all, and then they stand in front. Without "id" a line is known by its number, from 1
+    its images stand, or not at all, and then they stand in front. Without "id" a line is known by its number, from 1
     on. Blank lines are none.
 
     Raises FileNotFoundError, or ValueError naming every line that cannot be used.
@@ -76,8 +76,8 @@ def read_jsonl(path: str | Path, root: str | Path | None = None) -> list[Request
     return asks
 
 
-def pictures(folder: str | Path, prompt: str) -> list[Request]:
-    """Every picture of a folder and those in it, in the order of their names, each with the same prompt and known by
+def images(folder: str | Path, prompt: str) -> list[Request]:
+    """Every image of a folder and those in it, in the order of their names, each with the same prompt and known by
     its name. Raises FileNotFoundError if there is none, ValueError for a prompt that shows several and for names that
     are no text."""
     folder = Path(folder)
@@ -86,12 +86,12 @@ def pictures(folder: str | Path, prompt: str) -> list[Request]:
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")
                    if path.suffix.lower() in SUFFIXES and path.is_file())
     if not names:
-        raise FileNotFoundError(f"{folder} has no pictures ({', '.join(SUFFIXES)}).")
+        raise FileNotFoundError(f"{folder} has no images ({', '.join(SUFFIXES)}).")
     if strange := [ascii(name) for name in names if not is_text(name)]:
-        raise ValueError(f"{len(strange)} pictures in {folder} have names that are not UTF-8 and cannot be written "
+        raise ValueError(f"{len(strange)} images in {folder} have names that are not UTF-8 and cannot be written "
                          f"down: {', '.join(strange[:MOST_NAMED])}. Rename them.")
     if prompt.count(PLACEHOLDER) > 1:
-        raise ValueError(f"The prompt shows {prompt.count(PLACEHOLDER)} pictures, but is asked about one at a time.")
+        raise ValueError(f"The prompt shows {prompt.count(PLACEHOLDER)} images, but is asked about one at a time.")
     return [Request(name, Sample(images=[str(folder / name)], prompt=prompt)) for name in names]
 
 
@@ -156,7 +156,7 @@ def _ask(root: str, number: int, line: bytes) -> Request:
     name = str(number) if "id" not in row else _id(row)
     prompt, names = text(row, "prompt"), _images(row)
     if (places := prompt.count(PLACEHOLDER)) not in (0, len(names)):
-        raise ValueError(f"{places} {PLACEHOLDER} in the prompt for {len(names)} pictures")
+        raise ValueError(f"{places} {PLACEHOLDER} in the prompt for {len(names)} images")
     return Request(name, Sample(images=[image_path(root, each) for each in names], media=_media(root, row),
                             weights=_weights(row), prompt=prompt))
 

@@ -82,7 +82,7 @@ class Uploads:
     def admitted(self, visitor: str, value: Any, pages: Collection[str] = ()) -> Any:
         """What a request of a visitor holds, with nothing said of a file but its path.
 
-        pages: paths of the page's own pictures, which all may name
+        pages: paths of the page's own images, which all may name
 
         Raises ValueError for a file that this visitor did not upload, wherever it stands.
         """
@@ -137,7 +137,7 @@ class Refused(Exception):
 class Gate:
     """ASGI middleware around a Gradio application: see above.
 
-    pages: paths of the page's own pictures, the only ones that are served
+    pages: paths of the page's own images, the only ones that are served
     most:  bytes of an uploaded file
     total: bytes of an upload of several
 

@@ -1,8 +1,8 @@
 """A page to talk to a model in the browser: `mmjax chat --web`. Needs Gradio, the extra `demo`.
 
 The page works without a network: no fonts, scripts or counters from elsewhere, which a content policy makes the browser
-hold to. Pictures are read once, when they arrive, then their files are deleted; what the page shows of them travels in
-the page itself, so no address serves one visitor's pictures to another. No file is opened but those that its visitor
+hold to. Images are read once, when they arrive, then their files are deleted; what the page shows of them travels in
+the page itself, so no address serves one visitor's images to another. No file is opened but those that its visitor
 sent (`mmjax.inference.uploads`). One answer is written at a time, others wait.
 """
 
@@ -32,8 +32,8 @@ from mmjax.inference.loaded import Loaded
 from mmjax.inference.uploads import Gate, Uploads
 
 MAX_BYTES = 20 * 2**20  # of an uploaded file
-MAX_PIXELS = 40_000_000  # of a picture; unfolded they are six times as many bytes as a file may have
-MAX_PICTURES = 16  # of one visitor
+MAX_PIXELS = 40_000_000  # of a image; unfolded they are six times as many bytes as a file may have
+MAX_IMAGES = 16  # of one visitor
 THUMBNAIL = 320  # pixels, the longer side of what the page shows
 LOOPBACK = ("127.0.0.1", "localhost")
 EXAMPLES = 8
@@ -52,7 +52,7 @@ STYLE = """
 #title span {display: inline-block; margin: 0 .4rem .3rem 0; padding: .12rem .6rem; border-radius: 999px;
     font-size: .8rem; background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary);
     color: var(--body-text-color-subdued)}
-#shown .pictures {display: flex; flex-wrap: wrap; gap: .5rem; margin: 0}
+#shown .images {display: flex; flex-wrap: wrap; gap: .5rem; margin: 0}
 #shown img {height: 104px; border-radius: 8px; border: 1px solid var(--border-color-primary)}
 #shown .sense {padding: .3rem .7rem; border-radius: 8px; background: var(--background-fill-secondary)}
 #shown .nothing {color: var(--body-text-color-subdued); font-size: .9rem}
@@ -94,7 +94,7 @@ class Page:
     name:     of the model, the title
     template: of the conversations, one of `mmjax.inference.chat.TEMPLATES`
     settings: those it begins with
-    scenes:   the world of which it offers pictures; None for a model of the real one
+    scenes:   the world of which it offers images; None for a model of the real one
     """
 
     name: str
@@ -108,9 +108,9 @@ class Visit:
     """One visitor's conversation, and how the page shows it.
 
     messages: of the chat, in Gradio's form
-    shown:    HTML of what the model perceives: by sense, or by number where pictures stand among the words
+    shown:    HTML of what the model perceives: by sense, or by number where images stand among the words
     waiting:  of `shown`, what was given since the last question
-    count:    pictures so far
+    count:    images so far
     """
 
     talk: Conversation
@@ -135,14 +135,14 @@ class Visit:
     def panel(self) -> str:
         if not self.shown:
             return '<div class="nothing">Nothing yet.</div>'
-        return f'<div class="pictures">{"".join(self.shown.values())}</div>'
+        return f'<div class="images">{"".join(self.shown.values())}</div>'
 
 
 # ---- files that visitors send ----
 
 
-def picture(path: str, name: str | None = None) -> Image.Image:
-    """The picture in an uploaded file. Raises ValueError saying what is wrong, by the name that the visitor knows."""
+def image(path: str, name: str | None = None) -> Image.Image:
+    """The image in an uploaded file. Raises ValueError saying what is wrong, by the name that the visitor knows."""
     name = name or Path(path).name
     try:
         if Path(path).stat().st_size > MAX_BYTES:
@@ -165,7 +165,7 @@ def thumbnail(image: Image.Image) -> str:
         small = small.resize((small.width * 4, small.height * 4), Image.Resampling.NEAREST)
     file = io.BytesIO()
     small.save(file, "JPEG", quality=88)
-    return f'<img src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}" alt="a picture">'
+    return f'<img src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}" alt="a image">'
 
 
 def _literal(words: str) -> str:
@@ -190,13 +190,13 @@ class Handlers:
     def visit(self) -> Visit:
         return Visit(Conversation(self.page.template))
 
-    def take_pictures(self, files: Sequence[str] | None, visit: Visit) -> tuple[None, str, str]:
+    def take_images(self, files: Sequence[str] | None, visit: Visit) -> tuple[None, str, str]:
         """(an empty drop area, the panel, the notice); one file that is refused does not keep out the others."""
         refused = []
         for path in files or ():
             try:
                 with self.uploads.taken(path) as name:
-                    self._see(visit, picture(path, name))
+                    self._see(visit, image(path, name))
             except ValueError as error:
                 refused.append(str(error))
         return None, visit.panel(), _notice(refused)
@@ -231,8 +231,8 @@ class Handlers:
         visit.perceive("audio", f'<div class="sense">sound: {_literal(name)}</div>', among_words=False)
 
     def _see(self, visit: Visit, image: Image.Image, sense: str = IMAGE, value: Any = None) -> None:
-        if visit.count >= MAX_PICTURES:
-            raise ValueError(f"A conversation takes {MAX_PICTURES} pictures; begin a new one.")
+        if visit.count >= MAX_IMAGES:
+            raise ValueError(f"A conversation takes {MAX_IMAGES} images; begin a new one.")
         add_input(self.model, visit.talk, sense, read_input(self.model, sense, image if value is None else value))
         visit.count += 1
         among_words = self.model.config.image_tokens > 0
@@ -279,7 +279,7 @@ def _examples(model: Loaded, world: ScenesConfig) -> Iterator[tuple[str, Any, Im
     for sense, draw in scenes.MEDIA.items():
         if sense in supported_inputs(model):
             for scene in drawn[:EXAMPLES // 2]:
-                yield sense, draw(scene), Image.fromarray(scenes.as_picture(draw(scene)))
+                yield sense, draw(scene), Image.fromarray(scenes.as_image(draw(scene)))
 
 
 def _title(model: Loaded, page: Page) -> str:
@@ -304,7 +304,7 @@ def blocks(model: Loaded, page: Page, uploads: Uploads) -> Any:
         with gr.Row(equal_height=False):
             with gr.Column(scale=7, min_width=380):
                 chat = gr.Chatbot(show_label=False, height=460, elem_id="chat", buttons=["copy"], latex_delimiters=[],
-                                  layout="bubble", placeholder="Show a picture, then ask about it.")
+                                  layout="bubble", placeholder="Show a image, then ask about it.")
                 with gr.Row():
                     question = gr.Textbox(show_label=False, placeholder="Ask something", lines=1, max_lines=6, scale=8,
                                           max_length=4000, autofocus=True, elem_id="question", container=False)
@@ -341,7 +341,7 @@ def blocks(model: Loaded, page: Page, uploads: Uploads) -> Any:
         stop.click(lambda visit: visit.messages, visit, chat, cancels=asked, queue=False, **private)
         for cleared in (reset.click, chat.clear):
             cleared(does.reset, None, [visit, chat, question, panel, notice], cancels=asked, queue=False, **private)
-        files.upload(does.take_pictures, [files, visit], [files, panel, notice], show_progress="hidden", **private)
+        files.upload(does.take_images, [files, visit], [files, panel, notice], show_progress="hidden", **private)
         sound.upload(does.take_sound, [sound, visit], [sound, panel, notice], show_progress="hidden", **private)
         if does.examples:
             def chosen(visit: Visit, event: gr.SelectData):
@@ -393,7 +393,7 @@ def app(model: Loaded, page: Page, host: str = LOOPBACK[0]) -> Any:
     made = blocks(model, page, uploads)
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     outer.add_middleware(Gate, uploads=uploads, pages=_paths(made.get_config_file()), most=MAX_BYTES,
-                         total=MAX_BYTES * MAX_PICTURES)
+                         total=MAX_BYTES * MAX_IMAGES)
     outer.add_middleware(Headers)
     if host in LOOPBACK:
         outer.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK])

@@ -88,7 +88,7 @@ def nearest(query: jax.Array, vectors: jax.Array, count: int) -> tuple[jax.Array
 
 def recall(query: jax.Array, vectors: jax.Array, count: int = 10, sharpness: float = 20.0,
            weight: float = 0.5) -> jax.Array:
-    """The mix drawn towards its nearest picture features, of length 1: [B,E] -> [B,E]; each row on its own.
+    """The mix drawn towards its nearest image features, of length 1: [B,E] -> [B,E]; each row on its own.
 
     vectors:   [V,E], of length 1
     sharpness: the neighbours are weighted by softmax(product · sharpness)

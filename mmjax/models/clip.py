@@ -1,4 +1,4 @@
-"""CLIP's picture tower, a ViT (clip/model.py: VisionTransformer; Radford et al. 2021).
+"""CLIP's image tower, a ViT (clip/model.py: VisionTransformer; Radford et al. 2021).
 
 B batch   C colours   P, Q patch sides   T tokens   D model   E the space shared with words
 
@@ -40,7 +40,7 @@ AXES = (
     (r"pos", ("place", "embed")),
     (r"cls|(pre|post)_norm/(scale|bias)", ("embed",)),
     *BLOCKS_AXES,
-    (r"out/w", ("embed", "picture")),
+    (r"out/w", ("embed", "image")),
 )
 
 
@@ -60,7 +60,7 @@ class Clip(nn.Module):
         c = self.cfg
         B = len(images)
         if images.shape[1:] != (3, c.image_size, c.image_size):
-            raise ValueError(f"This tower takes pictures of 3x{c.image_size}x{c.image_size}, got {images.shape[1:]}.")
+            raise ValueError(f"This tower takes images of 3x{c.image_size}x{c.image_size}, got {images.shape[1:]}.")
         patches = images.astype(self.dtype).reshape(B, 3, c.grid, c.patch, c.grid, c.patch)
         patch = Project((3, c.patch, c.patch, c.dim), contracted=3, name="patch")
         x = patch("BChPwQ,CPQD->BhwD", patches).reshape(B, c.grid**2, c.dim)

@@ -1,4 +1,4 @@
-"""EVA ViT-G, the picture tower of BLIP-2 and MiniGPT-4 (minigpt4/models/eva_vit.py; Fang et al. 2022).
+"""EVA ViT-G, the image tower of BLIP-2 and MiniGPT-4 (minigpt4/models/eva_vit.py; Fang et al. 2022).
 
 B batch   C colours   P, Q patch sides   T tokens   D model   N heads   H head   F feed-forward   L blocks
 
@@ -23,7 +23,7 @@ class VitConfig:
     depth: int = 39
     heads: int = 16
     hidden: int = 6_144
-    table: int = 16  # side of the stored position table; resized in the forward pass if the picture has other patches
+    table: int = 16  # side of the stored position table; resized in the forward pass if the image has other patches
     eps: float = 1e-6
     drop_path: float = 0.0  # of the last block, rising linearly from 0; acts only while the tower is trained
 
@@ -109,7 +109,7 @@ class EvaVit(nn.Module):
         c = self.cfg
         B = images.shape[0]
         if images.shape[1:] != (3, c.image_size, c.image_size):
-            raise ValueError(f"This tower takes pictures of 3x{c.image_size}x{c.image_size}, got {images.shape[1:]}.")
+            raise ValueError(f"This tower takes images of 3x{c.image_size}x{c.image_size}, got {images.shape[1:]}.")
         patches = images.astype(self.dtype).reshape(B, 3, c.grid, c.patch, c.grid, c.patch)
         patch = Project((3, c.patch, c.patch, c.dim), contracted=3, use_bias=True, name="patch")
         x = patch("BChPwQ,CPQD->BhwD", patches).reshape(B, c.grid * c.grid, c.dim)

@@ -83,7 +83,7 @@ class WordsConfig(TowerConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PatchesConfig(TowerConfig):
-    """Spectrograms [1, mel bins, frames], depth maps and heat pictures [1, rows, columns]."""
+    """Spectrograms [1, mel bins, frames], depth maps and heat images [1, rows, columns]."""
 
     height: int = 224
     width: int = 224
@@ -194,14 +194,14 @@ class Stem(nn.Module):
 
 
 class VisionStem(Stem):
-    """Pictures [B,3,Y,Y], which stand still for all frames, or short videos [B,3,M,Y,Y]."""
+    """Images [B,3,Y,Y], which stand still for all frames, or short videos [B,3,M,Y,Y]."""
 
     @nn.compact
     def __call__(self, x):
         c = self.cfg
         side = x.shape[-1]
         if x.shape[1:] not in ((3, side, side), (3, c.frames, side, side)) or side < c.patch:
-            raise ValueError(f"The vision tower takes square pictures [3, Y, Y] of at least {c.patch} pixels, or "
+            raise ValueError(f"The vision tower takes square images [3, Y, Y] of at least {c.patch} pixels, or "
                              f"{c.frames} of them [3, {c.frames}, Y, Y]; got {list(x.shape[1:])}.")
         if x.ndim == 4:
             x = jnp.repeat(x[:, :, None], c.frames, axis=2)
@@ -353,7 +353,7 @@ class ImageBind(nn.Module):
 
     Inputs are `[B, *input_shape]`, of vision also `[B,3,M,Y,Y]` within clips; with five axes or more they are clips,
     `[B, clips, ...]`, whose features are averaged (and then no longer of the tower's length). So `[B,n,3,Y,Y]` is n
-    still pictures, and a video is `[B,n,3,M,Y,Y]`.
+    still images, and a video is `[B,n,3,M,Y,Y]`.
     """
 
     cfg: ImageBindConfig

@@ -1,8 +1,8 @@
 """Q-Former, the query path of BLIP-2's BERT (minigpt4/models/Qformer.py; Li et al. 2023).
 
-B batch   Q queries   S picture tokens   D model   E picture width   N heads   H head   F feed-forward
+B batch   Q queries   S image tokens   D model   E image width   N heads   H head   F feed-forward
 
-Post-norm layers: queries attend to each other, in every `cross_every`-th layer also to the picture's tokens, then pass
+Post-norm layers: queries attend to each other, in every `cross_every`-th layer also to the image's tokens, then pass
 the feed-forward of the query branch. The text branch and the word embeddings are left out: MiniGPT-4 never uses them.
 The layers differ in what they hold, so they are not scanned; there are few and they are small.
 """
@@ -35,7 +35,7 @@ AXES = (
     (r"norm/(scale|bias)", ("embed",)),
     (r"layer_\d+/(attn|cross|mlp)_norm/(scale|bias)", ("embed",)),
     (r"layer_\d+/attn/[qkv]/w|layer_\d+/cross/q/w", ("embed", "qformer_heads", "head")),
-    (r"layer_\d+/cross/[kv]/w", ("picture", "qformer_heads", "head")),
+    (r"layer_\d+/cross/[kv]/w", ("image", "qformer_heads", "head")),
     (r"layer_\d+/(attn|cross)/[qkv]/b", ("qformer_heads", "head")),
     (r"layer_\d+/(attn|cross)/o/w", ("qformer_heads", "head", "embed")),
     (r"layer_\d+/mlp/fc1/w", ("embed", "ff")),
@@ -55,7 +55,7 @@ class Dropout(nn.Module):
 
 
 class QFormerAttention(nn.Module):
-    """Queries x [B,Q,D] read `source` [B,S,E] (themselves, or the picture)."""
+    """Queries x [B,Q,D] read `source` [B,S,E] (themselves, or the image)."""
 
     cfg: QFormerConfig
 
@@ -75,29 +75,29 @@ class Layer(nn.Module):
     crosses: bool
 
     @nn.compact
-    def __call__(self, x, picture):
+    def __call__(self, x, image):
         def add(branch, name):
             return LayerNorm(self.cfg.eps, name=name)(x + Dropout(self.cfg.dropout)(branch))
 
         x = nn.with_logical_constraint(x, ("batch", "query", "embed"))
         x = add(QFormerAttention(self.cfg, name="attn")(x, x), "attn_norm")
         if self.crosses:
-            x = add(QFormerAttention(self.cfg, name="cross")(x, picture), "cross_norm")
+            x = add(QFormerAttention(self.cfg, name="cross")(x, image), "cross_norm")
         return add(FeedForward(self.cfg.hidden, name="mlp")(x), "mlp_norm")
 
 
 class QFormer(nn.Module):
-    """Picture tokens [B,S,E], class token included -> [B,Q,D]."""
+    """Image tokens [B,S,E], class token included -> [B,Q,D]."""
 
     cfg: QFormerConfig
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, picture):
+    def __call__(self, image):
         c = self.cfg
         queries = self.param("query_tokens", nn.initializers.normal(0.02), (c.queries, c.dim))
-        x = jnp.broadcast_to(queries.astype(self.dtype), (picture.shape[0], c.queries, c.dim))
+        x = jnp.broadcast_to(queries.astype(self.dtype), (image.shape[0], c.queries, c.dim))
         x = Dropout(c.dropout)(LayerNorm(c.eps, name="norm")(x))
         for i in range(c.depth):
-            x = Layer(c, crosses=i % c.cross_every == 0, name=f"layer_{i}")(x, picture)
+            x = Layer(c, crosses=i % c.cross_every == 0, name=f"layer_{i}")(x, image)
         return x

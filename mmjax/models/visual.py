@@ -1,4 +1,4 @@
-"""The visual query network of LLaMA-Adapter v2: learned queries read a picture's features, and become prompts
+"""The visual query network of LLaMA-Adapter v2: learned queries read a image's features, and become prompts
 (llama_adapter_v2_multimodal7b/llama/llama_adapter.py: forward_visual; Gao et al. 2023).
 
 B batch   S feature tokens   E their width   P queries   T = P + S tokens   D model   O language model
@@ -28,7 +28,7 @@ VISUAL_7B = VisualConfig()
 TINY = VisualConfig(dim=16, depth=2, heads=2, hidden=24)
 
 AXES = (
-    (r"proj/w", ("picture", "embed")),
+    (r"proj/w", ("image", "embed")),
     (r"query", ("prompt", "embed")),
     (r"proj/b|(proj|out)_norm/(scale|bias)|out/b", ("embed",)),
     *BLOCKS_AXES,
@@ -37,7 +37,7 @@ AXES = (
 
 
 class VisualQuery(nn.Module):
-    """A picture's features [B,S,E] -> [B,P,O]."""
+    """A image's features [B,S,E] -> [B,P,O]."""
 
     cfg: VisualConfig
     queries: int

@@ -1,9 +1,9 @@
-"""The features of a run's pictures: its frozen encoder runs over each of them once, and training reads what came out.
+"""The features of a run's images: its frozen encoder runs over each of them once, and training reads what came out.
 
-N pictures at once   K crops of each
+N images at once   K crops of each
 
-Stored is what `Model.feature` gives of one picture: of MiniGPT-4 what the projector reads, [Q,E]; of ImageBind-LLM the
-mix of senses that a picture alone makes, [E]; of LLaMA-Adapter v2 what CLIP sees, [S,E]. One host makes them.
+Stored is what `Model.feature` gives of one image: of MiniGPT-4 what the projector reads, [Q,E]; of ImageBind-LLM the
+mix of senses that a image alone makes, [E]; of LLaMA-Adapter v2 what CLIP sees, [S,E]. One host makes them.
 """
 
 import collections
@@ -35,11 +35,11 @@ from mmjax.data.formats import Record
 from mmjax.families import shapes
 from mmjax.families.base import ImageSpec
 
-CROPS = 4  # of a picture that is cropped at random
+CROPS = 4  # of a image that is cropped at random
 RANDOM = "random crops"  # what the encoder sees of an image
 SEEN = {"center_crop": "the middle", "stretch": "the whole, squashed", "pad": "the whole, padded"}
 ERRORS = "features_errors.jsonl"
-AHEAD = 3  # batches whose pictures are read while one is computed
+AHEAD = 3  # batches whose images are read while one is computed
 console = Console(stderr=True, markup=False)
 
 
@@ -47,39 +47,39 @@ console = Console(stderr=True, markup=False)
 class Made:
     """What a call of `make` did.
 
-    pictures: that there are features of now, the picture of zeros among them
+    images: that there are features of now, the image of zeros among them
     added:    of them now
-    unread:   pictures that could not be read; `features_errors.jsonl` names them
+    unread:   images that could not be read; `features_errors.jsonl` names them
     nbytes:   of all features
     """
 
     folder: Path
     card: Card
-    pictures: int
+    images: int
     added: int
     unread: int
 
     @property
     def nbytes(self) -> int:
-        return self.pictures * self.card.crops * self.card.nbytes
+        return self.images * self.card.crops * self.card.nbytes
 
 
 # ---- what features are of ----
 
 
 def encoder(source: converted.ConvertedCheckpoint, weights: WeightsConfig, earlier: dict[str, Any] | None) -> dict[str, Any]:
-    """What a feature depends on beside its picture; known without reading a weight of the encoder.
+    """What a feature depends on beside its image; known without reading a weight of the encoder.
 
     files:        SHA-256 of the released files that the encoder's parameters were converted from
-    architecture: of the encoder's parts, picture size included
+    architecture: of the encoder's parts, image size included
     dtypes:       in which it computes, and in which its large matrices are held if in another
     trained:      a hash of those of its parameters that earlier runs have trained (`earlier`, by path); None of none
 
-    Raises ValueError for a family without an encoder of pictures, and for a checkpoint that does not name its files.
+    Raises ValueError for a family without an encoder of images, and for a checkpoint that does not name its files.
     """
     parts, config = source.family.encoder, source.config
     if not parts or config.image_size is None:
-        raise ValueError(f"The model of {source.folder} has no encoder of pictures whose features could be stored: set "
+        raise ValueError(f"The model of {source.folder} has no encoder of images whose features could be stored: set "
                          "data.features = None.")
     path = source.folder / converted.CARD
     files = converted.read_checkpoint_card(source.folder).get("sources", {})
@@ -106,7 +106,7 @@ def _hash(parameters: dict[str, Any]) -> str | None:
 
 
 def transform(config: RunConfig, model: Any) -> dict[str, Any]:
-    """How pictures become the encoder's input: the side of the square, and what of a picture is in it."""
+    """How images become the encoder's input: the side of the square, and what of a image is in it."""
     cut = RANDOM if config.data.random_crop else SEEN[model.images.fit]
     return {"size": model.image_size, "cut": cut}
 
@@ -121,7 +121,7 @@ def load(config: RunConfig, source: converted.ConvertedCheckpoint, rules: Sequen
     earlier: what the runs before it have trained
 
     Raises FileNotFoundError or ValueError if the run trains the encoder, if there are none, if another encoder or
-    transform made them, or if the pictures are others.
+    transform made them, or if the images are others.
     """
     family = source.family
     trained = [path for path in shapes(family, source.config) if family.in_encoder(path) and trees.matches(path, rules)]
@@ -133,7 +133,7 @@ def load(config: RunConfig, source: converted.ConvertedCheckpoint, rules: Sequen
     stored.check(features.folder, features.card, encoder(source, config.weights, earlier),
                  transform(config, source.config))
     features = features.of(config.data.sources, records)
-    console.print(f"Pictures are read as features from {features.folder}; their encoder is not loaded.",
+    console.print(f"Images are read as features from {features.folder}; their encoder is not loaded.",
                   highlight=False)
     return features
 
@@ -143,15 +143,15 @@ def load(config: RunConfig, source: converted.ConvertedCheckpoint, rules: Sequen
 
 def make(config: RunConfig, source: converted.ConvertedCheckpoint, folder: Path, crops: int | None = None,
          dtype: str | None = None, batch_size: int = 64) -> Made:
-    """Runs a run's frozen encoder over every picture of its data and stores what `folder` does not hold yet.
+    """Runs a run's frozen encoder over every image of its data and stores what `folder` does not hold yet.
 
     source:     with the run's architecture
-    crops:      of each picture, where they are cropped at random; None for 4 there
+    crops:      of each image, where they are cropped at random; None for 4 there
     dtype:      of the stored numbers; None for the dtype in which the encoder runs, which is exact
     batch_size: crops that the encoder gets at once
 
-    Pictures that cannot be read are named in `features_errors.jsonl`. Raises ValueError for a model without an encoder
-    of pictures or without crops and for a folder with other features, BlockingIOError if another process is adding to
+    Images that cannot be read are named in `features_errors.jsonl`. Raises ValueError for a model without an encoder
+    of images or without crops and for a folder with other features, BlockingIOError if another process is adding to
     it, and what the sources' readers raise.
     """
     if jax.process_count() > 1:
@@ -169,7 +169,7 @@ def make(config: RunConfig, source: converted.ConvertedCheckpoint, folder: Path,
                TimeRemainingColumn())
     with Writer(folder, card) as writer, Progress(*columns, console=console) as bar:
         names = writer.names(config.data.sources, records)
-        keys, places = _pictures(records, names, not source.config.image_tokens, bar)
+        keys, places = _images(records, names, not source.config.image_tokens, bar)
         new = places[stored.missing(writer.keys, keys)]
         unread = 0
         if len(new):
@@ -186,10 +186,10 @@ def summary(made: Made) -> Iterator[str]:
     """What a call of `make` did, in words."""
     card = made.card
     shape = " x ".join(map(str, card.shape))
-    yield (f"{made.folder}: {made.pictures:,} pictures, {made.added:,} of them new, {card.crops} x {shape} "
-           f"{card.dtype} each: {card.crops * card.nbytes / 1e6:.3f} MB a picture, {made.nbytes / 1e9:.3f} GB in all")
+    yield (f"{made.folder}: {made.images:,} images, {made.added:,} of them new, {card.crops} x {shape} "
+           f"{card.dtype} each: {card.crops * card.nbytes / 1e6:.3f} MB a image, {made.nbytes / 1e9:.3f} GB in all")
     if made.unread:
-        yield f"{made.unread:,} pictures cannot be read; {made.folder / ERRORS} names them"
+        yield f"{made.unread:,} images cannot be read; {made.folder / ERRORS} names them"
     yield f"To train on them: --data.features {made.folder}"
 
 
@@ -199,7 +199,7 @@ def _crops(config: RunConfig, model: Any, crops: int | None) -> int:
                          "data.random_crop = False.")
     if not config.data.random_crop:
         if crops not in (None, 1):
-            raise ValueError(f"crops = {crops}, but this run's pictures are not cropped at random (data.random_crop): "
+            raise ValueError(f"crops = {crops}, but this run's images are not cropped at random (data.random_crop): "
                              "one feature of each is all there is.")
         return 1
     if crops is not None and crops < 1:
@@ -229,7 +229,7 @@ def feature_shape(spec: ModelSpec) -> tuple[int, ...]:
 
 
 def _feature(module: Any) -> Callable[[Any, Batch], jax.Array]:
-    """(params, batch of one picture a row) -> its features [N,...]."""
+    """(params, batch of one image a row) -> its features [N,...]."""
 
     def feature(params: Any, batch: Batch) -> jax.Array:
         found = module.apply({"params": params}, batch, method="feature")
@@ -238,20 +238,20 @@ def _feature(module: Any) -> Callable[[Any, Batch], jax.Array]:
     return feature
 
 
-def _batch(pictures: Sequence[np.ndarray | None], model: Any) -> Batch:
-    """Rows of one picture each, without words; None is the picture of zeros. `model` is the family's config."""
-    samples = [Sample(images=[] if picture is None else [picture]) for picture in pictures]
+def _batch(images: Sequence[np.ndarray | None], model: Any) -> Batch:
+    """Rows of one image each, without words; None is the image of zeros. `model` is the family's config."""
+    samples = [Sample(images=[] if image is None else [image]) for image in images]
     none = np.zeros((len(samples), 1), np.int32)
     batch = Batch(tokens=none, soft_index=none - 1, valid=none == 0, loss_mask=none != 0, positions=none,
                   padded_length=none[:, 0] + 1)
     return dataclasses.replace(batch, **inputs(samples, model))
 
 
-def _pictures(records: Sequence[Sequence[Record]], names: ImageNames, with_nothing: bool,
+def _images(records: Sequence[Sequence[Record]], names: ImageNames, with_nothing: bool,
               bar: Progress) -> tuple[np.ndarray, np.ndarray]:
-    """(keys uint64[M,2], places int64[M,2]) of the records' pictures; a place is the source's number and the record's.
+    """(keys uint64[M,2], places int64[M,2]) of the records' images; a place is the source's number and the record's.
 
-    with_nothing: the picture of zeros comes first, at (-1, -1)
+    with_nothing: the image of zeros comes first, at (-1, -1)
     """
     total = sum(map(len, records))
     keys, places = np.empty((total + 1, 2), np.uint64), np.empty((total + 1, 2), np.int64)
@@ -274,7 +274,7 @@ def _pictures(records: Sequence[Sequence[Record]], names: ImageNames, with_nothi
 
 @dataclasses.dataclass(frozen=True)
 class _OpenedImage:
-    """A picture, ready for the encoder: its K crops; or what is wrong with it."""
+    """A image, ready for the encoder: its K crops; or what is wrong with it."""
 
     name: str
     file: str
@@ -286,7 +286,7 @@ class _OpenedImage:
 
 @dataclasses.dataclass(frozen=True)
 class _ImageReader:
-    """Opens pictures by their places, see `_pictures`."""
+    """Opens images by their places, see `_images`."""
 
     records: Sequence[Sequence[Record]]
     names: ImageNames
@@ -315,7 +315,7 @@ class _ImageReader:
 
 def _store(opened: Iterator[_OpenedImage], encode: Callable[[Sequence[_OpenedImage]], np.ndarray], at_once: int, writer: Writer,
            advance: Callable[[int], None]) -> int:
-    """Stores the features of pictures, so many computed at once; how many pictures could not be read."""
+    """Stores the features of images, so many computed at once; how many images could not be read."""
     unread = 0
     with (writer.folder / ERRORS).open("w") as errors:
         while chunk := list(itertools.islice(opened, at_once)):
@@ -332,7 +332,7 @@ def _store(opened: Iterator[_OpenedImage], encode: Callable[[Sequence[_OpenedIma
 
 
 def _ahead(pool: concurrent.futures.Executor, reader: _ImageReader, places: np.ndarray, most: int) -> Iterator[_OpenedImage]:
-    """The pictures at these places in order, so many of them opened at a time."""
+    """The images at these places in order, so many of them opened at a time."""
     waiting: collections.deque[concurrent.futures.Future[_OpenedImage]] = collections.deque()
     for place in places:
         waiting.append(pool.submit(reader, place))
@@ -344,7 +344,7 @@ def _ahead(pool: concurrent.futures.Executor, reader: _ImageReader, places: np.n
 
 def _encoder(spec: ModelSpec, earlier: dict[str, Any] | None, card: Card,
              batch_size: int) -> tuple[int, Callable[[Sequence[_OpenedImage]], np.ndarray]]:
-    """How many rows are computed at once, and what computes the features [n,K,...] of no more pictures than that.
+    """How many rows are computed at once, and what computes the features [n,K,...] of no more images than that.
 
     Of the model only the encoder is read.
     """
@@ -358,11 +358,11 @@ def _encoder(spec: ModelSpec, earlier: dict[str, Any] | None, card: Card,
     ways = sharding.num_shards(mesh, "batch")
     rows = -(-max(batch_size, card.crops) // ways) * ways
 
-    def encode(pictures: Sequence[_OpenedImage]) -> np.ndarray:
-        crops = [crop for each in pictures for crop in each.crops]
+    def encode(images: Sequence[_OpenedImage]) -> np.ndarray:
+        crops = [crop for each in images for crop in each.crops]
         filled = crops + crops[-1:] * (rows - len(crops))  # one shape, one compiled function
         with sharding.use_mesh(mesh):
             found = np.asarray(call(params, jax.device_put(_batch(filled, source.config), place)))[:len(crops)]
-        return found.reshape(len(pictures), card.crops, *found.shape[1:])
+        return found.reshape(len(images), card.crops, *found.shape[1:])
 
     return rows, encode

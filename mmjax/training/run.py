@@ -60,7 +60,7 @@ class Job:
     records: of each of the data's sources
     spec:    the model: module, dtypes, shardings, what is trained
     earlier: parameters that the run starts from, in place of the checkpoint's
-    stored:  what the encoder makes of the pictures, where the run does not encode them itself
+    stored:  what the encoder makes of the images, where the run does not encode them itself
     """
 
     config: RunConfig
@@ -255,7 +255,7 @@ def check(config: RunConfig) -> None:
         message for holds, message in (
             (config.out, "out: the run needs a folder"),
             (config.weights.checkpoint, "weights.checkpoint: name the converted checkpoint to start from"),
-            (d.path or d.mixture, "data.path: name the folder with the pictures and captions"),
+            (d.path or d.mixture, "data.path: name the folder with the images and captions"),
             (not ((d.path or d.root) and d.mixture), "data.path and data.root, or data.mixture: name one of them"),
             (not (d.scenes and d.mixture), "data.scenes: drawn into data.path, not into a mixture"),
             (d.batch_size > 0, f"data.batch_size = {d.batch_size}: at least 1"),
@@ -266,7 +266,7 @@ def check(config: RunConfig) -> None:
              f"{o.steps_per_epoch}, because a window ends with its epoch"),
             (d.length_multiple > 0, f"data.length_multiple = {d.length_multiple}: at least 1"),
             (d.pack_length is None or d.pack_length > 1, f"data.pack_length = {d.pack_length}: at least 2"),
-            (d.pack_pictures > 0, f"data.pack_pictures = {d.pack_pictures}: at least 1"),
+            (d.pack_images > 0, f"data.pack_images = {d.pack_images}: at least 1"),
             (config.log_every > 0 and config.save_every > 0 and config.keep > 0,
              "log_every, save_every and keep: at least 1"),
             (0 <= config.drop_path < 1, f"drop_path = {config.drop_path}: at least 0, below 1"),

@@ -255,8 +255,8 @@ def test_files_that_do_not_belong_together(tmp_path):
 @pytest.mark.parametrize("function, arguments, said", [
     (write.command("imagebind_llm"), IMAGEBIND_LLM | {"adapter": ADAPTER_V2["adapter"]}, "it is LLaMA-Adapter's. Convert it"),
     (write.command("llama_adapter"), ADAPTER_V1 | {"adapter": ADAPTER}, "It is ImageBind-LLM's: convert it with imagebind-llm"),
-    (write.command("llama_adapter"), ADAPTER_V2 | {"adapter": ADAPTER_V1["adapter"]}, "v1's, which has no pictures"),
-    (write.command("llama_adapter"), ADAPTER_V2 | {"clip": None}, "v2's, which sees pictures: give its CLIP as --clip"),
+    (write.command("llama_adapter"), ADAPTER_V2 | {"adapter": ADAPTER_V1["adapter"]}, "v1's, which has no images"),
+    (write.command("llama_adapter"), ADAPTER_V2 | {"clip": None}, "v2's, which sees images: give its CLIP as --clip"),
     (write.command("imagebind_llm"), IMAGEBIND_LLM | {"adapter": IMAGEBIND / "imagebind.pth"}, "f1_1.weight is missing"),
     (write.command("imagebind_llm"), IMAGEBIND_LLM | {"injection": "tokens"}, "there are released, token, token-shared"),
     (write.command("llama_adapter"), ADAPTER_V1 | {"llm": IMAGEBIND}, "is it a LLaMA's config.json?"),

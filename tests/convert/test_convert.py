@@ -331,7 +331,7 @@ def test_each_trained_part_from_its_own_file(tmp_path, converted):
     np.testing.assert_array_equal(held["projector/w"], params(converted / "no_qformer")["projector/w"])
 
 
-def test_other_pictures_must_divide_into_tokens(tmp_path):
+def test_other_images_must_divide_into_tokens(tmp_path):
     arch = json.loads(ARCH.read_text())
     arch["vit"]["image_size"] = 42
     (tmp_path / "arch.json").write_text(json.dumps(arch))

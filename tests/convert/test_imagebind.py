@@ -133,7 +133,7 @@ def test_released_sizes_need_no_arch():
 
 
 def test_sizes_that_leave_something_over():
-    """Pictures, maps and recordings that patches and windows do not fill."""
+    """Images, maps and recordings that patches and windows do not fill."""
     arch = ARCH | {"image_size": 60, "depth_thermal_size": 53, "depth_kernel_size": 14, "audio_kernel_size": 12,
                    "audio_stride": 7, "imu_len": 83, "text_context": 33, "vision_num_heads": 6}
     towers = config(golden_tensors(), ARCH)[0].towers

@@ -31,7 +31,7 @@ def shapes_only(entries, **more):
 
 
 def golden(part):
-    """The tensors of the set's CLIP, or of its adapter file's picture side."""
+    """The tensors of the set's CLIP, or of its adapter file's image side."""
     held = torch_file.load(CASE / {"clip": "clip_visual.pth", "visual": "adapter_v2.pth"}[part])
     return {key: tensor for key, tensor in held.get("model", held).items()
             if not key.startswith(("llama.", "adapter_query."))}
@@ -64,8 +64,8 @@ def test_a_whole_file_there_and_back(part):
 
 @pytest.mark.parametrize("cfg", [clip.TINY, CLIP_VIT_L14])
 def test_the_table_fills_clip_exactly(cfg):
-    picture = jax.ShapeDtypeStruct((1, 3, cfg.image_size, cfg.image_size), np.float32)
-    shapes = trees.flatten(jax.eval_shape(Clip(cfg).init, jax.random.key(0), picture)["params"])
+    image = jax.ShapeDtypeStruct((1, 3, cfg.image_size, cfg.image_size), np.float32)
+    shapes = trees.flatten(jax.eval_shape(Clip(cfg).init, jax.random.key(0), image)["params"])
     expected = {f"clip/{path}": shape.shape for path, shape in shapes.items()}
     assert {entry.path: entry.shape for entry in llama_adapter.clip_entries(cfg)} == expected
 

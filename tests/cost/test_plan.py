@@ -82,11 +82,11 @@ def test_an_architecture_that_is_none(settings, preset, message):
 
 # ---- how long its rows are ----
 
-PROMPT = "<Img><ImageHere></Img> Hi"  # 4 tokens of pictures in the tiny model
+PROMPT = "<Img><ImageHere></Img> Hi"  # 4 tokens of images in the tiny model
 
 
 @pytest.mark.parametrize(("changes", "length"), [
-    ({}, 16),  # 1 + a picture's 4 + 6 is 11
+    ({}, 16),  # 1 + a image's 4 + 6 is 11
     ({"data_prompts": (PROMPT,), "text_prompt_template": "### {}"}, 32),  # 1 + (1 + 9) + 4 + (1 + 9) + 6 is 31
     ({"data_prompts": (PROMPT,), "text_max_context_len": 9}, 16),
     ({"data_prompts": (PROMPT,), "text_max_context_len": 9, "data_length_multiple": 5}, 20),
@@ -147,7 +147,7 @@ def test_packed_rows_features_and_int8_are_planned():
         settings = changed(**changes)
         return plan.AbstractStep.of(settings, source(settings), sharding.make_mesh(settings.mesh), 16)
 
-    plain, packed = step(), step(data_pack_length=16, data_pack_pictures=3)
+    plain, packed = step(), step(data_pack_length=16, data_pack_images=3)
     assert packed.batch.images.shape[1] == 3 and packed.batch.segments.shape == plain.batch.tokens.shape
     ready = step(data_features="features", weights_dtype="bfloat16")
     assert ready.batch.images is None and ready.batch.features.shape == (2, 1, 4, 24)
@@ -164,9 +164,9 @@ FAMILY_PRESETS = [(name, preset) for name, family in FAMILIES.items() for preset
 
 
 def fed(settings, model):
-    """The first batch that the pipeline makes for a run of a model, of records with a picture each if it reads any."""
-    picture = str(small.pictures() / "image" / "0.jpg") if model.images else None
-    records = [Record(str(number), picture, "a red star") for number in range(4)]
+    """The first batch that the pipeline makes for a run of a model, of records with a image each if it reads any."""
+    image = str(small.images() / "image" / "0.jpg") if model.images else None
+    records = [Record(str(number), image, "a red star") for number in range(4)]
     collator = Collator.of(settings, small_tokenizer(), model)
     return next(pipeline.batches([records] * len(settings.data.sources), settings.data, collator)).batch
 
@@ -217,7 +217,7 @@ FAMILY_OF = {"tiny_minigpt4": "minigpt4", "tiny_imagebind_llm": "imagebind_llm"}
 
 def test_the_planned_batch_is_what_stored_features_give(tmp_path):
     settings = small.run_config(tmp_path / "run", data=DataConfig(
-        path=str(small.pictures()), prompts=(small.PROMPT,), batch_size=2, length_multiple=64,
+        path=str(small.images()), prompts=(small.PROMPT,), batch_size=2, length_multiple=64,
         features=str(tmp_path / "features")))
     encode_features.make(settings, source(settings), tmp_path / "features", batch_size=8)
     job = run.set_up(settings)

@@ -24,12 +24,12 @@ def tokenizer():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Eight rows of jsonl: one without words, one picture that is cut off, one that is no picture, one not there."""
+    """Eight rows of jsonl: one without words, one image that is cut off, one that is no image, one not there."""
     rows = [{"image": f"{number}.png", "caption": caption} for number, caption in enumerate(CAPTIONS)]
     for row in rows:
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / row["image"])
     (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:300])
-    (tmp_path / "4.png").write_text("not a picture")
+    (tmp_path / "4.png").write_text("not a image")
     (tmp_path / "6.png").unlink()
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
@@ -70,7 +70,7 @@ def test_rows_are_cut_as_the_run_cuts_them(folder, tokenizer):
 
 def test_rows_that_a_run_cannot_make_are_unfit(folder, tokenizer):
     (found,), _ = check(data(folder, prompts=("No place for it",)), folder, RowSettings(tokenizer, TEXT, 4), console=QUIET)
-    assert found.count(UNFIT) == 8 and "0 <ImageHere> for 1 pictures" in found.problems[0].problem
+    assert found.count(UNFIT) == 8 and "0 <ImageHere> for 1 images" in found.problems[0].problem
 
 
 def test_whatever_stands_in_the_data_can_be_shown(folder, capsys):
@@ -91,7 +91,7 @@ def test_a_part_is_looked_at(folder):
 
 def test_the_share_of_a_mixture_is_that_of_the_run(folder):
     good = folder / "good"
-    shutil.copytree(small.pictures(), good)
+    shutil.copytree(small.images(), good)
     names = json.loads((good / "filter_cap.json").read_text())
     names["annotations"].append(names["annotations"][0])
     (good / "filter_cap.json").write_text(json.dumps(names))
@@ -112,12 +112,12 @@ def test_the_command_ends_as_the_share_says(folder, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, *where)
     assert stopped.value.code == 1
-    assert "corrupt picture rows.jsonl:4" in " ".join(capsys.readouterr().out.split())
+    assert "corrupt image rows.jsonl:4" in " ".join(capsys.readouterr().out.split())
     call(monkeypatch, *where, "--max-bad-share", "0.5", "--tokenizer", small.checkpoint() / "tokenizer")
     assert json.loads((folder / "data_check.json").read_text())["sources"][0]["unit"] == "tokens"
 
 
-def test_pictures_below_another_folder(folder, monkeypatch, capsys):
+def test_images_below_another_folder(folder, monkeypatch, capsys):
     (folder / "words").mkdir()
     where = ("check", "--format", "jsonl", "--path", shutil.move(folder / "rows.jsonl", folder / "words"), "--out",
              folder, "--max-bad-share", "0.5")
@@ -127,16 +127,16 @@ def test_pictures_below_another_folder(folder, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, *where)
     assert stopped.value.code == 2
-    assert f"Pictures are expected below {folder}/words. If they lie elsewhere" in capsys.readouterr().err
+    assert f"Images are expected below {folder}/words. If they lie elsewhere" in capsys.readouterr().err
 
 
 def test_the_command_reads_a_configuration(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.py").write_text(
         "from mmjax.config import *\n\ndef config():\n"
         f"    return {{'one': RunConfig(weights=WeightsConfig(checkpoint={str(small.checkpoint())!r}),\n"
-        f"        data=DataConfig(path={str(small.pictures())!r}, prompts=({small.PROMPT!r},))),\n"
+        f"        data=DataConfig(path={str(small.images())!r}, prompts=({small.PROMPT!r},))),\n"
         "        'two': RunConfig(weights=WeightsConfig(checkpoint='nowhere'),\n"
-        f"        data=DataConfig(path={str(small.pictures())!r}))}}\n")
+        f"        data=DataConfig(path={str(small.images())!r}))}}\n")
     call(monkeypatch, "check", "--config", tmp_path / "config.py", "--out", tmp_path)
     cards = {name: json.loads((tmp_path / name / "data_check.json").read_text())["sources"][0]
              for name in ("one", "two")}

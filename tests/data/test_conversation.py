@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmjax.data.conversation import PICTURE, TEMPLATES, Template, Transcript
+from mmjax.data.conversation import IMAGE, TEMPLATES, Template, Transcript
 from mmjax.data.text import PLACEHOLDER
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "minigpt4"
@@ -19,14 +19,14 @@ def test_shipped_templates_are_the_original_ones(name):
     assert TEMPLATES[name] == Template(given["system"], tuple(given["roles"]), given["sep"], given["sep2"])
 
 
-def test_question_joins_the_picture_before_it_only():
+def test_question_joins_the_image_before_it_only():
     talk = Transcript(TEMPLATES["minigptv2"]).ask("Hello").show("a").ask("What is it?")
     user, _ = TEMPLATES["minigptv2"].roles
-    assert talk.messages == ((user, "Hello"), (user, f"{PICTURE} What is it?"))
-    assert talk.answer(f"see {PICTURE}").ask("Sure?").messages[-1] == (user, "Sure?")
+    assert talk.messages == ((user, "Hello"), (user, f"{IMAGE} What is it?"))
+    assert talk.answer(f"see {IMAGE}").ask("Sure?").messages[-1] == (user, "Sure?")
 
 
-def test_every_picture_has_its_placeholder():
+def test_every_image_has_its_placeholder():
     talk = Transcript(TEMPLATES["vicuna0"]).show("a").ask("What?").answer("A dog.").show("b").ask("And this?")
     sample = talk.sample()
     assert sample.images == ["a", "b"]

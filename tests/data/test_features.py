@@ -25,16 +25,16 @@ CARD = Card({"files": {"vit": "ab"}, "dtypes": ["float32"] * 2}, {"size": 56, "c
 
 
 def vector(number, card=CARD):
-    """The features of picture `number`: no two numbers are alike."""
+    """The features of image `number`: no two numbers are alike."""
     size = card.crops * int(np.prod(card.shape))
     return (np.arange(size, dtype=np.float32) + number * size).reshape(card.crops, *card.shape)
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def image_folder(tmp_path):
     """The eight scenes, to be moved and changed."""
-    folder = tmp_path / "pictures"
-    shutil.copytree(small.pictures(), folder)
+    folder = tmp_path / "images"
+    shutil.copytree(small.images(), folder)
     return folder
 
 
@@ -42,9 +42,9 @@ def read(folder):
     return Source("cc_sbu_align", str(folder)), FORMATS["cc_sbu_align"](str(folder), None)
 
 
-def fill(folder, pictures, numbers=range(8), card=CARD):
-    """Stores the features of some of the pictures, as `mmjax.training.encode_features` does."""
-    source, records = read(pictures)
+def fill(folder, image_folder, numbers=range(8), card=CARD):
+    """Stores the features of some of the images, as `mmjax.training.encode_features` does."""
+    source, records = read(image_folder)
     with Writer(folder, card) as writer:
         names = writer.names([source], [records])
         keys = np.stack([features.key(names(records[number].image)) for number in numbers])
@@ -55,13 +55,13 @@ def fill(folder, pictures, numbers=range(8), card=CARD):
     return folder
 
 
-def opened(folder, pictures):
-    source, records = read(pictures)
+def opened(folder, image_folder):
+    source, records = read(image_folder)
     return Features(folder).of([source], [records]), [record.image for record in records]
 
 
-def test_what_is_stored_is_found(tmp_path, pictures):
-    found, images = opened(fill(tmp_path / "features", pictures), pictures)
+def test_what_is_stored_is_found(tmp_path, image_folder):
+    found, images = opened(fill(tmp_path / "features", image_folder), image_folder)
     assert len(found.index) == 8
     for number, image in enumerate(images):
         for crop in range(2):
@@ -69,20 +69,20 @@ def test_what_is_stored_is_found(tmp_path, pictures):
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(found)).find(images[3], 1), vector(3)[1])
 
 
-def test_bfloat16_is_stored_rounded(tmp_path, pictures):
+def test_bfloat16_is_stored_rounded(tmp_path, image_folder):
     card = dataclasses.replace(CARD, dtype="bfloat16")
-    found, images = opened(fill(tmp_path / "features", pictures, card=card), pictures)
+    found, images = opened(fill(tmp_path / "features", image_folder, card=card), image_folder)
     assert found.find(images[7]).dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(found.find(images[7]), vector(7)[0].astype(ml_dtypes.bfloat16))
     assert card.nbytes == CARD.nbytes // 2 == 24
 
 
-def test_crop_is_drawn(tmp_path, pictures):
-    found, images = opened(fill(tmp_path / "features", pictures), pictures)
-    np.testing.assert_array_equal(found.picture(images[0], None), vector(0)[0])
-    drawn = [found.picture(images[0], np.random.default_rng(seed)).ravel()[0] for seed in range(20)]
+def test_crop_is_drawn(tmp_path, image_folder):
+    found, images = opened(fill(tmp_path / "features", image_folder), image_folder)
+    np.testing.assert_array_equal(found.feature_of(images[0], None), vector(0)[0])
+    drawn = [found.feature_of(images[0], np.random.default_rng(seed)).ravel()[0] for seed in range(20)]
     assert set(drawn) == {0, 12}
-    assert drawn == [found.picture(images[0], np.random.default_rng(seed)).ravel()[0] for seed in range(20)]
+    assert drawn == [found.feature_of(images[0], np.random.default_rng(seed)).ravel()[0] for seed in range(20)]
 
 
 @pytest.mark.parametrize(("image", "name"), [
@@ -122,27 +122,27 @@ def test_missing():
     assert not len(features.missing(keys(7), keys()))
 
 
-def test_keys_that_begin_alike_are_told_apart(tmp_path, pictures, monkeypatch):
+def test_keys_that_begin_alike_are_told_apart(tmp_path, image_folder, monkeypatch):
     real = features.key
     monkeypatch.setattr(features, "key", lambda name: np.array([7, real(name)[1]], np.uint64))
-    found, images = opened(fill(tmp_path / "features", pictures, range(7)), pictures=pictures_but(pictures, 7))
+    found, images = opened(fill(tmp_path / "features", image_folder, range(7)), images=images_but(image_folder, 7))
     for number, image in enumerate(images[:7]):
         np.testing.assert_array_equal(found.find(image), vector(number)[0])
     with pytest.raises(ValueError, match="has no feature"):
         found.find(images[7])
 
 
-def pictures_but(pictures, number):
-    """The same folder, one picture no picture any more, so that nobody misses its feature."""
-    (pictures / "image" / f"{number}.jpg").write_bytes(b"no picture")
-    return pictures
+def images_but(image_folder, number):
+    """The same folder, one image no image any more, so that nobody misses its feature."""
+    (image_folder / "image" / f"{number}.jpg").write_bytes(b"no image")
+    return image_folder
 
 
 class Killed(BaseException):
     pass
 
 
-def test_killed_and_gone_on_with(tmp_path, pictures, monkeypatch):
+def test_killed_and_gone_on_with(tmp_path, image_folder, monkeypatch):
     """Shards that are finished stay, what was half written is written again."""
     monkeypatch.setattr(features, "SHARD", 3)
     folder, written = tmp_path / "features", []
@@ -159,7 +159,7 @@ def test_killed_and_gone_on_with(tmp_path, pictures, monkeypatch):
         patch.setattr(Writer, "add", until_killed)
         close = Writer._close
         with pytest.raises(Killed):
-            fill(folder, pictures)
+            fill(folder, image_folder)
     monkeypatch.setattr(Writer, "_close", close)
     assert sorted(path.name for path in folder.glob("0*")) == [
         "00000.array_record", "00000.npy", "00001.array_record.partial"]
@@ -167,13 +167,13 @@ def test_killed_and_gone_on_with(tmp_path, pictures, monkeypatch):
         Features(folder)
 
     monkeypatch.setattr(Writer, "add", lambda self, *rest: (written.append(rest[1]), add(self, *rest)))
-    found, images = opened(fill(folder, pictures), pictures)
+    found, images = opened(fill(folder, image_folder), image_folder)
     assert len(written) == 5 + 5 and len(set(written)) == 8
     for number, image in enumerate(images):
         np.testing.assert_array_equal(found.find(image, 1), vector(number)[1])
 
 
-def test_interrupted_shard_is_kept(tmp_path, pictures, monkeypatch):
+def test_interrupted_shard_is_kept(tmp_path, image_folder, monkeypatch):
     folder, add = tmp_path / "features", Writer.add
 
     def interrupted(self, key, content, found):
@@ -183,37 +183,37 @@ def test_interrupted_shard_is_kept(tmp_path, pictures, monkeypatch):
 
     monkeypatch.setattr(Writer, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        fill(folder, pictures)
+        fill(folder, image_folder)
     monkeypatch.undo()
     assert not (folder / "index.npy").exists()
     with Writer(folder, CARD) as writer:
         assert len(writer.keys) == 5
 
 
-def test_one_process_at_a_time(tmp_path, pictures):
-    folder = fill(tmp_path / "features", pictures)
+def test_one_process_at_a_time(tmp_path, image_folder):
+    folder = fill(tmp_path / "features", image_folder)
     with Writer(folder, CARD), pytest.raises(BlockingIOError, match=f"Another process is at work in {folder}"):
         Writer(folder, CARD)
-    fill(folder, pictures)
+    fill(folder, image_folder)
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_damaged_shard(tmp_path, pictures, damage):
-    folder = fill(tmp_path / "features", pictures)
+def test_damaged_shard(tmp_path, image_folder, damage):
+    folder = fill(tmp_path / "features", image_folder)
     shard = folder / "00000.array_record"
     if damage == "gone":
         shard.unlink()
     else:
         shard.write_bytes(shard.read_bytes()[:200])
-    found, images = opened(folder, pictures)
+    found, images = opened(folder, image_folder)
     with pytest.raises(ValueError, match=r"00000\.array_record is damaged .*Delete it; `mmjax data features`"):
         found.find(images[0])
-    found, images = opened(fill(folder, pictures), pictures)
+    found, images = opened(fill(folder, image_folder), image_folder)
     np.testing.assert_array_equal(found.find(images[6]), vector(6)[0])
 
 
-def test_damaged_index_and_card(tmp_path, pictures):
-    folder = fill(tmp_path / "features", pictures)
+def test_damaged_index_and_card(tmp_path, image_folder):
+    folder = fill(tmp_path / "features", image_folder)
     index = (folder / "index.npy").read_bytes()
     for size in (0, 100, len(index) - 1):
         (folder / "index.npy").write_bytes(index[:size])
@@ -236,84 +236,84 @@ def test_damaged_index_and_card(tmp_path, pictures):
 
 
 @pytest.mark.parametrize("columns", [np.zeros((4, 8), np.uint64), np.zeros((3, 8)), None])
-def test_damaged_columns_of_a_shard(columns, tmp_path, pictures):
-    folder = fill(tmp_path / "features", pictures)
+def test_damaged_columns_of_a_shard(columns, tmp_path, image_folder):
+    folder = fill(tmp_path / "features", image_folder)
     np.save(folder / "00000.npy", columns) if columns is not None else (folder / "00000.npy").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"00000\.npy is damaged .*Delete it and 00000\.array_record"):
         Writer(folder, CARD)
     for name in ("00000.npy", "00000.array_record"):
         (folder / name).unlink()
-    found, images = opened(fill(folder, pictures), pictures)
+    found, images = opened(fill(folder, image_folder), image_folder)
     np.testing.assert_array_equal(found.find(images[6]), vector(6)[0])
 
 
-def test_new_pictures_are_added(tmp_path, pictures):
-    folder = fill(tmp_path / "features", pictures, range(5))
-    with pytest.raises(ValueError, match=r"3 of 8 pictures of .*, such as .*/5\.jpg.*adds what is missing"):
-        opened(folder, pictures)
+def test_new_images_are_added(tmp_path, image_folder):
+    folder = fill(tmp_path / "features", image_folder, range(5))
+    with pytest.raises(ValueError, match=r"3 of 8 images of .*, such as .*/5\.jpg.*adds what is missing"):
+        opened(folder, image_folder)
     before = (folder / "00000.array_record").read_bytes()
-    found, images = opened(fill(folder, pictures), pictures)
+    found, images = opened(fill(folder, image_folder), image_folder)
     assert (folder / "00000.array_record").read_bytes() == before
     for number, image in enumerate(images):
         np.testing.assert_array_equal(found.find(image), vector(number)[0])
 
 
-def test_other_features_are_refused(tmp_path, pictures):
-    folder = fill(tmp_path / "features", pictures)
+def test_other_features_are_refused(tmp_path, image_folder):
+    folder = fill(tmp_path / "features", image_folder)
     stored = features.fingerprint(CARD.encoder)
     other = dataclasses.replace(CARD, encoder={"files": {"vit": "cd"}, "dtypes": ["float32"] * 2})
     message = rf"(?s){stored} -> {features.fingerprint(other.encoder)}.*encoder.files.vit: 'ab' -> 'cd'"
     with pytest.raises(ValueError, match=message):
-        fill(folder, pictures, card=other)
+        fill(folder, image_folder, card=other)
     with pytest.raises(ValueError, match=message):
         features.check(folder, Features(folder).card, other.encoder, other.transform)
     with pytest.raises(ValueError, match="transform.size: 56 -> 224"):
         features.check(folder, CARD, CARD.encoder, CARD.transform | {"size": 224})
     features.check(folder, CARD, CARD.encoder, CARD.transform)
     for changes, line in (({"crops": 1}, "crops: 2 -> 1"), ({"dtype": "bfloat16"}, "'float32' -> 'bfloat16'")):
-        with pytest.raises(ValueError, match=rf"other features of these pictures:\n  .*{line}"):
-            fill(folder, pictures, card=dataclasses.replace(CARD, **changes))
+        with pytest.raises(ValueError, match=rf"other features of these images:\n  .*{line}"):
+            fill(folder, image_folder, card=dataclasses.replace(CARD, **changes))
 
 
-def test_data_may_move(tmp_path, pictures):
-    folder = fill(tmp_path / "features", pictures)
+def test_data_may_move(tmp_path, image_folder):
+    folder = fill(tmp_path / "features", image_folder)
     moved = tmp_path / "elsewhere"
-    pictures.rename(moved)
+    image_folder.rename(moved)
     found, images = opened(folder, moved)
     np.testing.assert_array_equal(found.find(images[2]), vector(2)[0])
     fill(folder, moved)
-    assert Features(folder).card.folders == (str(pictures),)
+    assert Features(folder).card.folders == (str(image_folder),)
 
 
-def test_other_pictures_of_the_same_names_are_not_taken_for_the_same(tmp_path, pictures):
-    folder = fill(tmp_path / "features", pictures)
+def test_other_images_of_the_same_names_are_not_taken_for_the_same(tmp_path, image_folder):
+    folder = fill(tmp_path / "features", image_folder)
     other = tmp_path / "other"
-    shutil.copytree(pictures, other)
-    contents = [path.read_bytes() for path in sorted((pictures / "image").iterdir())]
+    shutil.copytree(image_folder, other)
+    contents = [path.read_bytes() for path in sorted((image_folder / "image").iterdir())]
     for number in range(8):
         (other / "image" / f"{number}.jpg").write_bytes(contents[number - 1])
-    with pytest.raises(ValueError, match=rf"8 of 8 pictures of {other}.*It has features of pictures of {pictures};"):
+    with pytest.raises(ValueError, match=rf"8 of 8 images of {other}.*It has features of images of {image_folder};"):
         opened(folder, other)
     fill(folder, other)  # both may be in one folder
     assert len(Features(folder).index) == 16
-    shutil.copytree(other, pictures, dirs_exist_ok=True)
-    with pytest.raises(ValueError, match="is another picture than the one of which .* holds a feature"):
-        opened(folder, pictures)
+    shutil.copytree(other, image_folder, dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="is another image than the one of which .* holds a feature"):
+        opened(folder, image_folder)
 
 
-def test_two_folders_in_one(tmp_path, pictures):
-    """A mixture: pictures of the same names each have a feature of their own, even if many of them are the same."""
+def test_two_folders_in_one(tmp_path, image_folder):
+    """A mixture: images of the same names each have a feature of their own, even if many of them are the same."""
     other = tmp_path / "other"
-    shutil.copytree(pictures, other)
-    sources, records = zip(read(pictures), read(other), strict=True)
+    shutil.copytree(image_folder, other)
+    sources, records = zip(read(image_folder), read(other), strict=True)
     shown = [its[0].image for its in records]
     for known in (range(0), range(8)):
         folder = tmp_path / f"features{len(known)}"
         if known:
-            fill(folder, pictures, known)
+            fill(folder, image_folder, known)
         with Writer(folder, CARD) as writer:
             names = writer.names(sources, records)
-            assert names.folders == {str(pictures): 0, str(other): 1}
+            assert names.folders == {str(image_folder): 0, str(other): 1}
             for number, image in enumerate(shown):
                 if not known or number:
                     content = features.content_hash(Held.of(image).content)
@@ -323,12 +323,12 @@ def test_two_folders_in_one(tmp_path, pictures):
             np.testing.assert_array_equal(found.find(image), vector(number)[0])
 
 
-def test_members_of_an_archive(tmp_path, pictures):
+def test_members_of_an_archive(tmp_path, image_folder):
     """Known by the archive and their place in it, wherever that lies now."""
     (tmp_path / "tars").mkdir()
     with tarfile.open(tmp_path / "tars" / "0.tar", "w") as tar:
         for number in range(3):
-            tar.add(pictures / "image" / f"{number}.jpg", f"{number}.jpg")
+            tar.add(image_folder / "image" / f"{number}.jpg", f"{number}.jpg")
             caption = tarfile.TarInfo(f"{number}.txt")
             caption.size = 5
             tar.addfile(caption, io.BytesIO(b"a dog"))
@@ -364,11 +364,11 @@ def test_full_disk(tmp_path, monkeypatch):
             writer.add(features.key("a"), 0, vector(0))
 
 
-def test_picture_without_a_feature(tmp_path, pictures):
-    found, _ = opened(fill(tmp_path / "features", pictures), pictures)
+def test_image_without_a_feature(tmp_path, image_folder):
+    found, _ = opened(fill(tmp_path / "features", image_folder), image_folder)
     with pytest.raises(ValueError, match=r"image/9\.jpg has no feature in .*features: it could not be read"):
-        found.find(str(pictures / "image" / "9.jpg"))
-    with pytest.raises(ValueError, match="The picture of zeros has no feature"):
+        found.find(str(image_folder / "image" / "9.jpg"))
+    with pytest.raises(ValueError, match="The image of zeros has no feature"):
         found.find(None)
 
 
@@ -379,14 +379,14 @@ def test_shape_of_what_is_added(tmp_path):
 
 
 def rows(images, *counts):
-    """One sample a row with so many of the pictures each."""
+    """One sample a row with so many of the images each."""
     images = iter(images)
     return [[Sample(images=[next(images) for _ in range(count)])] for count in counts]
 
 
-def test_stacked_among_words(tmp_path, pictures):
-    found, images = opened(fill(tmp_path / "features", pictures), pictures)
-    shown = [found.picture(image, None) for image in images]
+def test_stacked_among_words(tmp_path, image_folder):
+    found, images = opened(fill(tmp_path / "features", image_folder), image_folder)
+    shown = [found.feature_of(image, None) for image in images]
     stacked = found.stack(rows(shown, 1, 0, 2), placed=True)
     assert stacked.shape == (3, 2, 3, 4)
     np.testing.assert_array_equal(stacked[2], shown[1:3])
@@ -398,13 +398,13 @@ def test_stacked_among_words(tmp_path, pictures):
     assert found.stack(rows(shown, 0, 0), placed=True) is None
 
 
-def test_stacked_one_a_row(tmp_path, pictures):
-    folder = fill(tmp_path / "features", pictures)
+def test_stacked_one_a_row(tmp_path, image_folder):
+    folder = fill(tmp_path / "features", image_folder)
     with Writer(folder, CARD) as writer:
         writer.add(features.key(ImageNames({})(None)), 0, vector(100))
-    found, images = opened(folder, pictures)
-    shown = [found.picture(image, None) for image in images]
+    found, images = opened(folder, image_folder)
+    shown = [found.feature_of(image, None) for image in images]
     stacked = found.stack(rows(shown, 1, 0, 1), placed=False)
     np.testing.assert_array_equal(stacked, [shown[0], vector(100)[0], shown[1]])
-    with pytest.raises(ValueError, match=r"Rows \[1\] have more than one picture"):
+    with pytest.raises(ValueError, match=r"Rows \[1\] have more than one image"):
         found.stack(rows(shown, 1, 2), placed=False)

@@ -18,9 +18,9 @@ from mmjax.data.formats import (
 CASE = Path(__file__).parents[1] / "golden" / "minigpt4" / "cases" / "n_preprocess.json"
 
 
-def folder(path, content, pictures=()):
+def folder(path, content, images=()):
     (path / "image").mkdir()
-    for name in pictures:
+    for name in images:
         (path / "image" / f"{name}.jpg").touch()
     text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
     (path / "filter_cap.json").write_text(text, encoding="utf-8")
@@ -72,7 +72,7 @@ def test_bytes_that_are_no_text(tmp_path):
         cc_sbu_align(path)
 
 
-def test_absent_pictures_are_found_when_they_are_read(tmp_path):
+def test_absent_images_are_found_when_they_are_read(tmp_path):
     """One in 16 that are looked at is enough to believe that the folder is the right one."""
     annotations = [{"image_id": str(number), "caption": "A dog."} for number in range(160)]
     path = folder(tmp_path, {"annotations": annotations}, ("70", "71"))
@@ -80,9 +80,9 @@ def test_absent_pictures_are_found_when_they_are_read(tmp_path):
     (tmp_path / "image" / "70.jpg").unlink()
     with pytest.raises(ValueError, match="None of 16 rows of .*filter_cap.json that were looked at") as error:
         cc_sbu_align(path)
-    assert f"0: there is no picture '{tmp_path}/image/0.jpg'" in str(error.value)
-    assert str(error.value).count("there is no picture") == 5
-    assert f"Pictures are expected below {tmp_path}. If they lie elsewhere, name that folder as `root`" in str(
+    assert f"0: there is no image '{tmp_path}/image/0.jpg'" in str(error.value)
+    assert str(error.value).count("there is no image") == 5
+    assert f"Images are expected below {tmp_path}. If they lie elsewhere, name that folder as `root`" in str(
         error.value)
 
 
@@ -121,8 +121,8 @@ def captions(path, text):
 def test_pretrain_records(tmp_path):
     (tmp_path / "more").mkdir()
     far = tmp_path / "far.png"
-    for picture in (tmp_path / "a.png", far):
-        picture.touch()
+    for image in (tmp_path / "a.png", far):
+        image.touch()
     write(tmp_path, "some.csv", "url\tcaption\na.png\tA dög.\n")
     write(tmp_path / "more", "more.csv", f"extra\tcaption\turl\n1\tA cat.\t{far}\n")
     path = meta(tmp_path, "pretrain", "some.csv", "more/more.csv")
@@ -154,7 +154,7 @@ def test_captions_behind_a_byte_order_mark(tmp_path):
     ("", r"first line is '\[\]'"),
     ('url\tcaption\na.png\t"One.\nb.png\tTwo.\n', "a quote is opened and never closed"),
     ("url\rcaption\na.png\tOne.\n", "first line is .*new-line character"),
-    ("url\tcaption\nnone.png\tOne.\n", "(?s)None of 1 rows .*some.csv:0: there is no picture .*none.png"),
+    ("url\tcaption\nnone.png\tOne.\n", "(?s)None of 1 rows .*some.csv:0: there is no image .*none.png"),
     ("url\tcaption\n/etc/x.png\tOne.\n", "(?s)None of 1 rows .*'/etc/x.png' is not below .*name that folder as"),
     ("url\tcaption\n", "has no rows"),
 ])
@@ -169,7 +169,7 @@ def test_captions_that_cannot_be_used(text, message, tmp_path):
     (b"a.png\t" + b"x" * 200_000, "not tab-separated text: field larger than field limit"),
     (b"a.png\t \t", "3 fields"), (b"a.png\t ", "'caption' is empty"),
     (b"a.png\t\xff", "'caption' is not text"),
-    (b"\tOne.", "the picture '' is not below"), (b"../a.png\tOne.", "is not below"),
+    (b"\tOne.", "the image '' is not below"), (b"../a.png\tOne.", "is not below"),
 ])
 def test_lines_that_cannot_be_used(line, problem, tmp_path):
     (tmp_path / "a.png").touch()
@@ -240,7 +240,7 @@ def test_lists_that_are_absent_or_name_absent_files(tmp_path):
         imagebind_llm_pretrain(meta(tmp_path, "pretrain", "one.csv", "two.csv"))
 
 
-def test_pictures_below_another_root(tmp_path):
+def test_images_below_another_root(tmp_path):
     """Of every reader that takes one; the layouts below the root are the same."""
     (tmp_path / "words").mkdir()
     (tmp_path / "far" / "image").mkdir(parents=True)
@@ -254,5 +254,5 @@ def test_pictures_below_another_root(tmp_path):
     for read in (cc_sbu_align, imagebind_llm_pretrain, imagebind_llm_finetune):
         for record in read(str(tmp_path / "words"), root):
             assert (record.image, record.answer) == (f"{root}/image/7.jpg", "A dog.")
-        with pytest.raises(ValueError, match=f"Pictures are expected below {tmp_path}/words"):
+        with pytest.raises(ValueError, match=f"Images are expected below {tmp_path}/words"):
             read(str(tmp_path / "words"))

@@ -1,7 +1,7 @@
 """Broken and hostile data in every layout: an error that says so, or every record accounted for, and nothing read
 outside of the data's folder.
 
-A record counts as accounted for if it has a problem, or its picture cannot be read (ValueError), or it is good.
+A record counts as accounted for if it has a problem, or its image cannot be read (ValueError), or it is good.
 """
 
 import contextlib
@@ -99,7 +99,7 @@ def data(tmp_path):
 # ---- one row of three is broken ----
 
 TEXTS = (None, 3, True, "", " \n", [], {}, ["words"], "\ud800")
-PICTURES = (None, 3, True, [], ["1.jpg"], "", ".", "none.jpg", "../outside/secret.jpg", "a/../../outside/secret.jpg",
+IMAGES = (None, 3, True, [], ["1.jpg"], "", ".", "none.jpg", "../outside/secret.jpg", "a/../../outside/secret.jpg",
             "ABSOLUTE", "/etc/passwd", "link.jpg", "folder/secret.jpg", "loop.jpg", "pipe.jpg", "a\0.jpg", "\udcff.jpg",
             "x" * 5000, "\ud800.jpg", "/dev/zero", "~/1.jpg")
 NUMBERS = (None, "1", 1.5, True, [], {}, -1, 10**400)
@@ -107,18 +107,18 @@ ROWS = (None, 3, "text", [], {}, True, [[1, 2]])
 CONVERSATIONS = (None, 3, "text", {}, [], ["text", "text"], [{"value": "What?"}], [{"value": "What?"}, {}],
                  [None, None], [{"value": 1}, {"value": 2}])
 FIELDS = (
-    *(("llava_instruct", "image", value) for value in PICTURES),
+    *(("llava_instruct", "image", value) for value in IMAGES),
     *(("llava_instruct", "conversations", value) for value in CONVERSATIONS),
-    *(("jsonl", "image", value) for value in PICTURES),
+    *(("jsonl", "image", value) for value in IMAGES),
     *(("jsonl", key, value) for key in ("prompt", "answer", "caption") for value in TEXTS),
     *(("coco_captions", "caption", value) for value in TEXTS),
     *(("coco_captions", "image_id", value) for value in NUMBERS),
     *(("cc_sbu_align", "caption", value) for value in TEXTS),
     *(("cc_sbu_align", "image_id", value.removesuffix(".jpg") if isinstance(value, str) else value)
-      for value in (*PICTURES, 1.5, {}, -1, 10**400)),
-    *(("imagebind_llm_pretrain", "url", value) for value in PICTURES
+      for value in (*IMAGES, 1.5, {}, -1, 10**400)),
+    *(("imagebind_llm_pretrain", "url", value) for value in IMAGES
       if value not in ("\udcff.jpg", "\ud800.jpg")),  # which cannot be written into a file of text
-    *(("imagebind_llm_finetune", "image", value) for value in PICTURES),
+    *(("imagebind_llm_finetune", "image", value) for value in IMAGES),
     *(("imagebind_llm_finetune", "conversations", value) for value in CONVERSATIONS),
     *(("vqa", "question", value) for value in (*TEXTS, "!")),
     *(("vqa", key, value) for key in ("image_id", "question_id") for value in NUMBERS),
@@ -167,14 +167,14 @@ def test_a_row_of_another_kind(name, number, data, tmp_path):
 
 @pytest.mark.parametrize("name", ["../../outside/1.jpg", "/etc/passwd", "../train2017/../../outside/1.jpg", None, 3,
                                   ""])
-def test_names_of_coco_pictures(name, data, tmp_path):
+def test_names_of_coco_images(name, data, tmp_path):
     path = layouts.coco_captions(data)
     text = path.read_text().replace('"000000000001.jpg"', layouts.json.dumps(name))
     assert states("coco_captions", layouts.put(path, text), tmp_path)[1] in ("problem", "unreadable")
 
 
 @pytest.mark.parametrize("split", ["../outside", "/etc", "..", "train2014/../../outside", "none", ""])
-def test_folders_of_vqa_pictures(split, data, tmp_path):
+def test_folders_of_vqa_images(split, data, tmp_path):
     path = layouts.vqa(data)
     layouts.put(path, path.read_text().replace('"data_subtype": "train2014"', f'"data_subtype": "{split}"'))
     assert "can be used" in str(states("vqa", path, tmp_path))
@@ -199,7 +199,7 @@ FILES = {
 CONTENTS = {
     "empty": b"", "zeros": b"\0" * 3000, "brackets": b"[" * 200_000, "not UTF-8": b"\xff\xfe[]", "null": b"null",
     "number": b"1" * 9000, "text": b'"text"', "array": b"[]", "object": b"{}", "parts": b'{"annotations": {}}',
-    "a picture": layouts.jpeg()}
+    "a image": layouts.jpeg()}
 
 
 def test_every_format_is_here():
@@ -242,7 +242,7 @@ def test_damaged_bytes(name, seed, data, tmp_path):
     assert isinstance(found, Exception) or set(found) <= {"good", "problem", "unreadable"}
 
 
-# ---- pictures ----
+# ---- images ----
 
 def png(width, height, content=b""):
     def chunk(kind, data):
@@ -259,8 +259,8 @@ def animated():
     return file.getvalue()[:-8]
 
 
-BROKEN_PICTURES = {
-    "empty": b"", "text": b"A picture of a dog.", "html": b"<html>404</html>", "cut": layouts.jpeg()[:300],
+BROKEN_IMAGES = {
+    "empty": b"", "text": b"A image of a dog.", "html": b"<html>404</html>", "cut": layouts.jpeg()[:300],
     "marker": b"\xff\xd8\xff", "zeros": b"\0" * 500, "bomb": png(60_000, 60_000), "large": png(10_000, 9_000),
     "flat": png(0, 9), "no pixels": png(9, 9), "gif": animated(),
     "program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) (r) file\n",
@@ -268,21 +268,21 @@ BROKEN_PICTURES = {
     "tiff": b"II*\0\xff\xff\xff\x7f", "bitmap": b"BM" + b"\xff" * 60, "numbers": b"P6 99999999 99999999 255\n"}
 
 
-@pytest.mark.parametrize("kind", BROKEN_PICTURES)
+@pytest.mark.parametrize("kind", BROKEN_IMAGES)
 @pytest.mark.parametrize("name", ["llava_instruct", "webdataset", "cc_sbu_align"])
-def test_broken_pictures(name, kind, data, tmp_path):
+def test_broken_images(name, kind, data, tmp_path):
     def change(rows):
         if name == "webdataset":
-            rows[3] = (rows[3][0], BROKEN_PICTURES[kind])
+            rows[3] = (rows[3][0], BROKEN_IMAGES[kind])
 
     path = getattr(layouts, name)(data, change)
     if name != "webdataset":
-        layouts.put(data / ("image" if name == "cc_sbu_align" else "") / "1.jpg", BROKEN_PICTURES[kind])
+        layouts.put(data / ("image" if name == "cc_sbu_align" else "") / "1.jpg", BROKEN_IMAGES[kind])
     assert states(name, path, tmp_path) == ["good", "unreadable", "good"]
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_damaged_pictures(seed, data, tmp_path):
+def test_damaged_images(seed, data, tmp_path):
     """Damage that a decoder does not see is no error; whatever it raises is a ValueError that names the file."""
     random = np.random.default_rng(seed)
     kind = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")[seed % 6]

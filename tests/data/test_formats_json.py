@@ -1,4 +1,4 @@
-"""Layouts of JSON files beside pictures: what each row becomes."""
+"""Layouts of JSON files beside images: what each row becomes."""
 
 import json
 import pickle
@@ -10,7 +10,7 @@ from mmjax.data.formats import FORMATS, Record, coco_captions, gqa, invrefcoco, 
 from mmjax.data.formats.grounding import IDENTIFY, REFER, box_text
 from tests.data import layouts
 
-PICTURE = "<Img><ImageHere></Img>"
+IMAGE = "<Img><ImageHere></Img>"
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -26,9 +26,9 @@ def test_every_layout_is_read(name, tmp_path):
 
 
 def test_conversations(tmp_path):
-    """The first question's picture goes in front, and the questions end with a space (llava_dataset.py)."""
+    """The first question's image goes in front, and the questions end with a space (llava_dataset.py)."""
     record = llava_instruct(str(layouts.llava_instruct(tmp_path)))[1]
-    turns = ((f"{PICTURE} What is it? ", layouts.CAPTIONS[1]), ("And? ", "No more."))
+    turns = ((f"{IMAGE} What is it? ", layouts.CAPTIONS[1]), ("And? ", "No more."))
     assert record == Record("llava_instruct_150k.json:1", str(tmp_path / "1.jpg"), layouts.CAPTIONS[1], turns[0][0],
                             turns=turns)
 
@@ -42,16 +42,16 @@ def conversation(tmp_path, *words, **row):
 
 def test_conversations_of_one_pair_are_a_prompt_and_an_answer(tmp_path):
     record = conversation(tmp_path, "Name\nit.\n<image>", "A dog.", image="a.jpg")
-    assert (record.prompt, record.answer, record.turns) == (f"{PICTURE} Nameit. ", "A dog.", ())
+    assert (record.prompt, record.answer, record.turns) == (f"{IMAGE} Nameit. ", "A dog.", ())
 
 
-def test_conversations_without_a_picture(tmp_path):
+def test_conversations_without_a_image(tmp_path):
     record = conversation(tmp_path, "Sort\nthis.", "a, b", "And?", "c", id="7")
     assert record == Record("some.json:0", None, "a, b", "Sort\nthis.",
                             turns=(("Sort\nthis.", "a, b"), ("And?", "c")))
 
 
-def test_minigpt4_names_pictures_by_their_id(tmp_path):
+def test_minigpt4_names_images_by_their_id(tmp_path):
     record = conversation(tmp_path, "<image> What?", "A dog.", id="000000000009")
     assert record.image == str(tmp_path / "COCO_train2014_000000000009.jpg")
 
@@ -62,8 +62,8 @@ def test_minigpt4_names_pictures_by_their_id(tmp_path):
     ((), "an answer to every question"),
     (("What?", " "), "'value' is empty"),
     (("What?", None), "'value' must be str, got None"),
-    (("What?", "A", "<image> And?", "B"), "shows a picture that is not there"),
-    (("What?", "A", "<ImageHere> And?", "B"), "shows a picture that is not there"),
+    (("What?", "A", "<image> And?", "B"), "shows a image that is not there"),
+    (("What?", "A", "<ImageHere> And?", "B"), "shows a image that is not there"),
     (("<ImageHere> and <ImageHere>", "A"), "has 2 <ImageHere>"),
 ])
 def test_conversations_that_cannot_be_used(words, problem, tmp_path):
@@ -85,13 +85,13 @@ def test_lines(tmp_path):
     name = "some.jsonl:{}".format
     assert list(jsonl(str(tmp_path))) == list(jsonl(str(path))) == [
         Record(name(0), str(tmp_path / "a.jpg"), "A dog."),
-        Record(name(1), str(tmp_path / "b/c.jpg"), "A cat.", f"{PICTURE} What? "),
+        Record(name(1), str(tmp_path / "b/c.jpg"), "A cat.", f"{IMAGE} What? "),
         Record(name(2), str(tmp_path / "a.jpg"), "It.", "See <Img><ImageHere></Img>!\nWhat?"),
         Record(name(3), None, "Rex", "Name a dog."),
-        Record(name(4), str(tmp_path / "a.jpg"), "x", f"{PICTURE} Look: ")]
+        Record(name(4), str(tmp_path / "a.jpg"), "x", f"{IMAGE} Look: ")]
 
 
-def test_pictures_below_another_root(tmp_path):
+def test_images_below_another_root(tmp_path):
     for name in ("near/b.jpg", "far/a.jpg"):
         layouts.put(tmp_path / name, "")
     path = layouts.put_json(tmp_path / "some.jsonl", {"image": "a.jpg", "caption": "A dog."})
@@ -133,10 +133,10 @@ def test_questions(tmp_path):
     records = vqa(str(layouts.vqa(tmp_path)))
     assert records[:2] == vqa(str(tmp_path))[:2] == [
         Record("v2_OpenEnded_mscoco_train2014_questions.json:0",
-               str(tmp_path / "train2014/COCO_train2014_000000000000.jpg"), "yes", f"{PICTURE} [vqa] what is 0? "),
+               str(tmp_path / "train2014/COCO_train2014_000000000000.jpg"), "yes", f"{IMAGE} [vqa] what is 0? "),
         Record("v2_OpenEnded_mscoco_train2014_questions.json:1",
                str(tmp_path / "train2014/COCO_train2014_000000000001.jpg"), "yes",
-               f"{PICTURE} [vqa] Based on the image, respond to this question with a short answer: what is 1? ")]
+               f"{IMAGE} [vqa] Based on the image, respond to this question with a short answer: what is 1? ")]
 
 
 def test_questions_in_one_list(tmp_path):
@@ -155,7 +155,7 @@ def test_questions_in_one_list(tmp_path):
 def test_gqa(tmp_path):
     path = layouts.gqa(tmp_path)
     expected = Record("train_balanced_questions.json:2", str(tmp_path / "images/n2.jpg"), "yes",
-                      f"{PICTURE} [vqa] is it 2? ")
+                      f"{IMAGE} [vqa] is it 2? ")
     assert gqa(str(path))[2] == expected
     rows = [{"image": "n2.jpg", "question": "Is it 2?", "answer": "Yes."}]
     listed = gqa(str(layouts.put_json(tmp_path / "more_questions.json", rows)))[0]
@@ -173,11 +173,11 @@ def test_references(tmp_path):
     image, box = str(tmp_path / "train2014/COCO_train2014_000000000001.jpg"), "{<12><40><50><90>}"
     there = refcoco(path)
     assert there[:2] == [
-        Record("refs(unc).p:0", image, box, f"{PICTURE} [refer] the dog, 1 "),
-        Record("refs(unc).p:1", image, box, f"{PICTURE} [refer] give me the location of the dog, 1 ")]
+        Record("refs(unc).p:0", image, box, f"{IMAGE} [refer] the dog, 1 "),
+        Record("refs(unc).p:1", image, box, f"{IMAGE} [refer] give me the location of the dog, 1 ")]
     what = invrefcoco(path)
     assert what[1] == Record("refs(unc).p:1", image, "the dog, 1",
-                             f"{PICTURE} [identify] what object is in this location {box} ")
+                             f"{IMAGE} [identify] what object is in this location {box} ")
     assert len(there) == len(what) == 3
     assert len(REFER) == len(IDENTIFY) == 7
 
@@ -189,7 +189,7 @@ def test_references_of_the_evaluation_files(tmp_path):
     layouts.put(tmp_path / "train2014/COCO_train2014_000000000009.jpg", "")
     record = refcoco(str(layouts.put_json(tmp_path / "refcoco_testA.json", [row])))[0]
     assert record == Record("refcoco_testA.json:0", str(tmp_path / "train2014/COCO_train2014_000000000009.jpg"),
-                            "{<0><0><100><100>}", f"{PICTURE} [refer] left dog ")
+                            "{<0><0><100><100>}", f"{IMAGE} [refer] left dog ")
 
 
 @pytest.mark.parametrize(("box", "width", "height"), [

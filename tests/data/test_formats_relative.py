@@ -4,7 +4,6 @@ import os
 
 import pytest
 
-from mmjax.data import images
 from mmjax.data.formats import FORMATS, rows
 from tests.data import layouts
 
@@ -16,16 +15,16 @@ def test_relative_paths(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     records = list(FORMATS[name](path))
     assert records and all(record.problem is None for record in records)
-    pictures = [record.image for record in records if record.image is not None]
-    assert pictures
-    for picture in pictures:
-        assert images.load(picture, 4).shape == (4, 4, 3)
+    shown = [record.image for record in records if record.image is not None]
+    assert shown
+    for image in shown:
+        assert images.load(image, 4).shape == (4, 4, 3)
 
 
 def test_dots_behind_a_link_lead_where_the_system_says(tmp_path):
     (tmp_path / "real" / "inside").mkdir(parents=True)
     (tmp_path / "link").symlink_to("real/inside")
-    root = f"{tmp_path}/link/../pictures"
+    root = f"{tmp_path}/link/../images"
     assert rows.image_path(root, "0.jpg") == f"{root}/0.jpg"
     with pytest.raises(ValueError, match="not below"):
-        rows.image_path(root, f"{tmp_path}/pictures/0.jpg")
+        rows.image_path(root, f"{tmp_path}/images/0.jpg")

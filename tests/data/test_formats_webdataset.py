@@ -1,4 +1,4 @@
-"""Pictures and captions in tars: what is found in them, and what a tar can do to a reader."""
+"""Images and captions in tars: what is found in them, and what a tar can do to a reader."""
 
 import io
 import pathlib
@@ -29,10 +29,10 @@ def test_samples(tmp_path):
     path = layouts.webdataset(tmp_path)
     records = webdataset(str(path))
     with tarfile.open(path) as archive:
-        pictures = [member for member in archive if member.name.endswith(".jpg")]
+        images = [member for member in archive if member.name.endswith(".jpg")]
     assert list(records) == [
-        Record(f"00000.tar:{number:09d}", Member(str(path), picture.offset_data, picture.size),
-               layouts.CAPTIONS[number]) for number, picture in enumerate(pictures)]
+        Record(f"00000.tar:{number:09d}", Member(str(path), image.offset_data, image.size),
+               layouts.CAPTIONS[number]) for number, image in enumerate(images)]
     assert [record.image.read() for record in records] == [layouts.jpeg(number) for number in range(layouts.COUNT)]
     assert rgb(records[0].image).size == (layouts.WIDTH, layouts.HEIGHT)
 
@@ -71,7 +71,7 @@ def test_captions_that_cannot_be_used(caption, kind, problem, tmp_path):
 
 
 @pytest.mark.parametrize(("members", "key", "problem"), [
-    ([("a.jpg", b"p")], "a", "has no caption"), ([("a.txt", b"words")], "a", "has no picture"),
+    ([("a.jpg", b"p")], "a", "has no caption"), ([("a.txt", b"words")], "a", "has no image"),
     ([("a.jpg", b"p"), ("a.png", b"p"), ("a.txt", b"words")], "a", "has two members 'png'"),
     ([("a.jpg", b"p"), ("a.txt", b"words"), ("a.txt", b"more")], "a", "has two members 'txt'"),
     ([("../a.jpg", b"p"), ("../a.txt", b"words")], "../a", "leads out of the tar"),
@@ -177,7 +177,7 @@ def test_files_that_are_no_tars(content, tmp_path):
 def test_tars_without_samples(tmp_path):
     layouts.tar(tmp_path / "a.tar", [])
     layouts.tar(tmp_path / "b.tar", [("stats.parquet", b"x")])
-    with pytest.raises(ValueError, match="The 2 tars of .* hold no pictures with captions"):
+    with pytest.raises(ValueError, match="The 2 tars of .* hold no images with captions"):
         webdataset(str(tmp_path))
     layouts.tar(tmp_path / "c.tar", layouts.members())
     assert [record.name for record in webdataset(str(tmp_path))] == [f"c.tar:{number:09d}" for number in range(3)]
@@ -242,7 +242,7 @@ def test_archives_that_change(tmp_path):
     record = records[2]
     layouts.put(path, path.read_bytes()[:1500])
     assert "the archive ends after" in records[2].problem
-    with pytest.raises(ValueError, match="00000.tar, .* is not a picture that can be read: .*the archive ends after"):
+    with pytest.raises(ValueError, match="00000.tar, .* is not a image that can be read: .*the archive ends after"):
         rgb(record.image)
     path.unlink()
     assert "No such file" in records[0].problem

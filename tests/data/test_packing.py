@@ -30,24 +30,24 @@ PROMPT = "<Img><ImageHere></Img> What is it?"
 CONFIG = dataclasses.replace(  # without Q-Former, which compiles longest
     tiny.MINIGPT4, qformer=None, llm=dataclasses.replace(tiny.MINIGPT4.llm, vocab=TOKENIZER.vocab_size))
 Q, SIZE = CONFIG.image_tokens, CONFIG.image_size
-LENGTH, ROWS, PICTURES = 80, 2, 3
-ROOM = Size(LENGTH, PICTURES)
+LENGTH, ROWS, IMAGES = 80, 2, 3
+ROOM = Size(LENGTH, IMAGES)
 
 
-def picture(seed):
+def image(seed):
     return np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
 
 
 STREAM = (  # the third stands behind the first, the fourth behind the second; the fifth has no room
-    Sample(images=[picture(0)], turns=[(PROMPT, "Two x$$y children."), ("Where are they?", "In the park.")]),
-    Sample(images=[picture(1), picture(2)], prompt="<ImageHere> or <ImageHere>?", answer="The cat, then the dog."),
+    Sample(images=[image(0)], turns=[(PROMPT, "Two x$$y children."), ("Where are they?", "In the park.")]),
+    Sample(images=[image(1), image(2)], prompt="<ImageHere> or <ImageHere>?", answer="The cat, then the dog."),
     Sample(prompt="Name a color.", answer="Red"),
-    Sample(images=[picture(3)], prompt=PROMPT, answer="A dog on a table."),
-    Sample(images=[picture(4)], prompt=PROMPT, answer="a b c d e f g h i j k l m n o p q r s t"),
+    Sample(images=[image(3)], prompt=PROMPT, answer="A dog on a table."),
+    Sample(images=[image(4)], prompt=PROMPT, answer="a b c d e f g h i j k l m n o p q r s t"),
 )
 
 
-def make(samples=STREAM, text=TEXT, config=CONFIG, length=LENGTH, rows=ROWS, most_images=PICTURES):
+def make(samples=STREAM, text=TEXT, config=CONFIG, length=LENGTH, rows=ROWS, most_images=IMAGES):
     """A batch of the first samples of a stream, and how many it took."""
     collator, tokenized = Collator(TOKENIZER, text, config, most_images), []
     sizes = (tokenized.append(collator.tokenize(sample)) or size(tokenized[-1]) for sample in samples)
@@ -117,7 +117,7 @@ def test_each_goes_into_the_first_row_with_room_and_the_first_without_ends_the_b
     assert pack(sizes[:1], Size(10), 3) == [[0], [], []]
 
 
-def test_pictures_take_room_too():
+def test_images_take_room_too():
     assert pack([Size(1, 1), Size(1, 2), Size(1), Size(1, 1)], Size(10, 2), 2) == [[0, 2, 3], [1]]
     assert pack([Size(1, 2), Size(1, 2)], Size(10, 2), 1) == [[0]]
 
@@ -129,8 +129,8 @@ def test_a_stream_is_read_up_to_the_first_without_room():
 
 
 @pytest.mark.parametrize(("size", "message"), [
-    (Size(11), "Sample 1 .* 11 tokens and 0 pictures, a row has room for 10 and 2"),
-    (Size(3, 3), "Sample 1 .* 3 tokens and 3 pictures"),
+    (Size(11), "Sample 1 .* 11 tokens and 0 images, a row has room for 10 and 2"),
+    (Size(3, 3), "Sample 1 .* 3 tokens and 3 images"),
 ])
 def test_what_does_not_fit_into_an_empty_row_is_named(size, message):
     with pytest.raises(ValueError, match=message):
@@ -148,7 +148,7 @@ def test_batches_of_a_stream_hold_every_sample_once(sizes, length, rows, most):
         for row in placed:
             assert row == sorted(row)
             assert sum(sizes[start + number].tokens for number in row) <= length
-            assert sum(sizes[start + number].pictures for number in row) <= most
+            assert sum(sizes[start + number].images for number in row) <= most
         taken = sorted(itertools.chain(*placed))
         assert taken == list(range(len(taken))) and taken
         seen += [start + number for number in taken]
@@ -169,16 +169,16 @@ def test_little_of_packed_caption_rows_is_padding():
     longest = sizes[:len(sizes) // 12 * 12].reshape(-1, 12).max(1)
     padded = sizes[:len(longest) * 12].sum() / (12 * longest.sum())
     assert 0.5 < padded < 0.6
-    shares, pictures, start = [], [], 0
+    shares, images, start = [], [], 0
     length, rows, most = 1024, 4, 8
     while len(sizes) - start > length * rows // sizes.min():
         taken = sum(map(len, pack((Size(int(n), 1) for n in sizes[start:]), Size(length, most), rows)))
         shares.append(sizes[start:start + taken].sum() / (length * rows))
-        pictures.append(taken / (rows * most))
+        images.append(taken / (rows * most))
         start += taken
     assert len(shares) > 50
     assert np.mean(shares) >= 0.90
-    assert np.mean(pictures) >= 0.75  # of the places for pictures, the rest are black ones
+    assert np.mean(images) >= 0.75  # of the places for images, the rest are black ones
 
 
 # ---- the batch ----
@@ -202,7 +202,7 @@ def test_segments_hold_the_places_of_text_rows():
             before[row] += 1
     for row, count in before.items():
         assert not batch.images[row, count:].any()
-    assert batch.images.shape == (ROWS, PICTURES, SIZE, SIZE, 3) and batch.images.dtype == np.uint8
+    assert batch.images.shape == (ROWS, IMAGES, SIZE, SIZE, 3) and batch.images.dtype == np.uint8
     empty = batch.segments < 0
     assert not (batch.valid | batch.loss_mask | (batch.soft_index >= 0))[empty].any()
     assert (batch.tokens[empty] == TOKENIZER.pad).all()
@@ -213,7 +213,7 @@ def test_segments_hold_the_places_of_text_rows():
 def test_the_token_behind_a_border_is_no_target():
     """Of any form of sample: the loss of place t + 1 is told from place t, here of the segment before."""
     text = dataclasses.replace(TEXT, prompt_template="")
-    kinds = [*STREAM[:4], Sample(answer="Red"), Sample(turns=[("", "$$")]), Sample(images=[picture(5)], answer="x"),
+    kinds = [*STREAM[:4], Sample(answer="Red"), Sample(turns=[("", "$$")]), Sample(images=[image(5)], answer="x"),
              Sample(prompt="Continue")]
     joint = dataclasses.replace(text, joint=True)
     words = [Sample(prompt=prompt, answer="A dog.") for prompt in ("", "What?", "Where is it?")]
@@ -237,7 +237,7 @@ def test_holes_are_those_of_the_unpacked_batch():
     assert pads.any() and not batch.valid[pads].any() and batch.loss_mask[pads].all()
 
 
-def test_pictures_whose_soft_tokens_are_cut_off_keep_their_number():
+def test_images_whose_soft_tokens_are_cut_off_keep_their_number():
     short = dataclasses.replace(TEXT, max_context_len=8)
     batch, _ = make([STREAM[1], STREAM[3]], short, rows=1)
     (_, first), (_, second) = places(batch)
@@ -245,22 +245,22 @@ def test_pictures_whose_soft_tokens_are_cut_off_keep_their_number():
     assert 0 < seen < 2 * Q
     found = batch.soft_index[0, second]
     assert found[found >= 0][0] == 2 * Q
-    np.testing.assert_array_equal(batch.images[0, 2], picture(3))
+    np.testing.assert_array_equal(batch.images[0, 2], image(3))
 
 
 def test_the_end_of_a_stream_leaves_rows_empty():
     batch, taken = make(STREAM[:1])
     assert taken == 1
     np.testing.assert_array_equal(batch.segments.max(1), [0, -1])
-    assert batch.tokens.shape == (ROWS, LENGTH) and batch.images.shape[:2] == (ROWS, PICTURES)
+    assert batch.tokens.shape == (ROWS, LENGTH) and batch.images.shape[:2] == (ROWS, IMAGES)
 
 
 def test_shapes_are_the_callers_whatever_the_samples():
     words = [Sample(prompt="Name a color.", answer="Red")]
     for samples in (STREAM, words):
-        assert make(samples)[0].images.shape == (ROWS, PICTURES, SIZE, SIZE, 3)
-    normalised = [dataclasses.replace(STREAM[3], images=[CONFIG.images.normalise(picture(0))])]
-    assert make(normalised)[0].images.shape == (ROWS, PICTURES, 3, SIZE, SIZE)
+        assert make(samples)[0].images.shape == (ROWS, IMAGES, SIZE, SIZE, 3)
+    normalised = [dataclasses.replace(STREAM[3], images=[CONFIG.images.normalise(image(0))])]
+    assert make(normalised)[0].images.shape == (ROWS, IMAGES, 3, SIZE, SIZE)
     assert make(words, config=llama.PRESETS["tiny"], most_images=0)[0].images is None
 
 
@@ -269,7 +269,7 @@ def test_a_stream_goes_on_behind_what_was_taken():
     assert taken == 4
     batch, taken = make(STREAM[taken:])
     assert taken == 1
-    np.testing.assert_array_equal(batch.images[0, 0], picture(4))
+    np.testing.assert_array_equal(batch.images[0, 0], image(4))
 
 
 # ---- what a model makes of it ----
@@ -298,14 +298,14 @@ def test_logits_are_those_of_samples_on_their_own():
 
 
 def test_segments_do_not_see_each_other():
-    """Another segment's words and pictures change no bit, though it stands before."""
+    """Another segment's words and images change no bit, though it stands before."""
     batch, _ = make()
     before = logits(batch)
     (row, first), *others = places(batch)
-    tokens, pictures = batch.tokens.copy(), batch.images.copy()
+    tokens, images = batch.tokens.copy(), batch.images.copy()
     tokens[row, first] = (tokens[row, first] + 7) % TOKENIZER.vocab_size
-    pictures[row, 0] = picture(9)
-    for changed in (dataclasses.replace(batch, tokens=tokens), dataclasses.replace(batch, images=pictures)):
+    images[row, 0] = image(9)
+    for changed in (dataclasses.replace(batch, tokens=tokens), dataclasses.replace(batch, images=images)):
         after = logits(changed)
         assert np.abs(after[row, first] - before[row, first]).max() > 1e-3
         for other, here in others:
@@ -342,9 +342,9 @@ def test_mask():
 
 
 @pytest.mark.parametrize(("sample", "message"), [
-    (Sample(images=[picture(0)], prompt="What?", answer="x"), "(?s)placeholders do not agree:.*0 <ImageHere>"),
+    (Sample(images=[image(0)], prompt="What?", answer="x"), "(?s)placeholders do not agree:.*0 <ImageHere>"),
     (Sample(prompt="word " * 99, answer="x"), "Sample 1 of the batch does not fit into a row: .* room for 80 and 3"),
-    (Sample(images=[picture(0)] * 4, prompt="<ImageHere>" * 4, answer="x"), "Sample 1 of the batch does not fit"),
+    (Sample(images=[image(0)] * 4, prompt="<ImageHere>" * 4, answer="x"), "Sample 1 of the batch does not fit"),
     (Sample(prompt="a", answer="x", weights={"image": 1.0}), "have media or weights"),
 ])
 def test_a_sample_that_cannot_be_packed_is_named(sample, message):
@@ -358,7 +358,7 @@ def test_other_refusals():
     with pytest.raises(ValueError, match="have images, but this is a language model"):
         make(config=llama.PRESETS["tiny"])
     with pytest.raises(ValueError, match=r"(?s)1 of 1 packed rows do not fit into 20 places:\n  row 0: \d+ tokens"):
-        Collator(TOKENIZER, TEXT, CONFIG, PICTURES).batch([tokenize(STREAM[:2], TOKENIZER, TEXT, Q)], 20)
+        Collator(TOKENIZER, TEXT, CONFIG, IMAGES).batch([tokenize(STREAM[:2], TOKENIZER, TEXT, Q)], 20)
 
 
 @pytest.mark.parametrize("family", ["imagebind_llm", "llama_adapter"])

@@ -147,13 +147,13 @@ def test_any_number_of_hosts_and_any_stop_give_the_same_sequence(seed, packed):
     ratios = random.uniform(0.2, 5, size=3).round(2)
     mixture = tuple(Source("", letter, ratio) for letter, ratio in zip("abc", ratios.tolist(), strict=True))
     cfg = DataConfig(mixture=mixture, batch_size=int(4 * random.integers(1, 4)), seed=seed, prompts=PROMPTS,
-                     random_crop=True, pack_length=40 if packed else None, pack_pictures=3)
+                     random_crop=True, pack_length=40 if packed else None, pack_images=3)
     unfit = tuple(f"Caption {number}" for number in random.integers(0, 60, size=12))
     dead = {f"{letter}/{number}.jpg" for letter in "abc" for number in random.integers(0, 60, size=9)}
 
     def crop(image, random):
         if image in dead:
-            raise OSError(f"{image} is no picture")
+            raise OSError(f"{image} is no image")
         return image, random.integers(1 << 30)
 
     def run(process=0, processes=1, start=0):
@@ -183,7 +183,7 @@ def in_order(bad):
 
 
 def opened_by(process, processes):
-    """The pictures that a process opens for the first pass over 48 records, in order."""
+    """The images that a process opens for the first pass over 48 records, in order."""
     opened = []
 
     def note(image, random):
@@ -266,10 +266,10 @@ def test_crops_are_drawn_anew_for_each_position_and_the_same_after_a_stop():
 
 @pytest.mark.parametrize(("fit", "random"), [
     ("stretch", None), ("center_crop", None), ("center_crop", 3), ("pad", None)])
-def test_a_picture_of_the_towers_size_goes_into_a_batch_unchanged(fit, random):
-    """A run opens pictures one by one, and batches are made of what came of it."""
-    picture = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
-    ready = images.load(picture, 28, fit, random and np.random.default_rng(random))
+def test_a_image_of_the_towers_size_goes_into_a_batch_unchanged(fit, random):
+    """A run opens images one by one, and batches are made of what came of it."""
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    ready = images.load(image, 28, fit, random and np.random.default_rng(random))
     np.testing.assert_array_equal(images.load(ready, 28, fit), ready)
 
 
@@ -293,12 +293,12 @@ def test_every_prompt_is_tried_before_the_first_batch():
         batches([RECORDS, own], dataclasses.replace(MIXED, mixture=MIXED.mixture[:2]), Plain(("Its own",)))
 
 
-def test_a_configuration_is_tried_with_records_that_are_whole_and_without_their_pictures():
+def test_a_configuration_is_tried_with_records_that_are_whole_and_without_their_images():
     given = [dataclasses.replace(RECORDS[0], answer=""), dataclasses.replace(RECORDS[1], problem="it is broken"),
              dataclasses.replace(RECORDS[2], answer="Odd"), *RECORDS[3:]]
 
     def unreadable(image, random):
-        raise OSError(f"{image} is no picture")
+        raise OSError(f"{image} is no image")
 
     batches([given], CFG, Plain(("Odd",), unreadable))
     with pytest.raises(ValueError, match="cannot be used"):
@@ -322,7 +322,7 @@ def test_an_error_that_is_of_no_sample_arrives_at_its_batch():
 def test_bad_records_are_replaced_and_named():
     def unreadable(image, random):
         if image == "image/7.jpg":
-            raise OSError("image/7.jpg is no picture")
+            raise OSError("image/7.jpg is no image")
         return image
 
     class Lazy(list):
@@ -340,7 +340,7 @@ def test_bad_records_are_replaced_and_named():
     assert {name for step in steps for name in step.names} == {"r0", "r5", "r6", "r8", "r9"}
     problems = {(bad.name, bad.file, bad.problem) for step in steps for bad in step.bad}
     assert problems == {
-        ("r7", "image/7.jpg", "image/7.jpg is no picture"), ("1", "somewhere", "the archive ends early"),
+        ("r7", "image/7.jpg", "image/7.jpg is no image"), ("1", "somewhere", "the archive ends early"),
         ("r2", "image/2.jpg", "its caption is a number"), ("r3", "image/3.jpg", "an answer is empty: ' \\n'"),
         ("r4", "image/4.jpg", "this cannot be used")}
     first = [bad.position for step in steps for bad in step.bad if bad.attempt == 0]
@@ -376,7 +376,7 @@ def test_the_share_of_bad_records(share, bad, tried, stops):
 
 # ---- packed rows ----
 
-PACKED = DataConfig(path="somewhere", batch_size=2, seed=3, pack_length=40, pack_pictures=9)
+PACKED = DataConfig(path="somewhere", batch_size=2, seed=3, pack_length=40, pack_images=9)
 
 
 def test_packed_rows_take_the_sequence_in_order_and_leave_nothing_out():
@@ -394,16 +394,16 @@ def test_a_sample_longer_than_a_packed_row_is_replaced():
     steps = take(6, PACKED, sources=[given])
     assert "long" not in {name for step in steps for name in step.names}
     assert {bad.problem for step in steps for bad in step.bad} == {
-        "41 tokens and 1 pictures, but a packed row has room for 40 and 9"}
+        "41 tokens and 1 images, but a packed row has room for 40 and 9"}
 
 
-def test_what_takes_the_place_of_a_picture_fits_there():
+def test_what_takes_the_place_of_a_image_fits_there():
     """All of a row's samples stay where they are, so that other processes need not know."""
     given = [Record(f"a{number}", f"a/{number}.jpg", "x" * (5 + number % 7)) for number in range(60)]
 
     def unreadable(image, random):
         if int(image[2:-4]) % 4 == 0:
-            raise OSError(f"{image} is no picture")
+            raise OSError(f"{image} is no image")
         return image
 
     whole, mended = (take(8, PACKED, sources=[given], collator=collator)
@@ -425,7 +425,7 @@ def test_where_nothing_fits_the_words_stay_and_are_not_learnt(cfg):
 
     def unreadable(image, random):
         if image == "short.jpg":
-            raise OSError("short.jpg is no picture")
+            raise OSError("short.jpg is no image")
         return image
 
     steps = take(12, dataclasses.replace(cfg, batch_size=1), sources=[given], collator=Plain(image=unreadable))

@@ -27,7 +27,7 @@ from tests.data import layouts
 
 ROOT = Path(__file__).parents[2]
 OTHERS = [name for name in FORMATS if name != "tfds"]
-ASKED = Record("ä/1", "picture", "A\0 dog.", "", "an input", (("What?", "A\0 dog."), ("", "No more.")))
+ASKED = Record("ä/1", "image", "A\0 dog.", "", "an input", (("What?", "A\0 dog."), ("", "No more.")))
 
 
 def content(image):
@@ -35,12 +35,12 @@ def content(image):
 
 
 def whole(records):
-    """The records with their pictures' bytes."""
+    """The records with their images' bytes."""
     return [dataclasses.replace(record, image=content(record.image)) for record in records]
 
 
 def jsonl(folder, count=7, **wrong):
-    """So many captions with a picture each; `wrong` may change rows by their number (`_3=...`)."""
+    """So many captions with a image each; `wrong` may change rows by their number (`_3=...`)."""
     rows = [wrong.get(f"_{number}", {"image": f"{number}.jpg", "caption": f"Caption {number}."})
             for number in range(count)]
     for number in range(count):
@@ -87,12 +87,12 @@ def test_whatever_a_record_holds_comes_back(tmp_path, monkeypatch):
 def test_examples_are_those_of_tensorflow_datasets():
     from tensorflow_datasets.proto import tf_example_pb2
 
-    for record, picture in ((ASKED, b"bytes"), (dataclasses.replace(ASKED, turns=(), prompt=None), None)):
+    for record, image in ((ASKED, b"bytes"), (dataclasses.replace(ASKED, turns=(), prompt=None), None)):
         theirs = features().serialize_example({
-            "name": record.name, "image": [picture] if picture else [], "answer": record.answer,
+            "name": record.name, "image": [image] if image else [], "answer": record.answer,
             "prompt": [] if record.prompt is None else [record.prompt], "input": record.input,
             "turns": [{"question": question, "answer": answer} for question, answer in record.turns]})
-        assert tf_example_pb2.Example.FromString(example(record, picture)) == tf_example_pb2.Example.FromString(theirs)
+        assert tf_example_pb2.Example.FromString(example(record, image)) == tf_example_pb2.Example.FromString(theirs)
 
 
 def test_tensorflow_datasets_reads_it(tmp_path):
@@ -110,7 +110,7 @@ def test_tensorflow_datasets_reads_it(tmp_path):
 
 
 def test_a_run_reads_it(tmp_path):
-    """Pictures go through `images.load`; a worker process is sent little and opens the data set itself."""
+    """Images go through `images.load`; a worker process is sent little and opens the data set itself."""
     source = jsonl(tmp_path)
     prepare.prepare("jsonl", source, tmp_path / "out", shard_size=3)
     (records,) = pipeline.read(DataConfig(format="tfds", path=str(tmp_path / "out")))
@@ -126,9 +126,9 @@ def test_tensorflow_is_not_imported(tmp_path):
     code = ("import sys\nfrom mmjax import cli\n"
             f"sys.argv = ['mmjax', 'data', 'prepare', 'jsonl', {source!r}, '--out', {str(out)!r}]\ncli.main()\n"
             "from mmjax.data.formats import FORMATS\n"
-            f"pictures = [record.image.read() for record in FORMATS['tfds']({str(out)!r})]\n"
+            f"images = [record.image.read() for record in FORMATS['tfds']({str(out)!r})]\n"
             "heavy = {'tensorflow', 'torch', 'jax.numpy'} & sys.modules.keys()\n"
-            "print(len(pictures), sorted(heavy - {'jax.numpy'}))")
+            "print(len(images), sorted(heavy - {'jax.numpy'}))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.splitlines()[-1] == "7 []" and "7 records in 1 shards" in done.stdout
 
@@ -313,7 +313,7 @@ def test_what_cannot_be_used_is_left_out_and_named(tmp_path, monkeypatch, capsys
     data, wrong = tmp_path / "data", {f"_{number}": {"image": name, "caption": "Words."} for number, name in enumerate(
         ("none.jpg", "text.jpg", "half.png", "folder.jpg", "pipe.jpg", "large.png"))}
     source = jsonl(data, 9, **wrong, _6={"image": "6.jpg", "caption": " "}, _7={"prompt": "Hi", "answer": "Hello."})
-    layouts.put(data / "text.jpg", "not a picture")
+    layouts.put(data / "text.jpg", "not a image")
     Image.new("L", (40, 40)).save(data / "half.png")
     layouts.put(data / "half.png", (data / "half.png").read_bytes()[:-20])
     (data / "folder.jpg").mkdir()
@@ -328,18 +328,18 @@ def test_what_cannot_be_used_is_left_out_and_named(tmp_path, monkeypatch, capsys
         (number // 4, number, f"rows.jsonl:{number}") for number in (0, 1, 3, 4, 5, 6)]
     assert [Path(problem["file"]).name for problem in problems[:5]] == [
         "none.jpg", "text.jpg", "folder.jpg", "pipe.jpg", "large.png"]
-    for problem, words in zip(problems, ("No picture at", "text.jpg is not a picture", "No picture at", "No picture at",
+    for problem, words in zip(problems, ("No image at", "text.jpg is not a image", "No image at", "No image at",
                                          "8100 pixels", "'caption' is empty"), strict=True):
         assert words in problem["problem"]
     assert [record.name for record in tfds(str(tmp_path / "out"))] == ["rows.jsonl:2", "rows.jsonl:7", "rows.jsonl:8"]
 
     made = prepare.prepare("jsonl", source, tmp_path / "decoded", decode=True)
     assert (made.records, made.left_out) == (2, 7)
-    assert "half.png is not a picture that can be read: image file is truncated" in (
+    assert "half.png is not a image that can be read: image file is truncated" in (
         tmp_path / "decoded" / prepare.ERRORS).read_text()
 
 
-def test_text_that_is_none_and_pictures_that_are_too_large(tmp_path, monkeypatch):
+def test_text_that_is_none_and_images_that_are_too_large(tmp_path, monkeypatch):
     large = tmp_path / "large.jpg"
     with open(large, "wb") as file:
         file.truncate(prepare.MOST_BYTES + 1)
@@ -530,7 +530,7 @@ def coco(tmp_path_factory):
             for number in range(5)], ("train", "validation"))
 
 
-def test_picture_and_text_are_found(coco):
+def test_image_and_text_are_found(coco):
     records = tfds(coco)
     assert len(records) == 5 and [record.name for record in records] == [f"coco_like:{number}" for number in range(5)]
     for record in records:

@@ -145,8 +145,8 @@ def test_shapes_are_drawn_where_and_as_the_scene_says():
         for shape in world.SHAPES:
             areas = {}
             for size in world.SIZES:
-                picture = world.draw(Scene((Thing(size, color, shape, "right"),), (3,))) / 255
-                near = np.abs(picture - rgb).max(-1) < 0.16
+                image = world.draw(Scene((Thing(size, color, shape, "right"),), (3,))) / 255
+                near = np.abs(image - rgb).max(-1) < 0.16
                 cells = near.reshape(3, 16, 3, 16).sum((1, 3))
                 assert cells[1, 2] > 0.95 * cells.sum(), (size, color, shape)
                 areas[size] = cells[1, 2]
@@ -157,8 +157,8 @@ def test_shapes_differ():
     """Cover of the circle that holds a shape: a full circle most, a cross and a star least."""
     cover = {}
     for shape in world.SHAPES:
-        picture = world.draw(Scene((Thing("large", "white", shape, "center"),), (5,))) / 255
-        cover[shape] = (picture.min(-1) > 0.85).sum()
+        image = world.draw(Scene((Thing("large", "white", shape, "center"),), (5,))) / 255
+        cover[shape] = (image.min(-1) > 0.85).sum()
     assert cover["circle"] > cover["square"] > cover["cross"]
     assert cover["square"] > cover["triangle"]
     assert cover["square"] > cover["star"]
@@ -166,14 +166,14 @@ def test_shapes_differ():
 
 def test_backgrounds_vary_and_stay_grey():
     drawn = [world.draw(Scene((), (0, 0, index))).astype(float) for index in range(30)]
-    means = np.array([picture.mean((0, 1)) for picture in drawn])
+    means = np.array([image.mean((0, 1)) for image in drawn])
     assert np.ptp(means, axis=1).max() < 40
     assert np.ptp(means[:, 0]) > 30
-    assert min(picture.std() for picture in drawn) > 5  # noise at least
+    assert min(image.std() for image in drawn) > 5  # noise at least
 
 
 def test_a_depth_map_shows_size_shape_and_place_but_no_colour():
-    """What stands out covers the pixels that have the colour in the picture, and stays the same in another colour."""
+    """What stands out covers the pixels that have the colour in the image, and stays the same in another colour."""
     for number, thing in enumerate((RED_CROSS, *TWO.things)):
         scene = Scene((thing,), (6, number))
         depth, wall = (world.depth(Scene(things, scene.key)) for things in ((thing,), ()))
@@ -229,14 +229,14 @@ def test_write_makes_the_layout_of_cc_sbu_align(tmp_path):
     assert annotations == [{"image_id": str(i), "caption": world.caption(scene)} for i, scene in enumerate(shown)]
     for i, scene in enumerate(shown):
         with Image.open(tmp_path / "made" / "image" / f"{i}.jpg") as file:
-            picture = np.asarray(file)
-        assert picture.shape == (48, 48, 3)
+            image = np.asarray(file)
+        assert image.shape == (48, 48, 3)
         # Noise of 8 levels is JPEG's hardest case; what is lost stays below it.
-        assert np.abs(picture.astype(float) - world.draw(scene)).mean() < 4
+        assert np.abs(image.astype(float) - world.draw(scene)).mean() < 4
 
 
 def test_the_shipped_senses_agree_on_a_scene():
-    """On scenes that no tower was trained on, a depth map's vector is nearer to the own picture's than to the others',
+    """On scenes that no tower was trained on, a depth map's vector is nearer to the own image's than to the others',
     and there are others of the same colour, shape or place among them."""
     tensors, problems = torch_file.load(world.ASSETS / "imagebind.pth"), Problems()
     arch = json.loads((world.ASSETS / "imagebind_arch.json").read_text())["imagebind"]
@@ -247,7 +247,7 @@ def test_the_shipped_senses_agree_on_a_scene():
                               for path, parameter in parameters.items()})
     alike = {(scene.things[0].size, scene.things[0].shape, scene.things[0].place): scene
              for scene in world.scenes("held_out", 24, seed=5, most=1)}  # depth cannot tell colours apart
-    inputs = {"vision": np.stack([senses.picture(world.draw(scene), world.SIDE) for scene in alike.values()]),
+    inputs = {"vision": np.stack([senses.image(world.draw(scene), world.SIDE) for scene in alike.values()]),
               "depth": np.stack([world.depth(scene) for scene in alike.values()])}
     vectors = tiny.jit(ImageBind(cfg).apply)({"params": params}, inputs)
     likeness = np.asarray(unit(vectors["depth"]) @ vectors["vision"].T)

@@ -29,24 +29,24 @@ def write_wav(path, raw, width, channels=1, rate=16_000):
     return path
 
 
-# ---- pictures ----
+# ---- images ----
 
 
 @pytest.mark.parametrize("shape", [(20, 31, 3), (31, 20, 3), (20, 20, 3), (20, 31)])
-def test_pictures_of_any_shape(shape, tmp_path):
+def test_images_of_any_shape(shape, tmp_path):
     pixels = RANDOM.integers(0, 256, shape, np.uint8)
-    made = senses.picture(pixels, 14)
+    made = senses.image(pixels, 14)
     assert made.shape == (3, 14, 14) and made.dtype == np.float32
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(made, senses.picture(tmp_path / "a.png", 14))
-    np.testing.assert_array_equal(made, senses.picture(Image.fromarray(pixels), 14))
+    np.testing.assert_array_equal(made, senses.image(tmp_path / "a.png", 14))
+    np.testing.assert_array_equal(made, senses.image(Image.fromarray(pixels), 14))
 
 
 def test_the_middle_is_kept():
     pixels = np.zeros((10, 30, 3), np.uint8)
     pixels[:, 10:20] = 255
     white = ((1 - np.float32(MEAN)) / np.float32(STD))[:, None, None]
-    np.testing.assert_allclose(senses.picture(pixels, 10), np.broadcast_to(white, (3, 10, 10)), rtol=1e-6)
+    np.testing.assert_allclose(senses.image(pixels, 10), np.broadcast_to(white, (3, 10, 10)), rtol=1e-6)
 
 
 # ---- video ----
@@ -253,7 +253,7 @@ CFG = TINY
 SIDE = CFG.vision.image_size
 
 
-def picture(height=40, width=30):
+def image(height=40, width=30):
     return RANDOM.integers(0, 256, (height, width, 3), np.uint8)
 
 
@@ -266,15 +266,15 @@ def inputs(name, clips=2):
     return RANDOM.normal(size=shapes[name]).astype(np.float32)
 
 
-def test_every_sense_beside_a_picture():
-    pixels, given = picture(), {name: inputs(name) for name in senses.NAMES}
+def test_every_sense_beside_a_image():
+    pixels, given = image(), {name: inputs(name) for name in senses.NAMES}
     stacked = senses.stack([Sample(images=[pixels], media=given)], CFG)
     images, media, weights = stacked["images"], stacked["media"], stacked["weights"]
     assert stacked.keys() == {"images", "image_valid", "media", "weights"}
     assert media.keys() == set(senses.NAMES) and weights.keys() == {"image", *senses.NAMES}
     assert images.shape == (1, 1, SIDE, SIDE, 3) and images.dtype == np.uint8
     assert stacked["image_valid"].tolist() == [[True]] and stacked["image_valid"].dtype == bool
-    np.testing.assert_array_equal(normalise(images), senses.picture(pixels, SIDE)[None, None])
+    np.testing.assert_array_equal(normalise(images), senses.image(pixels, SIDE)[None, None])
     for name, array in given.items():
         np.testing.assert_array_equal(media[name], array[None])
         assert media[name].dtype == (np.int32 if name == "text" else np.float32)
@@ -283,7 +283,7 @@ def test_every_sense_beside_a_picture():
 
 def test_rows_that_sense_different_things():
     audio, depth = inputs("audio"), inputs("depth")
-    rows = [Sample(images=[picture()], media={"audio": audio}, weights={"audio": 0.5}), Sample(media={"depth": depth}),
+    rows = [Sample(images=[image()], media={"audio": audio}, weights={"audio": 0.5}), Sample(media={"depth": depth}),
             Sample(prompt="Only words")]
     stacked = senses.stack(rows, CFG)
     images, media = stacked["images"], stacked["media"]
@@ -311,17 +311,17 @@ def test_raw_inputs_go_through_the_transforms(tmp_path):
     np.testing.assert_array_equal(media["audio"][1], media["audio"][2])
 
 
-def test_ready_pictures_are_left_alone():
+def test_ready_images_are_left_alone():
     ready = RANDOM.normal(size=(3, SIDE, SIDE)).astype(np.float32)
-    pixels = picture()
+    pixels = image()
     stacked = senses.stack([Sample(images=[ready]), Sample(prompt="Only words"), Sample(images=[pixels])], CFG)
     assert stacked["media"] is None and stacked["image_valid"] is None
     assert stacked["weights"].keys() == {"image"} and stacked["weights"]["image"].tolist() == [1, 1, 1]
-    np.testing.assert_array_equal(stacked["images"][:, 0], [ready, ready * 0, senses.picture(pixels, SIDE)])
+    np.testing.assert_array_equal(stacked["images"][:, 0], [ready, ready * 0, senses.image(pixels, SIDE)])
 
 
-def test_pictures_that_were_cropped_for_training_are_left_alone():
-    pixels = picture()
+def test_images_that_were_cropped_for_training_are_left_alone():
+    pixels = image()
     cut = load(pixels, SIDE, "center_crop", random=np.random.default_rng(1))
     np.testing.assert_array_equal(senses.stack([Sample(images=[cut])], CFG)["images"][0, 0], cut)
     assert (cut != load(pixels, SIDE, "center_crop")).any()
@@ -339,22 +339,22 @@ def test_text_in_words_and_in_ids(tmp_path):
 def test_everything_that_cannot_be_used_is_named(tmp_path):
     cfg = dataclasses.replace(CFG, thermal=None)
     rows = [
-        Sample(images=[picture(), picture()], media={"smell": 1, "depth": inputs("depth").astype(int)}),
+        Sample(images=[image(), image()], media={"smell": 1, "depth": inputs("depth").astype(int)}),
         Sample(images=[tmp_path / "none.png"], media={"thermal": inputs("thermal"), "audio": inputs("audio")}),
         Sample(media={"audio": inputs("audio", 3), "video": (np.zeros((2, 4, 4)), 4), "imu": inputs("imu")[:, 1:]}),
         Sample(media={"text": "a cat", "video": inputs("video", 0)}, weights={"text": -1.0, "depth": 1.0}),
         Sample(images=[np.zeros((3, 5, 5), np.float32)], media={"text": np.full(CFG.text.input_shape, CFG.text.vocab)}),
-        Sample(media={"text": np.zeros(3, int), "image": picture()}, weights={"image": float("nan")}),
+        Sample(media={"text": np.zeros(3, int), "image": image()}, weights={"image": float("nan")}),
         Sample(media={"audio": tmp_path / "none.wav"}),
     ]
     with pytest.raises(ValueError) as error:
         senses.stack(rows, cfg)
     message = str(error.value)
     for line in (
-        "row 0, image: 2 pictures, but a row takes one",
+        "row 0, image: 2 images, but a row takes one",
         "row 0, smell: there is no such sense",
         f"row 0, depth: must be float32[1,32,32], got int64{list(CFG.depth.input_shape)}",
-        f"row 1, image: No picture at {tmp_path / 'none.png'}",
+        f"row 1, image: No image at {tmp_path / 'none.png'}",
         "row 1, thermal: this model has no tower for it",
         "row 2, audio: [3, 1, 26, 36], but row 1 has [2, 1, 26, 36]",
         "row 2, video: A video must be uint8[N,H,W,3]",
@@ -363,10 +363,10 @@ def test_everything_that_cannot_be_used_is_named(tmp_path):
         "row 3, video: must be float32[clips,3,2,28,28], got float32[0, 3, 2, 28, 28]",
         "row 3, text: a weight of -1.0, but weights are finite and not negative",
         "row 3, depth: a weight of 1.0, but nothing to weigh",
-        "row 4, image: A normalised picture must be float32[3,28,28], got float32[3, 5, 5]",
+        "row 4, image: A normalised image must be float32[3,28,28], got float32[3, 5, 5]",
         "row 4, text: ids must be from 0 to 39, got 40 to 40",
         "row 5, text: must be a string or int[12], got int64[3]",
-        "row 5, image: there is no such sense (pictures go into `images`)",
+        "row 5, image: there is no such sense (images go into `images`)",
         "row 5, image: a weight of nan, but nothing to weigh",
         f"row 6, audio: No sound at {tmp_path / 'none.wav'}",
         "The senses of this model are image, video, audio, depth, imu, text.",
@@ -375,6 +375,6 @@ def test_everything_that_cannot_be_used_is_named(tmp_path):
     assert message.count("\n") == 19
 
 
-def test_nothing_given_to_a_model_without_pictures():
-    with pytest.raises(ValueError, match="row 0, nothing: a picture of zeros would stand for it"):
+def test_nothing_given_to_a_model_without_images():
+    with pytest.raises(ValueError, match="row 0, nothing: a image of zeros would stand for it"):
         senses.stack([Sample(prompt="Words")], dataclasses.replace(CFG, vision=None))

@@ -16,7 +16,7 @@ from mmjax.tokenizer import Tokenizer
 from tests.parity.crop import crop_left
 
 TOKENIZER = Tokenizer.from_folder(Path(__file__).parents[1] / "golden" / "minigpt4" / "ckpt" / "llama_hf")
-Q = 3  # soft tokens of a picture
+Q = 3  # soft tokens of a image
 TEXT = TextConfig(end_sym="</s>", max_txt_len=40)
 PROMPT = "<Img><ImageHere></Img> What is it?"
 FIELDS = ("tokens", "soft_index", "valid", "loss_mask", "positions")
@@ -49,7 +49,7 @@ def test_layout_of_one_row():
         "tokens": "int32", "soft_index": "int32", "valid": "bool", "loss_mask": "bool", "positions": "int32"}
 
 
-def test_pictures_without_a_prompt_stand_alone_whatever_the_template():
+def test_images_without_a_prompt_stand_alone_whatever_the_template():
     text = dataclasses.replace(TEXT, prompt_template="Q: {} A:", max_context_len=2)
     batch = make(Sample(images=["a"], answer="x"), Sample(images=["a", "b"], answer="x"), text=text)
     np.testing.assert_array_equal((batch.soft_index >= 0).sum(axis=1), [Q, 2 * Q])
@@ -116,8 +116,8 @@ def test_all_rows_with_a_wrong_number_of_placeholders_are_named():
              Sample(images=["a"], prompt="<ImageHere> or <ImageHere>"),
              Sample(images=["a", "b"], turns=[(PROMPT, "x"), ("<ImageHere>?", "y")]))
     message = str(error.value)
-    for expected in ("row 0: 0 <ImageHere> for 1 pictures", "row 2: 1 <ImageHere> for 0 pictures",
-                     "row 3: 2 <ImageHere> for 1 pictures", "row 4: 1 <ImageHere> for 2 pictures",
+    for expected in ("row 0: 0 <ImageHere> for 1 images", "row 2: 1 <ImageHere> for 0 images",
+                     "row 3: 2 <ImageHere> for 1 images", "row 4: 1 <ImageHere> for 2 images",
                      "row 4: <ImageHere> in a later question"):
         assert expected in message
     assert "row 1" not in message
@@ -148,9 +148,9 @@ def test_braces_in_a_prompt_are_words():
 
 
 SAMPLES = st.builds(
-    lambda pictures, piece, answer, turns: Sample(
-        images=["a"] * pictures, prompt=piece.join(["x"] + ["<ImageHere>"] * pictures), answer=answer,
-        turns=[] if turns is None else [(piece + "<ImageHere>" * pictures, "y")] + turns),
+    lambda images, piece, answer, turns: Sample(
+        images=["a"] * images, prompt=piece.join(["x"] + ["<ImageHere>"] * images), answer=answer,
+        turns=[] if turns is None else [(piece + "<ImageHere>" * images, "y")] + turns),
     st.integers(0, 3), st.text("ab $é", max_size=6), st.none() | st.text("dog $", max_size=12),
     st.none() | st.lists(st.tuples(st.text("ab ?", max_size=5), st.text("cd$ ", max_size=5)), max_size=2))
 
@@ -225,7 +225,7 @@ def test_layout_of_a_joint_row():
 
 def test_targets_begin_where_the_prompt_alone_would_end():
     text = dataclasses.replace(JOINT, prompt_template="", end_sym="")
-    word = next(word for word in ("dog", "house", "picture", "the") if len(spelt(word)) <= len(spelt(word[:2])))
+    word = next(word for word in ("dog", "house", "image", "the") if len(spelt(word)) <= len(spelt(word[:2])))
     whole = word + " and a cat"
     batch = joint(Sample(prompt=word[:2], answer=whole[2:]), text=text)
     np.testing.assert_array_equal(batch.tokens[0], [TOKENIZER.bos, *spelt(whole)])
@@ -264,14 +264,14 @@ def test_braces_in_a_prompt_stay():
     np.testing.assert_array_equal(batch.tokens[0], [TOKENIZER.bos, *spelt("Q: {} or {} ({}) A:")])
 
 
-def test_an_input_beside_pictures_that_take_places():
+def test_an_input_beside_images_that_take_places():
     text = dataclasses.replace(TEXT, input_template="Q: {} ({}) A:")
     batch = make(Sample(images=["a"], prompt="x <ImageHere>", input="y", answer="z"), text=text)
     ids = [TOKENIZER.bos, *words("Q: x "), *[TOKENIZER.pad] * Q, *words(" (y) A:"), *words("z</s>")]
     np.testing.assert_array_equal(batch.tokens[0], ids)
 
 
-def test_pictures_that_take_no_places_leave_no_trace_in_a_row():
+def test_images_that_take_no_places_leave_no_trace_in_a_row():
     text = dataclasses.replace(TEXT, prompt_template="Q: {} A:")
     seeing, blind = (rows([Sample(images=images, prompt=prompt, answer="x") for prompt in ("", "<image> y")],
                           TOKENIZER, text, 0) for images in (["a"], []))
@@ -282,7 +282,7 @@ def test_pictures_that_take_no_places_leave_no_trace_in_a_row():
 @pytest.mark.parametrize("text", [JOINT, dataclasses.replace(TEXT, prompt_template="Q: {} A:", input_template="{}{}")])
 @pytest.mark.parametrize("prompt", ["<Img><ImageHere></Img> What is it? ", "What <ImageHere>is it?",
                                     "What is it? <Img><ImageHere></Img>"])
-def test_marks_of_pictures_that_take_no_places_are_left_out(prompt, text):
+def test_marks_of_images_that_take_no_places_are_left_out(prompt, text):
     """So the readers that write for MiniGPT-4 feed the other families too."""
     for marked, plain in ((Sample(images=["a"], prompt=prompt, answer="x"), Sample(prompt="What is it?", answer="x")),
                           (Sample(images=["a"], prompt="y", input=prompt), Sample(prompt="y", input="What is it?"))):
@@ -296,7 +296,7 @@ def test_prompts_without_marks_keep_their_spaces():
     np.testing.assert_array_equal(batch.tokens[0], [TOKENIZER.bos, *spelt("Q:  What?  A:")])
 
 
-def test_a_conversation_about_a_picture_that_takes_no_places():
+def test_a_conversation_about_a_image_that_takes_no_places():
     turns = [("What?", "x"), ("And?", "y")]
     marked = [(f"<Img><ImageHere></Img> {turns[0][0]} ", "x"), turns[1]]
     seeing, blind = (rows([Sample(images=images, turns=each)], TOKENIZER, TEXT, 0)
@@ -310,11 +310,11 @@ def test_a_conversation_about_a_picture_that_takes_no_places():
                                            "answer; of LLaVA's files the format imagebind_llm_finetune takes"),
     (Sample(turns=[("a", "b")], input="c"), TEXT, 0, "row 1: an input beside a conversation"),
     (Sample(prompt="a", input="c"), TEXT, 0, "row 1: an input, but the text settings have no input_template"),
-    (Sample(images=["p"], prompt="<ImageHere> or <ImageHere>"), JOINT, 0, "row 1: 2 <ImageHere> for 1 pictures"),
-    (Sample(prompt="<ImageHere> a"), JOINT, 0, "row 1: 1 <ImageHere> for 0 pictures"),
-    (Sample(prompt="a", input="<ImageHere>"), JOINT, 0, "Or none at all: pictures of this model take no slots."),
+    (Sample(images=["p"], prompt="<ImageHere> or <ImageHere>"), JOINT, 0, "row 1: 2 <ImageHere> for 1 images"),
+    (Sample(prompt="<ImageHere> a"), JOINT, 0, "row 1: 1 <ImageHere> for 0 images"),
+    (Sample(prompt="a", input="<ImageHere>"), JOINT, 0, "Or none at all: images of this model take no slots."),
     (Sample(turns=[("a", "b"), ("<ImageHere>", "d")]), TEXT, 0, "row 1: <ImageHere> in a later question"),
-    (Sample(prompt="a"), JOINT, 3, "joint = True is for models whose pictures take no slots"),
+    (Sample(prompt="a"), JOINT, 3, "joint = True is for models whose images take no slots"),
     (Sample(prompt="a"), dataclasses.replace(JOINT, input_template="{}"), 0, "must have two '{}'"),
 ])
 def test_rows_that_do_not_fit_the_settings(sample, text, image_tokens, message):

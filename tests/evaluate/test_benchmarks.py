@@ -12,10 +12,10 @@ from mmjax.evaluate.benchmarks import BENCHMARKS, Item
 from mmjax.evaluate.metrics import java
 from tests.data.layouts import jpeg, put, put_json
 
-PICTURE = "<Img><ImageHere></Img>"
+IMAGE = "<Img><ImageHere></Img>"
 
 
-def pictures(root, *names):
+def images(root, *names):
     for name in names:
         put(root / name, jpeg())
 
@@ -25,7 +25,7 @@ def lines(path, rows):
 
 
 def captions(root):
-    pictures(root, "val2014/1.jpg", "val2014/2.jpg")
+    images(root, "val2014/1.jpg", "val2014/2.jpg")
     return put_json(root / "annotations" / "captions_val2014.json", {
         "images": [{"id": 1, "file_name": "1.jpg"}, {"id": 2, "file_name": "2.jpg"}],
         "annotations": [{"image_id": 2, "caption": "Two cats."}, {"image_id": 1, "caption": "A dog."},
@@ -37,7 +37,7 @@ def coco(*numbers, split="val2014"):
 
 
 def vqa(root, answers=("yes", "yes", "", "no"), **annotation):
-    pictures(root, *coco(1, 2))
+    images(root, *coco(1, 2))
     rows = [{"question_id": 10 + number, "image_id": number, "question": f"Is it {number}?"} for number in (1, 2)]
     put_json(root / "v2_mscoco_val2014_annotations.json", {"annotations": [
         {"question_id": row["question_id"], "answer_type": "yes/no", "answers": [
@@ -47,14 +47,14 @@ def vqa(root, answers=("yes", "yes", "", "no"), **annotation):
 
 
 def gqa(root):
-    pictures(root, "images/n1.jpg", "images/n2.jpg")
+    images(root, "images/n1.jpg", "images/n2.jpg")
     return put_json(root / "testdev_balanced_questions.json", {
         "07": {"imageId": "n1", "question": "Is it red?", "answer": "yes", "types": {"structural": "verify"}},
         "08": {"imageId": "n2", "question": "Who is it?", "answer": "woman", "types": {"structural": "query"}}})
 
 
 def vizwiz(root):
-    pictures(root, "a.jpg", "b.jpg")
+    images(root, "a.jpg", "b.jpg")
     return put_json(root / "val.json", [
         {"image": f"{name}.jpg", "question": "What is this?", "answer_type": "other",
          "answers": [{"answer": "a can", "answer_confidence": "yes"}] * 4 + [{"answer": "unanswerable"}] * 6}
@@ -62,7 +62,7 @@ def vizwiz(root):
 
 
 def vsr(root):
-    pictures(root, "1.jpg", "2.jpg")
+    images(root, "1.jpg", "2.jpg")
     return lines(root / "test.jsonl", [
         {"image": f"{number}.jpg", "caption": "The cat is on the dog.", "label": number - 1, "relation": "on"}
         for number in (1, 2)])
@@ -74,21 +74,21 @@ def problem(**changes):
 
 
 def scienceqa(root, **changes):
-    pictures(root, "images/test/2/image.png")
+    images(root, "images/test/2/image.png")
     put_json(root / "pid_splits.json", {"train": ["3"], "test": ["4", "2"]})
     return put_json(root / "problems.json", {
         "2": problem(image="image.png", hint="Look.", **changes), "3": problem(split="train"), "4": problem(answer=0)})
 
 
 def iconqa(root):
-    pictures(root, "7/image.png", "8/image.png")
+    images(root, "7/image.png", "8/image.png")
     return put_json(root / "iconqa.json", [
         {"image_id": "7", "question": "How many?", "choices": ["1", "2"], "answer": 1},
         {"image_id": "8", "question": "How many?", "choices": ["1", "2"], "answer": "1"}])
 
 
 def pope(root):
-    pictures(root, *coco(1, 2))
+    images(root, *coco(1, 2))
     for setting in ("random", "adversarial"):
         lines(root / f"coco_pope_{setting}.json", [
             {"question_id": 1, "image": "COCO_val2014_000000000001.jpg", "text": "Is there a dog?", "label": "yes"},
@@ -97,21 +97,21 @@ def pope(root):
 
 
 def refer(root, **changes):
-    pictures(root, *coco(1, 2, split="train2014"))
+    images(root, *coco(1, 2, split="train2014"))
     row = {"img_id": "COCO_train2014_000000000001_3", "sents": "the Dog, left", "bbox": [10, 20, 30, 40.5],
            "height": 100, "width": 200}
     return put_json(root / "refcoco_testA.json", [row | changes, row | {"sents": "other dog", "bbox": [0, 0, 5, 5]}])
 
 
 def jsonl(root, *more):
-    pictures(root, "1.jpg")
+    images(root, "1.jpg")
     return lines(root / "mine.jsonl", [
         {"id": "first", "image": "1.jpg", "prompt": "What is it?", "references": ["a dog", "dog"], "group": "animals"},
         {"prompt": "What is 1 + 1?", "answer": "2"}, *more])
 
 
 def jsonl_choices(root):
-    pictures(root, "1.jpg")
+    images(root, "1.jpg")
     return lines(root / "mine.jsonl", [
         {"image": "1.jpg", "prompt": "<Img><ImageHere></Img> Which?", "choices": ["cat", "dog"], "answer": "dog"},
         {"prompt": "Which?", "choices": ["cat", "dog"], "answer": 0}])
@@ -128,7 +128,7 @@ def read(name, root, **settings):
 
 
 def shown(root, name, words):
-    return Sample(images=[str(root / name)], prompt=f"{PICTURE} {words}")
+    return Sample(images=[str(root / name)], prompt=f"{IMAGE} {words}")
 
 
 @pytest.mark.parametrize("name", PYTHON)
@@ -152,7 +152,7 @@ def test_every_benchmark_is_read_and_scored(name, tmp_path):
         benchmark.score(items, right[1:])
 
 
-def test_captions_of_one_picture_are_one_item(tmp_path):
+def test_captions_of_one_image_are_one_item(tmp_path):
     assert read("captions", tmp_path) == [
         Item("1", shown(tmp_path, "val2014/1.jpg", "[caption] Briefly describe this image."), ("A dog.",)),
         Item("2", shown(tmp_path, "val2014/2.jpg", "[caption] Briefly describe this image."), ("Two cats.", "Cats."))]
@@ -174,7 +174,7 @@ def test_captions_by_java(name, monkeypatch, tmp_path):
 
 
 def test_karpathys_split(tmp_path):
-    pictures(tmp_path, "val2014/1.jpg")
+    images(tmp_path, "val2014/1.jpg")
     rows = [{"filepath": "val2014", "filename": f"{number}.jpg", "cocoid": number, "split": split,
              "sentences": [{"raw": "A dog."}, {"raw": "Dog"}]} for number, split in ((1, "test"), (2, "train"))]
     path = put_json(tmp_path / "dataset_coco.json", {"images": rows, "dataset": "coco"})
@@ -185,7 +185,7 @@ def test_karpathys_split(tmp_path):
 
 
 def test_domains_of_nocaps_are_groups(tmp_path):
-    pictures(tmp_path, "0.jpg")
+    images(tmp_path, "0.jpg")
     path = put_json(tmp_path / "nocaps_val_4500_captions.json", {
         "images": [{"id": 0, "file_name": "0.jpg", "domain": "near-domain"}],
         "annotations": [{"image_id": 0, "caption": "A dog."}]})
@@ -199,7 +199,7 @@ def test_questions_of_vqa(tmp_path):
 
 
 def test_lavis_list_of_questions(tmp_path):
-    pictures(tmp_path, "val2014/1.jpg")
+    images(tmp_path, "val2014/1.jpg")
     path = put_json(tmp_path / "vqa_val.json", [
         {"question_id": 5, "image": "val2014/1.jpg", "question": "Why?", "answer": ["a", "b"], "dataset": "vqa"}])
     (item,) = BENCHMARKS["vqa"].read(str(path))
@@ -211,17 +211,17 @@ def test_questions_of_gqa_and_vizwiz(tmp_path):
     assert (first.id, first.references, first.group, second.group) == ("07", ("yes",), "verify", "query")
     assert first.sample.images == [str(tmp_path / "images" / "n1.jpg")]
     item = read("vizwiz", tmp_path)[0]
-    assert item.sample.prompt.startswith(f"{PICTURE} [vqa] The question is 'What is this?' Based on")
+    assert item.sample.prompt.startswith(f"{IMAGE} [vqa] The question is 'What is this?' Based on")
     assert "'unanswerable'" in item.sample.prompt and item.references == ("a can",) * 4 + ("unanswerable",) * 6
 
 
 def test_problems_of_scienceqa(tmp_path):
-    without, with_picture = read("scienceqa", tmp_path)
+    without, with_image = read("scienceqa", tmp_path)
     assert (without.id, without.group, without.right) == ("4", "without", 0)
     assert without.sample == Sample(prompt="[vqa] Question: Which one? Answer:")
-    assert with_picture == Item(
+    assert with_image == Item(
         "2", shown(tmp_path, "images/test/2/image.png", "[vqa] Question: Which one? Context: Look. Answer:"),
-        choices=("a cat", "a dog", "none"), right=1, group="with a picture")
+        choices=("a cat", "a dog", "none"), right=1, group="with a image")
     (tmp_path / "pid_splits.json").unlink()
     assert [item.id for item in BENCHMARKS["scienceqa"].read(str(tmp_path))] == ["2", "4"]
 
@@ -239,12 +239,12 @@ def test_settings_of_pope_are_groups(tmp_path):
 
 
 def test_expressions_are_items_of_their_own(tmp_path):
-    """Several about one picture, whose right boxes differ: none is lost."""
+    """Several about one image, whose right boxes differ: none is lost."""
     first, second = items = read("refer", tmp_path)
     assert first.box == (10, 20, 40, 60.5) and second.box == (0, 0, 5, 5) and first.size == (200, 100)
     words = "[refer] give me the location of the Dog, left"
     assert first.sample == shown(tmp_path, coco(1, split="train2014")[0], words)
-    assert first.picture == second.picture
+    assert first.image == second.image
     scores = BENCHMARKS["refer"].score(items, ["{<5><20><20><60>}", "it is {<0><0><2><5>}"])
     figures = {name: figure.value for name, figure in scores.figures.items()}
     assert figures["IoU > 0.5"] == figures["IoU > 0.5, a pixel more"] == figures["unreadable"] == 0.5
@@ -252,7 +252,7 @@ def test_expressions_are_items_of_their_own(tmp_path):
 
 
 def test_references_of_refcoco(tmp_path):
-    pictures(tmp_path, *coco(1, split="train2014"))
+    images(tmp_path, *coco(1, split="train2014"))
     refs = [{"ref_id": 3, "ann_id": 50, "image_id": 1, "split": split, "sentences": [
         {"sent_id": 8, "raw": "The Dog!"}, {"sent_id": 9, "raw": "left"}]} for split in ("testB", "train")]
     put_json(tmp_path / "refcoco" / "instances.json", {
@@ -272,16 +272,16 @@ def test_own_questions(tmp_path):
         "exact match": 0.5, "normalised match": 1}
     assert scores.each == [1, 0] and scores.groups["animals"].value == 1
     chosen = read("jsonl_choices", tmp_path)
-    assert [item.right for item in chosen] == [1, 0] and chosen[0].sample.prompt == f"{PICTURE} Which?"
+    assert [item.right for item in chosen] == [1, 0] and chosen[0].sample.prompt == f"{IMAGE} Which?"
     scores = BENCHMARKS["jsonl_choices"].score(chosen, ["Dog.", "neither"])
     assert scores.figures["accuracy"].value == scores.figures["unreadable"].value == 0.5
 
 
 @pytest.mark.parametrize(("name", "prompt", "expected"), [
-    ("vqa", "Q: {} A:", f"{PICTURE} Q: Is it 1? A:"),
-    ("vqa", "{} <Img><ImageHere></Img> Tell.", f"Is it 1? {PICTURE} Tell."),
-    ("captions", "Say.", f"{PICTURE} Say."),
-    ("pope", "{} Yes or no?", f"{PICTURE} Is there a dog? Yes or no?"),
+    ("vqa", "Q: {} A:", f"{IMAGE} Q: Is it 1? A:"),
+    ("vqa", "{} <Img><ImageHere></Img> Tell.", f"Is it 1? {IMAGE} Tell."),
+    ("captions", "Say.", f"{IMAGE} Say."),
+    ("pope", "{} Yes or no?", f"{IMAGE} Is there a dog? Yes or no?"),
 ])
 def test_other_prompts(name, prompt, expected, tmp_path):
     assert read(name, tmp_path, prompt=prompt)[0].sample.prompt == expected
@@ -293,33 +293,33 @@ def test_a_prompt_without_a_place_for_the_question_is_refused(name, tmp_path):
         read(name, tmp_path, prompt="Answer.")
 
 
-def test_a_prompt_of_two_pictures_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="there is one picture"):
-        read("captions", tmp_path, prompt=f"{PICTURE} {PICTURE}")
+def test_a_prompt_of_two_images_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="there is one image"):
+        read("captions", tmp_path, prompt=f"{IMAGE} {IMAGE}")
 
 
-def test_text_alone_leaves_the_picture_of_the_prompt_out(tmp_path):
-    without, with_picture = read("scienceqa", tmp_path, prompt=f"See {PICTURE} {{}}")
-    assert without.sample.prompt == "See Which one?" and with_picture.sample.prompt.startswith(f"See {PICTURE} Which")
+def test_text_alone_leaves_the_image_of_the_prompt_out(tmp_path):
+    without, with_image = read("scienceqa", tmp_path, prompt=f"See {IMAGE} {{}}")
+    assert without.sample.prompt == "See Which one?" and with_image.sample.prompt.startswith(f"See {IMAGE} Which")
 
 
 @pytest.mark.parametrize("name", PYTHON)
-def test_missing_pictures_are_all_named(name, tmp_path):
+def test_missing_images_are_all_named(name, tmp_path):
     path = LAYOUTS[name](tmp_path)
     gone = [file for ending in ("jpg", "png") for file in tmp_path.rglob(f"*.{ending}")]
     for file in gone:
         file.unlink()
     with pytest.raises(ValueError, match="cannot be used") as caught:
         BENCHMARKS[name].read(str(path))
-    assert "Pictures are expected below" in str(caught.value)
+    assert "Images are expected below" in str(caught.value)
     needed = [file for file in gone if name != "refer" or file.stem.endswith("1")]
     assert all(file.name in str(caught.value) for file in needed)
 
 
 @pytest.mark.parametrize("name", ["captions", "gqa", "vizwiz", "vsr", "pope", "jsonl"])
-def test_pictures_stay_below_the_root(name, tmp_path):
+def test_images_stay_below_the_root(name, tmp_path):
     """Also where a file of that name is there."""
-    pictures(tmp_path, "outside.jpg")
+    images(tmp_path, "outside.jpg")
     path = LAYOUTS[name](tmp_path / "data")
     for file in [path] if path.is_file() else path.glob("*random.json"):
         content = file.read_text()
@@ -332,8 +332,8 @@ def test_pictures_stay_below_the_root(name, tmp_path):
 
 
 BROKEN = {
-    "captions": [({"annotations": [{"image_id": 9, "caption": "x"}], "images": []}, "no picture with the id 9"),
-                 ({"annotations": [], "images": [{"id": 3, "file_name": "a.jpg"}]}, "picture 3 has no caption"),
+    "captions": [({"annotations": [{"image_id": 9, "caption": "x"}], "images": []}, "no image with the id 9"),
+                 ({"annotations": [], "images": [{"id": 3, "file_name": "a.jpg"}]}, "image 3 has no caption"),
                  ({"annotations": 1, "images": []}, "must hold"), ({"images": []}, "nothing to score"),
                  ([], "nothing to score")],
     "gqa": [({"1": {"imageId": "n1", "question": "", "answer": "x"}}, "'question' is empty"),
@@ -360,7 +360,7 @@ def test_broken_files(name, content, message, tmp_path):
     ('{"prompt": "", "answer": "y"}', "'prompt' is empty"), ('{"prompt": "x", "references": []}', "is empty"),
     ('{"prompt": "x", "references": "y"}', "must be list"),
     ('{"prompt": "x", "choices": ["a", "b"], "answer": 0}', "as jsonl_choices"), ("[1]", "expected an object"),
-    ('{"prompt": "<ImageHere> x", "answer": "y"}', "picture that is not there"),
+    ('{"prompt": "<ImageHere> x", "answer": "y"}', "image that is not there"),
     ('{"id": "first", "prompt": "x", "answer": "y"}', "2 entries have the id 'first'"),
     ('{"id": null, "prompt": "x", "answer": "y"}', "'id' must be"),
 ])
@@ -373,8 +373,8 @@ def test_broken_lines_are_named(line, message, tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"bbox": [1, 2, 3]}, "four numbers"), ({"bbox": [1, 2, 0, 4]}, "is not in its picture"),
-    ({"bbox": [300, 2, 3, 4]}, "is not in its picture"), ({"bbox": [1, float("nan"), 3, 4]}, "is not in its picture"),
+    ({"bbox": [1, 2, 3]}, "four numbers"), ({"bbox": [1, 2, 0, 4]}, "is not in its image"),
+    ({"bbox": [300, 2, 3, 4]}, "is not in its image"), ({"bbox": [1, float("nan"), 3, 4]}, "is not in its image"),
     ({"width": "x"}, "'width' must be int"), ({"sents": " "}, "'sents' is empty"),
 ])
 def test_broken_expressions(changes, message, tmp_path):

@@ -37,7 +37,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Folders of tiny benchmarks in their released layouts, all about the same five pictures."""
+    """Folders of tiny benchmarks in their released layouts, all about the same five images."""
     root = tmp_path_factory.mktemp("benchmarks")
     (root / "val2014").mkdir()
     (root / "train2014").mkdir()
@@ -134,14 +134,14 @@ def test_an_item_that_cannot_be_answered_counts_as_wrong(tmp_path, model, data):
     test = asked_of(data, "jsonl_choices")
     items = test.items()
     broken = tmp_path / "broken.jpg"
-    broken.write_text("not a picture")
+    broken.write_text("not a image")
     items[2] = dataclasses.replace(items[2], sample=dataclasses.replace(items[2].sample, images=[str(broken)]))
     result = run(test, model, tmp_path, items)
     assert [line["id"] for line in result.errors] == ["q2"]
     assert result.taken[2] != items[2].right
     assert result.scores.each[2] == 0
     page = benchmark.write(result, tmp_path).read_text()
-    assert "broken.jpg is not a picture that can be read" in page
+    assert "broken.jpg is not a image that can be read" in page
     assert page.count("<figure") == 4
 
 
@@ -208,7 +208,7 @@ def test_settings_of_ranking_are_refused_where_answers_are_in_words(model, data)
     (("--benchmark", "vqa", "--checkpoint", "nowhere", "--data", "nowhere"), "nowhere"),
     (("--benchmark", "scenes", "--checkpoint", "nowhere"), "is for runs"),
     (("--benchmark", "scenes", "--limit", "5", "--rank-by", "mean", "--in-words", "--score-only"),
-     "--limit, --rank-by, --in-words, --score-only: the pictures are drawn"),
+     "--limit, --rank-by, --in-words, --score-only: the images are drawn"),
     (("--benchmark", "pope", "--checkpoint", "nowhere", "--num-beams", "2", "--recall", "a.npy"),
      "--num-beams, --recall: the choices of pope are ranked"),
     (("--benchmark", "refer", "--checkpoint", "nowhere", "--rank-by", "mean", "--in-words"),
@@ -238,9 +238,9 @@ def test_rules_of_choosing():
 
 def test_choices_are_scored_as_the_loss_scores_them(model):
     """Every choice's loss is that of `mmjax.loss` on the answer alone, whatever the other rows are."""
-    pictures = [scenes.draw(scene) for scene in scenes.scenes("train", 3)]
-    asks = [predictions.Ask(str(n), mmjax.Sample(images=[picture], prompt="What? " * (n + 1)), COLORS[:2 + n])
-            for n, picture in enumerate(pictures)]
+    images = [scenes.draw(scene) for scene in scenes.scenes("train", 3)]
+    asks = [predictions.Ask(str(n), mmjax.Sample(images=[image], prompt="What? " * (n + 1)), COLORS[:2 + n])
+            for n, image in enumerate(images)]
     answerer = Choices(model, batch_size=4)
     found = answerer.answer([answerer.open(ask).ask for ask in asks], 0)
     loss_of = tiny.jit(lambda params, batch: mmjax.loss(model.module, params, batch)[0])
@@ -287,14 +287,14 @@ def test_samples_without_choices_are_an_error_of_theirs(model):
 
 
 def test_boxes_are_drawn_where_they_are():
-    picture = np.full((60, 80, 3), 255, np.uint8)
-    drawn = report.boxed(picture, (160, 120), {"truth": (20, 20, 150, 110), "said": (140, 10, 60, 100)})
+    image = np.full((60, 80, 3), 255, np.uint8)
+    drawn = report.boxed(image, (160, 120), {"truth": (20, 20, 150, 110), "said": (140, 10, 60, 100)})
     green, blue = (tuple(int(color[i:i + 2], 16) for i in (1, 3, 5)) for color in (report.LIGHT["good"],
                                                                                    report.LIGHT["line"]))
     assert tuple(drawn[55, 60]) == green  # the lower edge, at half the size
     assert tuple(drawn[30, 70]) == blue  # ends in the wrong order are turned
     assert tuple(drawn[30, 50]) == (255, 255, 255)
-    assert (picture == 255).all()
+    assert (image == 255).all()
 
 
 def test_what_was_said_and_what_is_true_is_on_the_page(tmp_path, model, data):
@@ -306,7 +306,7 @@ def test_what_was_said_and_what_is_true_is_on_the_page(tmp_path, model, data):
     assert (good.right, bad.right) == (True, False)
     assert good.truth == "{<16><16><58><58>}"
     assert good.question == "[refer] give me the location of the star"
-    assert not np.array_equal(good.picture, bad.picture)
+    assert not np.array_equal(good.image, bad.image)
     page = benchmark.write(result, tmp_path).read_text()
     assert page.index("no box") < page.index("Best answers") < page.index("{&lt;10&gt;&lt;10&gt;")
 

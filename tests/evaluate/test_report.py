@@ -8,7 +8,7 @@ from PIL import Image
 from mmjax.evaluate import report
 from mmjax.evaluate.report import Example
 
-PICTURE = np.full((8, 8, 3), 200, np.uint8)
+IMAGE = np.full((8, 8, 3), 200, np.uint8)
 TABLE = [["split", "mean", "count"], ["held <out>", 0.99961, 200], ["blind", 0.25, None]]
 
 
@@ -20,11 +20,11 @@ def metrics(tmp_path):
     return path
 
 
-def test_writes_a_page_and_two_pictures(tmp_path, metrics):
-    examples = [Example(PICTURE, f"Question {i}?", "Words.", "Truth.", i % 2 == 0) for i in range(6)]
+def test_writes_a_page_and_two_images(tmp_path, metrics):
+    examples = [Example(IMAGE, f"Question {i}?", "Words.", "Truth.", i % 2 == 0) for i in range(6)]
     page = report.write(tmp_path / "out" / "report", "A run", [metrics], examples, TABLE, {"steps": "60"})
     assert page == tmp_path / "out" / "report" / "report.html"
-    for name in ("loss.png", "pictures.png"):
+    for name in ("loss.png", "images.png"):
         with Image.open(page.parent / name) as image:
             pixels = np.asarray(image.convert("L"))
         assert pixels.shape[0] > 300
@@ -38,9 +38,9 @@ def test_writes_a_page_and_two_pictures(tmp_path, metrics):
 
 
 def test_page_needs_nothing_beside_it(tmp_path, metrics):
-    page = report.write(tmp_path, "A run", [metrics], [Example(PICTURE, "?", "a", "b")], TABLE)
+    page = report.write(tmp_path, "A run", [metrics], [Example(IMAGE, "?", "a", "b")], TABLE)
     sources = re.findall(r'(?:src|srcset|href)="([^"]*)"', page.read_text())
-    assert len(sources) == 3  # the curve twice (light, dark) and the picture
+    assert len(sources) == 3  # the curve twice (light, dark) and the image
     assert all(source.startswith("data:image/png;base64,") for source in sources)
 
 
@@ -53,18 +53,18 @@ def test_gates_of_an_earlier_run_are_drawn(tmp_path, metrics):
     assert curves.starts == [31]
     assert curves.steps == [0, 10, 20, 30, *range(31, 91)]
     assert curves.gates[-1] == (30, [0.3, 0.6])
-    page = report.write(tmp_path / "out", "A run", [earlier, metrics], [Example(PICTURE, "?", "a", "b")], TABLE)
+    page = report.write(tmp_path / "out", "A run", [earlier, metrics], [Example(IMAGE, "?", "a", "b")], TABLE)
     assert "<h2>Gates</h2>" in page.read_text()
     with Image.open(page.parent / "gates.png") as image:
         assert np.asarray(image.convert("L")).std() > 5
-    without = report.write(tmp_path / "none", "A run", [metrics], [Example(PICTURE, "?", "a", "b")], TABLE)
+    without = report.write(tmp_path / "none", "A run", [metrics], [Example(IMAGE, "?", "a", "b")], TABLE)
     assert "<h2>Gates</h2>" not in without.read_text()
     assert not (without.parent / "gates.png").exists()
 
 
 def test_words_are_escaped_and_not_taken_for_formulas(tmp_path, metrics):
     wild = "<script>alert('x')</script> $\\frac{$ & \"quoted\""
-    page = report.write(tmp_path, wild, [metrics], [Example(PICTURE, wild, wild, wild, False)], [[wild], [wild]],
+    page = report.write(tmp_path, wild, [metrics], [Example(IMAGE, wild, wild, wild, False)], [[wild], [wild]],
                         {wild: wild})
     text = page.read_text()
     assert "<script" not in text
@@ -72,7 +72,7 @@ def test_words_are_escaped_and_not_taken_for_formulas(tmp_path, metrics):
 
 
 def test_silence_is_said(tmp_path, metrics):
-    page = report.write(tmp_path, "A run", [metrics], [Example(PICTURE, "?", "", "b", None)], TABLE)
+    page = report.write(tmp_path, "A run", [metrics], [Example(IMAGE, "?", "", "b", None)], TABLE)
     assert "(nothing)" in page.read_text()
 
 

@@ -28,7 +28,7 @@ def params(cfg):
     return tiny.params("imagebind_llm", cfg)
 
 
-def pictures(rows=ROWS, seed=0):
+def images(rows=ROWS, seed=0):
     return np.random.default_rng(seed).normal(size=(rows, *SENSES.vision.input_shape)).astype(np.float32)
 
 
@@ -62,10 +62,10 @@ def test_a_batch_without_media_is_plain_llamas(cfg):
     module = llama.TextLlama(llama.TextLlamaConfig(dataclasses.replace(cfg.llm, injection="")))
     expected = compiled(module)(plain, words)
     np.testing.assert_array_equal(run(cfg, words), expected)
-    assert np.abs(run(cfg, batch(image=pictures())) - expected).max() > 0.01
+    assert np.abs(run(cfg, batch(image=images())) - expected).max() > 0.01
 
 
-def test_pixels_are_normalised_by_the_model_and_rows_without_a_picture_see_zeros():
+def test_pixels_are_normalised_by_the_model_and_rows_without_a_image_see_zeros():
     side, valid = SENSES.vision.image_size, np.array([True, False, True, False])
     pixels = np.random.default_rng(2).integers(0, 256, (ROWS, side, side, 3), np.uint8)
     seen = dataclasses.replace(batch(image=pixels), image_valid=valid[:, None])
@@ -75,8 +75,8 @@ def test_pixels_are_normalised_by_the_model_and_rows_without_a_picture_see_zeros
     assert np.abs(expected[0] - expected[1]).max() > 0.01
 
 
-def test_prompts_are_the_picture_plus_a_query_in_the_last_layers_alone():
-    seen = batch(image=pictures())
+def test_prompts_are_the_image_plus_a_query_in_the_last_layers_alone():
+    seen = batch(image=images())
     x, injection = run(HEAD, seen, "encode")
     np.testing.assert_array_equal(x, params(HEAD)["llm"]["embedding"][seen.tokens])
     assert injection.shape == (2, ROWS, 1, HEAD.llm.dim)
@@ -89,10 +89,10 @@ def test_prompts_are_the_picture_plus_a_query_in_the_last_layers_alone():
 
 def test_a_sense_of_no_weight_is_no_sense():
     """So rows of different senses go in one batch."""
-    both = {"image": pictures(), "depth": depths()}
+    both = {"image": images(), "depth": depths()}
     some = np.array([1, 0, 0.5, 1], np.float32)
     found = run(HEAD, batch({"depth": some}, **both), "feature")
-    alone, equal = run(HEAD, batch(image=pictures()), "feature"), run(HEAD, batch(**both), "feature")
+    alone, equal = run(HEAD, batch(image=images()), "feature"), run(HEAD, batch(**both), "feature")
     np.testing.assert_array_equal(found[1], alone[1])
     np.testing.assert_allclose(found[[0, 3]], equal[[0, 3]], rtol=1e-6)
     half, whole = np.asarray(found[2]), np.asarray(equal[2])
@@ -100,14 +100,14 @@ def test_a_sense_of_no_weight_is_no_sense():
 
 
 def test_a_feature_made_before_takes_the_place_of_its_senses():
-    seen = batch(image=pictures())
+    seen = batch(image=images())
     ready = dataclasses.replace(batch(), features=np.asarray(run(HEAD, seen, "feature")))
     np.testing.assert_allclose(run(HEAD, ready), run(HEAD, seen), atol=2e-5)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_each_row_is_told_of_its_own_picture(beams):
-    seen = batch(image=pictures())
+def test_each_row_is_told_of_its_own_image(beams):
+    seen = batch(image=images())
     same = dataclasses.replace(seen, tokens=np.tile(seen.tokens[:1], (ROWS, 1)), valid=np.ones_like(seen.valid))
     config = generate.GenerateConfig(max_new_tokens=6, num_beams=beams, eos=-1)
     strong = trees.unflatten(trees.flatten(params(HEAD)) | {"llm/layers/attn/gate": np.full((2, 4), 3, np.float32)})

@@ -33,9 +33,9 @@ def params(cfg):
 
 
 def batch(rows=2, image_count=1):
-    """Words, and normalised pictures."""
+    """Words, and normalised images."""
     random = np.random.default_rng(1)
-    images = random.normal(size=(rows, pictures, 3, SIZE, SIZE)).astype(np.float32) if pictures else None
+    images = random.normal(size=(rows, image_count, 3, SIZE, SIZE)).astype(np.float32) if image_count else None
     return dataclasses.replace(tiny.batch(rows, image_count=0), images=images)
 
 
@@ -66,7 +66,7 @@ def test_prompts_go_to_the_last_layers_in_order(cfg):
     assert injection.shape == (4, 2, cfg.query_len, cfg.llm.dim)
     np.testing.assert_array_equal(injection[0], 0)
     moved = injection[1:] - weights["query"][:, None]
-    if cfg.visual:  # the picture moves the prompts of all layers alike, and those of each row by its own picture
+    if cfg.visual:  # the image moves the prompts of all layers alike, and those of each row by its own image
         np.testing.assert_allclose(moved, np.broadcast_to(moved[:1], moved.shape), atol=1e-5)
         assert np.abs(moved[:, 0] - moved[:, 1]).max() > 1e-2
     else:
@@ -105,12 +105,12 @@ def test_decoding_with_a_cache_is_the_whole_pass():
     np.testing.assert_allclose(np.concatenate(parts, 1), logits(V2)(params(V2), rows), atol=1e-5)
 
 
-def test_text_alone_comes_with_a_picture_of_zeros():
+def test_text_alone_comes_with_a_image_of_zeros():
     dark = dataclasses.replace(batch(), images=np.zeros((2, 1, 3, SIZE, SIZE), np.float32))
     np.testing.assert_array_equal(logits(V2)(params(V2), batch(image_count=0)), logits(V2)(params(V2), dark))
 
 
-def test_pictures_pass_in_the_order_blue_green_red():
+def test_images_pass_in_the_order_blue_green_red():
     pixels = np.random.default_rng(2).integers(0, 256, (2, 1, SIZE, SIZE, 3), np.uint8)
     passed = V2.images.normalise(pixels)
     blue = pixels[:, 0, ..., 2].astype(np.float32) / 255
@@ -120,8 +120,8 @@ def test_pictures_pass_in_the_order_blue_green_red():
     np.testing.assert_allclose(raw, ready, atol=1e-5)
 
 
-def test_two_pictures_a_row_are_refused():
-    with pytest.raises(ValueError, match="reads one picture a row, got 2"):
+def test_two_images_a_row_are_refused():
+    with pytest.raises(ValueError, match="reads one image a row, got 2"):
         LlamaAdapter(V2).apply({"params": params(V2)}, batch(image_count=2))
 
 
@@ -145,7 +145,7 @@ def test_what_each_phase_trains():
     assert names(with_all, PHASES["pretrain"]) == VISUAL | {"query"} | gates
     norms = {"llm/layers/attn_norm/scale", "llm/layers/mlp_norm/scale", "llm/norm/scale"}
     biases = {f"llm/layers/{name}/b" for name in ("attn/q", "attn/o", "mlp/gate", "mlp/up", "mlp/down")}
-    assert names(with_all, PHASES["finetune"]) == norms | biases  # neither LoRA nor the biases of the picture side
+    assert names(with_all, PHASES["finetune"]) == norms | biases  # neither LoRA nor the biases of the image side
 
 
 def test_a_phase_changes_the_architecture():
@@ -185,15 +185,15 @@ def test_real_sizes():
     assert count("llama-adapter-7b", rules=TRAINED) == v1
     assert count("llama-adapter-7b") == language + v1
     queries = 31 * 10 * 4_096 + 32 * 32
-    picture_side = 303_966_208  # CLIP's ViT-L/14 with its projection
+    image_side = 303_966_208  # CLIP's ViT-L/14 with its projection
     visual_side = count("llama-adapter-v2-7b", rules=("visual/.*",))
     assert visual_side == 768 * 768 + 3 * 768 + 10 * 768 + 8 * (12 * 768**2 + 13 * 768) + 768 * 4_096 + 3 * 4_096
     assert count("llama-adapter-v2-7b", rules=TRAINED) == visual_side + queries
-    assert count("llama-adapter-v2-7b") == language + picture_side + visual_side + queries
+    assert count("llama-adapter-v2-7b") == language + image_side + visual_side + queries
     tuned = (2 * 32 + 1) * 4_096 + 32 * (3 * 4_096 + 2 * 11_008)  # norms and biases
     assert count("llama-adapter-v2-7b", "finetune", PHASES["finetune"]) == tuned
 
 
-def test_an_example_has_a_picture_where_the_model_reads_one():
+def test_an_example_has_a_image_where_the_model_reads_one():
     assert llama_adapter.example(V1).images is None
     assert llama_adapter.example(V2).images.shape == (1, 1, 3, SIZE, SIZE)

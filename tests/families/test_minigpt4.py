@@ -32,8 +32,8 @@ def soft_tokens(images, cfg=tiny.MINIGPT4):
     return compiled(cfg, "soft_tokens")(params(cfg), batch)
 
 
-def two_pictures():
-    """Rows with two pictures each: one shape, so that the tests share what is compiled."""
+def two_images():
+    """Rows with two images each: one shape, so that the tests share what is compiled."""
     return tiny.batch(rows=2, image_count=2)
 
 
@@ -45,7 +45,7 @@ def encode(batch):
     [[-1, 0, 1, 2, -1, -1]],  # whole
     [[-1, 0, -1, 2, 1, -1]],  # a hole, another order
     [[2, 3, -1, -1, 4, 5]],  # cut on the left: the first soft tokens are gone
-    [[-1] * 6, [0, -1, -1, -1, -1, 5]],  # a row without pictures beside one with
+    [[-1] * 6, [0, -1, -1, -1, -1, 5]],  # a row without images beside one with
 ])
 def test_place(index):
     index = np.array(index)
@@ -57,29 +57,29 @@ def test_place(index):
         np.testing.assert_allclose(placed[row, at], words[row, at] if k < 0 else soft[row, k], rtol=1e-6)
 
 
-def test_soft_tokens_of_each_row_come_from_its_own_pictures():
-    images = two_pictures().images
+def test_soft_tokens_of_each_row_come_from_its_own_images():
+    images = two_images().images
     found = soft_tokens(images)
     assert found.shape == (2, 2 * tiny.Q, tiny.MINIGPT4.llm.dim)
-    swapped = soft_tokens(images[::-1, ::-1])  # rows and pictures the other way round
+    swapped = soft_tokens(images[::-1, ::-1])  # rows and images the other way round
     halves = np.asarray(found).reshape(2, 2, tiny.Q, -1)
     np.testing.assert_allclose(np.asarray(swapped).reshape(halves.shape), halves[::-1, ::-1], atol=1e-5)
     assert np.abs(halves[0, 0] - halves[0, 1]).max() > 1e-3
 
 
 def test_soft_tokens_stand_where_the_batch_says():
-    batch = two_pictures()
+    batch = two_images()
     found, soft, words = encode(batch), soft_tokens(batch.images), params()["llm"]["embedding"][batch.tokens]
     expected = np.array(words)
     expected[:, 1:1 + 2 * tiny.Q] = soft
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_without_pictures_words_alone():
+def test_without_images_words_alone():
     batch = tiny.batch(rows=2, image_count=0)
     words = params()["llm"]["embedding"][batch.tokens]
     np.testing.assert_array_equal(encode(batch), words)
-    nowhere = dataclasses.replace(batch, images=two_pictures().images)
+    nowhere = dataclasses.replace(batch, images=two_images().images)
     np.testing.assert_array_equal(encode(nowhere), words)
 
 
@@ -96,6 +96,6 @@ def test_without_qformer_four_patches_in_raster_order_become_one_soft_token():
     np.testing.assert_allclose(soft_tokens(images, cfg)[0], expected, atol=2e-5)
 
 
-def test_pictures_may_come_normalised():
-    pixels = two_pictures().images
+def test_images_may_come_normalised():
+    pixels = two_images().images
     np.testing.assert_allclose(soft_tokens(pixels), soft_tokens(normalise(pixels)), atol=1e-5)

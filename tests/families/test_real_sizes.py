@@ -198,8 +198,8 @@ def test_meshes_that_divide_every_parameter(family, preset):
         assert held <= count(paths) / (fsdp * tensor) + 0.01 * count(paths)
 
 
-def test_a_mesh_too_fine_for_the_picture_tower():
-    """1408 = 128 · 11, so fsdp ends at 128 where there is a picture tower; LLaMA alone goes on."""
+def test_a_mesh_too_fine_for_the_image_tower():
+    """1408 = 128 · 11, so fsdp ends at 128 where there is a image tower; LLaMA alone goes on."""
     for preset in ("llama-7b", "llama-13b"):
         sharding.shardings(parameters("llama", preset), axes("llama", preset), mesh(256, 8))
     minigpt4 = parameters("minigpt4", "minigpt4-7b"), axes("minigpt4", "minigpt4-7b")

@@ -1,4 +1,4 @@
-"""A run of a few seconds that saves often; the faults are done to it. Some of its pictures are broken."""
+"""A run of a few seconds that saves often; the faults are done to it. Some of its images are broken."""
 
 from mmjax.config import DataConfig, OptimConfig, RunConfig, TextConfig, WeightsConfig
 

@@ -49,9 +49,9 @@ class Bench:
 
     def __init__(self, folder: Path):
         self.folder, self._started = folder, 0
-        shutil.copytree(small.pictures(), folder / "pictures")
+        shutil.copytree(small.images(), folder / "images")
         for number in (2, 5):
-            file = folder / "pictures" / "image" / f"{number}.jpg"
+            file = folder / "images" / "image" / f"{number}.jpg"
             file.write_bytes(file.read_bytes()[:100])
         settings = {"MMJAX_COMPILATION_CACHE": str(folder / "compiled"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
                     "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PLATFORMS": "cpu",
@@ -71,7 +71,7 @@ class Bench:
         self._started += 1
         log = self.folder / f"{self._started}.log"
         args = ["train", "--config", "tests/faults/config.py", "--out", str(out), "--data.path",
-                str(self.folder / "pictures"), "--weights.checkpoint", str(small.checkpoint()), *options]
+                str(self.folder / "images"), "--weights.checkpoint", str(small.checkpoint()), *options]
         self._worker.stdin.write((json.dumps({"args": args, "log": str(log), "fault": fault}) + "\n").encode())
         began = None
         while True:

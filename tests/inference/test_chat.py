@@ -1,4 +1,4 @@
-"""Conversations: prompts as the original writes them, pictures, limits, answers in pieces, and the terminal."""
+"""Conversations: prompts as the original writes them, images, limits, answers in pieces, and the terminal."""
 
 import dataclasses
 import io
@@ -18,7 +18,7 @@ import mmjax
 from mmjax import cli
 from mmjax.config import ALPACA, ScenesConfig, TextConfig
 from mmjax.data import scenes, text
-from mmjax.data.conversation import PICTURE
+from mmjax.data.conversation import IMAGE
 from mmjax.families import imagebind_llm
 from mmjax.inference import chat
 from mmjax.inference.chat import ChatSettings, Conversation
@@ -27,7 +27,7 @@ from tests import small, tiny
 
 ORIGINAL = {"vicuna": "CONV_VISION_Vicuna0", "llama2": "CONV_VISION_LLama2", "v2": "CONV_VISION_minigptv2"}
 FEW = ChatSettings(max_new_tokens=8)
-PICTURES = [scenes.draw(scene) for scene in scenes.scenes("train", 4)]
+IMAGES = [scenes.draw(scene) for scene in scenes.scenes("train", 4)]
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,9 @@ def mixing(model):
                   model.tokenizer, words, model.generation, model.mesh)
 
 
-def show(model, talk, *pictures):
-    for picture in pictures:
-        chat.add_input(model, talk, "image", chat.read_input(model, "image", picture))
+def show(model, talk, *images):
+    for image in images:
+        chat.add_input(model, talk, "image", chat.read_input(model, "image", image))
 
 
 def exchange(talk, question, answer):
@@ -66,7 +66,7 @@ def test_prompts_are_the_originals(model, template):
     given, = (case for case in cases["templates"] if case["name"] == ORIGINAL[template])
     assert [step.split()[0] for step in given["flow"]] == ["upload", "ask", "answer", "ask"]
     talk = Conversation(template)
-    show(model, talk, PICTURES[0])
+    show(model, talk, IMAGES[0])
     talk.ask("What is this?")
     first = chat.prompt(model, talk, FEW).sample
     talk.say("A cat.")
@@ -77,22 +77,22 @@ def test_prompts_are_the_originals(model, template):
     assert len(first.images) == len(second.images) == 1
 
 
-def test_every_picture_stands_where_it_was_shown(model):
+def test_every_image_stands_where_it_was_shown(model):
     talk = Conversation("v2")
-    show(model, talk, *PICTURES[:2])
+    show(model, talk, *IMAGES[:2])
     exchange(talk, "One?", "Yes.")
-    show(model, talk, PICTURES[2])
+    show(model, talk, IMAGES[2])
     talk.ask("Two?")
     made = chat.prompt(model, talk, FEW).sample
-    assert made.prompt == (f"<s>[INST] {PICTURE}<s>[INST] {PICTURE} One? [/INST]Yes."
-                           f"<s>[INST] {PICTURE} Two? [/INST]")
-    for picture, shown in zip(made.images, PICTURES, strict=False):
-        np.testing.assert_array_equal(picture, chat.read_input(model, "image", shown))
+    assert made.prompt == (f"<s>[INST] {IMAGE}<s>[INST] {IMAGE} One? [/INST]Yes."
+                           f"<s>[INST] {IMAGE} Two? [/INST]")
+    for image, shown in zip(made.images, IMAGES, strict=False):
+        np.testing.assert_array_equal(image, chat.read_input(model, "image", shown))
 
 
-def test_a_model_that_writes_the_mark_of_a_picture_does_not_end_the_conversation(model):
+def test_a_model_that_writes_the_mark_of_a_image_does_not_end_the_conversation(model):
     talk = Conversation("v2")
-    exchange(talk, "One?", f"See {PICTURE}.")
+    exchange(talk, "One?", f"See {IMAGE}.")
     talk.ask("Two?")
     assert chat.prompt(model, talk, FEW).sample.prompt == "<s>[INST] One? [/INST]See <Img></Img>.<s>[INST] Two? [/INST]"
 
@@ -102,28 +102,28 @@ def test_a_template_without_memory_asks_about_what_was_shown_last(model, templat
     if template == "plain":
         model = dataclasses.replace(model, text=dataclasses.replace(model.text, prompt_template=around))
     talk = Conversation(template)
-    show(model, talk, PICTURES[0])
+    show(model, talk, IMAGES[0])
     exchange(talk, "First?", "Yes.")
-    show(model, talk, PICTURES[1], PICTURES[2])
+    show(model, talk, IMAGES[1], IMAGES[2])
     exchange(talk, "Second?", "No.")
     talk.ask("Third?")
     made = chat.prompt(model, talk, FEW).sample
-    assert made.prompt == (around or "{}").format(f"{PICTURE}{PICTURE} Third?")
-    np.testing.assert_array_equal(made.images, [chat.read_input(model, "image", picture) for picture in PICTURES[1:3]])
+    assert made.prompt == (around or "{}").format(f"{IMAGE}{IMAGE} Third?")
+    np.testing.assert_array_equal(made.images, [chat.read_input(model, "image", image) for image in IMAGES[1:3]])
 
 
-def test_a_picture_without_places_is_perceived_until_the_next_one(mixing):
+def test_a_image_without_places_is_perceived_until_the_next_one(mixing):
     talk = Conversation("alpaca")
-    show(mixing, talk, PICTURES[0])
+    show(mixing, talk, IMAGES[0])
     exchange(talk, "First?", "Yes.")
     depth = np.zeros(mixing.config.imagebind.towers["depth"].input_shape, np.float32)
     chat.add_input(mixing, talk, "depth", chat.read_input(mixing, "depth", depth))
-    show(mixing, talk, PICTURES[1])
+    show(mixing, talk, IMAGES[1])
     talk.ask("Second?")
     made = chat.prompt(mixing, talk, FEW).sample
     assert made.prompt == ALPACA.format("Second?")
     assert [*made.media] == ["depth"] and made.media["depth"] is depth
-    np.testing.assert_array_equal(made.images, [chat.read_input(mixing, "image", PICTURES[1])])
+    np.testing.assert_array_equal(made.images, [chat.read_input(mixing, "image", IMAGES[1])])
 
 
 @pytest.mark.parametrize(("settings", "world", "template"), [
@@ -156,10 +156,10 @@ def length(model, sample):
     return len(places)
 
 
-def test_the_oldest_words_go_first_then_the_oldest_pictures(model):
+def test_the_oldest_words_go_first_then_the_oldest_images(model):
     talk = Conversation("vicuna")
-    for number, picture in enumerate(PICTURES[:3]):
-        show(model, talk, picture)
+    for number, image in enumerate(IMAGES[:3]):
+        show(model, talk, image)
         exchange(talk, f"Question {number}?", f"Answer {number}.")
     talk.ask("Last?")
 
@@ -167,29 +167,29 @@ def test_the_oldest_words_go_first_then_the_oldest_pictures(model):
         return dataclasses.replace(FEW, max_length=FEW.max_new_tokens + places)
 
     whole = chat.prompt(model, talk, FEW)
-    assert (whole.turns, whole.pictures, whole.left_out) == (0, 0, "")
+    assert (whole.turns, whole.images, whole.left_out) == (0, 0, "")
     one = chat.prompt(model, talk, room(length(model, whole.sample) - 1))
-    assert (one.turns, one.pictures, len(one.sample.images)) == (1, 0, 3)
-    assert "Answer 0" not in one.sample.prompt and f"{PICTURE}###Human: {PICTURE} Question 1?" in one.sample.prompt
+    assert (one.turns, one.images, len(one.sample.images)) == (1, 0, 3)
+    assert "Answer 0" not in one.sample.prompt and f"{IMAGE}###Human: {IMAGE} Question 1?" in one.sample.prompt
     assert one.left_out == "1 earlier answer left out: the conversation is longer than max_length."
     silent = one
     while silent.turns < 3:
         silent = chat.prompt(model, talk, room(length(model, silent.sample) - 1))
-    assert silent.pictures == 0 and len(silent.sample.images) == 3
+    assert silent.images == 0 and len(silent.sample.images) == 3
     dark = chat.prompt(model, talk, room(length(model, silent.sample) - 1))
-    assert (dark.turns, dark.pictures) == (3, 1)
-    np.testing.assert_array_equal(dark.sample.images, [chat.read_input(model, "image", picture) for picture in PICTURES[1:3]])
-    assert dark.left_out.startswith("3 earlier answers and 1 earlier picture left out")
+    assert (dark.turns, dark.images) == (3, 1)
+    np.testing.assert_array_equal(dark.sample.images, [chat.read_input(model, "image", image) for image in IMAGES[1:3]])
+    assert dark.left_out.startswith("3 earlier answers and 1 earlier image left out")
     assert all(length(model, made.sample) <= length(model, whole.sample) for made in (one, silent, dark))
 
 
 def test_a_question_that_does_not_fit_is_taken_back(model):
     talk = Conversation("vicuna")
-    show(model, talk, PICTURES[0])
+    show(model, talk, IMAGES[0])
     talk.ask("word " * 3000)
     with pytest.raises(ValueError, match="The question takes .* this model reads 2048 at most"):
         next(chat.reply(model, talk, FEW))
-    assert (len(talk.turns), len(talk.pictures)) == (0, 1)
+    assert (len(talk.turns), len(talk.images)) == (0, 1)
 
 
 @pytest.mark.parametrize("question", ["  ", "What is <ImageHere>?", "caf\udce9?"])
@@ -205,7 +205,7 @@ def test_what_cannot_be_asked(question):
 
 def test_pieces_make_the_answer_and_are_remembered(model):
     talk = Conversation("vicuna")
-    show(model, talk, PICTURES[0])
+    show(model, talk, IMAGES[0])
     talk.ask("What is this?")
     whole = "".join(chat.reply(model, talk, FEW)).strip()
     assert talk.turns[0].answer == whole != ""
@@ -260,13 +260,13 @@ def test_interrupting_keeps_what_was_said(model):
 @pytest.mark.parametrize("pieces", [(), ("  ",), (KeyboardInterrupt(),)])
 def test_a_question_without_an_answer_is_taken_back(model, pieces):
     talk = Conversation("v2")
-    show(model, talk, PICTURES[0])
+    show(model, talk, IMAGES[0])
     talk.ask("What?")
     try:
         list(chat.reply(Telling(model, *pieces), talk, FEW))
     except KeyboardInterrupt:
         pass
-    assert talk.turns == [] and len(talk.pictures) == 1
+    assert talk.turns == [] and len(talk.images) == 1
 
 
 @pytest.mark.parametrize(("template", "answer"), [("vicuna", "A cat."), ("plain", "Human: x Assistant: A cat.")])
@@ -280,7 +280,7 @@ def test_only_the_assistants_last_words_are_kept_as_in_the_original(model, templ
 def test_a_model_that_mixes_senses_takes_the_prompt(mixing):
     talk = Conversation(chat.template_of(mixing))
     assert talk.template == "alpaca"
-    show(mixing, talk, PICTURES[0])
+    show(mixing, talk, IMAGES[0])
     talk.ask("What is this?")
     batch = mixing.batch([chat.prompt(mixing, talk, FEW).sample], prompt_template="")
     assert batch.media["image"].shape[0] == 1 and not batch.media["blank"][0]
@@ -301,14 +301,14 @@ def test_what_cannot_be_taken_is_named(model, mixing, tmp_path):
     (tmp_path / "a.npy").write_bytes(b"no array")
     np.save(tmp_path / "b.npy", np.zeros((2, 3), np.float32))
     for loaded, sense, name, message in (
-            (model, "image", "c.jpg", "No picture at .*c.jpg"), (mixing, "audio", "c.wav", "No sound at .*c.wav"),
+            (model, "image", "c.jpg", "No image at .*c.jpg"), (mixing, "audio", "c.wav", "No sound at .*c.wav"),
             (mixing, "depth", "a.npy", "a.npy cannot be read"), (mixing, "depth", "b.npy", "(?s)b.npy: .*float32")):
         with pytest.raises(ValueError, match=message):
             chat.read_input(loaded, sense, tmp_path / name)
 
 
-def test_a_picture_is_read_once(model, tmp_path):
-    path = small.pictures() / "image" / "0.jpg"
+def test_a_image_is_read_once(model, tmp_path):
+    path = small.images() / "image" / "0.jpg"
     copy = tmp_path / "copy.jpg"
     copy.write_bytes(path.read_bytes())
     taken = chat.read_input(model, "image", copy)
@@ -348,19 +348,19 @@ def call(monkeypatch, lines, *args):
 
 
 def test_a_pipe_of_questions_makes_a_line_for_each(monkeypatch, capsys, tmp_path):
-    picture = small.pictures() / "image" / "0.jpg"
+    image = small.images() / "image" / "0.jpg"
     told = []
     monkeypatch.setattr(Loaded, "stream", lambda self, sample, **settings: (
         told.append((len(sample.images), settings["max_new_tokens"])), iter(["An ", f"answer {len(told)}."]))[1])
     call(monkeypatch, [
-        "What is it?", f"/image '{picture}'", "", "/image nowhere.jpg", "/image", "/settings max-new-tokens 5",
+        "What is it?", f"/image '{image}'", "", "/image nowhere.jpg", "/image", "/settings max-new-tokens 5",
         "/settings colour 5", "/audio a.wav", "And now?", "/help", "/reset", "Still there?", "/quit", "Never asked"],
-        "--image", picture)
+        "--image", image)
     out, err = capsys.readouterr()
     assert out.splitlines() == ["An answer 1.", "An answer 2.", "An answer 3."]
     assert told == [(1, 300), (2, 5), (0, 5)]
     lines = err.splitlines()
-    assert "No picture at nowhere.jpg." in lines
+    assert "No image at nowhere.jpg." in lines
     assert "/image PATH: say which" in lines
     for part in ("There is no setting 'colour'", "There is no command /audio", "All forgotten.", "forget all"):
         assert any(part in line for line in lines), part
@@ -378,7 +378,7 @@ def test_a_mistake_at_the_start_ends_with_one_message(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, [], "--image", "nowhere.jpg")
     assert stopped.value.code == 2
-    assert "No picture at nowhere.jpg" in capsys.readouterr().err
+    assert "No image at nowhere.jpg" in capsys.readouterr().err
 
 
 PROGRAM = """

@@ -118,10 +118,10 @@ def test_characters_of_several_bytes_come_whole(model):
 
 
 def test_prompts_of_about_one_length_share_what_is_compiled(model, samples):
-    picture = samples[0].images
+    image = samples[0].images
 
     def asked(count):
-        return [mmjax.Sample(images=picture, prompt="<Img><ImageHere></Img>" + " a" * count)]
+        return [mmjax.Sample(images=image, prompt="<Img><ImageHere></Img>" + " a" * count)]
 
     model.generate(asked(1), 5, temperature=0.7, top_p=0.9)
     with compilation.count_compilations() as compiled:
@@ -219,7 +219,7 @@ def test_language_model_alone(samples, tmp_path):
     model = mmjax.load(tmp_path / "llama", dtype="float32")
     words = model.generate([mmjax.Sample(prompt="A dog"), mmjax.Sample(prompt="Two children look at")], 6)
     assert len(words) == 2 and all(words)
-    with pytest.raises(ValueError, match=r"Rows \[0, 1, 2\] have pictures"):
+    with pytest.raises(ValueError, match=r"Rows \[0, 1, 2\] have images"):
         model.batch(samples)
 
 
@@ -243,8 +243,8 @@ def sensing(model, names):
 
 
 def test_batch_of_a_model_that_mixes_senses(mixing):
-    picture = scenes.draw(scenes.scenes("train", 1)[0])
-    samples = [mmjax.Sample(images=[picture], prompt="What is it?", answer="A dog."),
+    image = scenes.draw(scenes.scenes("train", 1)[0])
+    samples = [mmjax.Sample(images=[image], prompt="What is it?", answer="A dog."),
                mmjax.Sample(prompt="Which is it?", input="A cat", answer="A cat."),
                mmjax.Sample(media={"text": "a dog"}, weights={"text": 0.5}, prompt="What is it?", answer="A dog.")]
     batch = mixing.batch(samples)
@@ -291,7 +291,7 @@ def test_what_only_a_model_that_mixes_senses_takes(model, samples):
             model.batch([samples[0], dataclasses.replace(samples[1], **more)])
 
 
-# ---- a model whose pictures take no places among the words ----
+# ---- a model whose images take no places among the words ----
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +302,7 @@ def seeing(tmp_path_factory):
     return mmjax.load(out, dtype="float32")
 
 
-def test_text_alone_is_the_same_among_pictures(seeing, samples):
+def test_text_alone_is_the_same_among_images(seeing, samples):
     words, seen = mmjax.Sample(prompt="What is it?", answer="A dog."), dataclasses.replace(samples[0], prompt="What?")
     alone, mixed = seeing.batch([words]), seeing.batch([words, seen])
     assert alone.images is None and mixed.images.dtype == np.float32

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from mmjax.batch import Sample
+from mmjax.families.base import PromptStyle
 from mmjax.inference import requests
 from tests.data.layouts import jpeg, put
+
+SOFT = PromptStyle(image="<Img><ImageHere></Img>")
 
 
 def lines(path, *rows):
@@ -37,8 +40,8 @@ BROKEN = {
     '{"prompt": "a", "media": {"audio": "../b.wav"}}': "is not below",
     '{"prompt": "a", "image": "a", "images": ["b"]}': "both 'image' and 'images'",
     '{"prompt": "a", "images": [1]}': "'images' must be names",
-    '{"prompt": "<ImageHere><ImageHere>", "image": "a"}': "2 <ImageHere> in the prompt for 1 pictures",
-    '{"prompt": "<ImageHere>"}': "1 <ImageHere> in the prompt for 0 pictures",
+    '{"prompt": "<ImageHere><ImageHere>", "image": "a"}': "2 <ImageHere> in the prompt for 1 images",
+    '{"prompt": "<ImageHere>"}': "1 <ImageHere> in the prompt for 0 images",
     '{"prompt": "a", "weights": {"audio": "1"}}': "'audio' must be int or float",
     '{"prompt": "a", "media": ["b"]}': "'media' must be dict",
     '{"prompt": "\\ud800"}': "'prompt' is not text",
@@ -76,30 +79,30 @@ def test_files_that_are_not_there(tmp_path):
         requests.read_jsonl(tmp_path / "in.jsonl")
     with pytest.raises(ValueError, match="has no lines"):
         requests.read_jsonl(lines(tmp_path / "in.jsonl", " "))
-    with pytest.raises(FileNotFoundError, match="has no pictures"):
-        requests.pictures(tmp_path, "What?")
+    with pytest.raises(FileNotFoundError, match="has no images"):
+        requests.images(tmp_path, "What?")
     with pytest.raises(FileNotFoundError, match="no folder"):
-        requests.pictures(tmp_path / "none", "What?")
+        requests.images(tmp_path / "none", "What?")
 
 
-def test_pictures_of_a_folder_in_order(tmp_path):
+def test_images_of_a_folder_in_order(tmp_path):
     for name in ("b.JPG", "a/c.png", "a.txt"):
         put(tmp_path / name, jpeg())
-    found = requests.pictures(tmp_path, "What?")
+    found = requests.images(tmp_path, "What?")
     assert [ask.id for ask in found] == ["a/c.png", "b.JPG"]
     assert found[0].sample == Sample(images=[str(tmp_path / "a" / "c.png")], prompt="What?")
-    with pytest.raises(ValueError, match="shows 2 pictures"):
-        requests.pictures(tmp_path, "<ImageHere><ImageHere>")
+    with pytest.raises(ValueError, match="shows 2 images"):
+        requests.images(tmp_path, "<ImageHere><ImageHere>")
 
 
 def test_names_that_cannot_be_written_down_are_refused(tmp_path):
     put(tmp_path / "a.jpg", jpeg())
     put(tmp_path / os.fsdecode(b"\xff.jpg"), jpeg())
-    with pytest.raises(ValueError, match=r"1 pictures .* not UTF-8.*'.udcff.jpg'"):
-        requests.pictures(tmp_path, "What?")
+    with pytest.raises(ValueError, match=r"1 images .* not UTF-8.*'.udcff.jpg'"):
+        requests.images(tmp_path, "What?")
 
 
-def test_pictures_are_placed_where_the_prompt_does_not_say(tmp_path):
+def test_images_are_placed_where_the_prompt_does_not_say(tmp_path):
     sample = Sample(images=["a", "b"], prompt="Which?")
     assert requests.with_images(sample, SOFT).prompt == "<Img><ImageHere></Img><Img><ImageHere></Img> Which?"
     assert requests.with_images(sample, PromptStyle()) == sample

@@ -20,14 +20,14 @@ def kept(tmp_path):
     return Uploads(tmp_path / "kept")
 
 
-def picture():
+def image():
     file = io.BytesIO()
     Image.new("RGB", (30, 20), (9, 200, 9)).save(file, "PNG")
     return file.getvalue()
 
 
 def sent(kept, visitor=ANNA, name="a.png"):
-    return kept.add(visitor, name, io.BytesIO(picture()))
+    return kept.add(visitor, name, io.BytesIO(image()))
 
 
 def forms(path):
@@ -44,7 +44,7 @@ def forms(path):
 def strange(tmp_path, theirs):
     """Paths of files that nobody uploaded, or another did."""
     secret = tmp_path / "secret.png"
-    secret.write_bytes(picture())
+    secret.write_bytes(image())
     link = tmp_path / "kept" / "link.png"
     link.symlink_to(secret)
     folder = theirs.rpartition("/")[0]
@@ -63,7 +63,7 @@ def test_equal_files_are_not_shared(kept):
         assert name == "a.png"
     for path in (bert, again):
         with kept.taken(path), open(path, "rb") as file:
-            assert file.read() == picture()
+            assert file.read() == image()
     assert not any(kept.folder.iterdir())
 
 

@@ -84,19 +84,19 @@ def bomb(width, height):
 # ---- files ----
 
 
-def test_a_picture_is_shown_and_its_file_deleted(does, uploads, tmp_path):
+def test_a_image_is_shown_and_its_file_deleted(does, uploads, tmp_path):
     visit, path = does.visit(), uploaded(uploads)
-    cleared, panel, notice = does.take_pictures([path], visit)
+    cleared, panel, notice = does.take_images([path], visit)
     assert (cleared, notice) == (None, "")
     assert panel.count('<img src="data:image/jpeg;base64,') == 1 and str(tmp_path) not in panel
-    assert len(visit.talk.pictures) == 1
+    assert len(visit.talk.images) == 1
     assert left(uploads) == []
-    *_, notice = does.take_pictures([path], visit)
-    assert "not uploaded" in notice and len(visit.talk.pictures) == 1
+    *_, notice = does.take_images([path], visit)
+    assert "not uploaded" in notice and len(visit.talk.images) == 1
 
 
 @pytest.mark.parametrize(("name", "data", "message"), [
-    ("a.jpg", b"no picture", "a.jpg was refused: cannot identify image file 'a.jpg'"),
+    ("a.jpg", b"no image", "a.jpg was refused: cannot identify image file 'a.jpg'"),
     ("a.png", bomb(8000, 6000), "a.png was refused: its 8000 x 6000 pixels are more than the 40 million"),
     ("a.png", bomb(30_000, 30_000), "a.png was refused: Image size"),
     ("a.png", bomb(50, 50), "a.png was refused"),
@@ -105,9 +105,9 @@ def test_a_picture_is_shown_and_its_file_deleted(does, uploads, tmp_path):
 ])
 def test_a_refused_file_is_named_and_the_others_are_taken(does, uploads, tmp_path, name, data, message):
     visit = does.visit()
-    _, panel, notice = does.take_pictures([sent(uploads, name, data), uploaded(uploads, "b.jpg")], visit)
+    _, panel, notice = does.take_images([sent(uploads, name, data), uploaded(uploads, "b.jpg")], visit)
     assert message in notice and str(tmp_path) not in notice
-    assert panel.count("<img") == len(visit.talk.pictures) == 1
+    assert panel.count("<img") == len(visit.talk.images) == 1
     assert left(uploads) == []
 
 
@@ -115,21 +115,21 @@ def test_a_file_that_was_not_uploaded_is_neither_opened_nor_removed(does, tmp_pa
     secret = tmp_path / "secret.png"
     Image.new("RGB", (8, 8)).save(secret)
     visit = does.visit()
-    for notice in (does.take_pictures([str(secret)], visit)[-1], does.take_sound(str(secret), visit)[-1]):
+    for notice in (does.take_images([str(secret)], visit)[-1], does.take_sound(str(secret), visit)[-1]):
         assert "it was not uploaded on this page" in notice
-    assert (visit.talk.pictures, visit.shown, secret.exists()) == ([], {}, True)
+    assert (visit.talk.images, visit.shown, secret.exists()) == ([], {}, True)
 
 
 def test_the_notice_is_no_html(does, uploads):
-    *_, notice = does.take_pictures([sent(uploads, "<b>.jpg", b"no picture")], does.visit())
+    *_, notice = does.take_images([sent(uploads, "<b>.jpg", b"no image")], does.visit())
     assert "&lt;b&gt;.jpg was refused" in notice and "<b>" not in notice
 
 
-def test_a_visit_takes_so_many_pictures(does, uploads):
+def test_a_visit_takes_so_many_images(does, uploads):
     visit = does.visit()
-    paths = [uploaded(uploads, f"{number}.png", (8, 8)) for number in range(web.MAX_PICTURES + 1)]
-    *_, notice = does.take_pictures(paths, visit)
-    assert len(visit.talk.pictures) == web.MAX_PICTURES and "takes 16 pictures" in notice
+    paths = [uploaded(uploads, f"{number}.png", (8, 8)) for number in range(web.MAX_IMAGES + 1)]
+    *_, notice = does.take_images(paths, visit)
+    assert len(visit.talk.images) == web.MAX_IMAGES and "takes 16 images" in notice
 
 
 class Hearing:
@@ -169,7 +169,7 @@ def test_a_sound_is_refused_by_a_model_that_does_not_hear(does, uploads):
 
 def test_an_answer_grows_and_is_shown_as_it_is(does, uploads):
     visit = does.visit()
-    does.take_pictures([uploaded(uploads)], visit)
+    does.take_images([uploaded(uploads)], visit)
     seen = []
     for messages, field, notice in does.answer("What <is> it?", visit, *KNOBS):
         assert (field, notice) == ("", "")
@@ -203,7 +203,7 @@ def test_what_cannot_be_asked_stays_in_the_field(does, question, knobs, message)
 
 def test_visits_share_nothing(does, uploads):
     one, other = does.visit(), does.visit()
-    does.take_pictures([uploaded(uploads)], one)
+    does.take_images([uploaded(uploads)], one)
     list(does.answer("What?", one, *KNOBS))
     assert (other.messages, other.talk.turns, other.shown) == ([], [], {})
     fresh, messages, *_ = does.reset()
@@ -216,24 +216,24 @@ def test_examples_are_scenes_of_the_models_world(model, uploads):
     for number in (0, 3):
         panel, notice = does.take_example(number, visit)
         assert notice == ""
-    assert len(does.examples) == web.EXAMPLES and panel.count("<img") == len(visit.talk.pictures) == 2
+    assert len(does.examples) == web.EXAMPLES and panel.count("<img") == len(visit.talk.images) == 2
     assert Handlers(model, Page("small", "vicuna"), uploads).examples == []
 
 
 def test_a_template_without_memory_shows_what_the_next_question_is_about(model, uploads):
     does = Handlers(Telling(model, "Yes."), Page("small", "plain", FEW), uploads)
     visit = does.visit()
-    does.take_pictures([uploaded(uploads, "1.jpg"), uploaded(uploads, "2.jpg")], visit)
+    does.take_images([uploaded(uploads, "1.jpg"), uploaded(uploads, "2.jpg")], visit)
     list(does.answer("What?", visit, *KNOBS))
     assert visit.panel().count("<img") == 2
-    does.take_pictures([uploaded(uploads, "3.jpg")], visit)
+    does.take_images([uploaded(uploads, "3.jpg")], visit)
     assert visit.panel().count("<img") == 1
 
 
 def test_thumbnails_are_small():
     pixels = np.random.default_rng(0).integers(0, 256, (900, 1400, 3), np.uint8)
     words = web.thumbnail(Image.fromarray(pixels))
-    data = re.fullmatch(r'<img src="data:image/jpeg;base64,([^"]+)" alt="a picture">', words).group(1)
+    data = re.fullmatch(r'<img src="data:image/jpeg;base64,([^"]+)" alt="a image">', words).group(1)
     with Image.open(io.BytesIO(web.base64.b64decode(data))) as image:
         assert max(image.size) == web.THUMBNAIL
 

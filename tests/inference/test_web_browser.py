@@ -129,8 +129,8 @@ def answer(page):
     return shown[-1].inner_text().strip() if shown else ""
 
 
-def picture():
-    return small.pictures() / "image" / "3.jpg"
+def image():
+    return small.images() / "image" / "3.jpg"
 
 
 def finished(page):
@@ -139,7 +139,7 @@ def finished(page):
 
 
 def test_upload_ask_stream_and_reset(page, server, tmp_path):
-    upload(page, picture())
+    upload(page, image())
     page.wait_for_selector("#shown img")
     assert list(server[1].rglob("*.jpg")) == []
     page.evaluate(WATCH)
@@ -183,7 +183,7 @@ def test_files_that_are_refused(page, tmp_path):
     upload(page, tmp_path / "large.jpg")
     wait(lambda: any("maximum allowed size" in toast.inner_text() for toast in page.query_selector_all(".toast-body")))
     assert not page.query_selector("#shown img")
-    upload(page, picture())
+    upload(page, image())
     page.wait_for_selector("#shown img")
     wait(lambda: "refused" not in page.inner_text("#notice"))
 
@@ -194,7 +194,7 @@ def test_an_example_is_shown(page):
 
 
 def test_visits_do_not_share_a_conversation(chromium, server, page):
-    upload(page, picture())
+    upload(page, image())
     page.wait_for_selector("#shown img")
     other = chromium.new_page()
     other.goto(server[0])

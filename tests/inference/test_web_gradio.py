@@ -11,7 +11,7 @@ import pytest
 from mmjax.families import FAMILIES
 from mmjax.families.base import FamilyConfig, ImageSpec
 from mmjax.inference import uploads, web
-from tests.inference.test_uploads import META, forms, picture
+from tests.inference.test_uploads import META, forms, image
 
 if not find_spec("gradio"):  # it is imported by the page's process alone
     pytest.skip("needs Gradio, the extra demo", allow_module_level=True)
@@ -69,7 +69,7 @@ def visitor(served):
 
 
 def upload(client, name="a.png", data=None):
-    return client.post("/gradio_api/upload", files={"files": (name, data or picture())})
+    return client.post("/gradio_api/upload", files={"files": (name, data or image())})
 
 
 def tell(served, client, name, data, session):
@@ -83,20 +83,20 @@ def tell(served, client, name, data, session):
 
 def test_the_page_opens_what_its_visitor_uploaded_and_nothing_else(served, anna, bert, tmp_path):
     secret = tmp_path / "secret.png"
-    secret.write_bytes(picture())
+    secret.write_bytes(image())
     (hers,), (his,) = upload(anna).json(), upload(bert).json()
     before = sorted(served[1].rglob("*"))
     for path in (str(secret), his, "/etc/passwd", "http://127.0.0.1:1/a.png", "https://example.org/a.png"):
         for form in forms(path):
-            for name, data in (("take_pictures", [[form], None]), ("take_sound", [form, None]),
+            for name, data in (("take_images", [[form], None]), ("take_sound", [form, None]),
                                ("answer", [form, None, 0, 1, 0.9, 4]), ("answer", ["What?", None, form, 1, 0.9, 4])):
                 assert tell(served, anna, name, data, "anna")[0] == 403
         assert anna.get(f"/gradio_api/file={path}").status_code == 403
     assert secret.exists() and sorted(served[1].rglob("*")) == before
     for client, path, session in ((anna, hers, "anna"), (bert, his, "bert")):  # equal bytes, each once
-        status, said = tell(served, client, "take_pictures", [[{"path": path, "meta": META}], None], session)
+        status, said = tell(served, client, "take_images", [[{"path": path, "meta": META}], None], session)
         assert status == 200 and "<img src=" in said and "refused" not in said
-        assert tell(served, client, "take_pictures", [[{"path": path, "meta": META}], None], session)[0] == 403
+        assert tell(served, client, "take_images", [[{"path": path, "meta": META}], None], session)[0] == 403
     assert not [path for path in served[1].rglob("*") if path.is_file() and path.stat().st_size]
 
 
@@ -106,7 +106,7 @@ def test_uploads_of_odd_names(served, anna, name):
     (path,) = upload(anna, name).json()
     assert Path(path).parent.name.startswith("visitors-") and Path(path).parents[2] == served[1]
     data = [[{"path": path, "orig_name": name, "meta": META}], None]
-    assert "<img src=" in tell(served, anna, "take_pictures", data, "odd")[1]
+    assert "<img src=" in tell(served, anna, "take_images", data, "odd")[1]
 
 
 def test_uploads_that_are_refused_leave_nothing(served, anna):

@@ -1,4 +1,4 @@
-"""Properties of the picture tower. Its numbers: tests/parity."""
+"""Properties of the image tower. Its numbers: tests/parity."""
 
 import dataclasses
 import functools
@@ -13,18 +13,18 @@ from mmjax.models.eva_vit import TINY, EvaVit, FusedQKV, VitBlock
 from mmjax.models.layers import bicubic, resize_positions
 from tests import tiny
 
-PICTURES = np.random.default_rng(0).normal(size=(2, 3, TINY.image_size, TINY.image_size)).astype(np.float32)
+IMAGES = np.random.default_rng(0).normal(size=(2, 3, TINY.image_size, TINY.image_size)).astype(np.float32)
 DROPPING = dataclasses.replace(TINY, drop_path=0.5)
 
 
 @functools.cache
 def params():
-    return tiny.module_params(EvaVit(TINY), PICTURES)
+    return tiny.module_params(EvaVit(TINY), IMAGES)
 
 
 @functools.cache
 def tower(cfg):
-    return tiny.jit(lambda params, pictures, rngs: EvaVit(cfg).apply({"params": params}, pictures, rngs=rngs))
+    return tiny.jit(lambda params, images, rngs: EvaVit(cfg).apply({"params": params}, images, rngs=rngs))
 
 
 def slow_bicubic(line, target):
@@ -58,7 +58,7 @@ def test_bicubic(source, target):
         np.testing.assert_array_equal(matrix, np.eye(source))
 
 
-def test_positions_are_resized_as_a_picture_and_the_class_row_is_kept():
+def test_positions_are_resized_as_a_image_and_the_class_row_is_kept():
     table = np.random.default_rng(0).normal(size=(1 + 16, 5)).astype(np.float32)
     resized = np.asarray(resize_positions(jnp.asarray(table), 6))
     assert resized.shape == (1 + 36, 5)
@@ -70,13 +70,13 @@ def test_positions_are_resized_as_a_picture_and_the_class_row_is_kept():
     np.testing.assert_array_equal(resize_positions(table, 4), table)
 
 
-def test_pictures_of_another_size_are_refused():
-    with pytest.raises(ValueError, match=r"pictures of 3x28x28, got \(3, 28, 35\)"):
+def test_images_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"images of 3x28x28, got \(3, 28, 35\)"):
         EvaVit(TINY).apply({"params": params()}, np.zeros((1, 3, 28, 35), np.float32))
 
 
 def test_patches_come_in_raster_order_behind_the_class_token():
-    """Where the blocks add nothing, a picture that is dark but for one patch changes that patch's token alone."""
+    """Where the blocks add nothing, a image that is dark but for one patch changes that patch's token alone."""
     closed = trees.map_with_path(
         lambda path, leaf: 0 * leaf if trees.matches(path, ("blocks/(attn/o|mlp/fc2)/.",)) else leaf, params())
     dark = np.zeros((3, 3, 28, 28), np.float32)
@@ -99,9 +99,9 @@ def test_keys_have_no_bias():
 
 
 def test_drop_path_acts_only_when_given_randomness():
-    undisturbed = tower(DROPPING)(params(), PICTURES, {})
-    np.testing.assert_array_equal(undisturbed, tower(TINY)(params(), PICTURES, {}))
-    dropped = [tower(DROPPING)(params(), PICTURES, {"vit": jax.random.key(seed)}) for seed in range(4)]
+    undisturbed = tower(DROPPING)(params(), IMAGES, {})
+    np.testing.assert_array_equal(undisturbed, tower(TINY)(params(), IMAGES, {}))
+    dropped = [tower(DROPPING)(params(), IMAGES, {"vit": jax.random.key(seed)}) for seed in range(4)]
     assert len({np.asarray(each).tobytes() for each in dropped}) > 1
 
 

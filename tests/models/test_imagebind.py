@@ -83,7 +83,7 @@ def test_clips_are_averaged(sense):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-def test_a_picture_is_a_video_that_stands_still():
+def test_a_image_is_a_video_that_stands_still():
     still = inputs()["vision"]
     moving = np.repeat(still[:, :, None], TINY.vision.frames, axis=2)
     np.testing.assert_array_equal(tower("vision")(still), tower("vision")(moving))
@@ -145,7 +145,7 @@ def test_bfloat16_stays_near_float32():
 
 
 @pytest.mark.parametrize(("sense", "shape", "message"), [
-    ("vision", (1, 3, 28, 30), r"square pictures .* got \[3, 28, 30\]"),
+    ("vision", (1, 3, 28, 30), r"square images .* got \[3, 28, 30\]"),
     ("vision", (1, 3, 7, 7), "at least 14 pixels"),
     ("audio", (1, 1, 26, 40), r"shape \[1, 26, 36\], got \[1, 26, 40\]"),
     ("text", (1, 77), r"shape \[12\], got \[77\]"),

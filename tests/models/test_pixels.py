@@ -11,11 +11,11 @@ from mmjax.models.pixels import MEAN, STD, normalise
 CASES = Path(__file__).parents[1] / "golden" / "minigpt4" / "cases"
 
 
-@pytest.mark.parametrize("picture", ["astronaut", "chelsea"])
-def test_normalising_gives_the_original_arrays(picture):
+@pytest.mark.parametrize("image", ["astronaut", "chelsea"])
+def test_normalising_gives_the_original_arrays(image):
     """Bit for bit on the host; compiled, XLA multiplies by reciprocals where the original divides: 4 last bits."""
     with np.load(CASES / "n_preprocess.npz") as arrays:
-        expected = arrays[f"{picture}.eval_56"]
+        expected = arrays[f"{image}.eval_56"]
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (MEAN, STD))
     pixels = np.rint((expected * std + mean) * 255).astype(np.uint8).transpose(1, 2, 0)
     for leading in ((), (1,), (2, 3)):
@@ -26,6 +26,6 @@ def test_normalising_gives_the_original_arrays(picture):
     np.testing.assert_allclose(jax.jit(normalise)(pixels), expected, rtol=0, atol=6e-7)
 
 
-def test_normalised_pictures_pass_unchanged():
+def test_normalised_images_pass_unchanged():
     images = np.ones((1, 1, 3, 28, 28), np.float32)
     assert normalise(images) is images

@@ -58,7 +58,7 @@ def checkpoint(folder):
 def config(checkpoint, out, **data) -> RunConfig:
     return RunConfig(
         out=str(out), weights=WeightsConfig(str(checkpoint), dtype="float32"),
-        data=DataConfig(path=str(small.pictures()), prompts=(QUESTION,), batch_size=2, pack_length=96, pack_pictures=2,
+        data=DataConfig(path=str(small.images()), prompts=(QUESTION,), batch_size=2, pack_length=96, pack_images=2,
                         **data),
         text=patchwork.TEXT, optim=OptimConfig(init_lr=1e-2, warmup_steps=1, epochs=1, steps_per_epoch=4), log_every=1,
         save_every=2)
@@ -113,7 +113,7 @@ def test_data_are_checked_and_features_train_as_the_encoder_does(checkpoint, tra
 
 
 def test_it_generates_chats_and_is_evaluated(trained, folder, capsys):
-    image = small.pictures() / "image" / "0.jpg"
+    image = small.images() / "image" / "0.jpg"
     call("generate", "--checkpoint", trained, "--image", image, "--prompt", "What is it?", "--max-new-tokens", 4)
     words = capsys.readouterr().out.strip()
     model = mmjax.load(trained, dtype="float32")
@@ -153,7 +153,7 @@ def test_the_doctor_and_parity_know_it(trained, folder, capsys):
     found = json.loads((folder / "doctor.json").read_text())["findings"]
     assert {f["name"]: f["verdict"] for f in found if f["name"] in KNOWN_GOOD} == dict.fromkeys(KNOWN_GOOD, "ok")
     model = mmjax.load(trained, dtype="float32")
-    sample = mmjax.Sample(images=[small.pictures() / "image" / "0.jpg"], prompt=QUESTION, answer="A dog.")
+    sample = mmjax.Sample(images=[small.images() / "image" / "0.jpg"], prompt=QUESTION, answer="A dog.")
     batch = model.batch([sample])
     found = stages_of(model.module, model.family, model.params, batch, has_targets=True)
     tokens = np.where(batch.soft_index >= 0, -1, batch.tokens)

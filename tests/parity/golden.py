@@ -34,7 +34,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "train": lambda spec: "batches" in spec and "run_cfg" in spec,
     "schedule": lambda spec: "schedules" in spec,
     "positions": lambda spec: "base_image" in spec,
-    "pictures": lambda spec: "pictures" in spec,
+    "images": lambda spec: "images" in spec,
     "sampling": lambda spec: {"repetition_penalty", "temperature", "top_k", "top_p"} <= spec.keys(),
     "tokenizer": lambda spec: "texts" in spec and "decode" in spec,
     "templates": lambda spec: "templates" in spec,
@@ -132,7 +132,7 @@ def image_size(case: Case) -> int:
 
 
 def image_tokens(case: Case) -> int:
-    """Soft tokens of one picture."""
+    """Soft tokens of one image."""
     sizes = model_sizes()
     if has_qformer(case):
         return sizes["qformer"]["num_query_tokens"]
@@ -151,8 +151,8 @@ def checkpoint(case: Case) -> Checkpoint:
         image_size=image_size(case))
 
 
-def pictures(case: Case) -> np.ndarray | None:
-    """The case's normalised pictures, float32[B,3,H,W] or float32[B,F,3,H,W]; None for text alone.
+def images(case: Case) -> np.ndarray | None:
+    """The case's normalised images, float32[B,3,H,W] or float32[B,F,3,H,W]; None for text alone.
 
     They may be another case's (`"images_in": "NAME"`, or `"NAME (first N)"` for its first N rows).
     """
@@ -164,8 +164,8 @@ def pictures(case: Case) -> np.ndarray | None:
     return load(name).arrays["images"][:int(count) if count else None]
 
 
-def _row_pictures(images: np.ndarray | None, row: int, length: int | None = None) -> list[np.ndarray]:
-    """The pictures of one row; of an image train its first `length`."""
+def _row_images(images: np.ndarray | None, row: int, length: int | None = None) -> list[np.ndarray]:
+    """The images of one row; of an image train its first `length`."""
     if images is None:
         return []
     return [images[row]] if images.ndim == 4 else list(images[row][:length])
@@ -173,10 +173,10 @@ def _row_pictures(images: np.ndarray | None, row: int, length: int | None = None
 
 def samples(case: Case) -> list[Sample]:
     """What a forward or generation case fed to the model, row by row, without any template."""
-    spec, images = case.spec, pictures(case)
+    spec, shown = case.spec, images(case)
     count = len(spec.get("answer") or spec.get("conv_a") or spec["texts"])
     lengths = spec.get("length") or [None] * count
-    rows = [Sample(images=_row_pictures(images, row, lengths[row])) for row in range(count)]
+    rows = [Sample(images=_row_images(shown, row, lengths[row])) for row in range(count)]
     if "conv_q" in spec:
         symbol = spec["connect_sym"][0]  # the first sample's splits the whole batch
         turns = [list(zip(q.split(symbol), a.split(symbol), strict=True))
@@ -190,22 +190,22 @@ def samples(case: Case) -> list[Sample]:
 
 def candidates(case: Case) -> list[list[Sample]]:
     """A select case: for every candidate answer the batch that scores it."""
-    images = pictures(case)
-    return [[Sample(images=_row_pictures(images, row), prompt=text, answer=answer)
+    shown = images(case)
+    return [[Sample(images=_row_images(shown, row), prompt=text, answer=answer)
              for row, (text, answer) in enumerate(zip(case.spec["texts"], answers, strict=True))]
             for answers in case.spec["answers"]]
 
 
 def train_batches(case: Case) -> list[list[Sample]]:
     """A train case: its batches, in the order in which the steps go round them."""
-    return [[Sample(images=_row_pictures(case.arrays.get(f"images_{index}"), row), prompt=prompt, answer=answer)
+    return [[Sample(images=_row_images(case.arrays.get(f"images_{index}"), row), prompt=prompt, answer=answer)
              for row, (prompt, answer) in enumerate(zip(batch["instruction_input"], batch["answer"], strict=True))]
             for index, batch in enumerate(case.spec["batches"])]
 
 
 def chat_turns(case: Case) -> list[Sample]:
-    """A chat case: for every turn the one prompt to be continued, with the pictures shown so far (all at the start)."""
-    shown = pictures(case)
+    """A chat case: for every turn the one prompt to be continued, with the images shown so far (all at the start)."""
+    shown = images(case)
     return [Sample(images=[] if shown is None else list(shown), prompt=turn["prompt"]) for turn in case.spec["turns"]]
 
 

@@ -183,7 +183,7 @@ def released(m: Loaded, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def batch(tokens: np.ndarray, labels: np.ndarray | None = None, image: np.ndarray | None = None,
           features: np.ndarray | None = None, **media: np.ndarray) -> Batch:
-    """Rows as a case holds them: padding is not masked, and label 0 is no target. One picture serves all rows.
+    """Rows as a case holds them: padding is not masked, and label 0 is no target. One image serves all rows.
 
     features: the mix of all senses, in place of `image` and `media`
     """

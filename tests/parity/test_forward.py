@@ -34,11 +34,11 @@ def stages(name: str) -> dict[str, np.ndarray]:
     logits, inner = capture(m, batch)
     found = {"inputs_embeds": inner["encode"][0], "logits": logits, "llama_layers": inner["llm/layers"][0],
              "llama_final_norm": inner["llm/norm"]}
-    pictures = golden.pictures(case)
-    if pictures is None:
+    images = golden.images(case)
+    if images is None:
         return found
-    if pictures.ndim == 5:  # all pictures of the case, those too that an image train leaves out
-        alone = dataclasses.replace(batch, images=pictures.reshape(1, -1, *pictures.shape[-3:]))
+    if images.ndim == 5:  # all images of the case, those too that an image train leaves out
+        alone = dataclasses.replace(batch, images=images.reshape(1, -1, *images.shape[-3:]))
         _, inner = capture(m, alone, method="soft_tokens")
     patches = inner["vit/patch"]
     found |= {

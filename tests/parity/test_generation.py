@@ -117,7 +117,7 @@ def test_chat(case):
             np.testing.assert_array_equal(ids[None], case.arrays[name])
         assert answer_of_chat(ids.tolist(), m.tokenizer) == turn["answer"]
     for name in case.holds("image_emb"):
-        alone = dataclasses.replace(batch, images=golden.pictures(case)[None])
+        alone = dataclasses.replace(batch, images=golden.images(case)[None])
         soft, _ = capture(m, alone, method="soft_tokens")
         assert_close(name, soft, case.arrays[name], absolute=EMBEDDING)
 

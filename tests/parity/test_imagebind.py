@@ -205,13 +205,13 @@ def files(case):
 
 
 @golden.each(lambda case: "resized_crop_box_ijhw" in case.arrays)
-def test_pictures(case):
+def test_images(case):
     paths, arrays = files(case), case.arrays
     for name in arrays:
         if name.startswith("out_") and arrays[name].ndim == 4:
             size = arrays[name].shape[-1]
-            assert_close(name, np.stack([senses.picture(path, size) for path in paths]), arrays[name], absolute=1e-6)
-    whole = senses.picture(paths[0], 224)
+            assert_close(name, np.stack([senses.image(path, size) for path in paths]), arrays[name], absolute=1e-6)
+    whole = senses.image(paths[0], 224)
     first = arrays["out_224_first_strided"]
     assert_close("out_224_first_strided", strided(whole, first.shape), first, absolute=1e-6)
     assert_close("out_224_first_mean", whole.mean(dtype=np.float64), arrays["out_224_first_mean"], absolute=1e-6)

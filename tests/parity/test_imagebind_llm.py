@@ -52,10 +52,10 @@ def model(case):
 
 
 def rows(case, **changes):
-    """The case's tokens, labels and picture."""
+    """The case's tokens, labels and image."""
     arrays = case.arrays | changes
-    picture = arrays.get("image_lm", arrays.get("image"))
-    return golden.batch(arrays["tokens"], arrays.get("labels"), **({} if picture is None else {"image": picture}))
+    image = arrays.get("image_lm", arrays.get("image"))
+    return golden.batch(arrays["tokens"], arrays.get("labels"), **({} if image is None else {"image": image}))
 
 
 # ---- the forward pass ----
@@ -109,7 +109,7 @@ STAGE = re.compile("visual_feats|T_I|hidden_[0-9]+|last_layer_heads_concat|final
 BOUNDS = {"visual_feats": FEATURE, "T_I": FEATURE, "loss": LOSS}
 RECORDED = [(name, stage) for name in golden.names() if OURS.match(name) and "logits" in golden.load(name).arrays
             for stage in golden.load(name).arrays if STAGE.fullmatch(stage)
-            # the legacy case has them of other pictures: test_imagebind
+            # the legacy case has them of other images: test_imagebind
             if not (stage == "visual_feats" and "image_lm" in golden.load(name).arrays)]
 
 

@@ -100,7 +100,7 @@ def test_prompts_to_be_continued(case, tokenizer):
 
 
 def standin(path, shape):
-    """The pictures of these cases went through a simpler transform: a square of that size."""
+    """The images of these cases went through a simpler transform: a square of that size."""
     return normalise(load(path, shape[-1]))
 
 
@@ -132,7 +132,7 @@ def test_finetune_rows(kind, tokenizer):
         check_rows(samples, tokenizer, *arrays)
 
 
-def test_finetune_pictures():
+def test_finetune_images():
     case = golden.load("dataset")
     records = imagebind_llm_finetune(str(golden.folder() / "cases" / case.name))
     used = [None if name == "zeros" else str(golden.folder() / "cases" / case.name / name)
@@ -164,8 +164,8 @@ def test_pretrain_rows(tokenizer):
         tuple(tokenizer.encode(case.spec["prompt"], special=False))}
     assert case.spec["max_words"] == case.arrays["tokens"].shape[1]
     check_rows(samples, tokenizer, *(case.arrays[name] for name in ("tokens", "labels", "mask")))
-    pictures = np.stack([standin(record.image, case.arrays["images"].shape) for record in records])
-    assert_close("images", pictures, case.arrays["images"], absolute=1e-6)
+    images = np.stack([standin(record.image, case.arrays["images"].shape) for record in records])
+    assert_close("images", images, case.arrays["images"], absolute=1e-6)
 
 
 # ---- from samples to words ----

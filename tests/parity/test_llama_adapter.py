@@ -119,7 +119,7 @@ def test_v1_inference(case):
 
 
 @each_v2
-def test_v2_pictures(case):
+def test_v2_images(case):
     m = model(case)
 
     def run(module, batch):

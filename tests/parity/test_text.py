@@ -108,11 +108,11 @@ def test_answers_of_generate(case):
 @golden.each("chat")
 def test_chat_prompts_and_answers(case):
     spec = case.spec
-    talk = Transcript(Template(spec["system"], tuple(spec["roles"]), spec["sep"])).show("a picture")
+    talk = Transcript(Template(spec["system"], tuple(spec["roles"]), spec["sep"])).show("a image")
     for number, turn in enumerate(spec["turns"]):
         talk = talk.ask(turn["question"])
         assert talk.sample().prompt == turn["prompt"]
-        assert talk.sample().images == ["a picture"]
+        assert talk.sample().images == ["a image"]
         for name in case.holds(f"sequences_{number}"):
             assert answer_of_chat(case.arrays[name][0], golden.tokenizer()) == turn["answer"]
         talk = talk.answer(turn["answer"])
@@ -127,7 +127,7 @@ def test_prompts_of_the_chat_templates(case):
         for step in given["flow"]:
             action, words = re.fullmatch(r"(upload image|ask|answer)(?: '(.*)')?", step).groups()
             if action == "upload image":
-                talk = talk.show("a picture")
+                talk = talk.show("a image")
             elif action == "ask":
                 talk = talk.ask(words)
                 prompts.append(talk.sample().prompt)

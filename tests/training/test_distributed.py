@@ -46,7 +46,7 @@ def test_one_process_needs_nobody():
 
 def start(out, mesh, process=0, processes=1, devices=8, port=0, kill=()):
     """A process of a run of ten steps."""
-    words = (small.checkpoint(), small.pictures(), out, port, process, processes, devices, mesh, *kill)
+    words = (small.checkpoint(), small.images(), out, port, process, processes, devices, mesh, *kill)
     return subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "one_of_two.py"), *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
@@ -69,7 +69,7 @@ def lines(out, name="metrics.jsonl"):
 
 
 def test_two_processes_are_killed_and_go_on_as_one_that_never_stopped(tmp_path):
-    """Both see the broken picture's replacement, the first one writes, and the second time they go on at step 4."""
+    """Both see the broken image's replacement, the first one writes, and the second time they go on at step 4."""
     alone = start(tmp_path / "alone", "4,2,1")
     printed = alone.communicate(timeout=300)[0]
     assert alone.returncode == 0, printed

@@ -1,4 +1,4 @@
-"""Features of real, tiny models: what they are, and that a run on them is the run on pictures."""
+"""Features of real, tiny models: what they are, and that a run on them is the run on images."""
 
 import contextlib
 import dataclasses
@@ -58,13 +58,13 @@ def minigpt4(tmp_path_factory):
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         cli.COMMANDS["data"](["features", "--config", str(folder / "config.py"), "--out", str(folder / "features")])
-    assert f"{folder / 'features'}: 8 pictures, 8 of them new, 1 x 8 x 48 float32 each: 0.002 MB" in said.getvalue()
+    assert f"{folder / 'features'}: 8 images, 8 of them new, 1 x 8 x 48 float32 each: 0.002 MB" in said.getvalue()
     return small.run_config(folder / "run"), folder / "features"
 
 
 @pytest.fixture(scope="module")
 def imagebind(tmp_path_factory):
-    """(config, folder of its features): pictures, and among them text alone."""
+    """(config, folder of its features): images, and among them text alone."""
     folder = tmp_path_factory.mktemp("imagebind")
     write.command("imagebind_llm")(GOLDEN / "imagebind.pth", GOLDEN / "llama_meta", folder / "base",
                           adapter=GOLDEN / "adapter_pretrain.pth", arch=GOLDEN / "config.json")
@@ -92,16 +92,16 @@ def llama_adapter(folder):
     return small.run_config(folder / "run", weights=weights)
 
 
-def seen(config, pictures):
-    """`Model.feature` of each picture alone, by the whole model of ImageBind-LLM."""
+def seen(config, images):
+    """`Model.feature` of each image alone, by the whole model of ImageBind-LLM."""
     model = mmjax.load(config.weights.checkpoint, dtype="float32")
-    batch = model.batch([mmjax.Sample(images=[picture], prompt="Describe.", answer="x") for picture in pictures])
+    batch = model.batch([mmjax.Sample(images=[image], prompt="Describe.", answer="x") for image in images])
     feature = tiny.jit(functools.partial(model.module.apply, method="feature"))({"params": model.params}, batch)
     return np.asarray(feature)
 
 
 def batches(config, found, rows, length, **settings):
-    """The same samples as a batch of pictures and as one of features."""
+    """The same samples as a batch of images and as one of features."""
     source = opened(config)
     for given in (None, found):
         collator = Collator(source.tokenizer, config.text, source.config, features=given, **settings)
@@ -115,7 +115,7 @@ def filled(collator, sample):
     return dataclasses.replace(tokenized, sample=dataclasses.replace(sample, images=images))
 
 
-def test_llama_adapter_reads_features_in_place_of_pictures(tmp_path):
+def test_llama_adapter_reads_features_in_place_of_images(tmp_path):
     config = llama_adapter(tmp_path)
     encode_features.make(config, opened(config), tmp_path / "features")
     found = load(with_features(config, tmp_path / "features", "run"), ("visual/.*",))
@@ -156,10 +156,10 @@ def trained(config, monkeypatch):
     return training_checkpoints.trained(done.folder / "checkpoints"), held
 
 
-def test_minigpt4_run_on_features_is_the_run_on_pictures(minigpt4, tmp_path, monkeypatch):
+def test_minigpt4_run_on_features_is_the_run_on_images(minigpt4, tmp_path, monkeypatch):
     config, folder = minigpt4
     data = dataclasses.replace(config.data, scenes=ScenesConfig(held_out=1))
-    config = dataclasses.replace(config, out=str(tmp_path / "pictures"), data=data)
+    config = dataclasses.replace(config, out=str(tmp_path / "images"), data=data)
     scored = []
     monkeypatch.setattr(evaluate.scenes, "report_scenes", lambda model, *rest: scored.append(model.params))
     wanted, _ = trained(config, monkeypatch)
@@ -177,15 +177,15 @@ def test_minigpt4_run_on_features_is_the_run_on_pictures(minigpt4, tmp_path, mon
     card = json.loads((tmp_path / "features" / "run.json").read_text())
     assert card["features"]["shape"] == [8, 48]
     assert card["features"]["encoder"] == json.loads((folder / "features.json").read_text())["encoder"]
-    assert json.loads((tmp_path / "pictures" / "run.json").read_text())["features"] is None
+    assert json.loads((tmp_path / "images" / "run.json").read_text())["features"] is None
 
 
-def test_imagebind_run_on_features_is_the_run_on_pictures(imagebind, tmp_path, monkeypatch):
+def test_imagebind_run_on_features_is_the_run_on_images(imagebind, tmp_path, monkeypatch):
     config, folder = imagebind
     (records,) = pipeline.read(config.data)
     assert [record.image for record in records].count(None) == 3
     assert len(Features(folder).index) == 3 + 1  # one for all text alone
-    wanted, _ = trained(dataclasses.replace(config, out=str(tmp_path / "pictures")), monkeypatch)
+    wanted, _ = trained(dataclasses.replace(config, out=str(tmp_path / "images")), monkeypatch)
     found, held = trained(with_features(config, folder, tmp_path / "features"), monkeypatch)
     assert {path.split("/")[0] for path in held} == {"llm", "bind", "query"}
     for path in wanted:
@@ -199,21 +199,21 @@ def test_made_again_adds_nothing(minigpt4):
     config, folder = minigpt4
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     made = encode_features.make(config, opened(config), folder)
-    assert (made.pictures, made.added, made.unread) == (8, 0, 0)
+    assert (made.images, made.added, made.unread) == (8, 0, 0)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_pictures_that_cannot_be_read_are_replaced_as_without_features(minigpt4, tmp_path):
+def test_images_that_cannot_be_read_are_replaced_as_without_features(minigpt4, tmp_path):
     """And the others' are rounded to bfloat16, which they are stored in here."""
     config, folder = minigpt4
     exact = load(with_features(config, folder, "run"))
-    data = tmp_path / "pictures"
-    shutil.copytree(small.pictures(), data)
+    data = tmp_path / "images"
+    shutil.copytree(small.images(), data)
     for number in (2, 5):
-        (data / "image" / f"{number}.jpg").write_bytes(b"no picture")
+        (data / "image" / f"{number}.jpg").write_bytes(b"no image")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(data), max_bad_share=0.5))
     made = encode_features.make(config, opened(config), tmp_path / "features", dtype="bfloat16", batch_size=3)
-    assert (made.pictures, made.added, made.unread) == (6, 6, 2)
+    assert (made.images, made.added, made.unread) == (6, 6, 2)
     assert made.nbytes == 6 * 8 * 48 * 2
     lines = [json.loads(line) for line in (tmp_path / "features" / "features_errors.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == ["2", "5"]
@@ -223,7 +223,7 @@ def test_pictures_that_cannot_be_read_are_replaced_as_without_features(minigpt4,
     found = load(with_features(config, tmp_path / "features", "run"))
     for number in (0, 7):
         rounded, whole = (each.find(str(path / "image" / f"{number}.jpg"))
-                          for each, path in ((found, data), (exact, small.pictures())))
+                          for each, path in ((found, data), (exact, small.images())))
         assert rounded.dtype == jnp.bfloat16
         np.testing.assert_allclose(rounded.astype(np.float32), whole, rtol=2**-8, atol=1e-6)
     source, steps = opened(config), []
@@ -240,7 +240,7 @@ def test_random_crops(imagebind, tmp_path):
     config, folder = imagebind
     random = dataclasses.replace(config, data=dataclasses.replace(config.data, random_crop=True))
     made = encode_features.make(random, opened(random), tmp_path / "features", crops=3, batch_size=5)
-    assert made.pictures == 4 and made.nbytes == 4 * 3 * made.card.nbytes
+    assert made.images == 4 and made.nbytes == 4 * 3 * made.card.nbytes
     found = load(with_features(random, tmp_path / "features", "run"))
     names = ImageNames({str(folder.parent / "asked"): 0})
     image = next(record.image for record in pipeline.read(config.data)[0] if record.image)
@@ -250,7 +250,7 @@ def test_random_crops(imagebind, tmp_path):
     stored = np.stack([found.find(image, crop) for crop in range(3)])
     np.testing.assert_allclose(stored, seen(config, shown), atol=2e-6)
     assert np.abs(stored[0] - stored[1]).max() > 1e-4
-    drawn = {found.picture(image, np.random.default_rng(seed)).tobytes() for seed in range(30)}
+    drawn = {found.feature_of(image, np.random.default_rng(seed)).tobytes() for seed in range(30)}
     assert drawn == {row.tobytes() for row in stored}
     with pytest.raises(ValueError, match="crops: 3 -> 2"):
         encode_features.make(random, opened(random), tmp_path / "features", crops=2)
@@ -343,7 +343,7 @@ def test_model_without_an_encoder(tmp_path):
     out = tmp_path / "llama"
     write.command("llama")(small.GOLDEN / "ckpt" / "llama_hf", out)
     config = small.run_config(tmp_path / "run", weights=WeightsConfig(checkpoint=str(out), dtype="float32"))
-    with pytest.raises(ValueError, match=r"has no encoder of pictures .*: set data\.features = None"):
+    with pytest.raises(ValueError, match=r"has no encoder of images .*: set data\.features = None"):
         encode_features.make(config, opened(config), tmp_path / "features")
     assert not (tmp_path / "features").exists()
 

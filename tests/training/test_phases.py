@@ -99,13 +99,13 @@ def test_finetuned_run_is_exported_as_an_adapter(folder, tmp_path):
         np.testing.assert_array_equal(before[path], after[path])
 
 
-def test_words_of_a_picture_and_a_sound(folder):
+def test_words_of_a_image_and_a_sound(folder):
     model = mmjax.load(folder / "finetune", dtype="float32")
     random = np.random.default_rng(0)
-    picture = scenes.draw(scenes.scenes("held_out", 1, most=1)[0])
+    image = scenes.draw(scenes.scenes("held_out", 1, most=1)[0])
     heard = random.normal(size=(3, 1, 32, 60)).astype(np.float32)
-    samples = [mmjax.Sample(images=[picture], prompt="Describe."),
-               mmjax.Sample(images=[picture], media={"audio": heard}, weights={"audio": 0.5}, prompt="Describe."),
+    samples = [mmjax.Sample(images=[image], prompt="Describe."),
+               mmjax.Sample(images=[image], media={"audio": heard}, weights={"audio": 0.5}, prompt="Describe."),
                mmjax.Sample(media={"audio": heard}, prompt="Describe.")]
     together = model.generate(samples, max_new_tokens=4)
     assert together == [model.generate([sample], max_new_tokens=4)[0] for sample in samples]

@@ -21,7 +21,7 @@ from tests import small
 
 CONSOLE = Console(stderr=True, width=10_000)
 MIXED = DataConfig(mixture=(Source("cc_sbu_align", "a", 2), Source("vqa", "b")))
-BEFORE = RunConfig(out="run", weights=WeightsConfig("checkpoint"), data=DataConfig(path="pictures"))
+BEFORE = RunConfig(out="run", weights=WeightsConfig("checkpoint"), data=DataConfig(path="images"))
 
 
 def difference(tmp_path, before, now):
@@ -43,7 +43,7 @@ def changed(config, part, **fields):
      "Changed since it began: optim.epochs 5 -> 9, optim.init_lr 3e-05 -> 1.0."),
     (changed(BEFORE, "data", path="elsewhere", batch_size=4, pack_length=99),
      "Changed since it began: data.batch_size 12 -> 4, data.pack_length None -> 99, "
-     "data.path 'pictures' -> 'elsewhere'."),
+     "data.path 'images' -> 'elsewhere'."),
     (changed(BEFORE, "weights", checkpoint="moved"),
      "Changed since it began: weights.checkpoint 'checkpoint' -> 'moved'."),
 ])

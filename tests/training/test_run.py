@@ -39,7 +39,7 @@ def finished(tmp_path_factory, looked):
 
 def packed(config):
     """The same run with several samples in a row."""
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, pack_length=192, pack_pictures=3))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, pack_length=192, pack_images=3))
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +93,9 @@ def test_a_finished_run_may_go_on_with_packed_rows(finished, tmp_path):
 
 @pytest.fixture(scope="module")
 def half_broken(tmp_path_factory):
-    """The pictures, half of them cut off."""
-    folder = tmp_path_factory.mktemp("half_broken") / "pictures"
-    shutil.copytree(small.pictures(), folder)
+    """The images, half of them cut off."""
+    folder = tmp_path_factory.mktemp("half_broken") / "images"
+    shutil.copytree(small.images(), folder)
     for number in range(4):
         file = folder / "image" / f"{number}.jpg"
         file.write_bytes(file.read_bytes()[:100])
@@ -103,12 +103,12 @@ def half_broken(tmp_path_factory):
 
 
 def mixture(half_broken, max_bad_share):
-    sources = Source("cc_sbu_align", str(small.pictures()), 1), Source("cc_sbu_align", str(half_broken), 3)
+    sources = Source("cc_sbu_align", str(small.images()), 1), Source("cc_sbu_align", str(half_broken), 3)
     return DataConfig(mixture=sources, prompts=(small.PROMPT,), batch_size=2, length_multiple=64,
                       max_bad_share=max_bad_share)
 
 
-def test_bad_pictures_are_replaced_and_named(half_broken, tmp_path, monkeypatch):
+def test_bad_images_are_replaced_and_named(half_broken, tmp_path, monkeypatch):
     config = small.run_config(tmp_path / "run", data=mixture(half_broken, 0.5))
     add, seen = run.metrics_log.Metrics.add, []
 
@@ -131,22 +131,22 @@ def test_bad_pictures_are_replaced_and_named(half_broken, tmp_path, monkeypatch)
     assert all(line["source"] == str(half_broken) and line["file"] in line["problem"] for line in lines)
 
 
-def test_too_many_bad_pictures_stop_the_run(half_broken, tmp_path):
+def test_too_many_bad_images_stop_the_run(half_broken, tmp_path):
     config = small.run_config(tmp_path / "run", data=mixture(half_broken, 0.0))
     with pytest.raises(run.TrainingStopped, match=r"of the first \d+ records .* data.max_bad_share = 0.0 allows"):
         run.train(config)
     assert (tmp_path / "run" / "data_errors.jsonl").read_text()
 
 
-def test_prompt_without_a_place_for_the_picture_stops_at_once(tmp_path):
-    data = DataConfig(path=str(small.pictures()), prompts=(small.PROMPT, "Describe it."), batch_size=2)
-    with pytest.raises(ValueError, match="0 <ImageHere> for 1 pictures"):
+def test_prompt_without_a_place_for_the_image_stops_at_once(tmp_path):
+    data = DataConfig(path=str(small.images()), prompts=(small.PROMPT, "Describe it."), batch_size=2)
+    with pytest.raises(ValueError, match="0 <ImageHere> for 1 images"):
         run.train(small.run_config(tmp_path / "run", data=data))
     assert not (tmp_path / "run" / "data_errors.jsonl").exists()
 
 
-def test_pictures_that_are_squashed_are_not_cropped(tmp_path):
-    data = DataConfig(path=str(small.pictures()), prompts=(small.PROMPT,), random_crop=True, batch_size=2)
+def test_images_that_are_squashed_are_not_cropped(tmp_path):
+    data = DataConfig(path=str(small.images()), prompts=(small.PROMPT,), random_crop=True, batch_size=2)
     with pytest.raises(ValueError, match=r"fit 'stretch'\. Set data\.random_crop = False"):
         run.train(small.run_config(tmp_path / "run", data=data))
 

@@ -80,7 +80,7 @@ def test_imagebind_llm_is_finetuned_on_what_it_was_pretrained_to(tmp_path):
     layouts.put_json(data / "alpaca_gpt4_data.json", told)
     layouts.put(data / "finetune.yaml", "META:\n  - alpaca_gpt4_data.json\n  - llava_instruct_150k.json\n")
 
-    towers = released.tensors(released.IMAGEBIND / "imagebind.pth")  # all but the pictures' only take time
+    towers = released.tensors(released.IMAGEBIND / "imagebind.pth")  # all but the images' only take time
     torch_file.save(tmp_path / "vision.pth", {key: value for key, value in towers.items() if ".vision." in key})
     sources = released.IMAGEBIND_LLM | {"imagebind": tmp_path / "vision.pth"}
 

@@ -18,7 +18,7 @@ __all__ = [
     "vqa", "webdataset",
 ]
 
-# (path, root) -> records; root: the folder that pictures lie below, None for the data file's own
+# (path, root) -> records; root: the folder that images lie below, None for the data file's own
 FORMATS: dict[str, Callable[[str, str | None], Sequence[Record]]] = {
     "cc_sbu_align": cc_sbu_align,
     "webdataset": webdataset,

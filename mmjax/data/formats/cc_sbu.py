@@ -1,4 +1,4 @@
-"""CC-SBU-align, the pictures and captions of MiniGPT-4's second stage."""
+"""CC-SBU-align, the images and captions of MiniGPT-4's second stage."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -10,7 +10,7 @@ from mmjax.data.formats.rows import RowRecords, caption_text, field, image_path,
 
 
 def coco_captions(path: str, root: str | None = None) -> Sequence[Record]:
-    """`annotations/captions_SPLIT.json` beside the folder SPLIT of pictures; each caption is a record.
+    """`annotations/captions_SPLIT.json` beside the folder SPLIT of images; each caption is a record.
 
     path: the file, or the folder that has exactly one such
     root: the folder with the folder SPLIT; None for the file's, or for the one above where that is `annotations`
@@ -39,7 +39,7 @@ def by_id(rows: Sequence[Any]) -> dict[int, Any]:
 def _caption(split: str, images: dict[int, Any], root: str, name: str, number: int, row: Any) -> Record:
     key = field(row, "image_id", int)
     if key not in images:
-        raise ValueError(f"there is no picture with the id {key}")
+        raise ValueError(f"there is no image with the id {key}")
     file = field(images[key], "file_name", str)
     return Record(name, image_path(root, str(Path(split, file))), caption_text(row, "caption"))
 

@@ -1,4 +1,4 @@
-"""Things in pictures and where they are: RefCOCO, RefCOCO+ and RefCOCOg in MiniGPT-v2's words.
+"""Things in images and where they are: RefCOCO, RefCOCO+ and RefCOCOg in MiniGPT-v2's words.
 
 The original draws a sentence and an instruction anew in every pass. Here every sentence is a record, and record n has
 instruction n modulo their number.
@@ -17,7 +17,7 @@ from mmjax.data.formats.coco import by_id
 from mmjax.data.formats.record import Record, clean_caption
 from mmjax.data.formats.rows import (
     RowRecords,
-    about_picture,
+    about_image,
     caption_text,
     coco_name,
     field,
@@ -49,7 +49,7 @@ IDENTIFY = (  # coco_dataset.py: InvReferCOCODataset
 
 
 def refcoco(path: str, root: str | None = None) -> Sequence[Record]:
-    """Where is it? `refs(SPLITTER).p` beside `instances.json`; pictures in `train2014` beside their folder.
+    """Where is it? `refs(SPLITTER).p` beside `instances.json`; images in `train2014` beside their folder.
 
     path: the file of references, or the folder that has exactly one
     root: the folder with `train2014`; None for the one above the files' folder
@@ -67,7 +67,7 @@ def invrefcoco(path: str, root: str | None = None) -> Sequence[Record]:
 
 
 def instances(file: Path) -> tuple[dict[int, Any], dict[int, Any]]:
-    """(pictures, boxes) by their ids, from `instances.json` beside a file of references.
+    """(images, boxes) by their ids, from `instances.json` beside a file of references.
 
     Raises FileNotFoundError or ValueError if it cannot be used.
     """
@@ -106,14 +106,14 @@ def _reference(images: dict[int, Any], boxes: dict[int, Any], inverse: bool, roo
     field(ref, "sentences", list)
     key, box = field(ref, "image_id", int), field(ref, "ann_id", int)
     if key not in images or box not in boxes:
-        raise ValueError(f"instances.json has no picture {key}, or no box {box}")
+        raise ValueError(f"instances.json has no image {key}, or no box {box}")
     size, place = images[key], field(boxes[box], "bbox", list)
     where = box_text(place, field(size, "width", int, float), field(size, "height", int, float))
     return _asked(name, number, image_path(root, coco_name(SPLIT, key)), caption_text(sentence, "raw"), where, inverse)
 
 
 def _evaluation(inverse: bool, root: str, name: str, number: int, row: Any) -> Record:
-    # eval_ref.py: the id of the picture, then that of the box
+    # eval_ref.py: the id of the image, then that of the box
     image = image_path(root, f"{SPLIT}/{field(row, 'img_id', str)[:len('COCO_train2014_000000000000')]}.jpg")
     where = box_text(field(row, "bbox", list), field(row, "width", int, float), field(row, "height", int, float))
     return _asked(name, number, image, caption_text(row, "sents"), where, inverse)
@@ -125,7 +125,7 @@ def _asked(name: str, number: int, image: str, sentence: str, where: str, invers
     if not sentence:
         raise ValueError("nothing but punctuation in the sentence")
     pool, asked, answer = (IDENTIFY, where, sentence) if inverse else (REFER, sentence, where)
-    return Record(name, image, answer, about_picture(pool[number % len(pool)].replace("{}", asked)))
+    return Record(name, image, answer, about_image(pool[number % len(pool)].replace("{}", asked)))
 
 
 DEEPEST = 16  # lists and dictionaries within each other; RefCOCO's are four

@@ -30,7 +30,7 @@ class Listed(RowRecords):
 
 
 def imagebind_llm_pretrain(path: str, root: str | None = None) -> Sequence[Record]:
-    """A YAML file whose `META` lists tab-separated files with the header `url`, `caption`: pictures with captions.
+    """A YAML file whose `META` lists tab-separated files with the header `url`, `caption`: images with captions.
 
     path: the YAML file, or a folder with `pretrain.yaml`
     root: the folder that `url` is below, also where it is absolute; None for the YAML file's (the original takes any)
@@ -51,11 +51,11 @@ def imagebind_llm_pretrain(path: str, root: str | None = None) -> Sequence[Recor
 
 
 def imagebind_llm_finetune(path: str, root: str | None = None, tuple_prompts: bool = False) -> Sequence[Record]:
-    """A YAML file whose `META` lists JSON files: pictures with conversations (LLaVA), instructions without (Alpaca).
+    """A YAML file whose `META` lists JSON files: images with conversations (LLaVA), instructions without (Alpaca).
 
     path:          the YAML file, or a folder with `finetune.yaml`
     root:          the folder that `image` is below, also where it is absolute; None for the YAML file's
-    tuple_prompts: write the instructions of rows without a picture as the released model was trained on them: a stray
+    tuple_prompts: write the instructions of rows without a image as the released model was trained on them: a stray
                    comma of the original makes each a Python tuple, so that its prompts show `('Name a dog.',)`. Off,
                    as nobody asks like that.
 

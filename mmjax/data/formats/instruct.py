@@ -7,7 +7,7 @@ from mmjax.data.formats.record import Record
 from mmjax.data.formats.rows import (
     MARK,
     RowRecords,
-    about_picture,
+    about_image,
     caption_text,
     field,
     image_path,
@@ -27,9 +27,9 @@ def llava_instruct(path: str, root: str | None = None) -> Sequence[Record]:
     path: the file, or the folder that has exactly one *.json
     root: the folder that `image` is below; None for the file's
 
-    Read as MiniGPT-4 does: of the first question `<image>` marks and newlines go and the picture stands in front, every
-    question about a picture ends with a space; of one pair prompt and answer are made, of several a conversation. A row
-    without `image` is text alone, but for MiniGPT-4's own files, which mark the picture and name it by `id` alone
+    Read as MiniGPT-4 does: of the first question `<image>` marks and newlines go and the image stands in front, every
+    question about a image ends with a space; of one pair prompt and answer are made, of several a conversation. A row
+    without `image` is text alone, but for MiniGPT-4's own files, which mark the image and name it by `id` alone
     (COCO_train2014_ID.jpg). Raises FileNotFoundError or ValueError if the file cannot be used.
     """
     file = the_file(path, "*.json", "a JSON file of conversations")
@@ -43,7 +43,7 @@ def jsonl(path: str, root: str | None = None) -> Sequence[Record]:
     path: the file, or the folder that has exactly one *.jsonl
     root: the folder that `image` is below; None for the file's
 
-    A prompt about a picture says by one `<ImageHere>` where it stands; without one, or with LLaVA's `<image>`, it
+    A prompt about a image says by one `<ImageHere>` where it stands; without one, or with LLaVA's `<image>`, it
     stands in front. Blank lines are none. Raises FileNotFoundError or ValueError if the file cannot be used.
     """
     file = the_file(path, "*.jsonl", "a file with one JSON object a line")
@@ -72,7 +72,7 @@ def _conversation(root: str, name: str, number: int, row: Any) -> Record:
     if image is None:
         questions = [without_image(first), *questions[1:]]
     else:  # llava_dataset.py: LlavaConversationDataset
-        first = about_picture(first.replace(MARK, "").replace("\n", "").strip())
+        first = about_image(first.replace(MARK, "").replace("\n", "").strip())
         questions = [first, *(f"{question} " for question in questions[1:])]
     turns = tuple(zip(questions, answers, strict=True))
     return Record(name, image, answers[0], questions[0], turns=turns if len(turns) > 1 else ())
@@ -87,5 +87,5 @@ def _line(root: str, name: str, number: int, line: bytes) -> Record:
         return Record(name, image_path(root, field(row, "image", str)), caption_text(row, "caption"))
     prompt, answer = caption_text(row, "prompt"), caption_text(row, "answer")
     if "image" in row:
-        return Record(name, image_path(root, field(row, "image", str)), answer, about_picture(prompt))
+        return Record(name, image_path(root, field(row, "image", str)), answer, about_image(prompt))
     return Record(name, None, answer, without_image(prompt))

@@ -8,7 +8,7 @@ from etils import epath
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """A file that lies inside another one, such as a picture in a tar.
+    """A file that lies inside another one, such as a image in a tar.
 
     file:         the archive, local or of a kind that `etils.epath` reads (gs://, s3://, hf://)
     offset, size: where its bytes are
@@ -33,9 +33,9 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One example, its picture still on disk.
+    """One example, its image still on disk.
 
-    image:   path of the picture, or a member of an archive; None without one
+    image:   path of the image, or a member of an archive; None without one
     answer:  what is learnt: a caption, or the answer to the prompt
     prompt:  the record's own; None where the data have none (`DataConfig.prompts` says what is asked)
     input:   what the prompt is about, as in `Sample`

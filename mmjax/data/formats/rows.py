@@ -1,7 +1,7 @@
 """What the readers share: rows that become records one by one, and the checks of what stands in them.
 
 Data come from anywhere, so nothing in a row is believed: what is wrong with one row becomes that record's `problem`,
-what is wrong with a whole file is an error. Pictures are looked up below a root folder and nowhere else.
+what is wrong with a whole file is an error. Images are looked up below a root folder and nowhere else.
 """
 
 import abc
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from mmjax import files
-from mmjax.data.conversation import PICTURE
+from mmjax.data.conversation import IMAGE
 from mmjax.data.formats.record import Record
 from mmjax.data.text import PLACEHOLDER
 
-MARK = "<image>"  # where LLaVA's questions show the picture
+MARK = "<image>"  # where LLaVA's questions show the image
 LOOKED_AT = 16  # rows of a data file that are looked at before any is used
 _short = reprlib.Repr()
 _short.maxstring = 120
@@ -53,10 +53,10 @@ class Lazy(Sequence[Record]):
 class RowRecords(Lazy):
     """The rows of a data file, each made a record by `read(root, name, number, row)`.
 
-    root: the folder that their pictures lie below
+    root: the folder that their images lie below
 
-    Raises ValueError if there are no rows; also if none of a few from all over the file can be used, or has a picture
-    that is there: then it is the wrong folder, or another layout. Otherwise a picture is looked for when it is read.
+    Raises ValueError if there are no rows; also if none of a few from all over the file can be used, or has a image
+    that is there: then it is the wrong folder, or another layout. Otherwise a image is looked for when it is read.
     """
 
     def __init__(self, path: Path, root: str, rows: Sequence[Any],
@@ -70,7 +70,7 @@ class RowRecords(Lazy):
             raise ValueError(
                 f"None of {len(problems)} rows of {path} that were looked at can be used:\n  "
                 + "\n  ".join(f"{record.name}: {why}" for record, why in zip(looked_at[:5], problems, strict=False))
-                + f"\nPictures are expected below {root}. If they lie elsewhere, name that folder as `root` (data.root "
+                + f"\nImages are expected below {root}. If they lie elsewhere, name that folder as `root` (data.root "
                 "of a configuration, --root of data check).")
 
     def __len__(self) -> int:
@@ -84,9 +84,9 @@ class RowRecords(Lazy):
 
 
 def _trouble(record: Record) -> str | None:
-    """Why a record cannot be used, as far as that shows before its picture is read."""
+    """Why a record cannot be used, as far as that shows before its image is read."""
     if record.problem is None and isinstance(record.image, str) and not os.path.isfile(record.image):
-        return f"there is no picture {shown(record.image)}"
+        return f"there is no image {shown(record.image)}"
     return record.problem
 
 
@@ -110,7 +110,7 @@ def the_file(path: str, pattern: str, what: str) -> Path:
 
 
 def image_root(file: Path, root: str | None) -> str:
-    """The folder below which pictures lie: `root`, or the file's; of `annotations/FILE` the one above."""
+    """The folder below which images lie: `root`, or the file's; of `annotations/FILE` the one above."""
     if root is not None:
         return root
     folder = file.absolute().parent
@@ -165,19 +165,19 @@ def caption_text(row: Any, key: str) -> str:
 
 
 def image_path(root: str, name: str) -> str:
-    """The path of a picture, which need not be there. Raises ValueError if it leads out of the root.
+    """The path of a image, which need not be there. Raises ValueError if it leads out of the root.
 
     Links are followed to see where it leads; an absolute path that stays below the root is fine.
     """
     if "://" in name and (problem := files.url_problem(name)):
-        raise ValueError(f"the picture {problem}")
+        raise ValueError(f"the image {problem}")
     path = os.path.join(root, name)
     try:
         base, real = _real(os.path.join(os.getcwd(), root)), os.path.realpath(path)
     except ValueError as error:  # a zero byte, or not Unicode
-        raise ValueError(f"{shown(name)} is no name of a picture: {error}") from error
+        raise ValueError(f"{shown(name)} is no name of a image: {error}") from error
     if real == base or os.path.commonpath([base, real]) != base:
-        raise ValueError(f"the picture {shown(name)} is not below {root}")
+        raise ValueError(f"the image {shown(name)} is not below {root}")
     return path
 
 
@@ -187,26 +187,26 @@ def _real(root: str) -> str:
     return os.path.realpath(root)
 
 
-def about_picture(question: str) -> str:
-    """A question as MiniGPT-4 asks it of a picture: `<Img><ImageHere></Img> QUESTION `, with the space at its end.
+def about_image(question: str) -> str:
+    """A question as MiniGPT-4 asks it of a image: `<Img><ImageHere></Img> QUESTION `, with the space at its end.
 
-    This is the one place that decides where a picture stands: in front, wherever LLaVA's `<image>` marks were (they
+    This is the one place that decides where a image stands: in front, wherever LLaVA's `<image>` marks were (they
     go). A question that has one `<ImageHere>` of its own stays as it is. Raises ValueError if it has several.
     """
     if question.count(PLACEHOLDER) > 1:
-        raise ValueError(f"the question has {question.count(PLACEHOLDER)} {PLACEHOLDER}, but there is one picture")
+        raise ValueError(f"the question has {question.count(PLACEHOLDER)} {PLACEHOLDER}, but there is one image")
     if PLACEHOLDER in question:
         return question
-    return f"{PICTURE} {question.replace(MARK, '').strip()} "
+    return f"{IMAGE} {question.replace(MARK, '').strip()} "
 
 
 def without_image(question: str) -> str:
-    """A question that shows no picture; raises ValueError if it does."""
+    """A question that shows no image; raises ValueError if it does."""
     if PLACEHOLDER in question or MARK in question:
-        raise ValueError(f"the question {shown(question)} shows a picture that is not there")
+        raise ValueError(f"the question {shown(question)} shows a image that is not there")
     return question
 
 
 def coco_name(split: str, number: int) -> str:
-    """Where COCO's pictures of 2014 lie, such as `train2014/COCO_train2014_000000000009.jpg`."""
+    """Where COCO's images of 2014 lie, such as `train2014/COCO_train2014_000000000009.jpg`."""
     return f"{split}/COCO_{split}_{number:012d}.jpg"

@@ -31,7 +31,7 @@ class TarIndex(NamedTuple):
     """Where the N samples of a tar are.
 
     keys:     bytes[N]
-    places:   int64[N,5]: offset and size of the picture and of the caption, and whether that is JSON
+    places:   int64[N,5]: offset and size of the image and of the caption, and whether that is JSON
     problems: of the samples by number that cannot be used
     """
 

@@ -1,6 +1,6 @@
 """Data sets of TensorFlow Datasets in its format array_record, read in any order and without TensorFlow.
 
-`mmjax data prepare` makes them of the other formats, a record for a record (`FIELDS`). Of any other one with a picture
+`mmjax data prepare` makes them of the other formats, a record for a record (`FIELDS`). Of any other one with a image
 and a text the two are found by the kinds and names of its features.
 """
 
@@ -23,7 +23,7 @@ from mmjax.data.formats.rows import Lazy, caption_text
 FIELDS = ("answer", "image", "input", "name", "prompt", "turns")  # of a prepared data set, those of `Record`
 CAPTIONS = ("caption", "captions", "text", "answer", "description", "title")  # names of what is learnt, if not told
 OPTIONS = ("split", "image", "text", "texts")
-KEPT = 32  # examples kept read, for the picture is asked for after its record
+KEPT = 32  # examples kept read, for the image is asked for after its record
 SPARE = 256  # files that a process has open beside those of large data sets
 
 
@@ -39,16 +39,16 @@ def tfds(path: str, root: None = None) -> Sequence[Record]:
 
     Of what `mmjax data prepare` made the records are as they were in its source, and the sizes of all shards are
     checked. Raises ValueError or FileNotFoundError saying what is not there, not finished, damaged, in another format,
-    or which features there are to choose from; also for a `root`, because the pictures lie in the data set.
+    or which features there are to choose from; also for a `root`, because the images lie in the data set.
     """
     if root is not None:
-        raise ValueError(f"The pictures of {path} lie in the data set itself: leave out the root, {root}.")
+        raise ValueError(f"The images of {path} lie in the data set itself: leave out the root, {root}.")
     return Examples(path)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A picture in a data set. Pickled it is the path and the number, and the data set is opened where it is read.
+    """A image in a data set. Pickled it is the path and the number, and the data set is opened where it is read.
 
     file: the path as `tfds` takes it
     """
@@ -58,8 +58,8 @@ class Stored:
     examples: "Examples" = field(compare=False, repr=False)
 
     def read(self) -> bytes:
-        """The bytes as they were put in. Raises OSError if the shard is damaged, ValueError if it has no picture."""
-        return self.examples.picture(self.number)
+        """The bytes as they were put in. Raises OSError if the shard is damaged, ValueError if it has no image."""
+        return self.examples.image(self.number)
 
     def __str__(self) -> str:
         return f"{self.file}, example {self.number}"
@@ -125,12 +125,12 @@ class Examples(Lazy):
             raise ValueError(f"there is nothing in the feature {self._text if image else self._image}")
         return Record(self.name(number), image, caption_text({self._text: texts[text % len(texts)].decode()}, self._text))
 
-    def picture(self, number: int) -> bytes:
-        """The first picture of an example; raises OSError or ValueError as `Stored.read` does."""
-        pictures = _values(self._example(number), self._image)
-        if not pictures:
-            raise ValueError(f"example {number} of {self.path} has no picture")
-        return pictures[0]
+    def image(self, number: int) -> bytes:
+        """The first image of an example; raises OSError or ValueError as `Stored.read` does."""
+        images = _values(self._example(number), self._image)
+        if not images:
+            raise ValueError(f"example {number} of {self.path} has no image")
+        return images[0]
 
     def _read(self, number: int) -> Any:
         """A tf.train.Example."""
@@ -162,8 +162,8 @@ def features() -> Any:
     })
 
 
-def example(record: Record, picture: bytes | None) -> bytes:
-    """A record and its picture's bytes as `features().serialize_example` would write them, in a tenth of its time.
+def example(record: Record, image: bytes | None) -> bytes:
+    """A record and its image's bytes as `features().serialize_example` would write them, in a tenth of its time.
 
     Raises ValueError for text that is none (UTF-8).
     """
@@ -178,7 +178,7 @@ def example(record: Record, picture: bytes | None) -> bytes:
         "turns/answer": [answer for _, answer in record.turns],
     }
     values = {key: [text.encode() for text in several] for key, several in texts.items()}
-    values["image"] = [] if picture is None else [picture]
+    values["image"] = [] if image is None else [image]
     stored = {key: tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=several))
               for key, several in values.items()}
     whole = tf_example_pb2.Example(features=tf_feature_pb2.Features(feature=stored))
@@ -196,7 +196,7 @@ def _record(stored: Any, image: Stored | None) -> Record:
 
 
 def _values(stored: Any, feature: str) -> Sequence[bytes]:
-    """What a tf.train.Example holds of a picture or text feature, in one list however it is nested."""
+    """What a tf.train.Example holds of a image or text feature, in one list however it is nested."""
     held = stored.features.feature
     for key in (feature, f"{feature}/ragged_flat_values"):
         if key in held:
@@ -300,7 +300,7 @@ def _check(folder: str, files: Sequence[str]) -> None:
 
 
 def _features(feature: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """("image" or "text", its name) of the pictures and texts; sequences of them count as what they hold."""
+    """("image" or "text", its name) of the images and texts; sequences of them count as what they hold."""
     from tensorflow_datasets import features as kinds
 
     if isinstance(feature, kinds.FeaturesDict):
@@ -315,7 +315,7 @@ def _features(feature: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _chosen(path: str, features: Any, options: Mapping[str, str]) -> tuple[str, str]:
-    """The names of the picture and of the text. Raises ValueError if one is not there, or is not clear."""
+    """The names of the image and of the text. Raises ValueError if one is not there, or is not clear."""
     found = list(_features(features))
     problems, chosen = [], []
     for kind, usual in (("image", ("image",)), ("text", CAPTIONS)):
@@ -329,7 +329,7 @@ def _chosen(path: str, features: Any, options: Mapping[str, str]) -> tuple[str, 
             problems.append((f"{kind}={wanted} is none of them" if wanted else f"which one is the {kind} is not clear")
                             + f": it has the {kind} features {', '.join(there) or '(none)'}")
     if problems:
-        raise ValueError(f"{path} cannot be read as pictures with texts:\n  " + "\n  ".join(problems)
+        raise ValueError(f"{path} cannot be read as images with texts:\n  " + "\n  ".join(problems)
                          + f"\nSay which to take: {path.partition('?')[0]}?image=NAME&text=NAME")
     image, text = chosen
     return image, text

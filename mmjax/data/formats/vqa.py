@@ -13,7 +13,7 @@ from typing import Any
 from mmjax.data.formats.record import Record, clean_caption
 from mmjax.data.formats.rows import (
     RowRecords,
-    about_picture,
+    about_image,
     caption_text,
     coco_name,
     field,
@@ -30,10 +30,10 @@ INSTRUCTIONS = (  # coco_vqa_datasets.py, gqa_datasets.py: instruction_pool
 
 
 def vqa(path: str, root: str | None = None) -> Sequence[Record]:
-    """`..._questions.json` with its `..._annotations.json` beside it (VQAv2, OK-VQA), pictures in `train2014`.
+    """`..._questions.json` with its `..._annotations.json` beside it (VQAv2, OK-VQA), images in `train2014`.
 
     path: the file of questions, or the folder that has exactly one
-    root: the folder with the folder of COCO's pictures; None for the file's, or the one above if that is `annotations`
+    root: the folder with the folder of COCO's images; None for the file's, or the one above if that is `annotations`
 
     The answers' file is named like that of the questions, without OpenEnded_. One file with a list of {"image",
     "question", "answer": [...]} (LAVIS's vqa_train.json and okvqa_train.json) is read too, its `image` a path below
@@ -66,7 +66,7 @@ def gqa(path: str, root: str | None = None) -> Sequence[Record]:
 
 
 def with_answers(file: Path, content: dict[str, Any]) -> tuple[list[Any], str, dict[int | str, Any]]:
-    """(questions, the folder of their pictures, annotations by question) of what a file of questions holds.
+    """(questions, the folder of their images, annotations by question) of what a file of questions holds.
 
     Raises FileNotFoundError if there is no file of annotations beside it, ValueError if one of them holds something
     else.
@@ -114,4 +114,4 @@ def _asked(name: str, number: int, image: str, row: Any, answers: Sequence[Any])
         raise ValueError("nothing but punctuation in the question, or no answer")
     instruction = INSTRUCTIONS[number % len(INSTRUCTIONS)]
     ((answer, _),) = counts.most_common(1)  # of equals the first
-    return Record(name, image, answer, about_picture(instruction.replace("{}", question)))
+    return Record(name, image, answer, about_image(instruction.replace("{}", question)))

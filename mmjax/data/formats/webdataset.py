@@ -1,6 +1,6 @@
-"""Pictures with captions in tars, as img2dataset writes LAION, CC and SBU for MiniGPT-4's first stage.
+"""Images with captions in tars, as img2dataset writes LAION, CC and SBU for MiniGPT-4's first stage.
 
-Nothing is unpacked: the tars' headers are read once, to know where pictures and captions lie (`tar_index` keeps that on
+Nothing is unpacked: the tars' headers are read once, to know where images and captions lie (`tar_index` keeps that on
 disk), and a caption is read when its record is asked for. In memory a sample takes 40 bytes and its key.
 """
 
@@ -24,8 +24,8 @@ from mmjax.data.formats.tar_index import TarIndex
 from mmjax.files import url_problem
 
 NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)  # webdataset: base_plus_ext
-KINDS = {"jpg": "picture", "jpeg": "picture", "png": "picture", "webp": "picture", "txt": "text", "json": "json"}
-MOST_BYTES = {"picture": 2**28, "text": 2**20, "json": 2**20}  # more than any has that is meant well
+KINDS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "text", "json": "json"}
+MOST_BYTES = {"image": 2**28, "text": 2**20, "json": 2**20}  # more than any has that is meant well
 MOST_SHARDS = 1_000_000
 THREADS = 8  # that read headers, so that disks and buckets are not waited for one by one
 LONGEST_KEY = 200
@@ -41,7 +41,7 @@ def webdataset(path: str, root: None = None) -> Sequence[Record]:
     The caption is the text, or the JSON's `caption`, or its `text`. Members with other endings are left alone. A sample
     that cannot be used is a record with a problem; so is, once, what lies behind the place where a tar is damaged.
     Raises FileNotFoundError or ValueError naming the tars that are absent or no tars at all, or a URL of another kind,
-    or for which a package is missing; also for a `root`, because pictures lie in the tars.
+    or for which a package is missing; also for a `root`, because images lie in the tars.
     """
     try:
         return _read(path, root)
@@ -51,7 +51,7 @@ def webdataset(path: str, root: None = None) -> Sequence[Record]:
 
 def _read(path: str, root: None) -> Sequence[Record]:
     if root is not None:
-        raise ValueError(f"The pictures of {path} lie in the tars themselves: leave out the root, {root}.")
+        raise ValueError(f"The images of {path} lie in the tars themselves: leave out the root, {root}.")
     files, place = shards(path), tar_index.folder()
 
     def look(file: str) -> TarIndex | ValueError | None:
@@ -71,7 +71,7 @@ def _read(path: str, root: None) -> Sequence[Record]:
                          + "\n  ".join(problems[:20]))
     samples = Samples(files, found)
     if not len(samples):
-        raise ValueError(f"The {len(files)} tars of {path} hold no pictures with captions.")
+        raise ValueError(f"The {len(files)} tars of {path} hold no images with captions.")
     return samples
 
 
@@ -172,10 +172,10 @@ def index(file: str) -> TarIndex:
         caption = "text" if "text" in sample else "json"
         if key in problems:
             continue
-        if "picture" in sample and caption in sample:
-            place[:] = *sample["picture"], *sample[caption], caption == "json"
+        if "image" in sample and caption in sample:
+            place[:] = *sample["image"], *sample[caption], caption == "json"
         else:
-            problems[key] = f"has no {'caption' if 'picture' in sample else 'picture'}"
+            problems[key] = f"has no {'caption' if 'image' in sample else 'image'}"
     keys = np.array([key.encode("utf-8", "replace")[:LONGEST_KEY] for key in samples], np.bytes_)
     return TarIndex(keys, places, {place: problems[key] for place, key in enumerate(samples) if key in problems})
 

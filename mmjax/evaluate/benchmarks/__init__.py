@@ -22,7 +22,7 @@ class Benchmark:
     """A layout on disk, how its items are asked, and its scores.
 
     read:           (path, root=None, prompt=None) to items; collects what cannot be used into one error. root is the
-                    folder that pictures lie below, prompt takes the place of the benchmark's own
+                    folder that images lie below, prompt takes the place of the benchmark's own
     kind:           "words" where answers are generated, "choice" where choices are ranked by their loss
     max_new_tokens: enough for an answer in words; also where a choice is to be read from words
     prompt:         the default, with {} for what an item asks

@@ -1,4 +1,4 @@
-"""Pictures to describe: COCO's captions, Karpathy's split of them, NoCaps."""
+"""Images to describe: COCO's captions, Karpathy's split of them, NoCaps."""
 
 import functools
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 from mmjax.data.formats.coco import by_id
 from mmjax.data.formats.rows import caption_text, field, image_root, read_json, the_file
-from mmjax.evaluate.benchmarks.items import Item, asked, check_pictures, items, there
+from mmjax.evaluate.benchmarks.items import Item, asked, check_images, items, there
 from mmjax.evaluate.metrics import java
 
 PROMPT = "[caption] Briefly describe this image."  # coco_caption.py: instruction_pool
@@ -15,20 +15,20 @@ KARPATHY_SPLIT = "test"
 
 
 def captions(path: str, root: str | None = None, prompt: str | None = None) -> list[Item]:
-    """Every picture with all its captions.
+    """Every image with all its captions.
 
-    path: `annotations/captions_SPLIT.json` beside the folder SPLIT of pictures (COCO's own), any other file of that
-          layout beside its pictures (NoCaps, whose domains become groups), Karpathy's `dataset_coco.json`, of which the
-          5000 pictures of the split `test` are taken, or a list of {"image", "caption": [...]}
+    path: `annotations/captions_SPLIT.json` beside the folder SPLIT of images (COCO's own), any other file of that
+          layout beside its images (NoCaps, whose domains become groups), Karpathy's `dataset_coco.json`, of which the
+          5000 images of the split `test` are taken, or a list of {"image", "caption": [...]}
           (coco_karpathy_test.json)
-    root: the folder that the pictures lie below; None for the file's, or for the one above where that is `annotations`
+    root: the folder that the images lie below; None for the file's, or for the one above where that is `annotations`
 
     Raises FileNotFoundError, or ValueError naming what cannot be used.
     """
     file = the_file(path, "captions_*.json", "COCO's captions_SPLIT.json")
     expected = '{"images": [...], "annotations": [...]}, {"images": [...]}, or a list of {"image", "caption"}'
     content = read_json(file, dict, list, expected=expected)
-    root, prompt = image_root(file, root), check_pictures(PROMPT if prompt is None else prompt)
+    root, prompt = image_root(file, root), check_images(PROMPT if prompt is None else prompt)
     if isinstance(content, list):
         return items(file, root, content, functools.partial(_listed, root, prompt))
     images, annotations = content.get("images"), content.get("annotations")
@@ -38,7 +38,7 @@ def captions(path: str, root: str | None = None, prompt: str | None = None) -> l
         chosen = [row for row in images if not isinstance(row, dict) or row.get("split") == KARPATHY_SPLIT]
         return items(file, root, chosen, functools.partial(_karpathy, root, prompt))
     folder = file.stem.removeprefix("captions_") if file.stem.startswith("captions_") else ""
-    rows = _by_picture(by_id(images), annotations)
+    rows = _by_image(by_id(images), annotations)
     return items(file, root, rows, functools.partial(_released, root, prompt, folder))
 
 
@@ -48,8 +48,8 @@ def captions_too(name: str, path: str, root: str | None = None, prompt: str | No
     return captions(path, root, prompt)
 
 
-def _by_picture(images: dict[int, Any], annotations: Sequence[Any]) -> list[tuple[Any, list[Any]]]:
-    """(picture, its annotations); annotations of no picture that is known make rows of their own, to be named."""
+def _by_image(images: dict[int, Any], annotations: Sequence[Any]) -> list[tuple[Any, list[Any]]]:
+    """(image, its annotations); annotations of no image that is known make rows of their own, to be named."""
     grouped: dict[Any, list[Any]] = {key: [] for key in images}
     lost = []
     for row in annotations:
@@ -64,9 +64,9 @@ def _by_picture(images: dict[int, Any], annotations: Sequence[Any]) -> list[tupl
 def _released(root: str, prompt: str, folder: str, number: int, row: tuple[Any, list[Any]]) -> Item:
     image, annotations = row
     if image is None:
-        raise ValueError(f"there is no picture with the id {field(annotations[0], 'image_id', int)}")
+        raise ValueError(f"there is no image with the id {field(annotations[0], 'image_id', int)}")
     if not annotations:
-        raise ValueError(f"the picture {field(image, 'id', int)} has no caption")
+        raise ValueError(f"the image {field(image, 'id', int)} has no caption")
     path = there(root, str(Path(folder, field(image, "file_name", str))))
     return Item(str(image["id"]), asked(prompt, "", path), tuple(caption_text(each, "caption") for each in annotations),
                 group=field(image, "domain", str) if "domain" in image else "")
@@ -86,5 +86,5 @@ def _listed(root: str, prompt: str, number: int, row: Any) -> Item:
 
 def _described(name: str, prompt: str, path: str, said: tuple[str, ...]) -> Item:
     if not said:
-        raise ValueError(f"the picture {name} has no caption")
+        raise ValueError(f"the image {name} has no caption")
     return Item(name, asked(prompt, "", path), said)

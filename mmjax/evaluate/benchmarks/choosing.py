@@ -10,20 +10,20 @@ from mmjax.evaluate.benchmarks.questions import SHORT
 
 SCIENCE = "[vqa] Question: {} Answer:"  # eval_sciencevqa.py: instruction_pool
 SCIENCE_SPLIT = "test"
-WITH_PICTURE, WITHOUT = "with a picture", "without"
+WITH_IMAGE, WITHOUT = "with a image", "without"
 YES_NO = ("yes", "no")
 SETTINGS = ("random", "popular", "adversarial")
 
 
 def scienceqa(path: str, root: str | None = None, prompt: str | None = None) -> list[Item]:
-    """ScienceQA's `problems.json`, the problems of the split `test`, pictures in `SPLIT/ID/image.png`.
+    """ScienceQA's `problems.json`, the problems of the split `test`, images in `SPLIT/ID/image.png`.
 
     path: the file, or its folder. With `pid_splits.json` beside it the split and its order are taken from there, else
           from the problems' own `split`
     root: the folder of the splits' folders; None for `images` beside the file, or the file's own where there is none
 
-    The context that a problem gives (`hint`) follows its question; problems without a picture are asked too. Groups are
-    the problems with a picture and those without. Raises FileNotFoundError, or ValueError naming what cannot be used.
+    The context that a problem gives (`hint`) follows its question; problems without a image are asked too. Groups are
+    the problems with a image and those without. Raises FileNotFoundError, or ValueError naming what cannot be used.
     """
     file = the_file(path, "problems.json", "ScienceQA's problems.json")
     problems = read_json(file, dict, expected='{ID: {"question", "choices", "answer", "hint", "image", "split"}}')
@@ -51,11 +51,11 @@ def iconqa(path: str, root: str | None = None, prompt: str | None = None) -> lis
 
 
 def pope(path: str, root: str | None = None, prompt: str | None = None) -> list[Item]:
-    """POPE's lines {"question_id", "image", "text", "label": "yes" or "no"}, pictures in `val2014` or in `root` itself.
+    """POPE's lines {"question_id", "image", "text", "label": "yes" or "no"}, images in `val2014` or in `root` itself.
 
     path: a file, or the folder of `..._random.json`, `..._popular.json` and `..._adversarial.json`, of which all that
           are there are read; groups are those settings, by the files' names
-    root: the folder of the pictures, or with the folder `val2014`; None for the file's
+    root: the folder of the images, or with the folder `val2014`; None for the file's
 
     Raises FileNotFoundError, or ValueError naming what cannot be used.
     """
@@ -112,7 +112,7 @@ def _problem(root: str, prompt: str, number: int, entry: tuple[str, Any]) -> Ite
     if row.get("image") is not None:
         image = there(root, f"{SCIENCE_SPLIT}/{name}/{field(row, 'image', str)}")
     return Item(name, asked(prompt, question, image), choices=choices, right=right_choice(row, choices),
-                group=WITHOUT if image is None else WITH_PICTURE)
+                group=WITHOUT if image is None else WITH_IMAGE)
 
 
 def _icons(root: str, prompt: str, number: int, row: Any) -> Item:

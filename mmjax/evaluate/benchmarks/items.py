@@ -1,7 +1,7 @@
 """What a benchmark asks, one item at a time, and the checks that its readers share.
 
 An answer that is missing from a score changes it, so unlike a training set a benchmark has no broken rows: all of them
-are named in one error. Of the pictures only that they are there is looked at; they are opened when they are needed.
+are named in one error. Of the images only that they are there is looked at; they are opened when they are needed.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.batch import Sample
-from mmjax.data.conversation import PICTURE
+from mmjax.data.conversation import IMAGE
 from mmjax.data.formats.rows import image_path, shown, without_image
 from mmjax.data.text import MARKED, PLACEHOLDER
 
@@ -25,12 +25,12 @@ class Item:
     """One question and what is right.
 
     id:         its name in stored predictions, unlike any other of the benchmark
-    sample:     what the model is asked, in a conversation of its own; the pictures are paths
+    sample:     what the model is asked, in a conversation of its own; the images are paths
     references: the answers of people
     choices:    the answers to choose from
     right:      which of the choices is right
     box:        (x1, y1, x2, y2), the right place in pixels
-    size:       (width, height) of the picture that `box` is in
+    size:       (width, height) of the image that `box` is in
     group:      what is scored for itself too: the type of the answer, a split, POPE's setting; empty for none
     """
 
@@ -44,8 +44,8 @@ class Item:
     group: str = ""
 
     @property
-    def picture(self) -> str:
-        """What items share that are about the same picture; the item's own id where it has none."""
+    def image(self) -> str:
+        """What items share that are about the same image; the item's own id where it has none."""
         return str(self.sample.images[0]) if self.sample.images else self.id
 
 
@@ -68,7 +68,7 @@ def items(file: Path, root: str, rows: Iterable[Any] | Mapping[int, Any], make: 
         more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise ValueError(
             f"{len(problems)} entries of {file} cannot be used:\n  " + "\n  ".join(problems[:SHOWN]) + more
-            + f"\nPictures are expected below {root}; if they lie elsewhere, name that folder as `root`. A score "
+            + f"\nImages are expected below {root}; if they lie elsewhere, name that folder as `root`. A score "
             "leaves nothing out: mend these entries, or take them from the file.")
     if not made:
         raise ValueError(f"{file} has nothing to score.")
@@ -82,38 +82,38 @@ def json_lines(file: Path) -> dict[int, bytes]:
 
 @functools.lru_cache(maxsize=4096)
 def there(root: str, name: str) -> str:
-    """The path of a picture below a root; raises ValueError if it is not there, or leads out of the root."""
+    """The path of a image below a root; raises ValueError if it is not there, or leads out of the root."""
     path = image_path(root, name)
     if not os.path.isfile(path):
-        raise ValueError(f"there is no picture {shown(path)}")
+        raise ValueError(f"there is no image {shown(path)}")
     return path
 
 
 def asked(template: str, question: str, image: str | None) -> Sample:
     """A question in its template, in a fresh conversation.
 
-    The picture stands in front, as in MiniGPT-v2's evaluation (`<Img><ImageHere></Img> QUESTION`), or where the
-    template or the question shows it. Without a picture the template's mark is left out. Raises ValueError if the
-    question shows a picture that is not there, or both show it.
+    The image stands in front, as in MiniGPT-v2's evaluation (`<Img><ImageHere></Img> QUESTION`), or where the
+    template or the question shows it. Without a image the template's mark is left out. Raises ValueError if the
+    question shows a image that is not there, or both show it.
     """
     if image is None:
         return Sample(prompt=MARKED.sub("", template).replace("{}", without_image(question)))
     words = template.replace("{}", question)
     if words.count(PLACEHOLDER) > 1:
-        raise ValueError(f"{shown(words)} has {words.count(PLACEHOLDER)} {PLACEHOLDER}, but there is one picture")
-    return Sample(images=[image], prompt=words if PLACEHOLDER in words else f"{PICTURE} {words}")
+        raise ValueError(f"{shown(words)} has {words.count(PLACEHOLDER)} {PLACEHOLDER}, but there is one image")
+    return Sample(images=[image], prompt=words if PLACEHOLDER in words else f"{IMAGE} {words}")
 
 
 def check_template(template: str, about: str) -> str:
-    """A template of the user. Raises ValueError if it has no place for what is asked, or for several pictures."""
+    """A template of the user. Raises ValueError if it has no place for what is asked, or for several images."""
     if "{}" not in template:
         raise ValueError(f"the prompt {shown(template)} has no {{}}, where the {about} goes")
-    return check_pictures(template)
+    return check_images(template)
 
 
-def check_pictures(template: str) -> str:
-    """A template of the user. Raises ValueError if it shows more than one picture."""
+def check_images(template: str) -> str:
+    """A template of the user. Raises ValueError if it shows more than one image."""
     if template.count(PLACEHOLDER) > 1:
         raise ValueError(f"the prompt {shown(template)} has {template.count(PLACEHOLDER)} {PLACEHOLDER}, but there is "
-                         "one picture")
+                         "one image")
     return template

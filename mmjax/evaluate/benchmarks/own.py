@@ -17,7 +17,7 @@ def jsonl(path: str, root: str | None = None, prompt: str | None = None) -> list
     root: the folder that `image` is below; None for the file's, or for the one above where that is `annotations`
 
     `id` may be left out (the line's number, from 1 on), so may `image` (a question about nothing shown) and `group`
-    (what is scored for itself too). The picture stands in front of the prompt, or at its one `<ImageHere>`. Raises
+    (what is scored for itself too). The image stands in front of the prompt, or at its one `<ImageHere>`. Raises
     FileNotFoundError, or ValueError naming every line that cannot be used.
     """
     return _lines(path, root, prompt, _in_words)

@@ -16,7 +16,7 @@ PROMPT = "[refer] give me the location of {}"  # coco_caption.py: RefCOCOEvalDat
 def refer(path: str, root: str | None = None, prompt: str | None = None) -> list[Item]:
     """A JSON list of {"img_id", "sents", "bbox", "height", "width"}, or `refs(SPLITTER).p` beside `instances.json`.
 
-    path: the file, or the folder that has exactly one refs(*).p; pictures lie in `train2014`
+    path: the file, or the folder that has exactly one refs(*).p; images lie in `train2014`
     root: the folder with `train2014`; None for the list's, or for the one above the folder of the references
 
     The lists are what MiniGPT-v2 is evaluated with, one for each split. Of the references all are taken that are not of
@@ -47,7 +47,7 @@ def _reference(root: str, images: dict[int, Any], boxes: dict[int, Any], prompt:
     field(ref, "sentences", list)
     key, box = field(ref, "image_id", int), field(ref, "ann_id", int)
     if key not in images or box not in boxes:
-        raise ValueError(f"instances.json has no picture {key}, or no box {box}")
+        raise ValueError(f"instances.json has no image {key}, or no box {box}")
     expression = clean_caption(caption_text(sentence, "raw"))
     if not expression:
         raise ValueError("nothing but punctuation in the expression")
@@ -57,7 +57,7 @@ def _reference(root: str, images: dict[int, Any], boxes: dict[int, Any], prompt:
 
 
 def _evaluation(root: str, prompt: str, number: int, row: Any) -> Item:
-    # eval_ref.py: the id of the picture, then that of the box; several expressions have the same
+    # eval_ref.py: the id of the image, then that of the box; several expressions have the same
     name = field(row, "img_id", str)
     image = there(root, f"{SPLIT}/{name[:len('COCO_train2014_000000000000')]}.jpg")
     return _found(f"{name}:{number}", asked(prompt, caption_text(row, "sents"), image), row, row, "")
@@ -69,7 +69,7 @@ def _found(name: str, sample: Any, boxed: Any, sized: Any, group: str) -> Item:
 
 
 def _ends(box: Sequence[Any], width: int, height: int) -> tuple[float, float, float, float]:
-    """(left, top, width, height) to (x1, y1, x2, y2); raises ValueError if it is no box or outside its picture."""
+    """(left, top, width, height) to (x1, y1, x2, y2); raises ValueError if it is no box or outside its image."""
     try:
         left, top, wide, high = map(float, box)
     except (TypeError, ValueError) as error:
@@ -77,5 +77,5 @@ def _ends(box: Sequence[Any], width: int, height: int) -> tuple[float, float, fl
     ends = left, top, left + wide, top + high
     inside = left < width and top < height and min(ends[2:]) > 0  # a part of it: some boxes lie over the edge
     if not (all(map(math.isfinite, ends)) and min(wide, high) > 0 and inside):
-        raise ValueError(f"the box {shown(box)} is not in its picture of {width} x {height}")
+        raise ValueError(f"the box {shown(box)} is not in its image of {width} x {height}")
     return ends

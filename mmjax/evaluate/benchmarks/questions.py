@@ -15,11 +15,11 @@ VSR = "[vqa] Based on the image, is this statement true or false? {}"
 
 
 def vqa(path: str, root: str | None = None, prompt: str | None = None) -> list[Item]:
-    """VQAv2 and OK-VQA: `..._questions.json` with its `..._annotations.json` beside it, pictures in `val2014`.
+    """VQAv2 and OK-VQA: `..._questions.json` with its `..._annotations.json` beside it, images in `val2014`.
 
     path: the file of questions, or the folder that has exactly one; or a list of {"image", "question", "answer": [...]}
           (LAVIS's vqa_val.json)
-    root: the folder with the folder of COCO's pictures; None for the file's, or the one above if that is `annotations`
+    root: the folder with the folder of COCO's images; None for the file's, or the one above if that is `annotations`
 
     All ten answers are kept; groups are the types of the answers. Raises FileNotFoundError, or ValueError naming what
     cannot be used.
@@ -37,7 +37,7 @@ def gqa(path: str, root: str | None = None, prompt: str | None = None) -> list[I
     """`testdev_balanced_questions.json`, {ID: {"imageId", "question", "answer"}}, beside `images/IMAGEID.jpg`.
 
     path: the file, or the folder that has exactly one *questions*.json; or a list of {"image", "question", "answer"}
-          (what MiniGPT-v2 is evaluated with), whose pictures also lie in `images`
+          (what MiniGPT-v2 is evaluated with), whose images also lie in `images`
     root: the folder with the folder `images`; None for the file's
 
     Groups are the structures of the questions (verify, query, choose, logical, compare), where the file has them.
@@ -52,10 +52,10 @@ def gqa(path: str, root: str | None = None, prompt: str | None = None) -> list[I
 
 
 def vizwiz(path: str, root: str | None = None, prompt: str | None = None) -> list[Item]:
-    """`val.json`, a list of {"image", "question", "answers": [{"answer"}, ...]}, pictures in `root`.
+    """`val.json`, a list of {"image", "question", "answers": [{"answer"}, ...]}, images in `root`.
 
     path: the file
-    root: the folder of the pictures; None for the file's, or for the one above where that is `annotations`
+    root: the folder of the images; None for the file's, or for the one above where that is `annotations`
 
     Groups are the types of the answers. Raises FileNotFoundError, or ValueError naming what cannot be used.
     """
@@ -66,10 +66,10 @@ def vizwiz(path: str, root: str | None = None, prompt: str | None = None) -> lis
 
 
 def vsr(path: str, root: str | None = None, prompt: str | None = None) -> list[Item]:
-    """VSR's statements that are true or false: JSON lines {"image", "caption", "label": 1 or 0}, pictures in `root`.
+    """VSR's statements that are true or false: JSON lines {"image", "caption", "label": 1 or 0}, images in `root`.
 
     path: the file, or the folder that has exactly one *.jsonl
-    root: the folder of the pictures; None for the file's, or for the one above where that is `annotations`
+    root: the folder of the images; None for the file's, or for the one above where that is `annotations`
 
     Groups are the relations. Raises FileNotFoundError, or ValueError naming what cannot be used.
     """

@@ -1,6 +1,6 @@
 """What answers to a benchmark's items are worth: its figures, how good each answer is, and the groups' own figures.
 
-Shares are between 0 and 1, CIDEr-D between 0 and 10. Every interval draws the pictures
+Shares are between 0 and 1, CIDEr-D between 0 and 10. Every interval draws the images
 (`mmjax.evaluate.metrics.bootstrap`).
 """
 
@@ -36,9 +36,9 @@ def described(items: Sequence[Item], answers: Sequence[str]) -> Scores:
     each = captions.cider_d(said, references)
     rouge = [captions.rouge_l(*pair) for pair in zip(said, references, strict=True)]
     counts = np.stack([captions.bleu_columns(*pair) for pair in zip(said, references, strict=True)])
-    pictures = [item.picture for item in items]
-    cider = bootstrap.means({"CIDEr-D": each}, pictures)
-    figures = cider | bootstrap.figures(counts, captions.bleu, pictures) | bootstrap.means({"ROUGE-L": rouge}, pictures)
+    images = [item.image for item in items]
+    cider = bootstrap.means({"CIDEr-D": each}, images)
+    figures = cider | bootstrap.figures(counts, captions.bleu, images) | bootstrap.means({"ROUGE-L": rouge}, images)
     return Scores(figures, each.tolist(), _group_means(items, each))
 
 
@@ -50,7 +50,7 @@ def described_too(name: str, items: Sequence[Item], answers: Sequence[str]) -> S
     scores = described(items, answers)
     score, each = java.java_scores(name, captions.tokenised(_clean(answers)),
                                    [captions.tokenised(item.references) for item in items])
-    mean = bootstrap.means({name: each}, [item.picture for item in items])[name]
+    mean = bootstrap.means({name: each}, [item.image for item in items])[name]
     moved = Figure(score, mean.low + score - mean.value, mean.high + score - mean.value)
     return dataclasses.replace(scores, figures=scores.figures | {name: moved})
 
@@ -84,7 +84,7 @@ def chosen_right(items: Sequence[Item], answers: Sequence[int | str]) -> Scores:
     each = np.array([_place(item, answer) == item.right for item, answer in zip(items, answers, strict=True)], float)
     unread = [_place(item, answer) is None for item, answer in zip(items, answers, strict=True)]
     values = {"accuracy": each} | ({"unreadable": unread} if any(isinstance(answer, str) for answer in answers) else {})
-    return Scores(bootstrap.means(values, [item.picture for item in items]), each.tolist(), _group_means(items, each))
+    return Scores(bootstrap.means(values, [item.image for item in items]), each.tolist(), _group_means(items, each))
 
 
 def said_yes(items: Sequence[Item], answers: Sequence[int | str]) -> Scores:
@@ -97,11 +97,11 @@ def said_yes(items: Sequence[Item], answers: Sequence[int | str]) -> Scores:
             for item, answer in zip(items, _clean(answers), strict=True)]
     right = [item.choices[item.right] == "yes" for item in items]
     counts = choice.yes_no_columns(said, right)
-    pictures = [item.picture for item in items]
-    figures = bootstrap.figures(counts, choice.yes_no_figures, pictures)
+    images = [item.image for item in items]
+    figures = bootstrap.figures(counts, choice.yes_no_figures, images)
     groups = {}
     for group, places in _groups(items).items():
-        own = bootstrap.figures(counts[places], choice.yes_no_figures, [pictures[place] for place in places])
+        own = bootstrap.figures(counts[places], choice.yes_no_figures, [images[place] for place in places])
         groups |= {f"{group}, {name}": figure for name, figure in own.items()}
     return Scores(figures, [float(a == b) for a, b in zip(said, right, strict=True)], groups)
 
@@ -118,7 +118,7 @@ def pointed(items: Sequence[Item], answers: Sequence[str]) -> Scores:
                               for item, box in zip(items, boxes, strict=True)]) for pixel in (0.0, 1.0))
     values = {"IoU > 0.5": plain > 0.5, "IoU > 0.5, a pixel more": wider > 0.5, "mean IoU": plain,
               "unreadable": [box is None for box in boxes]}
-    figures = bootstrap.means(values, [item.picture for item in items])
+    figures = bootstrap.means(values, [item.image for item in items])
     return Scores(figures, plain.tolist(), _group_means(items, plain > 0.5))
 
 
@@ -128,11 +128,11 @@ def _mean_scores(items: Sequence[Item], answers: Sequence[str],
     pairs = [(answer, item.references) for item, answer in zip(items, _clean(answers), strict=True)]
     values = {name: np.array([measure(*pair) for pair in pairs]) for name, measure in measures.items()}
     first = next(iter(values.values()))
-    return Scores(bootstrap.means(values, [item.picture for item in items]), first.tolist(), _group_means(items, first))
+    return Scores(bootstrap.means(values, [item.image for item in items]), first.tolist(), _group_means(items, first))
 
 
 def _group_means(items: Sequence[Item], each: np.ndarray) -> dict[str, Figure]:
-    return {group: bootstrap.means({"": each[places]}, [items[place].picture for place in places])[""]
+    return {group: bootstrap.means({"": each[places]}, [items[place].image for place in places])[""]
             for group, places in _groups(items).items()}
 
 

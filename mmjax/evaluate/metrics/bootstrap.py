@@ -1,13 +1,13 @@
 """How far a score may be off by chance: a seeded percentile bootstrap over the items.
 
-N items   C pictures   K columns   R rounds
+N items   C images   K columns   R rounds
 
 A score of a whole data set is seen as a function of column sums over its items: accuracy of (right, 1), corpus BLEU of
 ten counts. Drawing the items anew then means weighing rows of a matrix, so that 1000 rounds over 40,000 items take
 seconds, and corpus scores are computed from the counts of every draw, not averaged over items.
 
-Where several items share a picture the pictures are drawn and all items of a picture come with it: a model that
-misreads a picture is wrong about it several times, and items drawn one by one would count that as independent evidence
+Where several items share a image the images are drawn and all items of a image come with it: a model that
+misreads a image is wrong about it several times, and items drawn one by one would count that as independent evidence
 and make the interval too narrow.
 """
 
@@ -32,13 +32,13 @@ class Figure:
 
 def figures(
     columns: np.ndarray, of_sums: Callable[[np.ndarray], Mapping[str, np.ndarray]],
-    pictures: Sequence[Hashable] | None = None, rounds: int = ROUNDS, seed: int = 0,
+    images: Sequence[Hashable] | None = None, rounds: int = ROUNDS, seed: int = 0,
 ) -> dict[str, Figure]:
-    """The scores that a function makes of column sums, each with the interval over `rounds` draws of the pictures.
+    """The scores that a function makes of column sums, each with the interval over `rounds` draws of the images.
 
     columns:  [N,K] what each item adds to the sums
     of_sums:  float64[R,K] to named scores float64[R]; row by row
-    pictures: N keys; items with the same one are drawn together. None where every item has its own
+    images: N keys; items with the same one are drawn together. None where every item has its own
 
     The same seed gives the same interval. Raises ValueError for no items, or a number of keys other than N.
     """
@@ -46,21 +46,21 @@ def figures(
     if columns.ndim != 2 or not len(columns):
         raise ValueError(f"a score needs items, each with its columns; got an array of the shape {columns.shape}")
     values = of_sums(columns.sum(axis=0, keepdims=True))
-    drawn = of_sums(_drawn_sums(_by_picture(columns, pictures), rounds, seed))
+    drawn = of_sums(_drawn_sums(_by_image(columns, images), rounds, seed))
     tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
     ends = {name: np.quantile(scores, tails) for name, scores in drawn.items()}
     return {name: Figure(float(value[0]), *map(float, ends[name])) for name, value in values.items()}
 
 
 def means(
-    values: Mapping[str, Sequence[float] | np.ndarray], pictures: Sequence[Hashable] | None = None,
+    values: Mapping[str, Sequence[float] | np.ndarray], images: Sequence[Hashable] | None = None,
     rounds: int = ROUNDS, seed: int = 0,
 ) -> dict[str, Figure]:
     """The mean over items of each of several named values a item, with their intervals; see `figures`."""
     columns = np.stack([*(np.asarray(each, np.float64) for each in values.values())], axis=1)
     columns = np.concatenate([columns, np.ones((len(columns), 1))], axis=1)
     return figures(columns, lambda sums: {name: sums[:, place] / sums[:, -1] for place, name in enumerate(values)},
-                   pictures, rounds, seed)
+                   images, rounds, seed)
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
@@ -68,14 +68,14 @@ def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     return np.divide(above, below, out=np.zeros(np.broadcast(above, below).shape), where=below != 0)
 
 
-def _by_picture(columns: np.ndarray, pictures: Sequence[Hashable] | None) -> np.ndarray:
-    """[C,K] the sums over the items of each picture."""
-    if pictures is None:
+def _by_image(columns: np.ndarray, images: Sequence[Hashable] | None) -> np.ndarray:
+    """[C,K] the sums over the items of each image."""
+    if images is None:
         return columns
-    if len(pictures) != len(columns):
-        raise ValueError(f"there are {len(columns)} items, but {len(pictures)} pictures")
+    if len(images) != len(columns):
+        raise ValueError(f"there are {len(columns)} items, but {len(images)} images")
     numbers: dict[Hashable, int] = {}
-    places = [numbers.setdefault(picture, len(numbers)) for picture in pictures]
+    places = [numbers.setdefault(image, len(numbers)) for image in images]
     sums = np.zeros((len(numbers), columns.shape[1]))
     np.add.at(sums, places, columns)
     return sums

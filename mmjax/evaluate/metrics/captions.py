@@ -83,8 +83,8 @@ def _longest_common(first: Words, second: Words) -> int:
 def cider_d(answers: Sequence[Words], references: Sequence[Sequence[Words]]) -> np.ndarray:
     """float64[N]: CIDEr-D of each caption, 0 to 10; the score of the data set is their mean.
 
-    n-grams are weighed by how few of the N pictures have them in a reference, so a caption's score depends on the whole
-    set, and of a single picture every weight, and the score, is 0.
+    n-grams are weighed by how few of the N images have them in a reference, so a caption's score depends on the whole
+    set, and of a single image every weight, and the score, is 0.
     """
     counted = [[ngrams(reference) for reference in each] for each in references]
     seen: Counter[tuple[str, ...]] = Counter()

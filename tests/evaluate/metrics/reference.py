@@ -29,7 +29,7 @@ def sentence(seed: int) -> str:
 
 
 def corpus(seed: int) -> tuple[list[str], list[list[str]]]:
-    """(captions, references): 2 to 12 pictures with 1 to 5 references each, all of plain words; some captions equal one
+    """(captions, references): 2 to 12 images with 1 to 5 references each, all of plain words; some captions equal one
     of them, some are empty."""
     draw = random.Random(seed)
 

@@ -1,4 +1,4 @@
-"""Intervals: what they must hold, that they are reproducible, and that pictures are drawn whole."""
+"""Intervals: what they must hold, that they are reproducible, and that images are drawn whole."""
 
 import numpy as np
 import pytest
@@ -37,12 +37,12 @@ def test_it_covers_the_truth_as_often_as_it_says():
     assert 0.90 < np.mean([figure.low <= 0.3 <= figure.high for figure in found]) < 0.99
 
 
-def test_items_of_one_picture_are_no_independent_evidence():
+def test_items_of_one_image_are_no_independent_evidence():
     """400 items that are 40 answers repeated tenfold are as uncertain as 40 items."""
     values = np.random.default_rng(0).random(40)
-    pictures = np.repeat(np.arange(40), 10)
+    images = np.repeat(np.arange(40), 10)
     alone = bootstrap.means({"s": values})["s"]
-    together = bootstrap.means({"s": np.repeat(values, 10)}, list(pictures))["s"]
+    together = bootstrap.means({"s": np.repeat(values, 10)}, list(images))["s"]
     apart = bootstrap.means({"s": np.repeat(values, 10)})["s"]
     assert (together.low, together.high) == pytest.approx((alone.low, alone.high))
     assert apart.high - apart.low < 0.5 * (together.high - together.low)
@@ -71,5 +71,5 @@ def test_many_rounds_at_once_or_few_are_the_same(monkeypatch):
 def test_what_cannot_be_scored():
     with pytest.raises(ValueError, match="needs items"):
         bootstrap.means({"s": []})
-    with pytest.raises(ValueError, match="3 items, but 2 pictures"):
+    with pytest.raises(ValueError, match="3 items, but 2 images"):
         bootstrap.means({"s": [1, 2, 3]}, ["a", "b"])

@@ -43,7 +43,7 @@ def test_live_pycocoevalcap():
 @steady
 @given(corpora)
 def test_captions_that_are_a_reference_are_perfect(corpus):
-    """CIDEr-D aside, which weighs n-grams that all pictures have with nothing."""
+    """CIDEr-D aside, which weighs n-grams that all images have with nothing."""
     pairs = [(references[0], references) for _, references in corpus]
     sums = sum(captions.bleu_columns(*pair) for pair in pairs)
     for n, score in enumerate(captions.bleu(sums[None]).values(), 1):
@@ -58,7 +58,7 @@ def test_cider_of_the_only_reference_is_ten():
 
 @steady
 @given(corpora, st.randoms(use_true_random=False))
-def test_the_order_of_pictures_and_references_does_not_matter(corpus, random):
+def test_the_order_of_images_and_references_does_not_matter(corpus, random):
     places = list(range(len(corpus)))
     random.shuffle(places)
     turned = [(corpus[place][0], corpus[place][1][::-1]) for place in places]
