@@ -33,7 +33,7 @@ class Sample:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows of one static length. B rows, T places, F images a row, Q soft tokens a image.
+    """Rows of one static length. B rows, T places, F images a row, Q soft tokens an image.
 
     tokens:        int32[B,T]  ids; the places of soft tokens and of padding hold the pad id
     soft_index:    int32[B,T]  which of the row's F·Q soft tokens stands here; -1 where a word stands

@@ -65,7 +65,7 @@ class ScenesConfig:
 
     count:    training images
     held_out: images of each evaluation split
-    most:     things in a image, at most
+    most:     things in an image, at most
     """
 
     count: int = 3000

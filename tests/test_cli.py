@@ -40,11 +40,11 @@ def test_mistake_ends_with_one_message(monkeypatch, capsys, args, message):
 
 
 def test_unreadable_image_is_named(monkeypatch, capsys, tmp_path):
-    (tmp_path / "a.jpg").write_text("not a image")
+    (tmp_path / "a.jpg").write_text("not an image")
     with pytest.raises(SystemExit):
         call(monkeypatch, "generate", "--checkpoint", small.checkpoint(), "--prompt", "Hi",
              "--image", tmp_path / "a.jpg")
-    assert "a.jpg is not a image" in capsys.readouterr().err
+    assert "a.jpg is not an image" in capsys.readouterr().err
 
 
 def test_config_fields_are_overridden(monkeypatch, tmp_path):

@@ -54,14 +54,14 @@ def test_many_are_answered_like_one(call, capsys, images, tmp_path):
 
 
 def test_a_folder_of_images(call, capsys, images, tmp_path):
-    put(images / "deep" / "9.png", b"not a image")
+    put(images / "deep" / "9.png", b"not an image")
     with pytest.raises(SystemExit) as stopped:
         call("--images", images, "--prompt", "What is it?", "--out", tmp_path / "out.jsonl")
     assert stopped.value.code == 1
     assert "1 samples could not be answered (deep/9.png)" in " ".join(capsys.readouterr().err.split())
     found = answers(tmp_path / "out.jsonl")
     assert [line["id"] for line in found] == ["0.jpg", "1.jpg", "2.jpg", "deep/9.png"]
-    assert "9.png is not a image that can be read" in found[3]["error"]
+    assert "9.png is not an image that can be read" in found[3]["error"]
     assert all("answer" in line for line in found[:3])
 
 

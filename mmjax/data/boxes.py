@@ -16,7 +16,7 @@ def box_text(box: Sequence[float], width: float, height: float) -> str:
         ends = left / width, top / height, (left + wide) / width, (top + high) / height
         x1, y1, x2, y2 = (int(end * GRID) for end in ends)
     except (TypeError, ValueError, ArithmeticError) as error:  # not four numbers, or NaN, infinite, a side of 0
-        raise ValueError(f"{reprlib.repr(box)} is no box in a image of {reprlib.repr(width)} x "
+        raise ValueError(f"{reprlib.repr(box)} is no box in an image of {reprlib.repr(width)} x "
                          f"{reprlib.repr(height)}: {error}") from error
     if not (0 <= x1 <= x2 <= GRID and 0 <= y1 <= y2 <= GRID and min(wide, high, width, height, left + 1, top + 1) > 0):
         raise ValueError(f"the box {reprlib.repr(box)} is not inside its image of {width} x {height}")

@@ -34,7 +34,7 @@ INK, MUTED, FILL, LIMIT = "#1c2128", "#667080", "#2563c9", "#c0362c"
 class RowSettings:
     """How a run makes rows. Without `text`, only the captions are counted.
 
-    image_tokens: places that a image takes among the words
+    image_tokens: places that an image takes among the words
     """
 
     tokenizer: Tokenizer
@@ -57,7 +57,7 @@ class Found:
     """What one source holds.
 
     looked_at:  how many of its records were read, whole; all the following is about them
-    images:   how many have a image
+    images:   how many have an image
     duplicates: names that more than one record has, and how many have them
     lengths:    of the captions of those without a problem, uncut, in `unit`
     truncated:  rows that lose some of their right end; None where that was not counted
@@ -238,7 +238,7 @@ def _print(console: Console, found: Sequence[Found], share: float, limit: float,
     lines = {
         "records": lambda each: f"{each.records:,}",
         "looked at": lambda each: of(each.looked_at, each.records),
-        "with a image": lambda each: of(each.images, each.looked_at),
+        "with an image": lambda each: of(each.images, each.looked_at),
         "missing images": lambda each: of(each.count(MISSING), each.looked_at),
         "corrupt images": lambda each: of(each.count(CORRUPT), each.looked_at),
         "unfit records": lambda each: of(each.count(UNFIT), each.looked_at),

@@ -54,11 +54,11 @@ class Transcript:
     images: tuple[Any, ...] = ()
 
     def show(self, image: Any) -> "Transcript":
-        """The user uploads a image."""
+        """The user uploads an image."""
         return dataclasses.replace(self._say(0, IMAGE), images=(*self.images, image))
 
     def ask(self, question: str) -> "Transcript":
-        """The user asks; right after a image the question joins its message."""
+        """The user asks; right after an image the question joins its message."""
         if self.messages:
             *before, (role, words) = self.messages
             if role == self.template.roles[0] and words.endswith("</Img>"):

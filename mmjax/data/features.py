@@ -10,7 +10,7 @@ N images in all, n of a shard   K crops of each
                                    Without it the whole was never finished
     FOLDER/features_errors.jsonl   the images that could not be read; see `mmjax.training.encode_features`
 
-A image is known by the path from its source's folder, so that the data may move. Its key is a hash of that in two
+An image is known by the path from its source's folder, so that the data may move. Its key is a hash of that in two
 words. That the folder still holds the same images, a hash of their contents shows: `Features.of` looks at some.
 """
 
@@ -85,23 +85,23 @@ class ImageNames:
 
 
 def key(name: str) -> np.ndarray:
-    """uint64[2]: a hash of a image's name."""
+    """uint64[2]: a hash of an image's name."""
     return np.frombuffer(hashlib.blake2b(os.fsencode(name), digest_size=16).digest(), "<u8")
 
 
 def content_hash(content: bytes) -> int:
-    """Of a image's bytes, in 64 bits."""
+    """Of an image's bytes, in 64 bits."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def crop_random(seed: int, name: str, crop: int) -> np.random.Generator:
-    """What draws one of a image's crops."""
+    """What draws one of an image's crops."""
     return np.random.default_rng([seed, *map(int, key(name)), crop])
 
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """A image's bytes, under the name that errors give it; `mmjax.data.images` reads it.
+    """An image's bytes, under the name that errors give it; `mmjax.data.images` reads it.
 
     image: as in `Record`
     """
@@ -134,7 +134,7 @@ class Card:
 
     encoder:   what made them; see `mmjax.training.encode_features.encoder`
     transform: how images were cut and scaled for it; see `mmjax.training.encode_features.transform`
-    crops:     features of a image, K
+    crops:     features of an image, K
     seed:      of the crops, where they are random
     dtype:     of the stored numbers, "float32" or "bfloat16"
     shape:     of a feature
@@ -237,7 +237,7 @@ class FeatureIndex:
         return len(self.first)
 
     def find(self, name: str) -> int | None:
-        """The column of a image."""
+        """The column of an image."""
         first, second = key(name)
         for column in range(int(np.searchsorted(self.first, first)), len(self)):
             if self.first[column] != first:
@@ -257,7 +257,7 @@ def numbers(card: Card, index: FeatureIndex, sources: Sequence[Source], records:
     A folder that is not on the card has the number of one that is, and whose images are in it now. That the contents
     of some images show. at: where the features are
 
-    Raises ValueError naming a image if those of a folder on the card have become others.
+    Raises ValueError naming an image if those of a folder on the card have become others.
     """
     folders = [folder_of(source) for source in sources]
     found = {folder: number for number, folder in enumerate(card.folders) if folder in folders}
@@ -359,7 +359,7 @@ class Writer:
 
         stored = np.ascontiguousarray(features, DTYPES[self.card.dtype])
         if stored.shape != (self.card.crops, *self.card.shape):
-            raise ValueError(f"Features of a image must be {[self.card.crops, *self.card.shape]}, got "
+            raise ValueError(f"Features of an image must be {[self.card.crops, *self.card.shape]}, got "
                              f"{list(stored.shape)}.")
         if self._writer is None:
             self._number = max(self._shards, default=-1) + 1
@@ -497,7 +497,7 @@ class Features:
     def of(self, sources: Sequence[Source], records: Sequence[Sequence[Record]]) -> "Features":
         """The same for images of these sources, wherever they lie now. Looks at the contents of some of each.
 
-        Raises ValueError naming a source whose images are others, or a image of them that is missing.
+        Raises ValueError naming a source whose images are others, or an image of them that is missing.
         """
         found = Features(self.folder, ImageNames(numbers(self.card, self.index, sources, records, self.folder)))
         for source, its in zip(sources, records, strict=True):
@@ -514,11 +514,11 @@ class Features:
                              f"{', '.join(self.card.folders)}; {AGAIN}.")
 
     def find(self, image: Any, crop: int = 0) -> np.ndarray:
-        """The feature of a image, or of one of its crops.
+        """The feature of an image, or of one of its crops.
 
         image: as in `Record`; None: the image of zeros
 
-        Raises ValueError naming a image that has none, or the file that is damaged.
+        Raises ValueError naming an image that has none, or the file that is damaged.
         """
         column = self.index.find(self.names(image))
         if column is None:
@@ -551,7 +551,7 @@ class Features:
         return self.find(None)
 
     def feature_of(self, image: Any, random: np.random.Generator | None) -> np.ndarray:
-        """The feature of a image; of one of its crops, where one is drawn. Raises ValueError as `find` does."""
+        """The feature of an image; of one of its crops, where one is drawn. Raises ValueError as `find` does."""
         return self.find(image, 0 if random is None else int(random.integers(self.card.crops)))
 
     def stack(self, rows: Sequence[Sequence[Sample]], placed: bool, most: int | None = None) -> np.ndarray | None:

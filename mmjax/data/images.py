@@ -30,13 +30,13 @@ UNFOLDED = 32_000_000  # pixels that a file of any size may have
 RATIO = 128  # pixels for each byte of a larger one; photographs have 30 at most
 TILE, MOST_TILE = (322, 323), 2**22  # a TIFF's tags for the sides of its tiles, and pixels that each may have
 MARGIN = 4  # pixels; scaling up looks at two
-THIN = 64  # how many times a image's long side is its short one, from where it is cut before it is scaled
+THIN = 64  # how many times an image's long side is its short one, from where it is cut before it is scaled
 KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 
 
 def load(source: Any, size: int, fit: str = "stretch", random: np.random.Generator | None = None,
          fill: tuple[float, ...] = pixels.MEAN) -> np.ndarray:
-    """uint8[S,S,3]; or of a image that comes normalised, float32[3,S,S] unchanged.
+    """uint8[S,S,3]; or of an image that comes normalised, float32[3,S,S] unchanged.
 
     source: a path, something to `read()` the file's bytes from (a member of an archive), a PIL image, uint8[H,W,3] (or
             [H,W]: grey), or float32[3,S,S]
@@ -81,7 +81,7 @@ def rgb(source: Any) -> Image.Image:
     if isinstance(source, np.ndarray):
         colours = source.shape[2:] in ((), (3,))
         if source.dtype != np.uint8 or source.ndim not in (2, 3) or not colours or not source.size:
-            raise ValueError(f"A image array must be uint8[H,W,3], got {source.dtype}{list(source.shape)}.")
+            raise ValueError(f"An image array must be uint8[H,W,3], got {source.dtype}{list(source.shape)}.")
         return Image.fromarray(source).convert("RGB")
     try:
         if hasattr(source, "read"):
@@ -90,7 +90,7 @@ def rgb(source: Any) -> Image.Image:
         if Path(source).is_file():  # neither a folder nor a pipe that would be waited for
             return _decoded(source, os.path.getsize(source))
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
-        raise ValueError(f"{source} is not a image that can be read: {error}") from error
+        raise ValueError(f"{source} is not an image that can be read: {error}") from error
     raise ValueError(files.url_problem(source) or f"No image at {source}.")
 
 
@@ -138,7 +138,7 @@ def middle(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _thin_middle(image: Image.Image, long: int, size: int) -> np.ndarray:
-    """The same of a image whose scaled whole, with a long side of `long`, would take much memory.
+    """The same of an image whose scaled whole, with a long side of `long`, would take much memory.
 
     What is needed and a margin are cut out first; then the width is scaled before the height, as Pillow does the
     whole.
@@ -161,7 +161,7 @@ def crop(image: Image.Image, box: tuple[int, int, int, int], size: int) -> np.nd
 
 
 def random_box(random: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of 90 to 100 % of a image's area and a ratio of sides between 3:4 and 4:3.
+    """(top, left, height, width) of 90 to 100 % of an image's area and a ratio of sides between 3:4 and 4:3.
 
     Ten draws that may not fit, then the largest such box in the middle (torchvision's RandomResizedCrop).
     """

@@ -1,6 +1,6 @@
 """Several samples in one row, so that little of a batch is padding.
 
-B rows   T places   F images a row   S side of a image
+B rows   T places   F images a row   S side of an image
 
 A row is `[sample][sample]...[padding]`; each sample is a segment of the places that `text.rows` gives it, with
 positions from 0 on. The attention mask keeps segments apart (`families.base.causal_mask`), and as each begins with BOS,

@@ -205,7 +205,7 @@ def _look(records: Sequence[Record], number: int, decode: bool) -> _PreparedReco
 
 
 def _image_bytes(image: Any, decode: bool) -> bytes:
-    """A image's bytes. Raises OSError or ValueError if it is not there, or not a image of a size to be decoded."""
+    """An image's bytes. Raises OSError or ValueError if it is not there, or not an image of a size to be decoded."""
     if hasattr(image, "read"):
         content = image.read()
     elif not os.path.isfile(image):  # neither a folder nor a pipe that would be waited for
@@ -220,7 +220,7 @@ def _image_bytes(image: Any, decode: bool) -> bytes:
             if decode:
                 opened.load()
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
-        raise ValueError(f"{image} is not a image that can be read: {error}") from error
+        raise ValueError(f"{image} is not an image that can be read: {error}") from error
     return content
 
 

@@ -1,7 +1,7 @@
 """Inputs of ImageBind's towers from files and arrays (imagebind/data.py, imagebind/models/multimodal_preprocessors.py),
 and the rows of a batch made of them.
 
-C channels   S side of a image   M mel bins   T frames of a spectrogram
+C channels   S side of an image   M mel bins   T frames of a spectrogram
 
 Numpy on the host. Images keep their proportions here, unlike MiniGPT-4's. Depth, heat and motion come as arrays:
 the original has no transform for them. Video files are not decoded; a video is given as its frames.
@@ -33,7 +33,7 @@ from mmjax.tokenizer import WORDS
 
 
 def image(source: Any, size: int = 224, random: np.random.Generator | None = None) -> np.ndarray:
-    """float32[3,S,S]: the middle of a image whose short side was scaled to S, or a random part of it; normalised.
+    """float32[3,S,S]: the middle of an image whose short side was scaled to S, or a random part of it; normalised.
 
     source: as `mmjax.data.images.load` takes it; one that comes normalised is unchanged
     random: draws the part, as in training
@@ -445,7 +445,7 @@ def _inputs(sample: Sample, cfg: Any, words: Path | None) -> tuple[dict[str, np.
             wrong.append(f"{name}: a weight of {weight!r}, but weights are finite and not negative")
     if not given and not wrong:
         if cfg.vision is None:
-            wrong.append("nothing: a image of zeros would stand for it, but this model has no tower for images")
+            wrong.append("nothing: an image of zeros would stand for it, but this model has no tower for images")
         else:
             inputs["image"] = np.zeros((cfg.vision.image_size, cfg.vision.image_size, 3), np.uint8)
     return inputs, wrong

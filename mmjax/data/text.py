@@ -1,6 +1,6 @@
 """Samples to rows of token ids: which word, soft token or padding stands at each slot.
 
-A row is `[BOS][prompt][answer][padding]`; a image's soft tokens take `image_tokens` slots of the prompt. The ids,
+A row is `[BOS][prompt][answer][padding]`; an image's soft tokens take `image_tokens` slots of the prompt. The ids,
 targets and masks are those of minigpt4/models/minigpt_base.py (preparing_embedding, prompt_wrap,
 tokenize_conversation, get_context_emb), and where `TextConfig.joint` says so those of imagebind_LLM/data/dataset.py;
 where the originals drop what does not fit together, this raises.
@@ -245,7 +245,7 @@ def _check(samples: Sequence[Sample], text: TextConfig, image_tokens: int) -> No
     if text.input_template and text.input_template.count("{}") != 2:
         raise ValueError(f"input_template {text.input_template!r} must have two '{{}}', for the prompt and the input.")
     if text.joint and image_tokens:
-        raise ValueError("joint = True is for models whose images take no slots among the words; here a image "
+        raise ValueError("joint = True is for models whose images take no slots among the words; here an image "
                          f"takes {image_tokens}.")
     unfit, apart = [], []
     for row, sample in enumerate(samples):

@@ -29,7 +29,7 @@ def folder(tmp_path):
     for row in rows:
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / row["image"])
     (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:300])
-    (tmp_path / "4.png").write_text("not a image")
+    (tmp_path / "4.png").write_text("not an image")
     (tmp_path / "6.png").unlink()
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path

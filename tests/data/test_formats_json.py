@@ -62,8 +62,8 @@ def test_minigpt4_names_images_by_their_id(tmp_path):
     ((), "an answer to every question"),
     (("What?", " "), "'value' is empty"),
     (("What?", None), "'value' must be str, got None"),
-    (("What?", "A", "<image> And?", "B"), "shows a image that is not there"),
-    (("What?", "A", "<ImageHere> And?", "B"), "shows a image that is not there"),
+    (("What?", "A", "<image> And?", "B"), "shows an image that is not there"),
+    (("What?", "A", "<ImageHere> And?", "B"), "shows an image that is not there"),
     (("<ImageHere> and <ImageHere>", "A"), "has 2 <ImageHere>"),
 ])
 def test_conversations_that_cannot_be_used(words, problem, tmp_path):

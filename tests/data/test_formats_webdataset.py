@@ -242,7 +242,7 @@ def test_archives_that_change(tmp_path):
     record = records[2]
     layouts.put(path, path.read_bytes()[:1500])
     assert "the archive ends after" in records[2].problem
-    with pytest.raises(ValueError, match="00000.tar, .* is not a image that can be read: .*the archive ends after"):
+    with pytest.raises(ValueError, match="00000.tar, .* is not an image that can be read: .*the archive ends after"):
         rgb(record.image)
     path.unlink()
     assert "No such file" in records[0].problem

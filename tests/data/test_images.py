@@ -90,21 +90,21 @@ def test_files_that_cannot_be_read(tmp_path, file, monkeypatch):
     with pytest.raises(ValueError, match="No image at"):
         load(tmp_path, SIZE)
     words = tmp_path / "words.jpg"
-    words.write_text("this is not a image")
-    with pytest.raises(ValueError, match="words.jpg is not a image that can be read"):
+    words.write_text("this is not an image")
+    with pytest.raises(ValueError, match="words.jpg is not an image that can be read"):
         load(words, SIZE)
     header = tmp_path / "header.ppm"
     header.write_bytes(b"P6 2x 2 255 ")
-    with pytest.raises(ValueError, match="header.ppm is not a image that can be read"):
+    with pytest.raises(ValueError, match="header.ppm is not an image that can be read"):
         load(header, SIZE)
     whole, cut = tmp_path / "whole.jpg", tmp_path / "cut.jpg"
     Image.fromarray(np.tile(PIXELS, (10, 10, 1))).save(whole)
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     assert load(whole, SIZE).shape == (SIZE, SIZE, 3)
-    with pytest.raises(ValueError, match="cut.jpg is not a image that can be read: .*truncated"):
+    with pytest.raises(ValueError, match="cut.jpg is not an image that can be read: .*truncated"):
         load(cut, SIZE)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # the image has 240: more than twice as many
-    with pytest.raises(ValueError, match="image.png is not a image that can be read: .*exceeds limit"):
+    with pytest.raises(ValueError, match="image.png is not an image that can be read: .*exceeds limit"):
         load(file, SIZE)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)  # less than twice as many: there Pillow only warns
     for source in (file, Holder(file.read_bytes())):
@@ -130,7 +130,7 @@ def test_no_file_is_handed_to_programs(tmp_path):
     Image.fromarray(PIXELS).save(path, "EPS")
     with Image.open(path) as image:
         assert image.format == "EPS"
-    with pytest.raises(ValueError, match="a.jpg is not a image that can be read"):
+    with pytest.raises(ValueError, match="a.jpg is not an image that can be read"):
         rgb(path)
 
 

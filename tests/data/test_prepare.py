@@ -313,7 +313,7 @@ def test_what_cannot_be_used_is_left_out_and_named(tmp_path, monkeypatch, capsys
     data, wrong = tmp_path / "data", {f"_{number}": {"image": name, "caption": "Words."} for number, name in enumerate(
         ("none.jpg", "text.jpg", "half.png", "folder.jpg", "pipe.jpg", "large.png"))}
     source = jsonl(data, 9, **wrong, _6={"image": "6.jpg", "caption": " "}, _7={"prompt": "Hi", "answer": "Hello."})
-    layouts.put(data / "text.jpg", "not a image")
+    layouts.put(data / "text.jpg", "not an image")
     Image.new("L", (40, 40)).save(data / "half.png")
     layouts.put(data / "half.png", (data / "half.png").read_bytes()[:-20])
     (data / "folder.jpg").mkdir()
@@ -328,14 +328,14 @@ def test_what_cannot_be_used_is_left_out_and_named(tmp_path, monkeypatch, capsys
         (number // 4, number, f"rows.jsonl:{number}") for number in (0, 1, 3, 4, 5, 6)]
     assert [Path(problem["file"]).name for problem in problems[:5]] == [
         "none.jpg", "text.jpg", "folder.jpg", "pipe.jpg", "large.png"]
-    for problem, words in zip(problems, ("No image at", "text.jpg is not a image", "No image at", "No image at",
+    for problem, words in zip(problems, ("No image at", "text.jpg is not an image", "No image at", "No image at",
                                          "8100 pixels", "'caption' is empty"), strict=True):
         assert words in problem["problem"]
     assert [record.name for record in tfds(str(tmp_path / "out"))] == ["rows.jsonl:2", "rows.jsonl:7", "rows.jsonl:8"]
 
     made = prepare.prepare("jsonl", source, tmp_path / "decoded", decode=True)
     assert (made.records, made.left_out) == (2, 7)
-    assert "half.png is not a image that can be read: image file is truncated" in (
+    assert "half.png is not an image that can be read: image file is truncated" in (
         tmp_path / "decoded" / prepare.ERRORS).read_text()
 
 

@@ -376,5 +376,5 @@ def test_everything_that_cannot_be_used_is_named(tmp_path):
 
 
 def test_nothing_given_to_a_model_without_images():
-    with pytest.raises(ValueError, match="row 0, nothing: a image of zeros would stand for it"):
+    with pytest.raises(ValueError, match="row 0, nothing: an image of zeros would stand for it"):
         senses.stack([Sample(prompt="Words")], dataclasses.replace(CFG, vision=None))

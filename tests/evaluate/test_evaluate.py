@@ -134,14 +134,14 @@ def test_an_item_that_cannot_be_answered_counts_as_wrong(tmp_path, model, data):
     test = asked_of(data, "jsonl_choices")
     items = test.items()
     broken = tmp_path / "broken.jpg"
-    broken.write_text("not a image")
+    broken.write_text("not an image")
     items[2] = dataclasses.replace(items[2], sample=dataclasses.replace(items[2].sample, images=[str(broken)]))
     result = run(test, model, tmp_path, items)
     assert [line["id"] for line in result.errors] == ["q2"]
     assert result.taken[2] != items[2].right
     assert result.scores.each[2] == 0
     page = benchmark.write(result, tmp_path).read_text()
-    assert "broken.jpg is not a image that can be read" in page
+    assert "broken.jpg is not an image that can be read" in page
     assert page.count("<figure") == 4
 
 

@@ -31,7 +31,7 @@ class Echo:
 
     def open(self, ask):
         if ask.sample.prompt.startswith("bad"):
-            raise ValueError(f"{ask.sample.prompt}.jpg is not a image")
+            raise ValueError(f"{ask.sample.prompt}.jpg is not an image")
         return Opened(ask, len(ask.sample.prompt))
 
     def answer(self, asks, first):
@@ -59,7 +59,7 @@ def test_lines_are_in_the_order_of_the_samples(tmp_path, window):
     assert [line["id"] for line in lines] == [ask.id for ask in asks()]
     assert [line.get("answer") for line in lines] == [
         None if prompt.startswith("bad") else prompt.upper() for prompt in PROMPTS]
-    assert lines[3]["error"] == "bad.jpg is not a image"
+    assert lines[3]["error"] == "bad.jpg is not an image"
     assert (done.count, done.now, done.errors) == (10, 10, ("n3", "n7"))
     if window == 2:  # the first six without the one that is bad, the shortest first
         assert answerer.batches[0] == ["ü", "one", "five"]
@@ -200,7 +200,7 @@ def model():
 def shown(tmp_path):
     """Samples of the shipped images with prompts of several lengths, one of which cannot be read."""
     shutil.copytree(small.images() / "image", tmp_path / "image")
-    (tmp_path / "image" / "2.jpg").write_text("not a image")
+    (tmp_path / "image" / "2.jpg").write_text("not an image")
     prompts = ["Where?", "Describe this image in detail. " * 2, "What?", "Is it red or is it blue?", "Which one is it?"]
     return [Request(f"{n}", mmjax.Sample(images=[str(tmp_path / "image" / f"{n}.jpg")], prompt=prompt))
             for n, prompt in enumerate(prompts)]
@@ -218,7 +218,7 @@ def test_answers_do_not_depend_on_order_or_batch(tmp_path, model, shown):
     turned = answered(tmp_path / "b.jsonl", shown[::-1], model, batch_size=4)
     assert list(turned) == list(first)[::-1]
     assert turned == first
-    assert "2.jpg is not a image that can be read" in first["2"].pop("error")
+    assert "2.jpg is not an image that can be read" in first["2"].pop("error")
     assert len({line.get("answer") for line in first.values()}) > 2
 
 

@@ -55,7 +55,7 @@ def imagebind_llm_finetune(path: str, root: str | None = None, tuple_prompts: bo
 
     path:          the YAML file, or a folder with `finetune.yaml`
     root:          the folder that `image` is below, also where it is absolute; None for the YAML file's
-    tuple_prompts: write the instructions of rows without a image as the released model was trained on them: a stray
+    tuple_prompts: write the instructions of rows without an image as the released model was trained on them: a stray
                    comma of the original makes each a Python tuple, so that its prompts show `('Name a dog.',)`. Off,
                    as nobody asks like that.
 

@@ -28,7 +28,7 @@ def llava_instruct(path: str, root: str | None = None) -> Sequence[Record]:
     root: the folder that `image` is below; None for the file's
 
     Read as MiniGPT-4 does: of the first question `<image>` marks and newlines go and the image stands in front, every
-    question about a image ends with a space; of one pair prompt and answer are made, of several a conversation. A row
+    question about an image ends with a space; of one pair prompt and answer are made, of several a conversation. A row
     without `image` is text alone, but for MiniGPT-4's own files, which mark the image and name it by `id` alone
     (COCO_train2014_ID.jpg). Raises FileNotFoundError or ValueError if the file cannot be used.
     """
@@ -43,7 +43,7 @@ def jsonl(path: str, root: str | None = None) -> Sequence[Record]:
     path: the file, or the folder that has exactly one *.jsonl
     root: the folder that `image` is below; None for the file's
 
-    A prompt about a image says by one `<ImageHere>` where it stands; without one, or with LLaVA's `<image>`, it
+    A prompt about an image says by one `<ImageHere>` where it stands; without one, or with LLaVA's `<image>`, it
     stands in front. Blank lines are none. Raises FileNotFoundError or ValueError if the file cannot be used.
     """
     file = the_file(path, "*.jsonl", "a file with one JSON object a line")

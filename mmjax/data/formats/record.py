@@ -8,7 +8,7 @@ from etils import epath
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """A file that lies inside another one, such as a image in a tar.
+    """A file that lies inside another one, such as an image in a tar.
 
     file:         the archive, local or of a kind that `etils.epath` reads (gs://, s3://, hf://)
     offset, size: where its bytes are

@@ -55,8 +55,8 @@ class RowRecords(Lazy):
 
     root: the folder that their images lie below
 
-    Raises ValueError if there are no rows; also if none of a few from all over the file can be used, or has a image
-    that is there: then it is the wrong folder, or another layout. Otherwise a image is looked for when it is read.
+    Raises ValueError if there are no rows; also if none of a few from all over the file can be used, or has an image
+    that is there: then it is the wrong folder, or another layout. Otherwise an image is looked for when it is read.
     """
 
     def __init__(self, path: Path, root: str, rows: Sequence[Any],
@@ -165,7 +165,7 @@ def caption_text(row: Any, key: str) -> str:
 
 
 def image_path(root: str, name: str) -> str:
-    """The path of a image, which need not be there. Raises ValueError if it leads out of the root.
+    """The path of an image, which need not be there. Raises ValueError if it leads out of the root.
 
     Links are followed to see where it leads; an absolute path that stays below the root is fine.
     """
@@ -175,7 +175,7 @@ def image_path(root: str, name: str) -> str:
     try:
         base, real = _real(os.path.join(os.getcwd(), root)), os.path.realpath(path)
     except ValueError as error:  # a zero byte, or not Unicode
-        raise ValueError(f"{shown(name)} is no name of a image: {error}") from error
+        raise ValueError(f"{shown(name)} is no name of an image: {error}") from error
     if real == base or os.path.commonpath([base, real]) != base:
         raise ValueError(f"the image {shown(name)} is not below {root}")
     return path
@@ -188,9 +188,9 @@ def _real(root: str) -> str:
 
 
 def about_image(question: str) -> str:
-    """A question as MiniGPT-4 asks it of a image: `<Img><ImageHere></Img> QUESTION `, with the space at its end.
+    """A question as MiniGPT-4 asks it of an image: `<Img><ImageHere></Img> QUESTION `, with the space at its end.
 
-    This is the one place that decides where a image stands: in front, wherever LLaVA's `<image>` marks were (they
+    This is the one place that decides where an image stands: in front, wherever LLaVA's `<image>` marks were (they
     go). A question that has one `<ImageHere>` of its own stays as it is. Raises ValueError if it has several.
     """
     if question.count(PLACEHOLDER) > 1:
@@ -203,7 +203,7 @@ def about_image(question: str) -> str:
 def without_image(question: str) -> str:
     """A question that shows no image; raises ValueError if it does."""
     if PLACEHOLDER in question or MARK in question:
-        raise ValueError(f"the question {shown(question)} shows a image that is not there")
+        raise ValueError(f"the question {shown(question)} shows an image that is not there")
     return question
 
 

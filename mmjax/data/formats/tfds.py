@@ -1,6 +1,6 @@
 """Data sets of TensorFlow Datasets in its format array_record, read in any order and without TensorFlow.
 
-`mmjax data prepare` makes them of the other formats, a record for a record (`FIELDS`). Of any other one with a image
+`mmjax data prepare` makes them of the other formats, a record for a record (`FIELDS`). Of any other one with an image
 and a text the two are found by the kinds and names of its features.
 """
 
@@ -48,7 +48,7 @@ def tfds(path: str, root: None = None) -> Sequence[Record]:
 
 @dataclass(frozen=True)
 class Stored:
-    """A image in a data set. Pickled it is the path and the number, and the data set is opened where it is read.
+    """An image in a data set. Pickled it is the path and the number, and the data set is opened where it is read.
 
     file: the path as `tfds` takes it
     """
@@ -196,7 +196,7 @@ def _record(stored: Any, image: Stored | None) -> Record:
 
 
 def _values(stored: Any, feature: str) -> Sequence[bytes]:
-    """What a tf.train.Example holds of a image or text feature, in one list however it is nested."""
+    """What a tf.train.Example holds of an image or text feature, in one list however it is nested."""
     held = stored.features.feature
     for key in (feature, f"{feature}/ragged_flat_values"):
         if key in held:
