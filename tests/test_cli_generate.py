@@ -53,10 +53,11 @@ def test_many_are_answered_like_one(call, capsys, images, tmp_path):
     assert "settings.num_beams: 1 -> 2" in capsys.readouterr().err
 
 
-def test_a_folder_of_images(call, capsys, images, tmp_path):
+@pytest.mark.parametrize("option", ["--images", "--pictures"])  # the second is the former name
+def test_a_folder_of_images(call, capsys, images, tmp_path, option):
     put(images / "deep" / "9.png", b"not an image")
     with pytest.raises(SystemExit) as stopped:
-        call("--images", images, "--prompt", "What is it?", "--out", tmp_path / "out.jsonl")
+        call(option, images, "--prompt", "What is it?", "--out", tmp_path / "out.jsonl")
     assert stopped.value.code == 1
     assert "1 samples could not be answered (deep/9.png)" in " ".join(capsys.readouterr().err.split())
     found = answers(tmp_path / "out.jsonl")

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -21,7 +21,7 @@ class GenerateOptions:
 
     One prompt:     --prompt "What is this?" --image a.jpg
     Many samples:   --samples in.jsonl --out out.jsonl        A line: {"image": "a.jpg", "prompt": "What is this?"}
-    Many images:  --images FOLDER --prompt "Describe this image." --out out.jsonl
+    Many images:    --images FOLDER --prompt "Describe this image." --out out.jsonl
 
     Of many, the same command goes on where it was stopped. A sample that cannot be used has an "error" in its line;
     then the exit status is 1.
@@ -51,7 +51,7 @@ class GenerateOptions:
     media: dict[str, str] | None = None
     weights: dict[str, float] | None = None
     samples: Path | None = None
-    images: Path | None = None
+    images: Annotated[Path | None, tyro.conf.arg(aliases=("--pictures",))] = None
     out: Path | None = None
     root: Path | None = None
     decoding: tyro.conf.OmitArgPrefixes[Decoding] = GREEDY

@@ -327,8 +327,8 @@ def _page(title: str, plots: Sequence[tuple[str, str, bytes, bytes]], sections: 
     head = "".join(f'<th scope="col">{text(_cell(cell))}</th>' for cell in heading)
     body = "\n".join("<tr>" + "".join(f"<td>{text(_cell(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     drawn = "\n".join(f'''<h2>{heading}</h2>
-<div class="card curve"><image><source media="(prefers-color-scheme: dark)" srcset="{_inline(dark)}">
-<img src="{_inline(light)}" alt="{words}"></image></div>''' for heading, words, light, dark in plots)
+<div class="card curve"><picture><source media="(prefers-color-scheme: dark)" srcset="{_inline(dark)}">
+<img src="{_inline(light)}" alt="{words}"></picture></div>''' for heading, words, light, dark in plots)
     shown = "\n".join(f"""<h2>{text(name)}</h2>
 <div class="images">
 {"".join(map(_figure, examples))}</div>""" for name, examples in sections.items())
