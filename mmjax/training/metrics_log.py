@@ -1,7 +1,7 @@
-"""What a run writes down as it goes: `metrics.jsonl` and `data_errors.jsonl` in its folder, one JSON object a line.
+"""The logs of a run: `metrics.jsonl` and `data_errors.jsonl` in its folder, one JSON object a line.
 
-What an interrupted run wrote beyond its last checkpoint goes when it goes on, and is written again. Of several
-processes the first one writes, for all of them.
+When a run resumes, lines beyond its last checkpoint are removed; they are written again. Only the primary process
+writes, for all processes.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from mmjax.training import distributed, optim
 
 
 class JsonlLog:
-    """A file of JSON lines that is added to, of which those are kept whose `field` is below a number.
+    """Appends JSON lines to a file; existing lines stay only if their `field` is below the number `below`.
 
-    kept: how many those are. A last line that was being written when the run was killed is none.
+    kept: number of lines that stay. A last line that is incomplete, because the run was killed, is removed.
 
-    Raises OSError naming the file where it cannot be written, ValueError if another line than the last is not JSON.
+    Raises OSError naming the file if it cannot be written, ValueError if a line other than the last is not JSON.
     """
 
     def __init__(self, path: Path, field: str, below: int):
@@ -34,18 +34,19 @@ class JsonlLog:
         text = path.read_text(errors="replace") if path.exists() and distributed.is_primary() else ""
         lines = text.splitlines()
         whole = [line for number, line in enumerate(lines, 1)
-                 if (found := self._parsed(line, number, len(lines))) is not None and found[field] < below]
+                 if (parsed := self._parse(line, number, len(lines))) is not None and parsed[field] < below]
         self.kept = len(whole)
         if (kept := "".join(line + "\n" for line in whole)) != text:
             files.replace(path, kept)
 
-    def _parsed(self, line: str, number: int, of: int) -> dict[str, Any] | None:
+    def _parse(self, line: str, number: int, last: int) -> dict[str, Any] | None:
         try:
             return json.loads(line)
         except ValueError as error:
-            if number == of:
+            if number == last:
                 return None
-            raise ValueError(f"{self._path}, line {number} is not JSON: {error}. Mend or remove that line.") from error
+            raise ValueError(f"{self._path}, line {number} is not JSON: {error}. Repair or remove that line."
+                             ) from error
 
     def __enter__(self) -> "JsonlLog":
         self._file = self._path.open("ab", buffering=0) if distributed.is_primary() else None
@@ -58,24 +59,24 @@ class JsonlLog:
     def write(self, line: dict[str, Any]) -> None:
         if not self._file:
             return
-        left = (json.dumps(line) + "\n").encode()
+        remaining = (json.dumps(line) + "\n").encode()
         try:
-            while left:  # of a disk that is getting full, only what had room is written
-                left = left[self._file.write(left) :]
+            while remaining:  # on a nearly full disk, `write` may write only a part
+                remaining = remaining[self._file.write(remaining) :]
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def sync(self) -> None:
-        """Waits until everything is on the disk: what comes before a checkpoint must not be lost with it there."""
+        """Flushes the file to disk, so that no line before a checkpoint is lost once the checkpoint exists."""
         if self._file:
             os.fsync(self._file.fileno())
 
 
 class BadData(JsonlLog):
-    """`data_errors.jsonl`: one line each time that a record could not be used, of all processes.
+    """`data_errors.jsonl`: one line each time that a record could not be used, for all processes.
 
-    count: such times since the run began, before an interruption too
-    tried: records tried since then
+    count: number of lines since the run began, including those before an interruption
+    tried: records read since the run began
     """
 
     def __init__(self, path: Path, position: int, config: RunConfig):
@@ -84,10 +85,11 @@ class BadData(JsonlLog):
         self.count, self.tried = distributed.all_sum(self.kept)[0], 0
 
     def add(self, item: PipelineBatch) -> bool:
-        """Whether there are now more of them than the configuration allows."""
-        bad = [dataclasses.asdict(record) for record in item.bad]
-        found = distributed.all_gather_objects(bad) if distributed.all_sum(len(bad))[0] else []
-        for record in {(each["position"], each["attempt"]): each for each in found}.values():  # rows may be several's
+        """Writes a batch's unusable records; returns whether there are now more than the configuration allows."""
+        local = [dataclasses.asdict(record) for record in item.bad]
+        bad = distributed.all_gather_objects(local) if distributed.all_sum(len(local))[0] else []
+        # Several processes may read the same rows.
+        for record in {(record["position"], record["attempt"]): record for record in bad}.values():
             self.write(record)
             self.count += 1
         self.tried = item.end + self.count
@@ -95,27 +97,30 @@ class BadData(JsonlLog):
 
 
 class Metrics(JsonlLog):
-    """`metrics.jsonl`: one line each `log_every` steps, and the first and the last.
+    """`metrics.jsonl`: one line every `log_every` steps, and one for the first and the last step.
 
-    Speeds and the share of waiting are of the steps since the line before, or since the run went on; everything else
-    is of this step alone. Of several processes, real tokens and waiting are the first one's.
+    Speeds and the share of waiting are averages over the steps since the previous line or the resume; everything else
+    describes this step alone. With several processes, real tokens and waiting are those of the primary process.
 
-    peak: operations a second of all devices, if known: then "mfu" is the share of them that the model used, else
-          "gflops_per_second" says how many those were
+    peak: operations a second of all devices, or None. If known, lines have "mfu", the share of it that the model used;
+          if not, "gflops_per_second"
     """
 
     def __init__(self, path: Path, started: int, position: int, config: RunConfig, peak: float | None = None):
         super().__init__(path, "step", started)
         self._config, self._peak = config, peak
-        self._begin(position)
+        self._start_window(position)
 
-    def _begin(self, position: int) -> None:
+    def _start_window(self, position: int) -> None:
         self._since, self._waited, self._from, self._real = time.monotonic(), 0.0, position, 0
         self._operations: int | None = 0
 
-    def add(self, item: PipelineBatch, metrics: dict[str, Any], trained: Any, waited: float, operations: int | None) -> None:
-        """waited:     seconds that the step had to wait for its batch
-        operations: of the step, see `mmjax.cost.flops.Flops.useful`; None if they cannot be told
+    def add(self, item: PipelineBatch, metrics: dict[str, Any], trained: Any, waited: float,
+            operations: int | None) -> None:
+        """Adds a step, and writes a line if one is due.
+
+        waited:     seconds that the step waited for its batch
+        operations: the step's, see `mmjax.cost.flops.Flops.useful`; None if unknown
         """
         self._waited += waited
         self._operations = None if None in (operations, self._operations) else self._operations + operations
@@ -141,17 +146,17 @@ class Metrics(JsonlLog):
         if gates := open_gates(trained):
             line["gates"] = gates
         self.write(line)
-        self._begin(item.end)
+        self._start_window(item.end)
 
 
 def utilization(speed: float, peak: float | None) -> dict[str, float]:
-    """Operations a second as their share of the devices' peak, if that is known; in three digits."""
+    """Returns {"mfu": share of the peak}, or {"gflops_per_second": ...} if the peak is unknown, in three digits."""
     name, value = ("gflops_per_second", speed / 1e9) if peak is None else ("mfu", speed / peak)
     return {name: float(f"{value:.3g}")}
 
 
 def open_gates(trained: Any) -> list[float]:
-    """How far each layer's gate is open, as the mean of |tanh|; nothing if no gate is trained."""
+    """Returns the mean of |tanh(gate)| of each layer; an empty list if no gate is trained."""
     gates = [leaf for path, leaf in trees.flatten(trained).items()
              if leaf is not None and re.fullmatch(r"llm/layers/(attn/)?gate", path)]
     return [round(float(layer), 6) for gate in gates for layer in np.abs(np.tanh(np.asarray(gate))).mean(-1)]

@@ -1,4 +1,4 @@
-"""AdamW with the originals' parameter groups, learning rates and accumulation of gradients
+"""AdamW with the original projects' parameter groups, learning rates and gradient accumulation
 (minigpt4/common/optims.py and runners/runner_base.py; imagebind_LLM/util/lr_sched.py and engine_finetune.py)."""
 
 from typing import Any, NamedTuple
@@ -11,15 +11,16 @@ import optax
 from mmjax import trees
 from mmjax.config import OptimConfig
 
-# What has one axis in the original, and every bias. A head gate has four there (1, N, 1, 1), a token gate has one.
+# Parameters with one axis in the original, and every bias. There a head gate has four axes, a token gate has one.
 NO_DECAY = (r".*/(b|q_b|v_b|bias|scale)", r"llm/(layers/)?gate")
-# One parameter a layer in the original. Those of layers that read no prompts get no gradient, and torch skips them.
+# One parameter a layer in the original. In layers that read no prompts they get no gradient, and torch skips them.
 SKIPPED_WITHOUT_GRADIENT = (r"llm/layers/attn/(new_)?gate",)
 
 
 def whole_cosine(cfg: OptimConfig, step: Any, xp: Any) -> Any:
-    """MiniGPT-4's: linear warm-up counted within the epoch, so that it starts again at each epoch if it is longer than
-    one; then a cosine over the whole run that the warm-up does not shift."""
+    """MiniGPT-4's schedule: a linear warm-up, then a cosine over the whole run that the warm-up does not shift.
+
+    The warm-up counts steps within the epoch, so one longer than an epoch restarts with each epoch."""
     start = cfg.init_lr if cfg.warmup_lr < 0 else cfg.warmup_lr
     ramp = start + (cfg.init_lr - start) * (step % cfg.steps_per_epoch) / max(cfg.warmup_steps, 1)
     wave = cfg.min_lr + (cfg.init_lr - cfg.min_lr) * 0.5 * (1 + xp.cos(np.pi * step / cfg.steps))
@@ -27,13 +28,13 @@ def whole_cosine(cfg: OptimConfig, step: Any, xp: Any) -> Any:
 
 
 def half_cycle(cfg: OptimConfig, step: Any, xp: Any) -> Any:
-    """ImageBind-LLM's: a line from 0 (so the first step changes nothing), then half a cosine wave over the rest of the
-    run. The steps of an accumulation window share the rate of its first."""
+    """ImageBind-LLM's schedule: a linear warm-up from 0 (the first step changes nothing), then half a cosine wave over
+    the rest of the run. All steps of an accumulation window use the rate of its first step."""
     if cfg.accumulate > 1:
         step = step - index_in_window(cfg, step)
     ramp = cfg.init_lr * step / max(cfg.warmup_steps, 1)
-    along = (step - cfg.warmup_steps) / max(cfg.steps - cfg.warmup_steps, 1)
-    wave = cfg.min_lr + (cfg.init_lr - cfg.min_lr) * 0.5 * (1 + xp.cos(np.pi * along))
+    progress = (step - cfg.warmup_steps) / max(cfg.steps - cfg.warmup_steps, 1)
+    wave = cfg.min_lr + (cfg.init_lr - cfg.min_lr) * 0.5 * (1 + xp.cos(np.pi * progress))
     return xp.where(step < cfg.warmup_steps, ramp, wave)
 
 
@@ -41,7 +42,7 @@ SCHEDULES = {"whole_cosine": whole_cosine, "half_cycle": half_cycle}
 
 
 def learning_rate(cfg: OptimConfig, step: Any, xp: Any = np) -> Any:
-    """The rate in force at step `step` (0-based, over the whole run), by the config's schedule.
+    """Returns the learning rate at step `step` (0-based, over the whole run), by the config's schedule.
 
     `xp` is numpy (float64) or jax.numpy.
     """
@@ -49,17 +50,18 @@ def learning_rate(cfg: OptimConfig, step: Any, xp: Any = np) -> Any:
 
 
 def index_in_window(cfg: OptimConfig, step: Any) -> Any:
-    """How many steps of the same accumulation window come before `step`."""
+    """Returns the index of `step` within its accumulation window."""
     return (step % cfg.steps_per_epoch if cfg.average else step) % cfg.accumulate
 
 
 def decay_mask(params: Any) -> Any:
-    """True where weight decay acts: the matrices, tables and head gates, not biases, norm scales and token gates."""
+    """Returns a tree that is True where weight decay applies: matrices, tables and head gates, but not biases, norm
+    scales and token gates."""
     return trees.map_with_path(lambda path, _: not trees.matches(path, NO_DECAY), params)
 
 
 def weight_decay(share: float) -> optax.GradientTransformation:
-    """Adds `share` of each parameter to Adam's step for it, as AdamW does, where the parameter decays."""
+    """Adds `share` times each decaying parameter to its Adam step, as AdamW does."""
 
     def add(step: jax.Array, param: jax.Array, decays: bool, skipped: bool) -> jax.Array:
         if not decays:
@@ -74,47 +76,47 @@ def weight_decay(share: float) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-class Accumulated(NamedTuple):
-    """The state of `accumulated`."""
+class AccumulationState(NamedTuple):
+    """The state of `accumulate_gradients`."""
 
     step: jax.Array  # int32, over the whole run
-    total: Any  # of the gradients of the window so far
+    total: Any  # sum of the window's gradients so far
     inner: Any
 
 
-def accumulated(inner: optax.GradientTransformation, cfg: OptimConfig) -> optax.GradientTransformation:
-    """`inner` at the last step of each window, with the window's gradients summed or averaged; no change before it.
+def accumulate_gradients(inner: optax.GradientTransformation, cfg: OptimConfig) -> optax.GradientTransformation:
+    """Applies `inner` at the last step of each window, to the window's summed or averaged gradients; no update before.
 
-    What `average` leaves over at the end of an epoch is dropped, because the next window forgets it.
+    With `average`, an incomplete window at the end of an epoch is dropped.
     """
 
-    def init(params: Any) -> Accumulated:
-        return Accumulated(jnp.int32(0), jax.tree.map(jnp.zeros_like, params), inner.init(params))
+    def init(params: Any) -> AccumulationState:
+        return AccumulationState(jnp.int32(0), jax.tree.map(jnp.zeros_like, params), inner.init(params))
 
-    def update(gradients: Any, state: Accumulated, params: Any = None) -> tuple[Any, Accumulated]:
-        place = index_in_window(cfg, state.step)
+    def update(gradients: Any, state: AccumulationState, params: Any = None) -> tuple[Any, AccumulationState]:
+        index = index_in_window(cfg, state.step)
         share = 1 / cfg.accumulate if cfg.average else 1.0
-        total = jax.tree.map(lambda old, new: jnp.where(place == 0, 0, old) + share * new, state.total, gradients)
+        total = jax.tree.map(lambda old, new: jnp.where(index == 0, 0, old) + share * new, state.total, gradients)
         updates, inner_state = jax.lax.cond(
-            place == cfg.accumulate - 1,
+            index == cfg.accumulate - 1,
             lambda: inner.update(total, state.inner, params),
             lambda: (jax.tree.map(jnp.zeros_like, gradients), state.inner))
-        return updates, Accumulated(state.step + 1, total, inner_state)
+        return updates, AccumulationState(state.step + 1, total, inner_state)
 
     return optax.GradientTransformation(init, update)
 
 
 def optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
-    """For the trained part of the parameters alone (None where a leaf is frozen): no state exists for the rest.
+    """Returns the optimizer of the trained parameters (None where a leaf is frozen); frozen ones have no state.
 
-    Raises ValueError for a schedule that does not exist, or for windows that no epoch is long enough to complete.
+    Raises ValueError for an unknown schedule, or for accumulation windows longer than an epoch.
     """
     if cfg.schedule not in SCHEDULES:
         raise ValueError(f"optim.schedule = {cfg.schedule!r}: choose one of {', '.join(SCHEDULES)}.")
     if cfg.average and cfg.accumulate > cfg.steps_per_epoch:
         raise ValueError(f"optim.accumulate = {cfg.accumulate} is more than optim.steps_per_epoch = "
                          f"{cfg.steps_per_epoch}. With optim.average a window ends with its epoch, so nothing would "
-                         "ever be trained: lower optim.accumulate.")
+                         "be trained: lower optim.accumulate.")
 
     def rate(update: Any) -> Any:
         windows = cfg.steps_per_epoch // cfg.accumulate
@@ -126,4 +128,4 @@ def optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
     chain = optax.chain(
         *clip, optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps), weight_decay(cfg.weight_decay),
         optax.scale_by_learning_rate(rate))
-    return chain if cfg.accumulate == 1 else accumulated(chain, cfg)
+    return chain if cfg.accumulate == 1 else accumulate_gradients(chain, cfg)

@@ -1,4 +1,4 @@
-"""Loss and training step: pure functions of a module, parameters and a batch.
+"""The loss and the training step: pure functions of a module, parameters and a batch.
 
 B rows   T tokens   V vocabulary
 """
@@ -18,7 +18,8 @@ from mmjax.training import losses
 
 
 def token_losses(logits: jax.Array, batch: Batch) -> jax.Array:
-    """float32[B,T-1]: cross entropy of each next token in nats, 0 where it is no target. logits float32[B,T,V]."""
+    """Returns the cross entropy of each next token in nats, float32[B,T-1]; 0 where it is no target.
+    logits: float32[B,T,V]"""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], batch.tokens[:, 1:])
     return jnp.where(batch.loss_mask[:, 1:], losses, 0)
 
@@ -30,22 +31,22 @@ def loss(
     reduction: Literal["mean", "none"] = "mean",
     rngs: dict[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Next-token cross entropy: (loss, aux).
+    """Returns the next-token cross entropy: (loss, aux).
 
     "mean" is one number, the mean over the targets of the whole batch (of all devices). "none" is float32[B], each
-    row's sum divided by its padded length - 1, ignored places counted (minigpt4/models/minigpt_base.py: forward).
+    row's sum divided by its padded length - 1, ignored positions included (minigpt4/models/minigpt_base.py: forward).
     aux: "logits" float32[B,T,V], "tokens" the number of targets, "token_losses" float32[B,T-1].
-    A batch without any target has the loss 0, and gradients of 0.
+    A batch without targets has loss 0 and zero gradients.
     """
     logits = module.apply({"params": params}, batch, rngs=rngs)
-    each = token_losses(logits, batch)
-    tokens = batch.loss_mask[:, 1:].sum()
-    total = each.sum() / jnp.maximum(tokens, 1) if reduction == "mean" else each.sum(-1) / (batch.padded_length - 1)
-    return total, {"logits": logits, "tokens": tokens, "token_losses": each}
+    losses = token_losses(logits, batch)
+    count = batch.loss_mask[:, 1:].sum()
+    total = losses.sum() / jnp.maximum(count, 1) if reduction == "mean" else losses.sum(-1) / (batch.padded_length - 1)
+    return total, {"logits": logits, "tokens": count, "token_losses": losses}
 
 
 def mean_loss(module: nn.Module, params: Any, batch: Batch, rngs: dict[str, jax.Array] | None = None) -> jax.Array:
-    """The "mean" of `loss`, to be differentiated: without the logits of all places (`mmjax.training.losses`)."""
+    """Returns the "mean" of `loss` without computing the logits of all positions (`mmjax.training.losses`)."""
     hidden = module.apply({"params": params}, batch, rngs=rngs, method="hidden")
     targets = batch.loss_mask[:, 1:]
     weights = targets / jnp.maximum(targets.sum(), 1).astype(jnp.float32)
@@ -53,17 +54,18 @@ def mean_loss(module: nn.Module, params: Any, batch: Batch, rngs: dict[str, jax.
     def to_logits(hidden: jax.Array) -> jax.Array:
         return module.apply({"params": params}, hidden, method="logits")
 
-    ids, weights = (jnp.pad(x, ((0, 0), (0, 1))) for x in (batch.tokens[:, 1:], weights))  # the last tells nothing
-    return losses.weighted_sum(to_logits, hidden, ids, weights, sharding.num_batch_shards())
+    # The last position predicts nothing: it gets weight 0.
+    tokens, weights = (jnp.pad(x, ((0, 0), (0, 1))) for x in (batch.tokens[:, 1:], weights))
+    return losses.weighted_sum(to_logits, hidden, tokens, weights, sharding.num_batch_shards())
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What training changes; a checkpoint holds exactly this.
+    """Everything that training changes; a training checkpoint contains exactly this.
 
-    params: the trained part, None where a leaf is frozen
-    key:    of dropout; each step folds its number in
+    params: the trained parameters, None where a leaf is frozen
+    key:    for dropout; each step folds its number in
     """
 
     step: jax.Array
@@ -73,14 +75,15 @@ class TrainState:
 
 
 def start(trained: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """Returns the state before the first step."""
     return TrainState(jnp.int32(0), trained, optimizer.init(trained), jax.random.key(seed))
 
 
 def train_step(module: nn.Module, optimizer: optax.GradientTransformation) -> Callable[..., tuple[TrainState, dict]]:
-    """A compiled `(state, frozen, batch) -> (state, metrics)`; the state's memory is reused.
+    """Returns a compiled `(state, frozen, batch) -> (state, metrics)`, which donates the state's memory.
 
-    Gradients are taken of the trained part only. Dropout acts in the parts that hold a trained parameter. If the loss,
-    a gradient or an update is not finite, parameters and optimizer stay as they were and metrics["finite"] is False.
+    Only trained parameters get gradients. Dropout is active in the parts that have a trained parameter. If the loss, a
+    gradient or an update is not finite, parameters and optimizer stay unchanged and metrics["finite"] is False.
     metrics: "loss", "tokens" (targets), "grad_norm", "finite".
     """
 
@@ -106,11 +109,11 @@ def train_step(module: nn.Module, optimizer: optax.GradientTransformation) -> Ca
 
 @jax.jit
 def fingerprint(tree: Any) -> jax.Array:
-    """uint32: changes when any bit of any leaf does (a weighted sum of the bits, not a cryptographic hash)."""
+    """Returns a uint32 that changes when any bit of any leaf does (a weighted sum, not a cryptographic hash)."""
 
-    def of(leaf: jax.Array) -> jax.Array:
-        word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-        bits = jax.lax.bitcast_convert_type(leaf, word).astype(jnp.uint32)
+    def leaf_sum(leaf: jax.Array) -> jax.Array:
+        dtype = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(leaf, dtype).astype(jnp.uint32)
         weights = jnp.zeros(bits.shape, jnp.uint32)
         for axis in range(bits.ndim):
             weights = weights * 31 + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(2_654_435_761)
@@ -118,5 +121,5 @@ def fingerprint(tree: Any) -> jax.Array:
 
     total = jnp.uint32(0)
     for leaf in jax.tree.leaves(tree):
-        total = total * jnp.uint32(31) + of(leaf)
+        total = total * jnp.uint32(31) + leaf_sum(leaf)
     return total

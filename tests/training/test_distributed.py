@@ -78,7 +78,7 @@ def test_two_processes_are_killed_and_go_on_as_one_that_never_stopped(tmp_path):
     assert [line["step"] for line in lines(tmp_path / "two")] == list(range(7))
     codes, printed = both(tmp_path / "two", "4,2,1")
     assert codes == [0, 0], printed
-    assert "Going on at step 4 of 10" in printed
+    assert "Resuming at step 4 of 10" in printed
     expected, found = lines(tmp_path / "alone"), lines(tmp_path / "two")
     assert [line["step"] for line in found] == list(range(10))
     np.testing.assert_allclose([line["loss"] for line in found], [line["loss"] for line in expected], rtol=1e-6)
@@ -120,9 +120,9 @@ WAITING = """
 import sys, time
 from mmjax.config import HostsConfig
 from mmjax.training import distributed
-distributed.join(HostsConfig(sys.argv[1], 2, int(sys.argv[2]), timeout=120))
-if distributed.first():
-    distributed.wait("save the last state", 2)
+distributed.initialize(HostsConfig(sys.argv[1], 2, int(sys.argv[2]), timeout=120))
+if distributed.is_primary():
+    distributed.barrier("save the last state", 2)
 time.sleep(6)
 """
 

@@ -19,7 +19,7 @@ TIED = dataclasses.replace(llama.PRESETS["tiny"], llm=dataclasses.replace(llama.
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 4 places, so that there are several, the last not full."""
-    monkeypatch.setattr(losses, "LEAST", 4)
+    monkeypatch.setattr(losses, "MIN_CHUNK", 4)
 
 
 def both(family, cfg, rules, batch):
@@ -89,7 +89,7 @@ def test_groups_and_scale(small_chunks, groups):
 def test_places_without_weight_are_not_even_looked_at(small_chunks):
     hidden, ids, weights, head = toy()
     poisoned = jnp.where(weights[..., None] == 0, jnp.nan, hidden)
-    assert int((weights != 0).sum()) == 3 * losses.LEAST  # full chunks
+    assert int((weights != 0).sum()) == 3 * losses.MIN_CHUNK  # full chunks
     value, gradient = jax.value_and_grad(
         lambda hidden: losses.weighted_sum(lambda x: x @ head, hidden, ids, weights))(poisoned)
     np.testing.assert_allclose(value, summed(hidden, ids, weights, head), rtol=1e-6)

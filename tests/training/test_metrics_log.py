@@ -33,7 +33,7 @@ def test_bytes_that_are_no_text_go_if_they_are_last(tmp_path):
 def test_another_broken_line_is_named_and_stays(tmp_path):
     text = WHOLE.replace('1}', "")
     (tmp_path / "a").write_text(text)
-    with pytest.raises(ValueError, match=r"a, line 2 is not JSON: .* Mend or remove that line"):
+    with pytest.raises(ValueError, match=r"a, line 2 is not JSON: .* Repair or remove that line"):
         kept(tmp_path / "a")
     assert (tmp_path / "a").read_text() == text
 

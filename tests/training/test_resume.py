@@ -68,8 +68,8 @@ def test_what_the_state_was_made_with_may_not_change(tmp_path, now, line):
     with pytest.raises(ValueError) as refused:
         difference(tmp_path, BEFORE, now)
     first, told, what, *_ = str(refused.value).splitlines()
-    assert first == f"The run in {tmp_path} cannot go on with another" and told == f"  {line}"
-    assert what.startswith("Give what it had; or begin another run")
+    assert first == f"The run in {tmp_path} cannot resume with these changes:" and told == f"  {line}"
+    assert what.startswith("Use the settings it began with; or begin another run")
 
 
 def test_sources_may_move_but_not_change(tmp_path):
@@ -102,7 +102,7 @@ def test_a_field_that_mmjax_has_got_since_is_no_difference(tmp_path):
 
 
 def test_checkpoints_without_a_card_are_not_gone_on_from(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no .*run\.json to tell what they are of"):
+    with pytest.raises(FileNotFoundError, match=r"no .*run\.json, which describes their run"):
         resume.differences(BEFORE, tmp_path)
 
 
@@ -117,11 +117,11 @@ def test_frozen_parameters_have_fingerprints_by_name():
 
 def test_other_frozen_parameters_or_data_are_refused(tmp_path):
     saved = Progress(records=(8, 3), frozen={"vit/a": 1, "vit/b": 2, "llm/c": 3})
-    resume.same(saved, dataclasses.replace(saved, frozen={"llm/c": 3, "new": 9}), tmp_path)  # without the encoder
+    resume.check_unchanged(saved, dataclasses.replace(saved, frozen={"llm/c": 3, "new": 9}), tmp_path)  # without the encoder
     with pytest.raises(ValueError, match="1 of the 3 frozen parameters are not those .*: vit/b. Name its checkpoint"):
-        resume.same(saved, dataclasses.replace(saved, frozen=saved.frozen | {"vit/b": 7}), tmp_path)
+        resume.check_unchanged(saved, dataclasses.replace(saved, frozen=saved.frozen | {"vit/b": 7}), tmp_path)
     with pytest.raises(ValueError, match="sources of 8, 3 records; now they have 8, 2, and its place"):
-        resume.same(saved, dataclasses.replace(saved, records=(8, 2)), tmp_path)
+        resume.check_unchanged(saved, dataclasses.replace(saved, records=(8, 2)), tmp_path)
 
 
 def little(seed):
@@ -163,7 +163,7 @@ def test_the_newest_whole_one_is_gone_on_from(three, capsys):
 def test_where_none_is_whole_all_stay(three):
     for step in (1, 2, 3):
         harm(three.folder / str(step))
-    with pytest.raises(Damaged, match=r"(?s)None of the checkpoints can .*/3 is damaged.*/1 is damaged.*to begin anew"):
+    with pytest.raises(Damaged, match=r"(?s)None of the checkpoints can .*/3 is damaged.*/1 is damaged.*to start over"):
         resume.newest(three, CONSOLE)
     assert three.steps == [1, 2, 3]
 
@@ -216,7 +216,7 @@ def test_damage_costs_the_steps_since_the_checkpoint_before(finished, tmp_path, 
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     run.train(small.run_config(folder))
-    assert "Going on at step 3 of 4." in capsys.readouterr().err
+    assert "Resuming at step 3 of 4." in capsys.readouterr().err
     assert outcome(folder) == outcome(finished)
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["3", "4", "4.damaged"]
 
