@@ -42,7 +42,7 @@ def mixing(model):
     config = dataclasses.replace(config, llm=dataclasses.replace(
         config.llm, vocab=model.tokenizer.vocab_size, max_positions=2048))
     words = TextConfig(prompt_template=ALPACA, end_sym="</s>", joint=True)
-    return Loaded("imagebind_llm", imagebind_llm.ImageBindLLM(config), tiny.params("imagebind_llm", config), config,
+    return Loaded(imagebind_llm.FAMILY, imagebind_llm.ImageBindLLM(config), tiny.params("imagebind_llm", config), config,
                   model.tokenizer, words, model.generation, model.mesh)
 
 
@@ -283,7 +283,7 @@ def test_a_model_that_mixes_senses_takes_the_prompt(mixing):
     show(mixing, talk, IMAGES[0])
     talk.ask("What is this?")
     batch = mixing.batch([chat.prompt(mixing, talk, FEW).sample], prompt_template="")
-    assert batch.media["image"].shape[0] == 1 and not batch.media["blank"][0]
+    assert batch.images.shape[:2] == (1, 1) and batch.image_valid.tolist() == [[True]] and batch.media is None
     assert "Instruction:\nWhat is this?" in mixing.tokenizer.decode(batch.tokens[0])
 
 
@@ -383,7 +383,8 @@ def test_a_mistake_at_the_start_ends_with_one_message(monkeypatch, capsys):
 
 PROGRAM = """
 import time
-from mmjax import cli, loaded
+from mmjax import cli
+from mmjax.inference import loaded
 def stream(self, sample, **settings):
     for word in range(100):
         yield f"word{word} "

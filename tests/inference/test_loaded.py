@@ -60,7 +60,7 @@ def test_a_stop_string_is_found_in_the_words(model, samples, monkeypatch):
     [whole] = model.generate(samples[1:2], max_new_tokens=60)
     stop, made = "al", []
 
-    class Watched(loaded.Writing):
+    class Watched(loaded.Generation):
         def __init__(self, *args):
             super().__init__(*args)
             made.append(self)
@@ -145,7 +145,7 @@ def test_layers_taken_apart_write_what_stacked_ones_write(model, samples, frozen
     apart = model if frozen_dtype is None else mmjax.load(small.checkpoint(), dtype="float32", frozen_dtype="int8")
     stacked = dataclasses.replace(apart)
     stacked.__dict__["_decoder"] = (apart.module, apart.params)
-    assert apart._decoder[0].form == "turned"
+    assert not apart._decoder[0].scan_layers and apart._decoder[0].transposed_weights
     for settings in ({}, {"num_beams": 3}):
         assert apart.generate(samples, 12, **settings) == stacked.generate(samples, 12, **settings)
 
@@ -248,8 +248,8 @@ def test_batch_of_a_model_that_mixes_senses(mixing):
                mmjax.Sample(prompt="Which is it?", input="A cat", answer="A cat."),
                mmjax.Sample(media={"text": "a dog"}, weights={"text": 0.5}, prompt="What is it?", answer="A dog.")]
     batch = mixing.batch(samples)
-    assert batch.images is None and batch.media.keys() == {"image", "blank", "text"}
-    assert batch.media["image"].dtype == np.uint8 and batch.media["blank"].tolist() == [False, True, True]
+    assert batch.media.keys() == {"text"} and batch.weights.keys() == {"image", "text"}
+    assert batch.images.dtype == np.uint8 and batch.image_valid.tolist() == [[True], [False], [False]]
     assert batch.weights["image"].tolist() == [1, 1, 0] and batch.weights["text"].tolist() == [0, 0, 0.5]
     ids = [mixing.tokenizer.bos, *mixing.tokenizer.encode(
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
@@ -272,8 +272,8 @@ def test_what_was_recalled_takes_the_place_of_the_senses(mixing):
     vectors = unit(np.random.default_rng(0).normal(size=(20, mixing.config.imagebind.out)))
     batch = mixing.batch([sensing(mixing, ("depth",))])
     mixed = mixing._recalled(batch, Recall(np.asarray(vectors), count=1, weight=1.0))
-    assert mixed.media.keys() == mixed.weights.keys() == {"feature"}
-    similarity = mixed.media["feature"][0] @ vectors.T
+    assert mixed.images is None and mixed.image_valid is None and mixed.media is None and mixed.weights is None
+    similarity = mixed.features[0] @ vectors.T
     np.testing.assert_allclose(similarity.max(), 1, atol=1e-6)  # with that weight it is one of them
 
 
