@@ -103,7 +103,7 @@ def waiting(feed: Callable[[], Iterator[pipeline.PipelineBatch]], seconds: float
     batches = itertools.islice(feed(), count)
     waited = total = 0.0
     asked = time.perf_counter()
-    for number, (_, batch) in enumerate(run.ahead(batches, mesh, rows)):
+    for number, (_, batch) in enumerate(run.prefetch(batches, mesh, rows)):
         jax.block_until_ready(batch)
         ready = time.perf_counter()
         time.sleep(seconds)

@@ -115,7 +115,7 @@ def outcome(place: Path) -> dict[str, bytes]:
 def live(place: Path) -> dict[str, bytes]:
     """Raises AssertionError with what a command said that failed."""
     for task, expected in ((convert(place), ""), (train(place, 1), "parameters trained"),
-                           (train(place, 2), "Going on at step 1 of 2"), (export(place), "")):
+                           (train(place, 2), "Resuming at step 1 of 2"), (export(place), "")):
         status, said = command(*task)
         assert status == 0 and expected in " ".join(said.split()), f"{task[0]}: status {status}\n{said}"
         if not (place / "images").exists():

@@ -1,4 +1,4 @@
-"""A training run from its configuration to its report: what `train.py` and `mmjax train` call."""
+"""A training run, from its configuration to its result: what `train.py` and `mmjax train` call."""
 
 import contextlib
 import dataclasses
@@ -40,12 +40,12 @@ console = Console(stderr=True, markup=False)
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on; the message says why, where the last good checkpoint is, and what to do."""
+    """Training cannot continue; the message says why, which checkpoint is the last good one, and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run left behind."""
+    """The result of a run."""
 
     folder: Path
     step: int
@@ -55,12 +55,12 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a run is made of, before any weight is read.
+    """Everything that a run needs, before any weight is read.
 
-    records: of each of the data's sources
-    spec:    the model: module, dtypes, shardings, what is trained
-    earlier: parameters that the run starts from, in place of the checkpoint's
-    stored:  what the encoder makes of the images, where the run does not encode them itself
+    records: of each data source
+    spec:    of the model: module, dtypes, shardings, trained parameters
+    earlier: trained parameters of earlier runs, which replace the checkpoint's
+    stored:  the images' features, if the run does not encode images itself
     """
 
     config: RunConfig
@@ -88,28 +88,28 @@ class Job:
 
     @property
     def rules(self) -> tuple[str, ...]:
-        """Of the trained parameters."""
+        """Path rules of the trained parameters."""
         return self.spec.trained
 
     def params(self, only: Callable[[str], bool]) -> dict[str, Any]:
-        """Parameters on the mesh, those whose path `only` takes; the trained ones as float32."""
+        """Loads the parameters whose path `only` accepts onto the mesh; trained ones are float32."""
         return self.spec.restore(self.config.seed, self.earlier, only)
 
     def batches(self, started: int, position: int) -> Iterator[tuple[pipeline.PipelineBatch, Batch]]:
-        """The batches that are left from step `started` on, see `ahead`."""
+        """Yields the remaining batches from step `started` on, see `prefetch`."""
         config, data = self.config, self.config.data
         collator = Collator.of(config, self.source.tokenizer, self.source.config, self.stored)
         read = pipeline.batches(self.records, data, collator, started, position,
                                 sharding.process_local_rows(self.mesh, data.batch_size))
-        return ahead(itertools.islice(read, config.optim.steps - started), self.mesh, data.batch_size)
+        return prefetch(itertools.islice(read, config.optim.steps - started), self.mesh, data.batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-    """What a step asks of the devices, to tell how much of what they can do it uses.
+    """The operations of a training step, to report the utilisation of the devices.
 
-    count: the operations of a step for a state and a batch; None where they cannot be told
-    peak:  operations a second of all devices; None if not known
+    count: returns the operations of a step for a state and a batch; None if unknown
+    peak:  operations a second of all devices; None if unknown
     """
 
     count: Callable[[steps.TrainState, Batch], flops.Flops | None]
@@ -117,36 +117,36 @@ class StepFlops:
 
     @staticmethod
     def of(job: Job, step: Any, frozen: Any) -> "StepFlops":
-        """step: `steps.train_step` of the job, compiled"""
+        """Returns the counter of a job's compiled `steps.train_step`."""
         peak = hardware.peak(job.mesh.devices.flat[0])
         count = flops.by_shape(lambda state, batch: step.trace(state, frozen, batch), job.source.config.llm)
         return StepFlops(count, None if peak is None else peak * job.mesh.size)
 
     def operations(self, state: steps.TrainState, batch: Batch, metrics: dict[str, Any]) -> int | None:
-        """Of the step that gave this state and these metrics."""
+        """Returns the operations of the step that returned this state and these metrics; None if unknown."""
         count = self.count(state, batch)
         return None if count is None else count.useful(int(metrics["tokens"]))
 
     def format_throughput(self, operations: int | None, seconds: float) -> str:
-        """For the progress line, such as "  mfu 0.52"; nothing if it cannot be told."""
+        """Returns text for the progress line, such as "  mfu 0.52"; "" if unknown."""
         if operations is None:
             return ""
         (name, value), = metrics_log.utilization(operations / seconds, self.peak).items()
         return f"  mfu {value:.2f}" if name == "mfu" else f"  {value:,.0f} GFLOP/s"
 
 
-# Scores the model of a finished job, whose parameters, loaded by the run and trained, are the second argument.
+# Scores the model of a finished job. The second argument has the parameters that the run loaded and trained.
 Score = Callable[[Job, dict[str, Any]], list[list[Any]]]
 
 
 def train(config: RunConfig, score: Score | None = None) -> Run:
-    """Trains as configured, or goes on with the run in `config.out` where it stopped.
+    """Trains as configured, or resumes the run in `config.out`.
 
-    score: scores the result of a run on scenes, if `config.score` asks for it and there is one process; None: no scores
+    score: scores the result of a run on scenes if `config.score` is set and there is one process; None: no scores
 
-    Raises ValueError for a configuration that cannot work, before anything is written, or that the run in `config.out`
-    cannot go on with; `TrainingStopped` when the numbers say that going on is pointless; OSError when something cannot
-    be written. Told to end, it saves its state and raises `preemption.Preempted` or KeyboardInterrupt.
+    Raises ValueError for an invalid configuration, before anything is written, or for one that the run in `config.out`
+    cannot resume with; `TrainingStopped` for unusable data or non-finite numbers; OSError if a file cannot be written.
+    On a stop signal it saves its state and raises `preemption.Preempted` or KeyboardInterrupt.
     """
     check(config)
     distributed.initialize(config.hosts)
@@ -172,37 +172,38 @@ def train(config: RunConfig, score: Score | None = None) -> Run:
         def diagnose(loss: float, state: steps.TrainState) -> None:
             check_first_loss(loss, job.source.config.llm.vocab, {"trained": state.params, "frozen": frozen})
 
-        fed = job.batches(started, progress.position)
+        batches = job.batches(started, progress.position)
         work = StepFlops.of(job, step, frozen)
-        with preemption.StopSignal(started) as notice:
-            state, loss = loop(config, started, progress, advance, diagnose, work, state, fed, checkpoints, notice)
+        with preemption.StopSignal(started) as stop:
+            state, loss = loop(config, started, progress, advance, diagnose, work, state, batches, checkpoints, stop)
             checkpoints.wait()
         after = resume.fingerprints(frozen)
-        if moved := [path for path in after if after[path] != progress.frozen[path]]:
-            raise TrainingStopped(f"Frozen parameters changed during training: {', '.join(moved)}. That is a bug in "
+        if changed := [path for path in after if after[path] != progress.frozen[path]]:
+            raise TrainingStopped(f"Frozen parameters changed during training: {', '.join(changed)}. This is a bug in "
                                   f"mmjax; please report it with {out / converted.RUN_CARD}.")
         scores = None
         if score and config.data.scenes and config.score:
             if jax.process_count() > 1:
-                console.print("Scores are given by runs of one process: the same command on one host makes them now.")
+                console.print("A run of several processes is not scored: start the same command on one host to "
+                              "score it.")
             else:
                 scores = score(job, trees.merge(state.params, frozen))
     return Run(out, int(state.step), loss, scores)
 
 
 def set_up(config: RunConfig) -> Job:
-    """Raises ValueError for what does not go together: the checkpoint, the devices, the data and what is trained."""
+    """Opens data and checkpoint. Raises ValueError if checkpoint, devices, data and trained parameters do not fit."""
     records = pipeline.read(config.data)
     source = converted.ConvertedCheckpoint.open(config.weights.checkpoint)
     source = dataclasses.replace(source.of(architecture(source, config)), text=config.text)
     mesh = sharding.make_mesh(config.mesh)
     if config.data.batch_size % sharding.num_shards(mesh, "batch"):
-        raise ValueError(f"data.batch_size = {config.data.batch_size} cannot be cut into "
-                         f"{sharding.num_shards(mesh, 'batch')} (mesh {dict(mesh.shape)}).")
+        raise ValueError(f"data.batch_size = {config.data.batch_size} cannot be divided into "
+                         f"{sharding.num_shards(mesh, 'batch')} shards (mesh {dict(mesh.shape)}).")
     images = source.config.images
     if config.data.random_crop and not (images and images.fit == "center_crop"):
-        raise ValueError(f"data.random_crop is for models that crop images; those of {source.family} "
-                         + (f"are read with the fit {images.fit!r}" if images else "read no images")
+        raise ValueError(f"data.random_crop is for models that crop images; images of {source.family} "
+                         + (f"are read with the fit {images.fit!r}" if images else "are not read")
                          + ". Set data.random_crop = False.")
     spec = model_spec(config, source, mesh)
     earlier = converted.trained_params(Path(config.weights.start_from)) if config.weights.start_from else None
@@ -212,24 +213,24 @@ def set_up(config: RunConfig) -> Job:
 
 def begin(job: Job, optimizer: optax.GradientTransformation,
           checkpoints: training_checkpoints.Checkpoints) -> tuple[steps.TrainState, Any, training_checkpoints.Progress]:
-    """The state to train from, the frozen parameters, and how far the run is; says so, and writes the run's card.
+    """Returns the initial or restored state, the frozen parameters and the progress; writes `run.json`.
 
-    Raises ValueError for a run that was begun with something else, or is beyond its end.
+    Raises ValueError for a run that cannot resume with this configuration, or is beyond its last step.
     """
     config, out = job.config, job.out
     changed = "" if checkpoints.latest is None else resume.differences(config, out)
     params = job.params(loaded_by(config, job.source.family))
     mask = trees.mask(params, job.rules)
     trained, frozen = trees.split(params, mask)
-    begun = training_checkpoints.Progress(records=tuple(map(len, job.records)), frozen=resume.fingerprints(frozen))
-    state, progress = resume.restore(steps.start(trained, optimizer, config.seed), begun, checkpoints, job.mesh, out,
+    start = training_checkpoints.Progress(records=tuple(map(len, job.records)), frozen=resume.fingerprints(frozen))
+    state, progress = resume.restore(steps.start(trained, optimizer, config.seed), start, checkpoints, job.mesh, out,
                                      console)
     started = int(state.step)
     if started > config.optim.steps:
         raise ValueError(f"{out} is at step {started}, beyond optim.epochs · optim.steps_per_epoch = "
-                         f"{config.optim.steps}. Name another `out`, or raise them.")
+                         f"{config.optim.steps}. Choose another `out`, or increase them.")
     if started:
-        console.print(f"Going on at step {started} of {config.optim.steps}. {changed}")
+        console.print(f"Resuming at step {started} of {config.optim.steps}. {changed}")
     if distributed.is_primary():
         write_card(job)
     announce(job, params, mask)
@@ -237,23 +238,23 @@ def begin(job: Job, optimizer: optax.GradientTransformation,
 
 
 def train_phases(phases: Mapping[str, RunConfig], score: Score | None = None) -> Run:
-    """One run after the other, in order; the last one's result. score: as of `train`
+    """Runs the phases in order and returns the last one's result. score: see `train`
 
-    Raises ValueError for a path of any of them that is a URL, before the first one begins, and what `train` raises.
+    Raises ValueError for a path of any phase that is a URL, before the first phase begins, and what `train` raises.
     """
     files.refuse([problem for name, config in phases.items() for problem in config.url_problems(f"{name}.")])
     for name, config in phases.items():
         console.rule(name)
-        done = train(config, score)
-    return done
+        result = train(config, score)
+    return result
 
 
 def check(config: RunConfig) -> None:
-    """Raises ValueError naming everything in the configuration that cannot work."""
+    """Raises ValueError naming every invalid setting."""
     o, d = config.optim, config.data
     wrong = [
         message for holds, message in (
-            (config.out, "out: the run needs a folder"),
+            (config.out, "out: name the folder of the run"),
             (config.weights.checkpoint, "weights.checkpoint: name the converted checkpoint to start from"),
             (d.path or d.mixture, "data.path: name the folder with the images and captions"),
             (not ((d.path or d.root) and d.mixture), "data.path and data.root, or data.mixture: name one of them"),
@@ -278,7 +279,7 @@ def check(config: RunConfig) -> None:
             (o.schedule in optim.SCHEDULES, f"optim.schedule = {o.schedule!r}: one of {', '.join(optim.SCHEDULES)}"),
             (config.weights.family in FAMILIES or not (config.weights.family or config.weights.sources),
              f"weights.family = {config.weights.family!r}: one of {', '.join(FAMILIES)}"
-             + ("" if config.weights.family else ", to say what weights.sources are of")),
+             + ("" if config.weights.family else ", the family of weights.sources")),
             (config.weights.frozen_dtype in (None, "int8"),
              f"weights.frozen_dtype = {config.weights.frozen_dtype!r}: int8, or None for the same as weights.dtype"),
             (config.weights.dtype in ("float32", "bfloat16"), f"weights.dtype = {config.weights.dtype!r}: "
@@ -293,39 +294,38 @@ def check(config: RunConfig) -> None:
     wrong += config.url_problems()
     for name, folder in (("out", config.out), ("weights.checkpoint", config.weights.checkpoint),
                          ("weights.start_from", config.weights.start_from)):
-        if folder and (found := storage.problem(folder)):
-            wrong.append(f"{name}: {found}")
+        if folder and (problem := storage.problem(folder)):
+            wrong.append(f"{name}: {problem}")
     if wrong:
         raise ValueError("This configuration cannot run:\n  " + "\n  ".join(wrong))
 
 
 def prepare(config: RunConfig) -> None:
-    """Converts the sources and draws the scenes, where the configuration asks for it and it has not been done."""
+    """Converts `weights.sources` and draws `data.scenes`, if they are configured and do not exist yet."""
     weights, data = config.weights, config.data
     if weights.sources and not Path(weights.checkpoint).exists():
         console.print(f"Converting released files into {weights.checkpoint}")
         convert = write.command(weights.family)
         known = inspect.signature(convert).parameters.keys() - {"out", "overwrite"}
         if unknown := sorted(weights.sources.keys() - known):
-            raise ValueError(f"weights.sources names {', '.join(unknown)}; a conversion of {weights.family} takes "
+            raise ValueError(f"weights.sources has {', '.join(unknown)}; a conversion of {weights.family} takes "
                              f"{', '.join(sorted(known))}.")
         convert(out=weights.checkpoint, **weights.sources)
     if data.scenes is not None:
-        last, draw = scenes.LAYOUTS[data.format]
-        if not (Path(data.path) / last).exists():
+        last_file, draw = scenes.LAYOUTS[data.format]
+        if not (Path(data.path) / last_file).exists():
             console.print(f"Drawing {data.scenes.count} scenes into {data.path}")
-            world = scenes.scenes("train", data.scenes.count, data.scenes.seed, most=data.scenes.most)
-            draw(data.path, world)
+            draw(data.path, scenes.scenes("train", data.scenes.count, data.scenes.seed, most=data.scenes.most))
 
 
 def architecture(source: converted.ConvertedCheckpoint, config: RunConfig) -> Any:
-    """The checkpoint's, with what the run's phase adds and the run's image size and drop path."""
+    """Returns the checkpoint's model config with the run's phase, image size and drop path applied."""
     family, cfg = source.family, source.config
     family.rules(config.phase)  # the phase exists
     if config.phase:
         cfg = family.with_phase(cfg, config.phase)
-    changes = [name for name, given in (("image_size", config.image_size is not None),
-                                        ("drop_path", config.drop_path)) if given]
+    changes = [name for name, is_set in (("image_size", config.image_size is not None),
+                                         ("drop_path", config.drop_path)) if is_set]
     if not changes:
         return cfg
     if family.resize is None:
@@ -334,13 +334,13 @@ def architecture(source: converted.ConvertedCheckpoint, config: RunConfig) -> An
 
 
 def model_spec(config: RunConfig, source: converted.ConvertedCheckpoint, mesh: jax.sharding.Mesh) -> ModelSpec:
-    """The model that a run trains; `source` has the run's architecture."""
+    """Returns the spec of the model that a run trains; `source` has the run's architecture."""
     return ModelSpec(source, mesh, config.weights.dtype, config.weights.frozen_dtype,
                      source.family.rules(config.phase, config.trained), remat=config.remat)
 
 
 def loaded_by(config: RunConfig, family: Family) -> Callable[[str], bool]:
-    """Which parameters a run loads: with stored features the encoder's are not."""
+    """Returns a predicate on the paths of the parameters that a run loads: with stored features, not the encoder's."""
     return lambda path: not (config.data.features and family.in_encoder(path))
 
 
@@ -352,18 +352,19 @@ def loop(
     diagnose: Callable[[float, steps.TrainState], None],
     work: StepFlops,
     state: steps.TrainState,
-    fed: Iterator[tuple[pipeline.PipelineBatch, Batch]],
+    batches: Iterator[tuple[pipeline.PipelineBatch, Batch]],
     checkpoints: training_checkpoints.Checkpoints,
-    notice: preemption.StopSignal,
+    stop: preemption.StopSignal,
 ) -> tuple[steps.TrainState, float | None]:
-    """The steps from `started` on, to the last one or to that behind which the run is told to end: the state and the
-    last loss. See `TrainingStopped`.
+    """Trains from step `started` to the last step or a stop signal. Returns the state and the last loss.
 
-    progress: how far the run is
+    progress: of the run, at step `started`
     advance:  one training step
-    fed:      batches as they were read, and the same on the devices
-    diagnose: looks at the first loss of a run
-    work:     what the steps ask of the devices
+    diagnose: checks the first loss of a run
+    work:     operations of the steps
+    batches:  each batch as it was read, and on the devices
+
+    Raises TrainingStopped.
     """
     loss = None
     columns = (TextColumn(config.phase or "training"), BarColumn(), MofNCompleteColumn(),
@@ -373,9 +374,9 @@ def loop(
           metrics_log.BadData(out / "data_errors.jsonl", progress.position, config) as bad,
           Progress(*columns, console=console) as bar):
         task = bar.add_task("", total=config.optim.steps, completed=started, loss="")
-        asked = time.monotonic()
-        for item, batch in fed:
-            waited = time.monotonic() - asked
+        step_start = time.monotonic()
+        for item, batch in batches:
+            waited = time.monotonic() - step_start
             check_batch(config, item, bad, checkpoints)
             first = item.number == started
             with compilation.announce("the training step", console) if first else contextlib.nullcontext():
@@ -386,54 +387,57 @@ def loop(
                 diagnose(loss, state)
             operations = work.operations(state, batch, metrics)
             log.add(item, metrics, state.params, waited, operations)
-            speed = "" if first else work.format_throughput(operations, time.monotonic() - asked)  # the first one compiles
+            seconds = time.monotonic() - step_start
+            speed = "" if first else work.format_throughput(operations, seconds)  # the first step compiles
             bar.update(task, advance=1, loss=f"loss {loss:.3f}{speed}")
             checkpoints.check()
             done, progress = item.number + 1, progress.after(loss, item.end)
             if due := done % config.save_every == 0 or done == config.optim.steps:
                 progress = progress.due()
-            if (stopping := notice.should_stop(done)) or due:
+            if (stopping := stop.should_stop(done)) or due:
                 log.sync()
                 bad.sync()
                 checkpoints.save(done, state, progress)
             if stopping:
                 break
-            asked = time.monotonic()
+            step_start = time.monotonic()
     return state, loss
 
 
 def check_batch(config: RunConfig, item: pipeline.PipelineBatch, bad: metrics_log.BadData,
                 checkpoints: training_checkpoints.Checkpoints) -> None:
-    """Records what of the data was unusable. Raises TrainingStopped if it is too much, or leaves nothing to learn."""
+    """Logs the batch's unusable records. Raises TrainingStopped if there are too many, or if no target is left."""
     if bad.add(item):
         raise TrainingStopped(
             f"{bad.count} of the first {bad.tried} records that were tried cannot be used, more than "
-            f"data.max_bad_share = {config.data.max_bad_share} allows. {Path(config.out) / 'data_errors.jsonl'} names "
-            f"them. Mend them, or raise data.max_bad_share. {last_good(checkpoints)}")
+            f"data.max_bad_share = {config.data.max_bad_share} allows. {Path(config.out) / 'data_errors.jsonl'} lists "
+            f"them. Repair them, or increase data.max_bad_share. {last_good(checkpoints)}")
     if not distributed.all_sum(item.batch.loss_mask[:, 1:].any())[0]:
         raise TrainingStopped(
-            f"Batch {item.number} has no token to learn: all its answers are empty or cut away "
+            f"Batch {item.number} has no token to learn: all its answers are empty or cut off "
             f"(text.max_txt_len = {config.text.max_txt_len}). {samples(item)} {last_good(checkpoints)}")
 
 
-def check_step(item: pipeline.PipelineBatch, metrics: Mapping[str, Any], checkpoints: training_checkpoints.Checkpoints) -> None:
-    """Raises TrainingStopped if the step met NaN or infinity."""
+def check_step(item: pipeline.PipelineBatch, metrics: Mapping[str, Any],
+               checkpoints: training_checkpoints.Checkpoints) -> None:
+    """Raises TrainingStopped if the step's numbers are not finite."""
     if not bool(metrics["finite"]):
         raise TrainingStopped(
             f"The loss, a gradient or the update of batch {item.number} is not finite (loss {float(metrics['loss'])}, "
-            f"gradient norm {float(metrics['grad_norm'])}). The update was not made. {samples(item)} "
+            f"gradient norm {float(metrics['grad_norm'])}). The update was not applied. {samples(item)} "
             f"{last_good(checkpoints)}")
 
 
-def ahead(batches: Iterator[pipeline.PipelineBatch], mesh: Any, rows: int) -> Iterator[tuple[pipeline.PipelineBatch, Batch]]:
-    """Each batch beside the same on the devices, the next one already on its way there. rows: of all processes"""
-    last = None
+def prefetch(batches: Iterator[pipeline.PipelineBatch], mesh: Any,
+             rows: int) -> Iterator[tuple[pipeline.PipelineBatch, Batch]]:
+    """Yields each batch as read and on the devices, while the next one is being transferred. rows: of all processes"""
+    previous = None
     for item in batches:
-        if last is not None:
-            yield last
-        last = item, sharding.put_batch(item.batch, mesh, rows)
-    if last is not None:
-        yield last
+        if previous is not None:
+            yield previous
+        previous = item, sharding.put_batch(item.batch, mesh, rows)
+    if previous is not None:
+        yield previous
 
 
 def samples(item: pipeline.PipelineBatch) -> str:
@@ -442,27 +446,27 @@ def samples(item: pipeline.PipelineBatch) -> str:
 
 def last_good(checkpoints: training_checkpoints.Checkpoints) -> str:
     if checkpoints.latest is None:
-        return "No checkpoint had been saved yet."
-    return f"The last good checkpoint is of step {checkpoints.latest}; the same command goes on from there."
+        return "No checkpoint has been saved yet."
+    return f"The last good checkpoint is of step {checkpoints.latest}; the same command resumes from there."
 
 
 def check_first_loss(loss: float, vocab: int, parts: dict[str, Any]) -> None:
-    """Raises TrainingStopped if the first loss is that of a model that holds every word for equally likely."""
+    """Raises TrainingStopped if the first loss is that of a model that predicts all tokens with equal probability."""
     if abs(loss - math.log(vocab)) > 0.01 * math.log(vocab):
         return
     leaves = {f"{part}/{path}": leaf for part, tree in parts.items() for path, leaf in trees.flatten(tree).items()
               if leaf is not None and path.startswith("llm/") and not path.endswith("lora_b")}
     dead = [path for path, leaf in leaves.items() if not any(float(jnp.abs(a).max()) for a in jax.tree.leaves(leaf))]
     raise TrainingStopped(
-        f"The first loss is {loss:.4f}, which is ln({vocab}) = {math.log(vocab):.4f}: the language model holds every "
-        "word for equally likely. Its weights are missing or broken, or an unmerged delta was converted as if it were "
-        "a model. " + (f"These tensors are all zero: {', '.join(dead)}. " if dead else "")
+        f"The first loss is {loss:.4f}, which is ln({vocab}) = {math.log(vocab):.4f}: the language model predicts "
+        "all tokens with equal probability. Its weights are missing or broken, or an unmerged delta was converted as "
+        "if it were a model. " + (f"These tensors are all zero: {', '.join(dead)}. " if dead else "")
         + "Convert the language model again (`--delta` merges a Vicuna delta); to train a random language model on "
         "purpose set check_first_loss=False.")
 
 
 def write_card(job: Job) -> None:
-    """`run.json`: what anyone needs to load, repeat or understand the run."""
+    """Writes `run.json`, which has everything needed to load or repeat the run."""
     config, source, out, start = job.config, job.source, job.out, job.config.weights.start_from
     card = {
         "format": converted.FORMAT,
@@ -481,7 +485,7 @@ def write_card(job: Job) -> None:
 
 
 def announce(job: Job, params: Any, mask: Any) -> None:
-    """What is about to happen, in two lines."""
+    """Prints the model, its parameter counts and the mesh."""
     config, mesh = job.config, job.mesh
     sizes = {True: 0, False: 0}
     for leaf, is_trained in zip(trees.flatten(params).values(), trees.flatten(mask).values(), strict=True):

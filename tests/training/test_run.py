@@ -175,7 +175,7 @@ def test_finished_run_has_nothing_left_to_do(finished, capsys):
     again = run.train(small.run_config(finished.folder, log_every=3))
     assert again.step == finished.step
     said = " ".join(capsys.readouterr().err.split())
-    assert "Going on at step 4 of 4. Changed since it began: log_every 1 -> 3." in said
+    assert "Resuming at step 4 of 4. Changed since it began: log_every 1 -> 3." in said
     assert len(metrics(finished.folder)) == 4
 
 
@@ -242,7 +242,7 @@ def test_first_loss_of_a_dead_language_model():
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"out": ""}, "out: the run needs a folder"),
+    ({"out": ""}, "out: name the folder of the run"),
     ({"log_every": 0}, "log_every"),
     ({"mesh": MeshConfig(data=3)}, "does not fill"),
     ({"trained": ("projektor/.*",)}, "projektor"),
