@@ -300,7 +300,7 @@ def test_another_encoders_features(minigpt4, tmp_path):
     encode_features.load(config, other, (), records)  # the projector is no part of the encoder
     del files["qformer"]
     (tmp_path / "config.json").write_text(json.dumps(card))
-    with pytest.raises(ValueError, match="does not say of which file qformer is"):
+    with pytest.raises(ValueError, match="does not name the source file of qformer"):
         encode_features.load(config, other, (), records)
 
 
@@ -343,7 +343,7 @@ def test_model_without_an_encoder(tmp_path):
     out = tmp_path / "llama"
     write.command("llama")(small.GOLDEN / "ckpt" / "llama_hf", out)
     config = small.run_config(tmp_path / "run", weights=WeightsConfig(checkpoint=str(out), dtype="float32"))
-    with pytest.raises(ValueError, match=r"has no encoder of images .*: set data\.features = None"):
+    with pytest.raises(ValueError, match=r"has no image encoder .*: set data\.features = None"):
         encode_features.make(config, opened(config), tmp_path / "features")
     assert not (tmp_path / "features").exists()
 
