@@ -1,4 +1,4 @@
-"""What goes into a model: `Sample`, as a person writes it, and `Batch`, as a compiled function takes it."""
+"""The inputs of a model: `Sample`, written by the user, and `Batch`, the input of compiled functions."""
 
 import dataclasses
 from typing import Any
@@ -11,14 +11,14 @@ import numpy as np
 class Sample:
     """One example, before tokenisation.
 
-    images:  images for the `<ImageHere>` places of the prompt, in order: a path, a PIL image, `uint8[H,W,3]`, or
+    images:  images for the `<ImageHere>` placeholders of the prompt, in order: a path, a PIL image, `uint8[H,W,3]`, or
              an already normalised `float32[3,H,W]`
     media:   other senses by name (ImageBind families): "video", "audio", "depth", "thermal", "imu", "text"
-    weights: of "image" and of the media in the mix of senses; 1 where nothing is said
+    weights: of "image" and of the media in the mix of senses; 1 by default
     prompt:  the text before the answer; empty for none
-    input:   what the prompt is about, where a model has a template for prompts with an input (Alpaca's)
-    answer:  the text to learn or to score; None when there is nothing to learn (generation)
-    turns:   a conversation, `(question, answer)` pairs; takes the place of `prompt` and `answer`
+    input:   the text that the prompt refers to, for models with a template for prompts with an input (Alpaca's)
+    answer:  the text to learn or to score; None if there is none (generation)
+    turns:   a conversation, `(question, answer)` pairs, in place of `prompt` and `answer`
     """
 
     images: list[Any] = dataclasses.field(default_factory=list)
@@ -33,26 +33,26 @@ class Sample:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows of one static length. B rows, T places, F images a row, Q soft tokens an image.
+    """Rows of one static length. B rows, T slots, F images a row, Q soft tokens an image.
 
-    tokens:        int32[B,T]  ids; the places of soft tokens and of padding hold the pad id
-    soft_index:    int32[B,T]  which of the row's F·Q soft tokens stands here; -1 where a word stands
-    valid:         bool[B,T]   seen by attention; False at padding (and at the original's holes)
-    loss_mask:     bool[B,T]   the token here is a target (to be predicted from the place before it)
-    positions:     int32[B,T]  rotary positions: 0, 1, 2, ... in every row, or in every segment of a packed one
-    padded_length: int32[B]    length of the rows as the original pads them; its per-row loss divides by that minus 1
+    tokens:        int32[B,T]  the pad token in the slots of soft tokens and of padding
+    soft_index:    int32[B,T]  index of the slot's soft token among the row's F·Q; -1 in the slot of a token
+    valid:         bool[B,T]   visible to attention; False at padding (and in the slots that the original masks)
+    loss_mask:     bool[B,T]   the token is a target (predicted from the slot before it)
+    positions:     int32[B,T]  rotary positions: 0, 1, 2, ... in every row, or in every segment of a packed row
+    padded_length: int32[B]    length to which the original pads the rows; its per-row loss divides by that minus 1
     images:        uint8[B,F,H,W,3] (normalised by the model) or normalised float32[B,F,3,H,W]; None for text alone
-    image_valid:   bool[B,F]   of models that read one image a row: False where a row has none, which is then zeros after
-                   the normalisation. None: every image is one, or the model does not look at those that are none
-    features:      what `Model.feature` gives, ready-made, in place of images and media: what MiniGPT-4's projector reads
-                   [B,F,Q,E], the mix of all senses [B,E]
-    media:         what ImageBind's towers take besides images, by name: "video" [B,clips,3,2,S,S], "audio"
-                   [B,clips,1,M,T], "depth" and "thermal" [B,1,H,W], "imu" [B,6,steps], "text" int32[B,77]. None where
+    image_valid:   bool[B,F]   for models that read one image a row: False where a row has no image, which is then zeros
+                   after the normalisation. None: all images are valid, or no soft token refers to the others
+    features:      precomputed output of `Model.feature`, in place of images and media: the input of MiniGPT-4's
+                   projector [B,F,Q,E], the mix of all senses [B,E]
+    media:         inputs of ImageBind's towers other than images, by name: "video" [B,clips,3,2,S,S], "audio"
+                   [B,clips,1,M,T], "depth" and "thermal" [B,1,H,W], "imu" [B,6,steps], "text" int32[B,77]. None if
                    there are no other senses
-    weights:       float32[B] for "image" and each of the media: its weight in the mix of senses, 0 where a row has no
-                   such sense. None where a family does not mix senses
-    segments:      int32[B,T]  of packed rows (`mmjax.data.packing`): which of the row's samples stands here, from 0 on;
-                   -1 at padding. None: one sample a row
+    weights:       float32[B] for "image" and each of the media: its weight in the mix of senses, 0 if a row does not
+                   have that sense. None if a family does not mix senses
+    segments:      int32[B,T]  of packed rows (`mmjax.data.packing`): index of the slot's sample in the row; -1 at
+                   padding. None: one sample a row
     """
 
     tokens: jax.Array | np.ndarray

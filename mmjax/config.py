@@ -1,32 +1,34 @@
-"""Everything a run can be told, as frozen dataclasses; a config file is Python that builds a `RunConfig`.
+"""The options of a training run, as frozen dataclasses; a config file is Python that builds a `RunConfig`.
 
 A config file defines `config() -> RunConfig`. Every field can be overridden on the command line with its dotted name:
 `python train.py --config configs/minigpt4_stage2.py --optim.init-lr 1e-5`.
 """
 
 import dataclasses
+import re
 import runpy
 import traceback
 from pathlib import Path
 
 from mmjax import files
 
-REMOTE = {"webdataset": ("gs", "s3", "az", "hf")}  # formats that read URLs, and of which schemes
+REMOTE = {"webdataset": ("gs", "s3", "az", "hf")}  # URL schemes of the formats that read URLs
+RENAMED = {"data.pack_pictures": "data.pack_images"}  # former field -> field
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
     """How samples become rows of tokens.
 
-    prompt_template: wraps every prompt and every question of a conversation at its `{}`; "" leaves them as they are.
+    prompt_template: wraps every prompt and every question of a conversation at its `{}`; "" leaves them unchanged.
                      MiniGPT-4 on Vicuna: "###Human: {} ###Assistant: ", on LLaMA-2: "[INST] {} [/INST] ",
-                     MiniGPT-v2: "[INST] {} [/INST]" (the final space matters to the tokens)
-    input_template:  the same for samples with an `input`: its first `{}` is the prompt, its second the input
+                     MiniGPT-v2: "[INST] {} [/INST]" (the final space changes the tokens)
+    input_template:  the template of samples with an `input`: its first `{}` is the prompt, its second the input
     end_sym:         ends every answer
-    joint:           prompt and answer are tokenised as one string, without special tokens in it, and `max_txt_len` is
-                     what is kept of the whole row (ImageBind-LLM, LLaMA-Adapter)
-    max_txt_len:     tokens kept of an answer, or of everything behind the first question of a conversation
-    max_context_len: tokens kept of a prompt with images (soft tokens counted); the right end is cut
+    joint:           prompt and answer are tokenised as one string, without special tokens in it, and `max_txt_len`
+                     limits the whole row (ImageBind-LLM, LLaMA-Adapter)
+    max_txt_len:     tokens kept of an answer, or of everything after the first question of a conversation
+    max_context_len: tokens kept of a prompt with images, including soft tokens; the right end is cut
     """
 
     prompt_template: str = ""
@@ -39,15 +41,15 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WeightsConfig:
-    """The converted checkpoint a run starts from.
+    """The converted checkpoint that a run starts from.
 
     checkpoint: folder written by `convert_weights.py`
-    family:     what the sources are of: a command of `convert_weights.py`. Also where `mmjax plan` looks for a preset
+    family:     family of the sources: a command of `convert_weights.py`. `mmjax plan` looks for a preset in it
     sources:    released files by option name (`vit`, `qformer`, `llm`, `projector`, `lora`, `arch`); converted into
-                `checkpoint` first if that folder does not exist yet
-    start_from: a finished run whose trained parameters this one starts from (stage 2 after stage 1)
-    dtype:      frozen parameters and activations; trained parameters are float32 always
-    frozen_dtype: "int8" holds the large frozen matrices as int8 with a scale for each output channel, half the memory
+                `checkpoint` first if that folder does not exist
+    start_from: a finished run whose trained parameters this run starts from (stage 2 after stage 1)
+    dtype:      of frozen parameters and activations; trained parameters are always float32
+    frozen_dtype: "int8" stores the large frozen matrices as int8 with a scale for each output channel, half the memory
                   of bfloat16 (`mmjax.models.int8`); None: all frozen parameters as `dtype`
     """
 
@@ -61,11 +63,11 @@ class WeightsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ScenesConfig:
-    """The procedural world of the embedded default, drawn to disk before training.
+    """The procedural images of the embedded default, drawn to disk before training.
 
-    count:    training images
-    held_out: images of each evaluation split
-    most:     things in an image, at most
+    count:    number of training images
+    held_out: number of images of each evaluation split
+    most:     maximum number of shapes in an image
     """
 
     count: int = 3000
@@ -76,9 +78,9 @@ class ScenesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One of several sources of a mixture; `format`, `path` and `root` are those of `DataConfig`.
+    """One source of a mixture; `format`, `path` and `root` are those of `DataConfig`.
 
-    ratio: its share of the samples, relative to the other sources' (stage 1 of MiniGPT-4: LAION 115, CC-SBU 14)
+    ratio: share of the samples, relative to the other sources (stage 1 of MiniGPT-4: LAION 115, CC-SBU 14)
     """
 
     format: str
@@ -87,43 +89,43 @@ class Source:
     root: str | None = None
 
     def url_problems(self, path: str, root: str, drawn: bool = False) -> list[str]:
-        """A line for its path and its root where they are URLs that the format does not read.
+        """Returns a line for each of the path and the root that is a URL which the format does not read.
 
-        path, root: what these options are called
-        drawn:      the data are written to the path first
+        path, root: names of these options
+        drawn:      whether the data are written to the path first
         """
-        place = self.path
-        if self.format == "tfds" and isinstance(place, str):
-            place = place.removeprefix("tfds:")
+        value = self.path
+        if self.format == "tfds" and isinstance(value, str):
+            value = value.removeprefix("tfds:")
         remote = () if drawn else REMOTE.get(self.format, ())
-        return files.url_problems({path: place}, remote) + files.url_problems({root: self.root})
+        return files.url_problems({path: value}, remote) + files.url_problems({root: self.root})
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is trained on.
+    """The training data.
 
-    format:          how the data lie on disk, one of `mmjax.data.formats.FORMATS`
-    path:            the folder or file of that format, such as one with `filter_cap.json` and `image/IMAGE_ID.jpg`
-    root:            folder that the images lie below, where that is not the data file's own
+    format:          layout of the data on disk, one of `mmjax.data.formats.FORMATS`
+    path:            the folder or file of that format, such as a folder with `filter_cap.json` and `image/IMAGE_ID.jpg`
+    root:            folder of the images, if it is not that of the data file
     mixture:         several sources in place of `format`, `path` and `root`
     prompts:         one is drawn for each batch, as in the original; empty for image tokens and caption alone (stage 1)
-    clean_captions:  the original's stage-1 cleaning: lower case, no punctuation, 50 words
-    random_crop:     images are cut at random to 90 to 100 % of their area, anew in every pass (ImageBind-LLM,
+    clean_captions:  apply the original's stage-1 cleaning: lower case, no punctuation, 50 words
+    random_crop:     crop images at random to 90 to 100 % of their area, anew in every pass (ImageBind-LLM,
                      LLaMA-Adapter v2)
     batch_size:      rows of a batch, over all devices
     length_multiple: rows are padded to the batch's longest, rounded up to this, so that few lengths are compiled
-    pack_length:     tokens of a row into which several samples go, as many as fit, so that little is padding; None: one
+    pack_length:     tokens of a row that is filled with as many samples as fit, which avoids padding; None: one
                      sample a row. A step then learns from more samples than `batch_size`
-    pack_images:   images that a packed row has room for. What it does not hold is filled up with black ones, which
-                     cost as much time: about `pack_length` over the mean length of a sample
-    features:        folder of what the run's frozen encoder makes of the images (`mmjax data features`), read in
-                     place of them: the encoder is not loaded. Of random crops, one of those that are stored is drawn
-    threads:         that read and decode images
-    max_bad_share:   a record that cannot be used is replaced by another one of its source; the run stops once there are
-                     more such records than this share of all that were tried, these counted as 1,000 at least: with
-                     0.01 the eleventh among the first thousand, with 0 the first one
-    scenes:          draw this world into `path` first
+    pack_images:     images that a packed row has room for, about `pack_length` over the mean length of a sample. The
+                     unused ones are black images, which take as much time
+    features:        folder of the frozen encoder's outputs for the images (`mmjax data features`), read in place of
+                     the images: the encoder is not loaded. With random crops, one of the stored crops is drawn
+    threads:         number of threads that read and decode images
+    max_bad_share:   a record that cannot be used is replaced by another one of its source; the run stops once the share
+                     of such records among all that were tried (counted as at least 1,000) exceeds this: with 0.01 at
+                     the eleventh among the first thousand, with 0 at the first one
+    scenes:          draw these images into `path` first
     """
 
     format: str = "cc_sbu_align"
@@ -149,28 +151,28 @@ class DataConfig:
         return self.mixture or (Source(self.format, self.path, root=self.root),)
 
     def url_problems(self, prefix: str = "data.") -> list[str]:
-        """A line for every path that is a URL where a local one is needed. prefix: in front of the fields' names"""
+        """Returns a line for every path that is a URL but must be local. prefix: of the fields' names"""
         named = {f"{prefix}mixture.{number}.": source for number, source in enumerate(self.mixture)}
         named[prefix] = Source(self.format, self.path, root=self.root)
-        return [problem for where, source in named.items()
-                for problem in source.url_problems(f"{where}path", f"{where}root", self.scenes is not None)
+        return [problem for names, source in named.items()
+                for problem in source.url_problems(f"{names}path", f"{names}root", self.scenes is not None)
                 ] + files.url_problems({f"{prefix}features": self.features})
 
     def too_bad(self, bad: int, tried: int) -> bool:
-        """Whether so many unusable records, of so many tried, are more than `max_bad_share` allows."""
+        """Returns whether `bad` unusable records among `tried` records exceed `max_bad_share`."""
         return bad > self.max_bad_share * max(tried, 1000)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and the originals' schedules; see `mmjax.training.optim`.
+    """AdamW and the learning rate schedules of the originals; see `mmjax.training.optim`.
 
     schedule:                "whole_cosine" (MiniGPT-4) or "half_cycle" (ImageBind-LLM, LLaMA-Adapter)
     epochs, steps_per_epoch: an epoch is a number of steps, not a pass over the data
     warmup_lr:               a negative value means `init_lr`; "half_cycle" starts from 0
-    clip:                    largest global gradient norm; None as in the originals: no clipping
+    clip:                    maximum global gradient norm; None: no clipping, as in the originals
     accumulate:              steps whose gradients are summed (not averaged, as in MiniGPT-4) before an update
-    average:                 they are averaged, and what is left over at the end of an epoch is dropped (ImageBind-LLM)
+    average:                 average them instead, and drop an incomplete group at the end of an epoch (ImageBind-LLM)
     """
 
     schedule: str = "whole_cosine"
@@ -195,7 +197,7 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; one of them may be -1: whatever is left."""
+    """The number of devices along each mesh axis; one may be -1, which means all that remain."""
 
     data: int = -1
     fsdp: int = 1
@@ -204,12 +206,12 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class HostsConfig:
-    """The processes of a run, one a host. Under SLURM, Open MPI and on Cloud TPU all of it is found out.
+    """The processes of a run, one for each host. SLURM, Open MPI and Cloud TPU are detected automatically.
 
-    coordinator: ADDRESS:PORT of process 0, as the others reach it
-    processes:   how many there are
-    process:     which one this is, from 0 on
-    timeout:     seconds that they wait for each other when they start, and while the first one prepares the run
+    coordinator: ADDRESS:PORT at which the other processes reach process 0
+    processes:   number of processes
+    process:     index of this process
+    timeout:     seconds that processes wait for each other at the start, and while process 0 prepares the run
     """
 
     coordinator: str | None = None
@@ -223,17 +225,17 @@ class RunConfig:
     """One training run.
 
     out:         folder of the run: metrics, checkpoints, report
-    phase:       which of the family's phases this is ("pretrain" or "finetune" of ImageBind-LLM); it says what trains
-    trained:     path rules of the trained parameters; None for the phase's or the family's own.
-                 `("projector/.*", "qformer/.*")` unfreezes the Q-Former as well, with its dropout
-    image_size:  images of another size than the checkpoint's; the position table is resized
+    phase:       phase of the family ("pretrain" or "finetune" of ImageBind-LLM); it determines what is trained
+    trained:     path rules of the trained parameters; None for those of the phase or the family.
+                 `("projector/.*", "qformer/.*")` also trains the Q-Former, with its dropout
+    image_size:  size of the images if it is not the checkpoint's; the position table is resized
     drop_path:   stochastic depth of the image tower while it is trained
-    remat:       recompute layers in the backward pass: less memory, about a third more work
-    log_every, save_every: steps
-    keep:        checkpoints kept, the newest ones
-    keep_best:   keep one more: that before which the mean loss of `save_every` steps was lowest
+    remat:       recompute layers in the backward pass: less memory, about a third more computation
+    log_every, save_every: number of steps
+    keep:        number of checkpoints kept, the newest ones
+    keep_best:   also keep the checkpoint for which the mean loss of the `save_every` steps before it is lowest
     score:       write scores and a report at the end, if the data are scenes
-    check_first_loss: stop if the first loss says that the language model predicts nothing (off for random weights)
+    check_first_loss: stop if the first loss is that of a language model that predicts nothing (off for random weights)
     """
 
     out: str = ""
@@ -257,19 +259,19 @@ class RunConfig:
     check_first_loss: bool = True
 
     def url_problems(self, prefix: str = "") -> list[str]:
-        """A line for every path that is a URL where a local one is needed. prefix: in front of the fields' names"""
+        """Returns a line for every path that is a URL but must be local. prefix: of the fields' names"""
         weights = self.weights
         stored = {f"{prefix}out": self.out, f"{prefix}weights.checkpoint": weights.checkpoint,
                   f"{prefix}weights.start_from": weights.start_from}
         sources = {f"{prefix}weights.sources.{name}": path for name, path in weights.sources.items()
-                   if name != "prompt_template"}  # words; all else names a file
+                   if name != "prompt_template"}  # a text; all others are paths
         return files.url_problems(stored | sources) + self.data.url_problems(f"{prefix}data.")
 
 
 def load(path: str) -> RunConfig | dict[str, RunConfig]:
-    """What a config file's `config()` returns: a run, or several by name, one after the other.
+    """Returns the result of a config file's `config()`: one run, or several by name, which run one after the other.
 
-    Raises FileNotFoundError or ValueError saying what is wrong.
+    Raises FileNotFoundError or ValueError describing the problem.
     """
     files.require_local({"--config": path})
     if not Path(path).is_file():
@@ -280,12 +282,20 @@ def load(path: str) -> RunConfig | dict[str, RunConfig]:
     except Exception as error:  # the file's own code may raise anything
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         where = f"{path}, line {lines[-1]}" if lines else path
-        raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
+        message = _renamed_keyword(error) or f"{type(error).__name__}: {error}"
+        raise ValueError(f"{where}: {message}") from error
     phases = built if isinstance(built, dict) else {"": built}
     if not phases or not all(isinstance(phase, RunConfig) for phase in phases.values()):
-        raise ValueError(f"{path} must define a function `config()` that returns a mmjax.config.RunConfig, or several "
+        raise ValueError(f"{path} must define a function `config()` that returns an mmjax.config.RunConfig, or several "
                          "by name.")
     return built
+
+
+def _renamed_keyword(error: Exception) -> str | None:
+    """Returns the message for a TypeError about a keyword that is the former name of a field; None for other errors."""
+    match = re.search(r"unexpected keyword argument '(\w+)'", str(error)) if isinstance(error, TypeError) else None
+    names = {old.rpartition(".")[2]: new.rpartition(".")[2] for old, new in RENAMED.items()}
+    return f"{match[1]} is called {names[match[1]]} now" if match and match[1] in names else None
 
 
 # The prompts of Alpaca, ImageBind-LLM and LLaMA-Adapter, without and with an input (imagebind_LLM/llama/utils.py).

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and on the disk before anything relies on them; and paths that are local."""
+"""Atomic and durable file writes, exclusive locks of folders, and checks that paths are local."""
 
 import contextlib
 import fcntl
@@ -17,31 +17,31 @@ URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):(?:/|\Z)")
 
 
 def url_problem(path: Any, remote: Sequence[str] = ()) -> str | None:
-    """What is wrong with a path that is a URL, in a sentence that begins with it; None for a local path.
+    """Returns a sentence about a path that is a URL, which begins with the path; None for a local path.
 
-    remote: schemes that can be read nevertheless, such as gs
+    remote: schemes that are allowed, such as gs
     """
     shown = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else ""
-    found = URL.match(shown)
-    if found is None or shown.startswith(tuple(f"{scheme}://" for scheme in remote)):
+    match = URL.match(shown)
+    if match is None or shown.startswith(tuple(f"{scheme}://" for scheme in remote)):
         return None
-    is_file = found[1].lower() == "file"
-    if isinstance(path, os.PathLike):  # as it was before pathlib took a slash
-        shown = f"{found[1]}:{'///' if is_file else '//'}{shown[found.end():].lstrip('/')}"
+    is_file = match[1].lower() == "file"
+    if isinstance(path, os.PathLike):  # pathlib removes a slash
+        shown = f"{match[1]}:{'///' if is_file else '//'}{shown[match.end():].lstrip('/')}"
     if is_file:
         return f"{shown} is a URL where a path is expected. Write the path alone, without file://."
     if remote:
         return (f"{shown} is a URL of a kind that is not read here. Expected a local path, or a URL that begins with "
                 + ", ".join(f"{scheme}://" for scheme in remote) + ".")
     return (f"{shown} is a URL where a local path is expected. Copy the files to this machine, or mount the bucket as "
-            "a folder (gcsfuse, mount-s3), and name the path there.")
+            "a folder (gcsfuse, mount-s3), and give that path.")
 
 
 def url_problems(paths: Mapping[str, Any], remote: Sequence[str] = ()) -> list[str]:
-    """A line for every path that is a URL, naming its option.
+    """Returns a line for every path that is a URL, naming its option.
 
-    paths:  of each option a path, several in a sequence, or None
-    remote: schemes that can be read nevertheless
+    paths:  a path, a sequence of paths or None for each option
+    remote: schemes that are allowed
     """
     return [f"{option} = {problem}" for option, value in paths.items()
             for path in (value if isinstance(value, (list, tuple)) else [value])
@@ -60,8 +60,10 @@ def refuse(problems: Sequence[str]) -> None:
 
 
 def replace(path: Path, content: str | Iterable[str]) -> None:
-    """Writes a text file, whole or line by line, that nobody ever sees half-written. Raises OSError naming it; then the
-    old one is there."""
+    """Writes a text file atomically, from a string or lines.
+
+    Raises OSError naming the file, which is then unchanged.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -76,7 +78,7 @@ def replace(path: Path, content: str | Iterable[str]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Flushes a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -85,65 +87,66 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: str | Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
+    """Returns the SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_held: set[int] = set()  # descriptors of the folders that this process has locked
+_locked: set[int] = set()  # descriptors of the folders that this process has locked
 
 
-def _forget_held() -> None:
-    """In a fork. Closing leaves the parent its lock, which only LOCK_UN, or the last descriptor closed, would end."""
-    while _held:
-        os.close(_held.pop())
+def _close_locked() -> None:
+    """Closes the locked folders in a fork. The parent keeps its locks: only LOCK_UN or the last close releases them."""
+    while _locked:
+        os.close(_locked.pop())
 
 
-os.register_at_fork(after_in_child=_forget_held)
+os.register_at_fork(after_in_child=_close_locked)
 
 
 @contextlib.contextmanager
-def exclusive_lock(folder: Path, doing: str = "at work") -> Iterator[None]:
-    """Nobody else is in a folder meanwhile. Raises BlockingIOError if somebody is, which the end of their process, of
-    whatever kind, changes. A file system that cannot lock folders lets everybody in.
+def exclusive_lock(folder: Path, doing: str = "writing") -> Iterator[None]:
+    """Locks a folder for this process. Raises BlockingIOError if another process has locked it.
 
-    A program that this process starts does not inherit the lock, and a copy of this process (`os.fork`) gives it up at
-    once: a child that outlives its parent must not keep others out.
+    A lock ends with its process, however that ends. On a file system that cannot lock folders nothing is locked.
+    Programs that this process starts do not inherit the lock, and a fork (`os.fork`) releases it at once: a child that
+    outlives its parent must not keep the folder locked.
+
+    doing: what the process does, for the error message
     """
-    descriptor = os.open(folder, os.O_RDONLY)  # closed in programs that are started (O_CLOEXEC is Python's default)
-    _held.add(descriptor)
+    descriptor = os.open(folder, os.O_RDONLY)  # closed in started programs (O_CLOEXEC is Python's default)
+    _locked.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BlockingIOError(f"Another process is {doing} in {folder}. Wait until it has ended, or name another "
-                                  "one.") from error
+                                  "folder.") from error
         except OSError:
             pass
         yield
     finally:
-        if descriptor in _held:  # not in a fork
-            _held.remove(descriptor)
+        if descriptor in _locked:  # not in a fork
+            _locked.remove(descriptor)
             with contextlib.suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_UN)  # a program may have it until the moment in which it starts
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # a started program shares it until its exec
             os.close(descriptor)
 
 
 @contextlib.contextmanager
 def ignore_closed_event_loop() -> Iterator[None]:
-    """Inside, Python does not report that TensorStore answers to an event loop which Orbax has closed, nor what was
-    still waiting there: Orbax closes it when one of several arrays cannot be read or written, and raises what went
-    wrong."""
+    """Suppresses Python's reports that TensorStore uses an event loop which Orbax has closed, and of coroutines pending
+    on that loop. Orbax closes the loop when one of several arrays cannot be read or written, and raises the error."""
     before, logger = sys.unraisablehook, logging.getLogger("asyncio")
 
     def drop(record: logging.LogRecord) -> bool:
         return False
 
-    def hook(found: Any) -> None:
-        closed = isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"
-        waiting = inspect.iscoroutine(found.object) and "orbax" in found.object.cr_code.co_filename
-        if not (closed or waiting):
-            before(found)
+    def hook(report: Any) -> None:
+        closed = isinstance(report.exc_value, RuntimeError) and str(report.exc_value) == "Event loop is closed"
+        pending = inspect.iscoroutine(report.object) and "orbax" in report.object.cr_code.co_filename
+        if not (closed or pending):
+            before(report)
 
     sys.unraisablehook = hook
     logger.addFilter(drop)

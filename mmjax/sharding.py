@@ -1,7 +1,7 @@
-"""Where parameters and activations live on a mesh of devices.
+"""Shardings of parameters and activations over a mesh of devices.
 
-A family's AXES say what each dimension of a parameter is; PLACEMENT says where such a dimension lives. Trying another
-layout is an edit of PLACEMENT alone, which constrains the activations as well.
+A family's AXES name the logical axis of each dimension of a parameter; PLACEMENT maps logical axes to mesh axes.
+Another layout needs changes to PLACEMENT alone, which constrains the activations as well.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from mmjax import trees
 from mmjax.config import MeshConfig
 
-PLACEMENT = {  # the rest is replicated
+PLACEMENT = {  # all other axes are replicated
     "batch": ("data", "fsdp"),
-    "lookup": "data",  # rows whose words are looked up in a table of which every device has some columns
+    "lookup": "data",  # rows of tokens to look up in an embedding table whose columns are sharded
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -29,7 +29,10 @@ PLACEMENT = {  # the rest is replicated
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh ("data", "fsdp", "tensor") over all devices; ValueError if the sizes do not multiply to their number."""
+    """Returns a mesh ("data", "fsdp", "tensor") over all devices.
+
+    Raises ValueError if the product of the sizes is not the number of devices.
+    """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [cfg.data, cfg.fsdp, cfg.tensor]
     known = math.prod(size for size in sizes if size != -1)
@@ -37,30 +40,30 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if impossible or len(devices) % known or (-1 not in sizes and known != len(devices)):
         raise ValueError(
             f"The mesh data={cfg.data}, fsdp={cfg.fsdp}, tensor={cfg.tensor} does not fill {len(devices)} device(s). "
-            "The product must be their number; one size may be -1 to take what is left.")
+            "The product must be their number; one size may be -1 to take all that remain.")
     shape = [len(devices) // known if size == -1 else size for size in sizes]
     return Mesh(np.asarray(devices).reshape(shape), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
 def num_shards(mesh: Mesh | AbstractMesh, axis: str) -> int:
-    """How many pieces a dimension of this kind is cut into."""
-    placed = PLACEMENT.get(axis) or ()
-    return math.prod(mesh.shape[name] for name in ((placed,) if isinstance(placed, str) else placed))
+    """Returns the number of shards of a dimension with this logical axis."""
+    names = PLACEMENT.get(axis) or ()
+    return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
 
 
 def num_batch_shards() -> int:
-    """Into how many pieces the rows are cut where `use` is in force; 1 elsewhere."""
+    """Returns the number of shards of a batch's rows within `use_mesh`; 1 elsewhere."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else num_shards(mesh, "batch")
 
 
 def shardings(shapes: Mapping[str, Any], axes: Sequence[tuple[str, tuple[str, ...]]], mesh: Mesh) -> dict[str, Any]:
-    """`{path: NamedSharding}` for `{path: anything with a shape}`.
+    """Returns `{path: NamedSharding}` for `{path: anything with a shape}`.
 
     Raises ValueError naming every parameter that no line of `axes` describes, or that the mesh cannot divide, together
-    with the largest number of pieces that would work.
+    with the largest number of shards that would work.
     """
-    placed, problems = {}, []
+    result, problems = {}, []
     for path, leaf in shapes.items():
         try:
             names = trees.lookup(path, axes)
@@ -75,43 +78,43 @@ def shardings(shapes: Mapping[str, Any], axes: Sequence[tuple[str, tuple[str, ..
                 most = math.gcd(size, num_shards(mesh, name))
                 problems.append(f"{path}: {name} = {size} cannot be cut into {num_shards(mesh, name)} (mesh axis "
                                 f"{PLACEMENT[name]}); {most} would work")
-        placed[path] = NamedSharding(mesh, PartitionSpec(*(PLACEMENT.get(name) for name in names)))
+        result[path] = NamedSharding(mesh, PartitionSpec(*(PLACEMENT.get(name) for name in names)))
     if problems:
         raise ValueError(
             f"{len(problems)} parameters do not fit the mesh {dict(mesh.shape)}:\n  " + "\n  ".join(problems))
-    return placed
+    return result
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the data and fsdp axes."""
+    """Returns the sharding of a batch: its rows over the data and fsdp axes."""
     return NamedSharding(mesh, PartitionSpec(PLACEMENT["batch"]))
 
 
 def process_local_rows(mesh: Mesh, count: int) -> list[int]:
-    """Which of a batch's `count` rows are on devices of this process. Of one process, all."""
-    held = batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
-    return sorted({row for (rows,) in held for row in range(*rows.indices(count))})
+    """Returns the indices of those of a batch's `count` rows that are on devices of this process."""
+    slices = batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
+    return sorted({row for (rows,) in slices for row in range(*rows.indices(count))})
 
 
 def put_batch(batch: Any, mesh: Mesh, count: int) -> Any:
-    """A batch of numpy arrays on the devices, as `batch_sharding` says; each process gives its `own_rows` of `count`.
+    """Copies a batch of numpy arrays to the devices, with `batch_sharding`.
 
-    The copies may still be under way when this returns.
+    Each process passes its `process_local_rows` of the `count` rows. The copies may be unfinished when this returns.
     """
-    place, local = batch_sharding(mesh), {row: number for number, row in enumerate(process_local_rows(mesh, count))}
+    sharding, local = batch_sharding(mesh), {row: number for number, row in enumerate(process_local_rows(mesh, count))}
 
-    def whole(array: np.ndarray) -> jax.Array:
-        def piece(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(count)  # which follow each other in the process's rows, too
+    def put(array: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(count)  # consecutive among the process's rows, too
             return array[local[start]:local[start] + stop - start]
 
-        return jax.make_array_from_callback((count, *array.shape[1:]), place, piece)
+        return jax.make_array_from_callback((count, *array.shape[1:]), sharding, shard)
 
-    return jax.tree.map(whole, batch)
+    return jax.tree.map(put, batch)
 
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Everything compiled inside sees the mesh, and the models' logical constraints the PLACEMENT."""
+    """Sets the mesh, and PLACEMENT as the rules of the models' logical axes, for everything compiled inside."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(PLACEMENT.items())):
         yield

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as `{"a/b/c": leaf}`, in sorted order."""
+    """Returns nested dicts as `{"a/b/c": leaf}`, in sorted order."""
     flat = {}
     for name in sorted(tree):
         path, value = f"{prefix}{name}", tree[name]
@@ -23,7 +23,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
+    """Returns the nested dicts of a flat tree: the inverse of `flatten`."""
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
         *parents, name = path.split("/")
@@ -35,17 +35,18 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def map_with_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
-    """`function(path, leaf)` at every leaf of any pytree; None is no leaf and stays where it is."""
+    """Applies `function(path, leaf)` to every leaf of any pytree; None is no leaf and is kept."""
     name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     return jax.tree_util.tree_map_with_path(lambda keys, leaf: function(name(keys), leaf), tree)
 
 
 def matches(path: str, patterns: Iterable[str]) -> bool:
+    """Returns whether any pattern matches the whole path."""
     return any(re.fullmatch(pattern, path) for pattern in patterns)
 
 
 def lookup(path: str, rules: Sequence[tuple[str, T]]) -> T:
-    """The value of the first rule that matches the whole path; KeyError if none does."""
+    """Returns the value of the first rule that matches the whole path; raises KeyError if none does."""
     for pattern, value in rules:
         if re.fullmatch(pattern, path):
             return value
@@ -53,25 +54,25 @@ def lookup(path: str, rules: Sequence[tuple[str, T]]) -> T:
 
 
 def mask(tree: Mapping[str, Any], patterns: Sequence[str]) -> dict[str, Any]:
-    """A tree of bools: does any pattern match the leaf's path?
+    """Returns a tree of bools: whether any pattern matches the leaf's path.
 
     Raises ValueError naming the patterns that match nothing: a misspelt rule would silently train nothing.
     """
     paths = list(flatten(tree))
-    idle = [pattern for pattern in patterns if not any(re.fullmatch(pattern, path) for path in paths)]
-    if idle:
+    unmatched = [pattern for pattern in patterns if not any(re.fullmatch(pattern, path) for path in paths)]
+    if unmatched:
         tops = sorted({path.split("/")[0] for path in paths})
         raise ValueError(
-            f"These parameter rules match no parameter: {', '.join(map(repr, idle))}.\n"
+            f"These parameter rules match no parameter: {', '.join(map(repr, unmatched))}.\n"
             f"A rule is a regular expression for a whole path, such as '{tops[0]}/.*'; the model has "
             f"{', '.join(name + '/…' for name in tops)}.")
     return unflatten({path: matches(path, patterns) for path in paths})
 
 
 def split(params: Any, trained: Any) -> tuple[Any, Any]:
-    """(trained part, rest): two trees of the same shape; each leaf is in one of them and None in the other.
+    """Returns (trained part, rest): two trees of the same structure; each leaf is in one and None in the other.
 
-    trained: the mask; what is at a place of it in `params` is a leaf, be it of several arrays
+    trained: the mask; the subtree of `params` at each of its leaves is one leaf, which may have several arrays
     """
 
     def pick(wanted: bool) -> Any:
@@ -81,17 +82,17 @@ def split(params: Any, trained: Any) -> tuple[Any, Any]:
 
 
 def merge(first: Any, second: Any) -> Any:
-    """The inverse of `split`."""
+    """Returns the tree of two parts: the inverse of `split`."""
     return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)
 
 
 def prefixed(prefix: str, rules: Sequence[tuple[str, T]]) -> tuple[tuple[str, T], ...]:
-    """The same rules for a tree that hangs below `prefix`."""
+    """Returns the same rules for a tree below `prefix`."""
     return tuple((f"{prefix}/(?:{pattern})", value) for pattern, value in rules)
 
 
 def compare(expected: Mapping[str, Any], got: Mapping[str, Any]) -> list[str]:
-    """What differs between two flat trees of arrays or shapes, one readable line each; empty when they agree."""
+    """Returns a line for each difference between two flat trees of arrays or shapes; empty if they agree."""
     lines = []
     for path in sorted(expected.keys() | got.keys()):
         if path not in got:

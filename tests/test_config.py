@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from mmjax import config
+from mmjax.cli.train import overridden
 from mmjax.config import OptimConfig, RunConfig
 
 SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -56,6 +57,26 @@ def test_files_that_cannot_be_run(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         config.load(str(file))
+
+
+def test_renamed_field_in_a_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from mmjax.config import DataConfig, RunConfig\n\n"
+                    "def config():\n    return RunConfig(data=DataConfig(pack_pictures=4))\n")
+    with pytest.raises(ValueError, match=r"mine\.py, line 4: pack_pictures is called pack_images now$"):
+        config.load(str(file))
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (["--data.pack-pictures", "4"], "--data.pack-pictures is called --data.pack-images now"),
+    (["--seed", "1", "--data.pack_pictures=4"], "--data.pack_pictures is called --data.pack-images now"),
+    (["--finetune.data.pack-pictures", "4"],
+     "--finetune.data.pack-pictures is called --finetune.data.pack-images now"),
+])
+def test_renamed_field_on_the_command_line(args, message):
+    """`cli.main` prints a ValueError as one line and exits with status 2."""
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        overridden("configs/tiny_minigpt4.py", args, "train")
 
 
 def test_steps_of_a_run():

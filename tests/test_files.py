@@ -34,7 +34,7 @@ def test_what_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, fails)
 
 def test_one_at_a_time_is_in_a_folder(tmp_path):
     for _ in range(2):
-        with files.exclusive_lock(tmp_path), pytest.raises(BlockingIOError, match=f"at work in {tmp_path}"), \
+        with files.exclusive_lock(tmp_path), pytest.raises(BlockingIOError, match=f"writing in {tmp_path}"), \
                 files.exclusive_lock(tmp_path):
             pytest.fail("two are in it")
     assert list(tmp_path.iterdir()) == []
@@ -46,12 +46,12 @@ import os, sys
 from pathlib import Path
 from mmjax import files
 
-with files.alone(Path(sys.argv[1])):
+with files.exclusive_lock(Path(sys.argv[1])):
     if not os.fork():  # outlives its parent
         sys.stdin.read()
         os._exit(0)
     try:
-        with files.alone(Path(sys.argv[1])):
+        with files.exclusive_lock(Path(sys.argv[1])):
             print("two are in it")
     except BlockingIOError:
         print("kept", flush=True)
@@ -80,10 +80,10 @@ def test_a_program_that_is_started_does_not_inherit_the_lock(tmp_path, close_fds
 def test_a_fork_inside_the_lock_may_leave_it(tmp_path):
     """What it closes is not another file that has meanwhile got the same number."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "_held", set(files._held))
+        patch.setattr(files, "_locked", set(files._locked))
         with files.exclusive_lock(tmp_path):
-            (number,) = files._held
-            files._forget_held()
+            (number,) = files._locked
+            files._close_locked()
             again = os.open(tmp_path, os.O_RDONLY)
             assert again == number
         os.fstat(again)

@@ -1,7 +1,7 @@
-"""Checkpoints and runs of format 1, in which the language model's parameters and config were named `llama`, not `llm`.
+"""Reads checkpoints and runs of format 1, in which the language model's parameters and config were named `llama`.
 
-They are renamed while they are read, and nothing on disk changes: a run that format 1 began goes on, and its new
-checkpoints have today's names.
+Names are changed to today's (`llm`) while reading, and nothing on disk changes: a run of format 1 can be resumed, and
+its new checkpoints have today's names.
 """
 
 import re
@@ -13,22 +13,22 @@ _OLD = re.compile(r"(^|/)llama(?=/)")
 
 
 def rename(path: str) -> str:
-    """Today's path of a parameter, also inside a training state: "params/llama/gate" is "params/llm/gate"."""
+    """Returns today's path of a parameter, also inside a training state: "params/llama/gate" -> "params/llm/gate"."""
     return _OLD.sub(r"\1llm", path)
 
 
 def stored_names(stored: Iterable[str]) -> dict[str, str]:
-    """`{today's path: name on disk}`."""
+    """Returns `{today's path: name on disk}`."""
     return {rename(name): name for name in stored}
 
 
 def rule(pattern: str) -> str:
-    """Today's form of a path rule, such as "query|llama/.*/gate" or "(llama|vit)/.*"."""
+    """Returns today's form of a path rule, such as "query|llama/.*/gate" or "(llama|vit)/.*"."""
     return re.sub(r"(?<![\w/-])llama(?![\w-])", "llm", pattern)
 
 
 def checkpoint_card(card: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a converted checkpoint with today's names."""
+    """Returns the config.json of a converted checkpoint with today's names."""
     new = _with_llm(card, "architecture", "sources", "constant")
     if isinstance(fresh := new.get("fresh"), list):
         new["fresh"] = [rename(path) for path in fresh]
@@ -36,14 +36,16 @@ def checkpoint_card(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_card(card: Mapping[str, Any]) -> dict[str, Any]:
-    """The run.json of a run with today's names."""
+    """Returns the run.json of a run with today's names."""
     new = _with_rules(_with_llm(card, "architecture"))
     if isinstance(config := new.get("config"), dict):
         new["config"] = config = _with_rules(config)
         if isinstance(weights := config.get("weights"), dict):
             config["weights"] = weights = _with_llm(weights, "sources")
-            if not weights.get("sources"):  # a family was named all the same
+            if not weights.get("sources"):  # format 1 named a family even without sources
                 weights.pop("family", None)
+        if isinstance(data := config.get("data"), dict):
+            config["data"] = {"pack_images" if name == "pack_pictures" else name: value for name, value in data.items()}
     return new
 
 
@@ -53,9 +55,9 @@ def _with_rules(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_llm(card: Mapping[str, Any], *tables: str) -> dict[str, Any]:
-    """A card with the key "llama" of these tables, and the paths in them, renamed."""
+    """Returns a card in which the key "llama" of these tables, and the paths in them, are renamed."""
     new = dict(card)
     for table in tables:
-        if isinstance(held := new.get(table), dict):
-            new[table] = {"llm" if name == "llama" else rename(name): value for name, value in held.items()}
+        if isinstance(old := new.get(table), dict):
+            new[table] = {"llm" if name == "llama" else rename(name): value for name, value in old.items()}
     return new

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import tyro
 
 from mmjax import files
-from mmjax.config import RunConfig
+from mmjax.config import RENAMED, RunConfig
 from mmjax.config import load as load_config
 
 
@@ -35,10 +35,11 @@ def train(args: Sequence[str]) -> None:
 
 
 def overridden(path: str, args: Sequence[str], command: str) -> RunConfig | dict[str, RunConfig]:
-    """What a config file says, with the fields that the command line changes.
+    """Returns the config of a file, with the fields that the command line changes.
 
-    Raises ValueError naming every path that is a URL where a local one is needed.
+    Raises ValueError naming options that have another name now, or every path that is a URL but must be local.
     """
+    files.refuse(_renamed_options(args))
     built, options = load_config(path), {"args": args, "prog": f"{command} --config {path}",
                                          "config": (tyro.conf.AvoidSubcommands,)}
     if isinstance(built, RunConfig):
@@ -50,3 +51,15 @@ def overridden(path: str, args: Sequence[str], command: str) -> RunConfig | dict
     configs = vars(tyro.cli(phases, default=phases(**built), **options))
     files.refuse([problem for name, config in configs.items() for problem in config.url_problems(f"{name}.")])
     return configs
+
+
+def _renamed_options(args: Sequence[str]) -> list[str]:
+    """Returns a line for every option that is the former name of a field, such as --data.pack-pictures."""
+    problems = []
+    for arg in args:
+        name = arg.partition("=")[0].removeprefix("--").replace("-", "_") if arg.startswith("--") else ""
+        for old, new in RENAMED.items():
+            if name == old or name.endswith(f".{old}"):  # after a phase's name
+                option = f"--{name.removesuffix(old)}{new}".replace("_", "-")
+                problems.append(f"{arg.partition('=')[0]} is called {option} now")
+    return problems

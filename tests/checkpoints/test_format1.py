@@ -131,7 +131,9 @@ def test_a_run_is_read_with_todays_names():
     assert changed == set(trained) == {path for path in trees.flatten(model.params)
                                        if trees.matches(path, CONFIG.trained)}
     assert "llm/layers/attn/q/lora_a" in changed
-    assert converted.read_run_card(RUN)["config"]["trained"] == list(CONFIG.trained)
+    config = converted.read_run_card(RUN)["config"]
+    assert config["trained"] == list(CONFIG.trained)
+    assert config["data"]["pack_images"] == CONFIG.data.pack_images and "pack_pictures" not in config["data"]
 
 
 def test_a_run_is_exported(tmp_path):

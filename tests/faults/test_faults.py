@@ -49,7 +49,7 @@ def test_a_refusal_for_another_reason_is_not_the_fault(bench, tmp_path):
         campaign.fault(tmp_path, "full disk", 0)
     assert campaign.counts.ended == {"otherwise": 1}
     (problem,) = campaign.counts.problems
-    assert "full disk 0: status 2" in problem and f"Another process is at work in {tmp_path}" in problem
+    assert "full disk 0: status 2" in problem and f"Another process is writing in {tmp_path}" in problem
 
 
 @pytest.mark.faults
