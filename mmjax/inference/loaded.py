@@ -27,15 +27,15 @@ from mmjax.inference.requests import is_text
 from mmjax.models import bind
 from mmjax.tokenizer import Tokenizer
 
-BROKEN = "\ufffd"  # what the bytes of a character give that are not all there yet
-TRANSPOSED_BYTES = 4 * 2**30  # of a language model that is copied into another layout to be decoded on a CPU
-LOOK = 16  # ids between two looks at the words for a stop string
-FURTHER = ("top_k", "top_p", "top_p_inclusive", "repetition_penalty", "length_penalty", "min_length", "early_stopping",
-           "dummy")
+BROKEN = "\ufffd"  # decoded from the bytes of an incomplete character
+TRANSPOSED_BYTES = 4 * 2**30  # largest language model that is copied into a transposed layout for decoding on a CPU
+STOP_INTERVAL = 16  # tokens between two searches of the text for a stop string
+DECODING_OPTIONS = ("top_k", "top_p", "top_p_inclusive", "repetition_penalty", "length_penalty", "min_length",
+                    "early_stopping", "dummy")
 
 
 def default_dtype() -> str:
-    """bfloat16 on an accelerator; float32 on a CPU, where not all are faster in bfloat16."""
+    """Returns bfloat16 on an accelerator; float32 on a CPU, because bfloat16 is slower on many CPUs."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
@@ -46,14 +46,14 @@ def load(
     init_fresh: int | None = None,
     frozen_dtype: str | None = None,
 ) -> "Loaded":
-    """A converted checkpoint, or a training run (its newest checkpoint on top of the weights it started from).
+    """Loads a converted checkpoint, or a training run (the weights it started from and its newest checkpoint).
 
-    mesh:         where the parameters go (`mmjax.sharding.make_mesh`); None for the first device
-    dtype:        of parameters and activations, "float32" or "bfloat16"; None for what suits the device
+    mesh:         for the parameters (`mmjax.sharding.make_mesh`); None for the first device
+    dtype:        of parameters and activations, "float32" or "bfloat16"; None for `default_dtype`
     init_fresh:   seed for parameters that were never trained (a checkpoint converted without a projector)
-    frozen_dtype: "int8" holds large matrices as int8, half of bfloat16, save those that a run trained; None: as `dtype`
+    frozen_dtype: "int8" stores large matrices that no run trained as int8, in half of bfloat16's memory; None: `dtype`
 
-    Raises FileNotFoundError or ValueError naming the folder, file or parameters that are not as they should be.
+    Raises FileNotFoundError or ValueError naming the missing or invalid folder, file or parameters.
     """
     if dtype is not None and getattr(dtype, "__name__", str(dtype)) not in ("float32", "bfloat16"):
         raise ValueError(f"dtype = {dtype!r}: float32 or bfloat16")
@@ -72,7 +72,7 @@ def load(
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model with everything around it. `module` and `params` are for `module.apply({"params": params}, batch)`."""
+    """A model with its parameters, tokenizer and settings. Call it as `module.apply({"params": params}, batch)`."""
 
     family: Family
     module: nn.Module
@@ -85,17 +85,17 @@ class Loaded:
 
     @staticmethod
     def of(source: ConvertedCheckpoint, module: nn.Module, params: Any, mesh: jax.sharding.Mesh) -> "Loaded":
-        """The model that a checkpoint or run describes, with these parameters."""
+        """Returns the model that a checkpoint or run describes, with these parameters."""
         return Loaded(source.family, module, params, source.config, source.tokenizer, source.text, source.generation,
                       mesh)
 
     def batch(self, samples: Sequence[Sample], length: int | None = None, multiple: int = 1, **settings: Any) -> Batch:
-        """Rows for `mmjax.loss` or the module, as numpy arrays.
+        """Returns rows for `mmjax.loss` or the module, as numpy arrays.
 
-        length, multiple: fixed row length, or what the longest row is rounded up to
-        settings:         fields of `TextConfig` that differ from the checkpoint's (max_txt_len, end_sym, ...)
+        length, multiple: fixed row length, or the multiple to which the longest row is padded
+        settings:         fields of `TextConfig` that replace the checkpoint's (max_txt_len, end_sym, ...)
 
-        Raises ValueError naming the rows, images or settings that cannot be used.
+        Raises ValueError naming the invalid rows, images or settings.
         """
         return collate(samples, self.tokenizer, self._text(settings), self.config, length, multiple)
 
@@ -119,32 +119,31 @@ class Loaded:
         recall: Recall | None = None,
         **settings: Any,
     ) -> list[str]:
-        """The model's words for each sample's prompt, without special tokens and without the stop string.
+        """Returns the generated text for each sample's prompt, without special tokens and without the stop string.
 
         temperature: 0 is greedy (or beam search if `num_beams` > 1), above 0 samples
-        stop:        strings that end a row, however its ids spell them; the text before the first of them is returned
-        seed, first: of the draws. What a sample draws depends on the seed and on its number alone, which is `first` for
-                     the first of these samples
+        stop:        strings that end a row, whatever tokens spell them; the text before the first of them is returned
+        seed, first: of sampling. The result of a sample depends on the seed and on its number alone; `first` is the
+                     number of the first of these samples
         batch_size:  rows generated at once; None for all
-        recall:      draws what each sample gives to the senses towards known images (ImageBind-LLM); None: as it is
+        recall:      moves each sample's mix of senses towards known images (ImageBind-LLM); None: unchanged
         settings:    top_k, top_p, top_p_inclusive, repetition_penalty, length_penalty, min_length, early_stopping and
-                     dummy, which mean what they mean in `GenerateConfig`; and fields of `TextConfig` that differ from
-                     the checkpoint's
+                     dummy as in `GenerateConfig`; and fields of `TextConfig` that replace the checkpoint's
 
-        Rows are as long as the next of a few lengths, so that most calls need no compilation. Raises ValueError naming
-        the samples or settings that cannot be used.
+        Rows are padded to one of a few lengths, so that most calls need no compilation. Raises ValueError naming the
+        invalid samples or settings.
         """
-        config, settings = self._choices(max_new_tokens, temperature, num_beams, stop, settings)
+        config, settings = self._split_settings(max_new_tokens, temperature, num_beams, stop, settings)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size = {batch_size}: at least 1, or None for all samples at once")
         size = batch_size or max(len(samples), 1)
-        words: list[str] = []
+        texts: list[str] = []
         for start in range(0, len(samples), size):
             chunk = samples[start : start + size]
             filled = [*chunk, *[chunk[-1]] * (size - len(chunk))]  # one row count, one compiled function
-            writing = self._write(filled, config, seed, first + start, recall, settings)
-            words += self._finish(writing, stop)[: len(chunk)]
-        return words
+            generation = self._prefill(filled, config, seed, first + start, recall, settings)
+            texts += self._finish(generation, stop)[: len(chunk)]
+        return texts
 
     def stream(
         self,
@@ -158,37 +157,36 @@ class Loaded:
         recall: Recall | None = None,
         **settings: Any,
     ) -> Iterator[str]:
-        """The words of `generate` for one sample, piece by piece as they are written.
+        """Yields the text of `generate` for one sample, piece by piece as it is generated.
 
-        A piece never ends inside a character, and holds nothing that may turn out to be white space at the end or a
-        stop string. Beam search decides at its end, so it gives one piece. Raises what `generate` raises, at once.
+        A piece never ends inside a character, and never includes trailing white space or the beginning of a possible
+        stop string. Beam search yields one piece, at its end. Raises what `generate` raises, before the first piece.
         """
-        config, settings = self._choices(max_new_tokens, temperature, num_beams, stop, settings)
-        writing = self._write([sample], config, seed, 0, recall, settings)
-        return self._pieces(writing, stop)
+        config, settings = self._split_settings(max_new_tokens, temperature, num_beams, stop, settings)
+        generation = self._prefill([sample], config, seed, 0, recall, settings)
+        return self._pieces(generation, stop)
 
-    def _choices(self, max_new_tokens: int, temperature: float, num_beams: int, stop: Sequence[str],
-                 settings: dict[str, Any]) -> tuple[GenerateConfig, dict[str, Any]]:
-        """(how to generate, what of the settings is about the text)"""
-        if isinstance(stop, str) or not all(isinstance(words, str) for words in stop):
+    def _split_settings(self, max_new_tokens: int, temperature: float, num_beams: int, stop: Sequence[str],
+                        settings: dict[str, Any]) -> tuple[GenerateConfig, dict[str, Any]]:
+        """Returns (the decoding config, the text settings)."""
+        if isinstance(stop, str) or not all(isinstance(text, str) for text in stop):
             raise ValueError(f"stop = {stop!r}: a list of strings, such as ['###']")
-        ids = self.generation
-        ends = ids["eos_token_id"]
-        end, *more = ends if isinstance(ends, list) else [ends]  # Llama 3 ends a turn with one, a text with another
+        special = self.generation
+        ends = special["eos_token_id"]
+        eos, *more = ends if isinstance(ends, list) else [ends]  # Llama 3 ends a turn with one, a text with another
         config = GenerateConfig(
             max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=temperature > 0, temperature=temperature,
-            bos=ids["bos_token_id"], eos=end, pad=ids["pad_token_id"],
-            stop=(*((other,) for other in more),
-                  *(sequence for words in stop for sequence in stop_ids(self.tokenizer, words))),
-            **{name: settings[name] for name in FURTHER if name in settings})
-        return config, {name: value for name, value in settings.items() if name not in FURTHER}
+            bos=special["bos_token_id"], eos=eos, pad=special["pad_token_id"],
+            stop=(*((token,) for token in more),
+                  *(sequence for text in stop for sequence in stop_tokens(self.tokenizer, text))),
+            **{name: settings[name] for name in DECODING_OPTIONS if name in settings})
+        return config, {name: value for name, value in settings.items() if name not in DECODING_OPTIONS}
 
-    def _write(self, samples: Sequence[Sample], config: GenerateConfig, seed: int, first: int, recall: Recall | None,
-               settings: dict[str, Any]) -> Generation:
-        """The samples' prompts, read; `first` is the number of the first of them."""
+    def _prefill(self, samples: Sequence[Sample], config: GenerateConfig, seed: int, first: int, recall: Recall | None,
+                 settings: dict[str, Any]) -> Generation:
+        """Starts the generation of samples, of which the first has the number `first`."""
         samples = [dataclasses.replace(sample, answer=None) for sample in samples]
-        share = sharding.num_shards(self.mesh, "batch")
-        samples += [samples[-1]] * (-len(samples) % share)
+        samples += [samples[-1]] * (-len(samples) % sharding.num_shards(self.mesh, "batch"))
         longest = max(self.prompt_lengths(samples, config.max_new_tokens, **settings))
         batch = self.batch(samples, common_length(longest), **settings)
         keys = row_keys(jax.random.key(seed), np.arange(first, first + len(samples))) if config.sampling else None
@@ -199,53 +197,53 @@ class Loaded:
             return Generation(module, params, batch, config, keys, common_length(config.max_new_tokens))
 
     def prompt_lengths(self, samples: Sequence[Sample], max_new_tokens: int = 1, **settings: Any) -> list[int]:
-        """Tokens of each sample's prompt, images counted. Raises ValueError naming the samples that hold no text, or
-        that an answer of `max_new_tokens` would take beyond the positions that the model reads."""
-        if strange := [row for row, sample in enumerate(samples) if not is_text(sample.prompt + sample.input)]:
-            raise ValueError(f"The prompts of the rows {strange} hold characters that are no text (unpaired "
-                             "surrogates). Read them as what they were written in, such as UTF-8.")
-        made, _ = row_slots(samples, self.tokenizer, self._text(settings), self.config.image_tokens)
-        lengths, most = [len(row) for row in made], self.config.llm.max_positions
-        if long := [f"row {row}: {n} tokens" for row, n in enumerate(lengths) if n + max_new_tokens > most]:
-            raise ValueError(f"With max_new_tokens = {max_new_tokens} these prompts need more than the {most} "
-                             "positions that this model reads:\n  " + "\n  ".join(long)
-                             + "\nAsk less, or lower max_new_tokens.")
+        """Returns the number of tokens of each sample's prompt, soft tokens included. Raises ValueError naming prompts
+        that are not valid text, or that exceed the model's positions together with `max_new_tokens`."""
+        if invalid := [row for row, sample in enumerate(samples) if not is_text(sample.prompt + sample.input)]:
+            raise ValueError(f"The prompts of the rows {invalid} have characters that are not text (unpaired "
+                             "surrogates). Decode them with their own encoding, such as UTF-8.")
+        slots, _ = row_slots(samples, self.tokenizer, self._text(settings), self.config.image_tokens)
+        lengths, limit = [len(row) for row in slots], self.config.llm.max_positions
+        if long := [f"row {row}: {n} tokens" for row, n in enumerate(lengths) if n + max_new_tokens > limit]:
+            raise ValueError(f"With max_new_tokens = {max_new_tokens} these prompts need more than the {limit} "
+                             "positions of this model:\n  " + "\n  ".join(long)
+                             + "\nShorten the prompts, or decrease max_new_tokens.")
         return lengths
 
-    def _finish(self, writing: Generation, stop: Sequence[str]) -> list[str]:
-        """The words of every row, written to its end."""
+    def _finish(self, generation: Generation, stop: Sequence[str]) -> list[str]:
+        """Generates every row to its end and returns the texts."""
         with sharding.use_mesh(self.mesh):
-            if not stop or writing.beams:
-                writing.advance()
-            while not writing.done.all():  # ids may spell a stop string in ways that the loop does not look for
-                writing.advance(writing.step + LOOK)
-                texts = map(self.tokenizer.decode, writing.ids)
-                writing.close(np.array([cut(text, stop) != text for text in texts]))
-            made = writing.result()
-        rows = zip(np.asarray(made.sequences), np.asarray(made.lengths), strict=True)
+            if not stop or generation.beams:
+                generation.advance()
+            while not generation.done.all():  # tokens may spell a stop string in ways that the loop does not detect
+                generation.advance(generation.step + STOP_INTERVAL)
+                texts = map(self.tokenizer.decode, generation.tokens)
+                generation.close(np.array([cut(text, stop) != text for text in texts]))
+            result = generation.result()
+        rows = zip(np.asarray(result.sequences), np.asarray(result.lengths), strict=True)
         return [cut(self.tokenizer.decode(row[1:length].tolist()), stop).strip() for row, length in rows]
 
-    def _pieces(self, writing: Generation, stop: Sequence[str]) -> Iterator[str]:
-        said = ""
-        while not (writing.done[0] or writing.beams):
-            text = self.tokenizer.decode(writing.ids[0])
+    def _pieces(self, generation: Generation, stop: Sequence[str]) -> Iterator[str]:
+        yielded = ""
+        while not (generation.done[0] or generation.beams):
+            text = self.tokenizer.decode(generation.tokens[0])
             if cut(text, stop) != text:
                 break
-            settled = unchanging(text, stop)
-            if len(settled) > len(said):
-                yield settled[len(said) :]
-                said = settled
+            stable = stable_prefix(text, stop)
+            if len(stable) > len(yielded):
+                yield stable[len(yielded) :]
+                yielded = stable
             with sharding.use_mesh(self.mesh):
-                writing.advance(writing.step + 1)
-        if not writing.beams:
-            writing.close(np.ones(1, bool))  # the rows that fill a mesh too
-        if (rest := self._finish(writing, stop)[0]) != said:
-            yield rest[len(said) :]
+                generation.advance(generation.step + 1)
+        if not generation.beams:
+            generation.close(np.ones(1, bool))  # including rows that fill the mesh
+        if (rest := self._finish(generation, stop)[0]) != yielded:
+            yield rest[len(yielded) :]
 
     @functools.cached_property
     def _decoder(self) -> tuple[nn.Module, Any]:
-        """Module and parameters in the form that is decoded fastest: on one CPU with every layer's weights apart, and
-        turned, which takes their memory once more, if they are not large."""
+        """Module and parameters in the layout that decodes fastest. On one CPU the layers are unstacked; if they are
+        not large, their weights are transposed too, which takes their memory once more."""
         if self.mesh.size > 1 or self.mesh.devices.flat[0].platform != "cpu":
             return self.module, self.params
         transposed = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params["llm"])) <= TRANSPOSED_BYTES
@@ -253,13 +251,13 @@ class Loaded:
         return module, unstack(self.params, transposed)
 
     def _recalled(self, batch: Batch, recall: Recall) -> Batch:
-        """The same batch with the mix of each row's senses in place of the senses, after a look at known images."""
+        """Returns the batch with each row's senses replaced by their mix, moved towards known images."""
         if not self.config.senses:
             raise ValueError(f"recall is for models that mix senses; the family {self.family} does not.")
         width = self.config.media.out
         if recall.vectors.shape[1] != width:
             raise ValueError(f"The vectors to recall are {recall.vectors.shape[1]} wide, this model's features {width}."
-                             " Take the vectors that belong to its ImageBind.")
+                             " Use the vectors of the model's own ImageBind.")
         mixed = mix_and_recall(self.module, recall.count, self.params, batch, recall.vectors, recall.sharpness,
                                recall.weight)
         return dataclasses.replace(batch, images=None, image_valid=None, media=None, weights=None, features=mixed)
@@ -268,34 +266,34 @@ class Loaded:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def mix_and_recall(module: nn.Module, count: int, params: Any, batch: Batch, vectors: Any, sharpness: float,
                    weight: float) -> jax.Array:
-    """The mix of a batch's senses, drawn towards its nearest vectors: float32[B,E]."""
+    """Returns the mix of a batch's senses, moved towards its nearest vectors: float32[B,E]."""
     feature = module.apply({"params": params}, batch, method="feature")
     return bind.recall(feature, vectors, count, sharpness, weight)
 
 
 def common_length(length: int) -> int:
-    """The next of 32, 48, 64, 96, 128, 192, ...: lengths that rows share, at most half as long again as they need."""
+    """Returns the next of 32, 48, 64, 96, 128, 192, ...: at most 1.5 times the length above 32."""
     power = 32 << max(0, math.ceil(math.log2(max(length, 1) / 32)))
     return power * 3 // 4 if 32 < power and length <= power * 3 // 4 else power
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
-    """The text before the first of the stop strings in it."""
+    """Returns the text before the first stop string in it."""
     return text[: min((text.index(end) for end in stop if end and end in text), default=None)]
 
 
-def unchanging(text: str, stop: Sequence[str]) -> str:
-    """The part of an unfinished text that will stay, of what `cut` and `strip` leave at its end."""
+def stable_prefix(text: str, stop: Sequence[str]) -> str:
+    """Returns the part of an unfinished text that later tokens cannot change, nor `cut` and `strip` remove."""
     text = text.lstrip().rstrip(BROKEN)
-    begun = (size for end in stop for size in range(1, len(end)) if text.endswith(end[:size]))
-    return text[: len(text) - max(begun, default=0)].rstrip()
+    partial = (size for end in stop for size in range(1, len(end)) if text.endswith(end[:size]))
+    return text[: len(text) - max(partial, default=0)].rstrip()
 
 
-def stop_ids(tokenizer: Tokenizer, words: str) -> list[tuple[int, ...]]:
-    """The ways a vocabulary writes a stop string: at the start of a word and glued to the one before."""
+def stop_tokens(tokenizer: Tokenizer, text: str) -> list[tuple[int, ...]]:
+    """Returns the token sequences that spell a stop string, at the start of a word and after another word."""
     before = tokenizer.encode("a")
-    glued = tokenizer.encode("a" + words)
-    ways = [tuple(tokenizer.encode(words))]
-    if glued[: len(before)] == before:
-        ways.append(tuple(glued[len(before) :]))
-    return [way for way in dict.fromkeys(ways) if way]
+    joined = tokenizer.encode("a" + text)
+    sequences = [tuple(tokenizer.encode(text))]
+    if joined[: len(before)] == before:
+        sequences.append(tuple(joined[len(before) :]))
+    return [sequence for sequence in dict.fromkeys(sequences) if sequence]

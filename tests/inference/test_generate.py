@@ -299,8 +299,8 @@ def test_minimum_length_and_filters_by_hand():
     np.testing.assert_array_equal(g.top_p_inclusive(scores, 0.0), [[-inf, 3, -inf, -inf]])
     for inclusive, kept in ((False, 1), (True, 2)):
         config = GenerateConfig(do_sample=True, top_k=0, top_p=0.5, top_p_inclusive=inclusive)
-        assert (g.filtered(*g.compiled(config), tied) > -inf).sum() == kept
-    seen = g.seen_ids(jnp.array([[2, 0, 3], [1, 1, 0]]), 2, 4)
+        assert (g.filter_scores(*g.compiled(config), tied) > -inf).sum() == kept
+    seen = g.seen_tokens(jnp.array([[2, 0, 3], [1, 1, 0]]), 2, 4)
     np.testing.assert_array_equal(seen, [[1, 0, 1, 0], [0, 1, 0, 0]])
     np.testing.assert_array_equal(g.repetition_penalty(jnp.array([2.0, -2.0, 2.0]), jnp.array([True, True, False]), 2),
                                   [1, -4, 2])
@@ -316,10 +316,10 @@ def test_every_wrong_setting_is_named_at_once():
     for wrong, words in (({"top_p": 1.5}, "top_p = 1.5"), ({"stop": [[1]]}, "stop"), ({"stop": (1,)}, "stop"),
                          ({"temperature": 1e-40}, "temperature = 1e-40"), ({"temperature": math.inf}, "temperature"),
                          ({"length_penalty": math.nan}, "length_penalty"), ({"repetition_penalty": math.inf}, "repet"),
-                         ({"bos": None}, "bos = None, but must be an id"),
-                         ({"eos": None}, "eos = None, but must be an id .*-1: nothing ends a row"),
-                         ({"eos": [2, 3]}, r"eos = \[2, 3\], but must be an id .of several give the others as `stop`"),
-                         ({"pad": None}, "pad = None, but must be an id .a model without one takes `eos`"),
+                         ({"bos": None}, "bos = None, but must be a token id"),
+                         ({"eos": None}, "eos = None, but must be a token id .*-1: nothing ends a row"),
+                         ({"eos": [2, 3]}, r"eos = \[2, 3\], but must be a token id .of several give the others as `stop`"),
+                         ({"pad": None}, "pad = None, but must be a token id .a model without one takes `eos`"),
                          ({"do_sample": True, "num_beams": 2}, "beam sampling is not supported")):
         with pytest.raises(ValueError, match=words):
             GenerateConfig(**wrong)

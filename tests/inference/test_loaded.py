@@ -14,7 +14,7 @@ from mmjax.convert import write
 from mmjax.data import scenes
 from mmjax.data.neighbours import Recall
 from mmjax.inference import loaded
-from mmjax.inference.loaded import stop_ids
+from mmjax.inference.loaded import stop_tokens
 from mmjax.models.layers import unit
 from tests import small, tiny
 from tests.convert.released import ADAPTER_V2
@@ -65,7 +65,7 @@ def test_a_stop_string_is_found_in_the_words(model, samples, monkeypatch):
             super().__init__(*args)
             made.append(self)
 
-    monkeypatch.setattr(loaded, "stop_ids", lambda tokenizer, words: [])
+    monkeypatch.setattr(loaded, "stop_tokens", lambda tokenizer, words: [])
     monkeypatch.setattr(loaded, "Generation", Watched)
     assert stop in whole
     assert model.generate(samples[1:2], max_new_tokens=60, stop=[stop]) == [whole[: whole.index(stop)].strip()]
@@ -106,13 +106,13 @@ def test_what_was_said_stays(model):
             begun = tokenizer.decode(ids[:count])
             if loaded.cut(begun, stop) != begun:
                 break
-            settled = loaded.unchanging(begun, stop)
+            settled = loaded.stable_prefix(begun, stop)
             assert end.startswith(settled)
 
 
 def test_characters_of_several_bytes_come_whole(model):
     ids = model.tokenizer.encode("naïve 猫 ✓")
-    said = [loaded.unchanging(model.tokenizer.decode(ids[:count]), []) for count in range(len(ids) + 1)]
+    said = [loaded.stable_prefix(model.tokenizer.decode(ids[:count]), []) for count in range(len(ids) + 1)]
     assert said[-1] == "naïve 猫 ✓"
     assert not any("\ufffd" in text for text in said)
 
@@ -171,7 +171,7 @@ def test_what_cannot_be_generated_is_refused(model, samples, settings, words):
 
 
 def test_prompts_that_hold_no_text_are_named(model, samples):
-    with pytest.raises(ValueError, match=r"rows \[1\] hold characters that are no text"):
+    with pytest.raises(ValueError, match=r"rows \[1\] have characters that are not text"):
         model.generate([samples[0], mmjax.Sample(prompt="caf\udce9?")])
 
 
@@ -180,9 +180,9 @@ def test_sampling_follows_the_seed(model, samples):
     assert first == again != other
 
 
-def test_stop_ids_cover_both_ways_of_writing(model):
+def test_stop_tokens_cover_both_ways_of_writing(model):
     tokenizer = model.tokenizer
-    ways = stop_ids(tokenizer, "###")
+    ways = stop_tokens(tokenizer, "###")
     for text in ("###", "end###", "end ###"):
         ids = tuple(tokenizer.encode(text))
         assert any(ids[-len(way):] == way for way in ways)

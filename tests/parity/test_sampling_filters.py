@@ -10,7 +10,7 @@ from tests.parity import golden
 @golden.each("sampling")
 def test_each_filter_and_their_order(case):
     spec, logits, ids = case.spec, case.arrays["logits"], case.arrays["input_ids"]
-    seen = generate.seen_ids(ids, ids.shape[1], logits.shape[1])
+    seen = generate.seen_tokens(ids, ids.shape[1], logits.shape[1])
     stages = {"after_repetition_penalty": generate.repetition_penalty(logits, seen, spec["repetition_penalty"])}
     stages["after_temperature"] = stages["after_repetition_penalty"] / spec["temperature"]
     stages["after_top_k"] = generate.top_k(stages["after_temperature"], spec["top_k"])
@@ -21,5 +21,5 @@ def test_each_filter_and_their_order(case):
 
     names = ("repetition_penalty", "temperature", "top_k", "top_p")
     halves = generate.compiled(generate.GenerateConfig(do_sample=True, **{name: spec[name] for name in names}))
-    chained = generate.filtered(*halves, generate.penalised(*halves, logits, ids, ids.shape[1]))
+    chained = generate.filter_scores(*halves, generate.penalise(*halves, logits, ids, ids.shape[1]))
     np.testing.assert_array_equal(chained, stages["after_top_p"])
