@@ -1,6 +1,6 @@
-"""What has been compiled once need not be compiled again: JAX's persistent cache, on by default.
+"""JAX's persistent compilation cache, enabled by default.
 
-It lies in the user's cache folder; the environment variable MMJAX_COMPILATION_CACHE names another one, or says "off".
+It is in the user's cache folder; the environment variable MMJAX_COMPILATION_CACHE names another folder, or is "off".
 """
 
 import contextlib
@@ -23,72 +23,78 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def folder() -> Path | None:
-    """Where compiled programs are kept: as the variable says, or as JAX has been told already, or the user's cache
-    folder; None for nowhere."""
-    told = os.environ.get(VARIABLE)
-    if told == OFF:
+    """Returns the folder of compiled programs; None if they are not cached.
+
+    It is that of the variable, else JAX's configured one, else in the user's cache folder.
+    """
+    value = os.environ.get(VARIABLE)
+    if value == OFF:
         return None
-    files.require_local({VARIABLE: told})
-    before = jax.config.jax_compilation_cache_dir
-    if told or before:
-        return Path(told or before).expanduser()
+    files.require_local({VARIABLE: value})
+    configured = jax.config.jax_compilation_cache_dir
+    if value or configured:
+        return Path(value or configured).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmjax" / "compiled"
 
 
 def enable() -> Path | str | None:
-    """Turns the cache on, or off; its folder, or the URL that JAX was told before. Where the user's cache folder cannot
-    be written it stays off.
+    """Enables or disables the cache; returns its folder, or the URL that JAX is configured with.
 
-    Raises ValueError if the folder that the variable names cannot be written.
+    The cache stays disabled if the user's cache folder cannot be written. Raises ValueError if the folder that the
+    variable names cannot be written.
     """
-    before = jax.config.jax_compilation_cache_dir
-    if not os.environ.get(VARIABLE) and files.url_problem(before):
-        return _told(before)  # JAX reads and writes buckets itself
-    place = folder()
-    if place is not None and not _writable(place):
+    configured = jax.config.jax_compilation_cache_dir
+    if not os.environ.get(VARIABLE) and files.url_problem(configured):
+        return _configure(configured)  # JAX reads and writes buckets itself
+    path = folder()
+    if path is not None and not _writable(path):
         if os.environ.get(VARIABLE):
-            raise ValueError(f"{VARIABLE} = {place}: this folder cannot be written. Name another one, or say {OFF!r}.")
-        place = None
-    return _told(place)
+            raise ValueError(f"{VARIABLE} = {path}: this folder cannot be written. Name another one, or say {OFF!r}.")
+        path = None
+    return _configure(path)
 
 
-def _told(place: Path | str | None) -> Path | str | None:
-    """The same, which JAX has been told."""
-    jax.config.update("jax_compilation_cache_dir", None if place is None else str(place))
-    jax.config.update("jax_enable_compilation_cache", place is not None)
+def _configure(path: Path | str | None) -> Path | str | None:
+    """Configures JAX with this folder, and returns it."""
+    jax.config.update("jax_compilation_cache_dir", None if path is None else str(path))
+    jax.config.update("jax_enable_compilation_cache", path is not None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a run's dozen small ones take half a second
-    return place
+    return path
 
 
-def _writable(place: Path) -> bool:
+def _writable(path: Path) -> bool:
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError:
         return False
-    return os.access(place, os.W_OK)
+    return os.access(path, os.W_OK)
 
 
 @contextlib.contextmanager
 def announce(what: str, console: Console) -> Iterator[None]:
-    """Says that something is being compiled inside, and then how long it took and where it came from."""
+    """Prints that something is compiled inside, and then how long that took and whether it came from the cache."""
     counts = _counts()
-    hits, misses, begun = counts[_HIT], counts[_MISS], time.monotonic()
-    place = jax.config.jax_compilation_cache_dir if jax.config.jax_enable_compilation_cache else None
-    console.print(f"Compiling {what}. " + (f"Compiled programs are kept in {place}." if place else
-                                           f"Compiled programs are not kept; {VARIABLE} names a folder for them."),
+    hits, misses, start = counts[_HIT], counts[_MISS], time.monotonic()
+    path = jax.config.jax_compilation_cache_dir if jax.config.jax_enable_compilation_cache else None
+    console.print(f"Compiling {what}. " + (f"Compiled programs are cached in {path}." if path else
+                                           f"Compiled programs are not cached; {VARIABLE} names a folder for them."),
                   highlight=False)
     yield
-    seconds = time.monotonic() - begun
-    found = counts[_HIT] > hits and counts[_MISS] == misses
+    seconds = time.monotonic() - start
+    cached = counts[_HIT] > hits and counts[_MISS] == misses
     console.print(f"{what[0].upper()}{what[1:]} "
-                  + (f"came from there in {seconds:.1f} s." if found else f"took {seconds:.1f} s to compile."),
+                  + (f"came from the cache in {seconds:.1f} s." if cached else f"took {seconds:.1f} s to compile."),
                   highlight=False)
 
 
 @dataclasses.dataclass
 class Compiled:
-    """What was compiled inside a `counted`, by whichever thread: how many programs, the seconds that took, and the
-    names of their functions. One that came from the cache counts as well."""
+    """The programs compiled inside `count_compilations`, in any thread, including those from the cache.
+
+    programs: their number
+    seconds:  the time that took
+    names:    of their functions
+    """
 
     programs: int = 0
     seconds: float = 0.0
@@ -97,7 +103,7 @@ class Compiled:
 
 @contextlib.contextmanager
 def count_compilations() -> Iterator[Compiled]:
-    """Counts the programs that are compiled inside; what it gives grows meanwhile."""
+    """Counts the programs that are compiled inside; the yielded counter is updated meanwhile."""
     compiled = Compiled()
 
     def listen(event: str, seconds: float, **about: object) -> None:
@@ -115,7 +121,7 @@ def count_compilations() -> Iterator[Compiled]:
 
 @functools.cache
 def _counts() -> dict[str, int]:
-    """How often JAX found, and did not find, a program in the cache since this was first asked."""
+    """Returns the counts of cache hits and misses since the first call."""
     counts = {_HIT: 0, _MISS: 0}
 
     def listen(event: str, **_: object) -> None:

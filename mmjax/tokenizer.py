@@ -1,12 +1,12 @@
-"""Text to token ids and back, as the original models saw it.
+"""Tokenizers, which convert text to tokens and back as the original models do.
 
-A `tokenizer.model` is read with `sentencepiece` itself and behaves like the slow LLaMA tokenizer of transformers 4.30
-(its "legacy" mode), which the released models were trained with: text is cut at special tokens, and every remaining
-piece is tokenised on its own, so that each one gets the leading-space marker again. A folder that has a
-`tokenizer.json` alone goes through `transformers`.
+A `tokenizer.model` is read with `sentencepiece` and behaves like the slow LLaMA tokenizer of transformers 4.30
+(its "legacy" mode), which the released models were trained with: text is split at special tokens, and every remaining
+part is tokenised separately, so each one gets the leading-space marker. A folder that has only a `tokenizer.json` is
+read with `transformers`.
 
-Left out: the clean-up of spaces while decoding (LLaMA folders switch it off), and making a new row for a token that
-a folder declares without numbering it, such as `[PAD]` (the original replaces the pad token by "$$" anyway).
+Left out: the clean-up of spaces while decoding (LLaMA folders switch it off), and a new embedding row for a token that
+a folder declares without an id, such as `[PAD]` (the original replaces the pad token by "$$" anyway).
 """
 
 import abc
@@ -24,15 +24,15 @@ WORDS = "bpe_simple_vocab_16e6.txt.gz"  # the merges of ImageBind's text tower, 
 
 
 class Tokenizer(abc.ABC):
-    """Encodes and decodes. `Tokenizer.from_folder` makes the one that fits a folder.
+    """Encodes text and decodes tokens. `Tokenizer.from_folder` returns the tokenizer of a folder.
 
-    bos, eos, unk: ids, from the folder's JSON files
-    bos_text:      how the beginning of a sequence is written inside a text
-    eos_text:      how its end is
-    pad:           id of the piece "$$" if the vocabulary has one, else of its unknown piece: an ordinary row, which
-                   may also come up in text
-    vocab_size:    rows an embedding table needs, added tokens counted
-    folder:        where it was read from
+    bos, eos, unk: tokens, from the folder's JSON files
+    bos_text:      text of the BOS token
+    eos_text:      text of the EOS token
+    pad:           the token "$$" if the vocabulary has one, else the unknown token: an ordinary token, which may also
+                   occur in text
+    vocab_size:    rows of the embedding table, including added tokens
+    folder:        the folder that it was read from
     """
 
     bos: int
@@ -61,37 +61,37 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Ids of a text. No BOS is put in front.
+        """Returns the tokens of a text, without BOS.
 
-        special: a special token written in the text is that token; without, it is spelt out like any other words
+        special: whether a special token written in the text is that token; if not, it is ordinary text
         """
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of the ids; special tokens, the pad piece among them, are left out or written as they are.
+        """Returns the text of tokens. Special tokens, including the pad token, are skipped or written out.
 
-        Raises ValueError for ids that the vocabulary does not have.
+        Raises ValueError for tokens that are not in the vocabulary.
         """
         ids = [int(i) for i in ids]
-        if strange := sorted({i for i in ids if not 0 <= i < self.vocab_size}):
+        if unknown := sorted({i for i in ids if not 0 <= i < self.vocab_size}):
             raise ValueError(
-                f"Cannot decode the ids {strange}: this tokenizer has ids 0 to {self.vocab_size - 1}. "
-                "Take the tokenizer that belongs to the model.")
+                f"Cannot decode the tokens {unknown}: this tokenizer has tokens 0 to {self.vocab_size - 1}. "
+                "Use the tokenizer of the model.")
         return self._decode(ids, skip_special)
 
     @abc.abstractmethod
     def _decode(self, ids: list[int], skip_special: bool) -> str:
-        """`decode` for ids that the vocabulary has."""
+        """Implements `decode` for tokens in the vocabulary."""
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """`tokenizer.model`, and what the JSON files beside it say about special and added tokens."""
+    """A `tokenizer.model`, with the special and added tokens that the folder's JSON files declare."""
 
     def __init__(self, folder: Path):
-        declared = Declared.read(folder)
+        declared = DeclaredTokens.read(folder)
         self._model = model = _load_model(folder / "tokenizer.model")
 
         def find(text: str) -> int | None:
-            i = declared.added.get(text, model.piece_to_id(text))  # a text that is no piece gets the unknown piece's id
+            i = declared.added.get(text, model.piece_to_id(text))  # the unknown piece for a text that is no piece
             return i if text in declared.added or model.id_to_piece(i) == text else None
 
         ids = {name: find(text) for name, text in declared.named.items()}
@@ -107,27 +107,27 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = max(len(model), 1 + max(declared.added.values(), default=0))
 
         self._added = {i: text for text, i in declared.added.items() if i >= len(model)}
-        # The pad piece is set after loading: special when decoding, but it does not cut text.
+        # The original sets the pad token after loading: special when decoding, but text is not split at it.
         self._special = {find(text) for text in declared.special} - {None} | {self.pad}
-        self._cuts = {text: (i, *eats) for text, eats in declared.eats.items() if (i := find(text)) is not None}
-        longest_first = sorted(self._cuts, key=len, reverse=True)
+        self._splits = {text: (i, *strips) for text, strips in declared.strips.items() if (i := find(text)) is not None}
+        longest_first = sorted(self._splits, key=len, reverse=True)
         self._pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         if not special:
             return self._model.encode(text)
-        parts = self._pattern.split(text)  # words, cut, words, cut, ..., words
-        for place in range(1, len(parts), 2):
-            _, left, right = self._cuts[parts[place]]
-            parts[place - 1] = parts[place - 1].rstrip() if left else parts[place - 1]
-            parts[place + 1] = parts[place + 1].lstrip() if right else parts[place + 1]
+        parts = self._pattern.split(text)  # text, token, text, token, ..., text
+        for index in range(1, len(parts), 2):
+            _, left, right = self._splits[parts[index]]
+            parts[index - 1] = parts[index - 1].rstrip() if left else parts[index - 1]
+            parts[index + 1] = parts[index + 1].lstrip() if right else parts[index + 1]
         ids = []
-        for place, part in enumerate(parts):
-            ids += self._model.encode(part) if place % 2 == 0 else [self._cuts[part][0]]
+        for index, part in enumerate(parts):
+            ids += self._model.encode(part) if index % 2 == 0 else [self._splits[part][0]]
         return ids
 
     def _decode(self, ids: list[int], skip_special: bool) -> str:
-        parts: list[list[int] | str] = [[]]  # added tokens stand apart, between single spaces
+        parts: list[list[int] | str] = [[]]  # added tokens are separate, between single spaces
         for i in ids:
             if skip_special and i in self._special:
                 continue
@@ -138,26 +138,26 @@ class SentencePieceTokenizer(Tokenizer):
         return " ".join(part if isinstance(part, str) else self._join(part) for part in parts if part)
 
     def _join(self, ids: list[int]) -> str:
-        # transformers 4.30, LlamaTokenizer.convert_tokens_to_string: words that a special token follows get a space
-        text, words = "", []
+        # transformers 4.30, LlamaTokenizer.convert_tokens_to_string: a space before text that a special token follows
+        text, ordinary = "", []
         for i in ids:
             if i in self._special:
-                text += (" " + self._model.decode(words) if words else "") + self._model.id_to_piece(i)
-                words = []
+                text += (" " + self._model.decode(ordinary) if ordinary else "") + self._model.id_to_piece(i)
+                ordinary = []
             else:
-                words.append(i)
-        return text + self._model.decode(words)
+                ordinary.append(i)
+        return text + self._model.decode(ordinary)
 
 
 class JsonTokenizer(Tokenizer):
-    """A `tokenizer.json` without `tokenizer.model`, through `transformers`. Cuts and spaces are as that file says."""
+    """A `tokenizer.json` without `tokenizer.model`, read with `transformers`."""
 
     def __init__(self, folder: Path):
         from transformers import PreTrainedTokenizerFast
 
         try:
             self._fast = fast = PreTrainedTokenizerFast.from_pretrained(folder)
-        except Exception as error:  # the library raises bare Exception for a damaged file
+        except Exception as error:  # transformers raises a bare Exception for a damaged file
             raise ValueError(f"{folder / 'tokenizer.json'} cannot be read as a tokenizer: {error}") from error
         if missing := [name for name in ("bos_token", "eos_token") if getattr(fast, name) is None]:
             raise ValueError(f"{folder} declares no {' and no '.join(missing)}. Name them in tokenizer_config.json.")
@@ -171,12 +171,12 @@ class JsonTokenizer(Tokenizer):
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         if not special:
-            return self._spelling.encode(text, add_special_tokens=False).ids
+            return self._without_special.encode(text, add_special_tokens=False).ids
         return self._fast.encode(text, add_special_tokens=False)
 
     @functools.cached_property
-    def _spelling(self) -> Any:
-        """A copy that spells special tokens out: to switch one that other threads are using would change their ids."""
+    def _without_special(self) -> Any:
+        """A copy that encodes special tokens as ordinary text; changing the original would affect other threads."""
         backend = copy.deepcopy(self._fast.backend_tokenizer)
         backend.encode_special_tokens = True
         return backend
@@ -187,48 +187,49 @@ class JsonTokenizer(Tokenizer):
 
 
 @dataclasses.dataclass(frozen=True)
-class Declared:
-    """What the JSON files of a folder say.
+class DeclaredTokens:
+    """The tokens that the JSON files of a folder declare.
 
     named:   texts of bos_token, eos_token and unk_token
-    added:   ids of tokens that are not in the model file, or repeat one of its own
+    added:   ids of tokens that are not in the model file, or repeat one of it
     special: texts that decoding may skip
-    eats:    for every text that cuts: does it eat the white space on its left, on its right?
+    strips:  for every text that splits: whether white space on its left and on its right is removed
     """
 
     named: dict[str, str]
     added: dict[str, int]
     special: set[str]
-    eats: dict[str, tuple[bool, bool]]
+    strips: dict[str, tuple[bool, bool]]
 
     @staticmethod
-    def read(folder: Path) -> "Declared":
-        """Raises ValueError naming the file that does not hold what it should."""
+    def read(folder: Path) -> "DeclaredTokens":
+        """Reads the JSON files of a folder. Raises ValueError naming a damaged one."""
         config = _read_json(folder / "tokenizer_config.json")
         special_map = _read_json(folder / "special_tokens_map.json")
         added = _read_json(folder / "added_tokens.json")
         records = config.get("added_tokens_decoder", {})
-        eats = dict.fromkeys(added, (True, True))
-        eats |= {_content(record): _flags(record) for record in records.values()}
+        strips = dict.fromkeys(added, (True, True))
+        strips |= {_content(record): _flags(record) for record in records.values()}
         special = {_content(record) for record in records.values() if record.get("special")}
 
-        # As transformers 4.30 reads a folder: special_tokens_map.json wins, and what it writes as a plain string eats
-        # white space, what tokenizer_config.json writes so does not. Vicuna-v0 leaves the latter's entries empty.
+        # As transformers 4.30 reads a folder: special_tokens_map.json takes precedence. Its plain strings strip white
+        # space, those of tokenizer_config.json do not. Vicuna-v0 leaves the latter's entries empty.
         named = {}
-        for name, usual in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")):
-            entry = special_map.get(name) or config.get(name) or usual
+        for name, default in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")):
+            entry = special_map.get(name) or config.get(name) or default
             named[name] = _content(entry)
-            eats[named[name]] = _flags(entry)
+            strips[named[name]] = _flags(entry)
         lists = (value if isinstance(value, list) else [value] for value in special_map.values())
         entries = [entry for some in lists for entry in some if entry and _content(entry)]
-        eats |= {entry: (True, True) for entry in entries if isinstance(entry, str)}
-        eats |= {_content(entry): _flags(entry) for entry in entries if isinstance(entry, dict)}
+        strips |= {entry: (True, True) for entry in entries if isinstance(entry, str)}
+        strips |= {_content(entry): _flags(entry) for entry in entries if isinstance(entry, dict)}
         special |= {*named.values(), *map(_content, entries)}
-        return Declared(named, added | {_content(record): int(i) for i, record in records.items()}, special, eats)
+        added |= {_content(record): int(i) for i, record in records.items()}
+        return DeclaredTokens(named, added, special, strips)
 
 
 def _content(entry: str | dict[str, Any]) -> str:
-    """The text of a token that is declared as a plain string or as a record."""
+    """Returns the text of a token that is declared as a plain string or as a record."""
     text = entry.get("content") if isinstance(entry, dict) else entry
     if not isinstance(text, str):
         raise ValueError(
@@ -238,11 +239,12 @@ def _content(entry: str | dict[str, Any]) -> str:
 
 
 def _flags(entry: str | dict[str, Any]) -> tuple[bool, bool]:
+    """Returns whether a token strips white space on its left and on its right."""
     return (False, False) if isinstance(entry, str) else (entry.get("lstrip", False), entry.get("rstrip", False))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file."""
+    """Returns the object in a JSON file; an empty one if there is no such file."""
     if not path.exists():
         return {}
     try:
@@ -250,7 +252,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}. Download the file again.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} should hold a JSON object, but holds a {type(value).__name__}.")
+        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
     return value
 
 

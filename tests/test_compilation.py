@@ -36,15 +36,15 @@ def test_the_second_time_it_comes_from_the_cache(tmp_path):
     here = {"XDG_CACHE_HOME": str(tmp_path), "MMJAX_COMPILATION_CACHE": ""}  # which is as if it were not set
     first, second = run(**here), run(**here)
     assert first[0] == second[0] == str(folder)
-    assert first[1] == f"Compiling the step. Compiled programs are kept in {folder}."
-    assert first[2].startswith("The step took ") and second[2].startswith("The step came from there in ")
+    assert first[1] == f"Compiling the step. Compiled programs are cached in {folder}."
+    assert first[2].startswith("The step took ") and second[2].startswith("The step came from the cache in ")
     assert list(folder.iterdir())
 
 
 def test_it_can_be_switched_off(tmp_path):
     lines = run(XDG_CACHE_HOME=str(tmp_path), MMJAX_COMPILATION_CACHE="off")
     assert lines[0] == "None"
-    assert lines[1].startswith("Compiling the step. Compiled programs are not kept; MMJAX_COMPILATION_CACHE names")
+    assert lines[1].startswith("Compiling the step. Compiled programs are not cached; MMJAX_COMPILATION_CACHE names")
     assert not list(tmp_path.iterdir())
 
 

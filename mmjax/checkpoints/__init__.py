@@ -1,1 +1,1 @@
-"""Converted checkpoints (folders), frozen weights, training checkpoints, and restoring any of them onto a mesh."""
+"""Converted checkpoints, frozen weights, training checkpoints, and restoring them onto a mesh."""

@@ -1,4 +1,4 @@
-"""Converted checkpoints and runs by their folders: what their cards say, and what a run has trained."""
+"""Reads the cards of converted checkpoints and runs, and the parameters that runs have trained."""
 
 import dataclasses
 import json
@@ -14,12 +14,12 @@ from mmjax.families import FAMILIES, Family, config_from_dict, shapes
 from mmjax.tokenizer import Tokenizer
 
 CARD, RUN_CARD = "config.json", "run.json"
-FORMAT = 2  # of both; `mmjax.checkpoints.format1` reads the one before
+FORMAT = 2  # of both; `mmjax.checkpoints.format1` reads format 1
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvertedCheckpoint:
-    """The description of a converted checkpoint: `config.json` read and checked, no weights."""
+    """The description of a converted checkpoint: its checked `config.json`, without weights."""
 
     folder: Path
     family: Family
@@ -30,7 +30,7 @@ class ConvertedCheckpoint:
 
     @staticmethod
     def open(folder: str | Path) -> "ConvertedCheckpoint":
-        """Raises FileNotFoundError or ValueError naming the file and what is wrong with it."""
+        """Reads a folder's description. Raises FileNotFoundError or ValueError naming the file and the problem."""
         files.require_local({"checkpoint": folder})
         path = Path(folder) / CARD
         if not path.is_file():
@@ -40,8 +40,8 @@ class ConvertedCheckpoint:
         if card.get("format") != FORMAT or card.get("family") not in FAMILIES:
             raise ValueError(
                 f"{path} is of format {card.get('format')!r} and family {card.get('family')!r}; this mmjax reads "
-                f"format {FORMAT} and before, of {', '.join(FAMILIES)}. Is it a Hugging Face folder? Then convert it "
-                "first. Is it of a family of another package? Then import its module first.")
+                f"formats up to {FORMAT}, of {', '.join(FAMILIES)}. Convert a Hugging Face folder first. "
+                "For a family of another package, import its module first.")
         require(path, card, "architecture", "text", "generation", "fresh")
         family = FAMILIES[card["family"]]
         config = config_from_dict(family.Config, card["architecture"])
@@ -53,15 +53,16 @@ class ConvertedCheckpoint:
         return Tokenizer.from_folder(self.folder / "tokenizer")
 
     def of(self, config: Any) -> "ConvertedCheckpoint":
-        """The same with another architecture; the parameters that only that one has are fresh."""
+        """Returns this checkpoint with another architecture; parameters that only the new one has are fresh."""
         if config == self.config:
             return self
-        held, wanted = (shapes(self.family, c) for c in (self.config, config))
-        fresh = tuple(path for path in wanted if path in self.fresh or path not in held)
+        stored, wanted = (shapes(self.family, c) for c in (self.config, config))
+        fresh = tuple(path for path in wanted if path in self.fresh or path not in stored)
         return dataclasses.replace(self, config=config, fresh=fresh)
 
 
 def read_card(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file. Raises ValueError if there is none in it."""
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8
@@ -72,7 +73,7 @@ def read_card(path: Path) -> dict[str, Any]:
 
 
 def read_checkpoint_card(folder: Path) -> dict[str, Any]:
-    """The config.json of a converted checkpoint, with the names of today's format."""
+    """Returns the config.json of a converted checkpoint, with the names of today's format."""
     card = read_card(folder / CARD)
     if card.get("format") == format1.FORMAT:
         card = format1.checkpoint_card(card) | {"format": FORMAT}
@@ -80,7 +81,7 @@ def read_checkpoint_card(folder: Path) -> dict[str, Any]:
 
 
 def read_run_card(folder: Path) -> dict[str, Any]:
-    """The run.json of a run, with the names of today's format."""
+    """Returns the run.json of a run, with the names of today's format."""
     card = read_card(folder / RUN_CARD)
     if card.get("format", format1.FORMAT) == format1.FORMAT:
         card = format1.run_card(card) | {"format": FORMAT}
@@ -88,12 +89,13 @@ def read_run_card(folder: Path) -> dict[str, Any]:
 
 
 def require(path: Path, card: Mapping[str, Any], *fields: str) -> None:
+    """Raises ValueError naming the fields that a card does not have."""
     if absent := [field for field in fields if field not in card]:
         raise ValueError(f"{path} has no {', '.join(absent)}.")
 
 
 def read_run(folder: Path) -> ConvertedCheckpoint:
-    """The checkpoint that a run started from, with the run's architecture and text settings."""
+    """Returns the checkpoint that a run started from, with the run's architecture and text settings."""
     card = read_run_card(folder)
     require(folder / RUN_CARD, card, "checkpoint", "architecture", "config")
     base = Path(card["checkpoint"])
@@ -108,17 +110,17 @@ def read_run(folder: Path) -> ConvertedCheckpoint:
 
 
 def lineage(folder: Path) -> list[Path]:
-    """A run and those it started from, the oldest first. Raises FileNotFoundError naming one that is gone."""
+    """Returns a run and the runs it started from, the oldest first. Raises FileNotFoundError naming a missing run."""
     card = read_run_card(folder)
     if not card.get("start_from"):
         return [folder]
-    before = folder / card["start_from"]
-    if not (before / RUN_CARD).is_file():
-        raise FileNotFoundError(f"{folder} started from the run {before}, which is not there. Put it back, or change "
+    previous = folder / card["start_from"]
+    if not (previous / RUN_CARD).is_file():
+        raise FileNotFoundError(f"{folder} started from the run {previous}, which is not there. Put it back, or change "
                                 f"`start_from` in {folder / RUN_CARD}.")
-    return [*lineage(before), folder]
+    return [*lineage(previous), folder]
 
 
 def trained_params(folder: Path) -> dict[str, Any]:
-    """`{path: array}`: what a run, and the runs it started from, have trained; of each parameter the latest."""
+    """Returns `{path: array}`: the latest value of each parameter that a run, or one it started from, has trained."""
     return {path: leaf for run in lineage(folder) for path, leaf in read_trained(run / "checkpoints").items()}

@@ -1,7 +1,6 @@
-"""A model on a mesh: its module, the dtype and sharding of every parameter, and the parameters restored onto it.
+"""`ModelSpec`: a model's module, the dtype and sharding of its parameters, and their restoration onto a mesh.
 
-`ModelSpec` is the one builder of these for training, plans, features, the doctor and `mmjax.load`, so that none of them
-can see another model than the others do.
+Training, plans, features, the doctor and `mmjax.load` all use it, so they see the same model.
 """
 
 import dataclasses
@@ -22,13 +21,13 @@ from mmjax.models.int8 import Int8
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModelSpec:
-    """A model before any weight is read.
+    """The specification of a model, without its weights.
 
-    source:       its checkpoint, with the architecture that is wanted
+    source:       its checkpoint, with the architecture of the model
     dtype:        of activations and frozen parameters
-    frozen_dtype: "int8" holds the large frozen matrices as int8; None: as `dtype`
-    trained:      path rules of the parameters that are float32
-    exact:        paths that are never held as int8
+    frozen_dtype: "int8" stores the large frozen matrices as int8; None: as `dtype`
+    trained:      path rules of the trained parameters, which are float32
+    exact:        paths that are never stored as int8
     remat:        recompute layers in the backward pass
     """
 
@@ -45,20 +44,20 @@ class ModelSpec:
         return self.source.family.Model(self.source.config, jnp.dtype(self.dtype), self.remat)
 
     def param_dtype(self, path: str) -> Any:
-        """float32 for a trained parameter, int8 for a frozen one of `int8.MATRICES` where that is asked for."""
+        """Returns float32 for trained parameters, int8 for frozen ones of `int8.MATRICES` if enabled, else `dtype`."""
         if trees.matches(path, self.trained):
             return jnp.float32
-        holds = self.frozen_dtype == "int8" and path not in self.exact and int8.holds(path)
-        return jnp.int8 if holds else jnp.dtype(self.dtype)
+        quantised = self.frozen_dtype == "int8" and path not in self.exact and int8.holds(path)
+        return jnp.int8 if quantised else jnp.dtype(self.dtype)
 
     def param_specs(self, only: Callable[[str], bool] = lambda path: True) -> dict[str, Any]:
-        """`{path: jax.ShapeDtypeStruct with its sharding, or an Int8 of two}`.
+        """Returns `{path: jax.ShapeDtypeStruct with its sharding, or an Int8 of two}`.
 
         Raises ValueError naming every parameter that the mesh cannot divide.
         """
         every = shapes(self.source.family, self.source.config)
-        placed = sharding.shardings(every, self.source.family.all_axes(self.source.config), self.mesh)
-        return {path: param_spec(path, shape.shape, self.param_dtype(path), placed[path])
+        shardings = sharding.shardings(every, self.source.family.all_axes(self.source.config), self.mesh)
+        return {path: param_spec(path, shape.shape, self.param_dtype(path), shardings[path])
                 for path, shape in every.items() if only(path)}
 
     def restore(
@@ -67,19 +66,19 @@ class ModelSpec:
         trained: Mapping[str, Any] | None = None,
         only: Callable[[str], bool] = lambda path: True,
     ) -> dict[str, Any]:
-        """All parameters, or some, each straight onto its place on the mesh.
+        """Returns all parameters, or some, each read directly into its sharding on the mesh.
 
-        init_fresh: seed for the parameters that no source file held; None raises ValueError naming them
-        trained:    `{path: array}` that take the place of the checkpoint's, such as an earlier run's; ValueError names
-                    what does not belong to this model
-        only:       which paths
+        init_fresh: seed of the parameters that no source file had; if None, ValueError names them
+        trained:    `{path: array}` to use in place of the checkpoint's, such as an earlier run's; ValueError names
+                    those with another shape than in this model
+        only:       which paths to restore
         """
         source, trained = self.source, trained or {}
         fresh = [path for path in source.fresh if path not in trained and only(path)]
         if fresh and init_fresh is None:
             raise ValueError(
                 f"{source.folder} was converted without {', '.join(fresh)}. Convert it with the trained "
-                "file (--projector, --lora, --adapter), load the run that trained them, or start them anew with "
+                "file (--projector, --lora, --adapter), load the run that trained them, or initialise them with "
                 "init_fresh=SEED.")
         every, specs = shapes(source.family, source.config), self.param_specs(only)
         formats = {path: jax.tree.map(lambda leaf: leaf.format, spec) for path, spec in specs.items()}
@@ -90,17 +89,17 @@ class ModelSpec:
         flat |= {path: jax.device_put(_cast(path, leaf, specs[path]), formats[path])
                  for path, leaf in trained.items() if only(path)}
 
-        def start() -> dict[str, jax.Array]:
-            made = trees.flatten(initial(source.family, source.config)(jax.random.key(init_fresh)))
-            return {path: _cast(path, made[path], specs[path]) for path in fresh}
+        def init() -> dict[str, jax.Array]:
+            params = trees.flatten(initial(source.family, source.config)(jax.random.key(init_fresh)))
+            return {path: _cast(path, params[path], specs[path]) for path in fresh}
 
         if fresh:
-            flat |= jax.jit(start, out_shardings={path: formats[path] for path in fresh})()
+            flat |= jax.jit(init, out_shardings={path: formats[path] for path in fresh})()
         return trees.unflatten(flat)
 
 
 def param_spec(path: str, shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
-    """What a parameter is to be on the devices: `jax.ShapeDtypeStruct`, or an `Int8` of two."""
+    """Returns the spec of a parameter on the devices: `jax.ShapeDtypeStruct`, or an `Int8` of two."""
     if jnp.dtype(dtype) == jnp.int8:
         return int8.shapes(shape, sharding, int8.summed(path, len(shape)))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

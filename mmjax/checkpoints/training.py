@@ -1,14 +1,13 @@
-"""Checkpoints of a training run: the trained part, the optimizer, the step and how far the run is, saved while training
-goes on.
+"""Checkpoints of a training run: trained parameters, optimizer, step and progress, saved asynchronously.
 
     FOLDER/STEP/           an Orbax checkpoint: nested dicts of arrays, readable without mmjax
-    FOLDER/STEP/seal.json  how far the run was, and the SHA-256 of the files: TensorStore alone does not notice when a
-                           byte of an array has changed
-    FOLDER/STEP.damaged/   one that was not as it was saved when a run wanted to go on from it
+    FOLDER/STEP/seal.json  progress of the run, and the SHA-256 of the files: TensorStore alone does not detect a
+                           changed byte of an array
+    FOLDER/STEP.damaged/   a checkpoint that was found damaged when a run resumed
 
-A checkpoint is written under another name, read back, sealed, and then given its own, so whatever ends the process
-leaves only whole ones. An older one goes when a newer one is sealed. The frozen weights are not in them: they are in
-the converted checkpoint that the run's card names, and the seal has their fingerprints.
+A checkpoint is written under a temporary name, read back, sealed and then renamed, so a process that ends at any time
+leaves only complete checkpoints. An older one is deleted after a newer one is sealed. Frozen weights are not included:
+they are in the converted checkpoint that the run's card names, and the seal has their fingerprints.
 """
 
 import contextlib
@@ -28,26 +27,26 @@ from mmjax import files, trees
 from mmjax.checkpoints import format1, storage
 
 SEAL = "seal.json"
-LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes them behind the seal; nothing here reads them
-DAMAGED, REMOVED, UNFINISHED = ".damaged", ".removed", ".orbax-checkpoint-tmp"  # behind the step in a folder's name
+LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes them after the seal; they are not read here
+DAMAGED, REMOVED, UNFINISHED = ".damaged", ".removed", ".orbax-checkpoint-tmp"  # suffixes of a folder's name
 
 
 class Damaged(ValueError):
-    """A checkpoint is not as it was saved; the message says what differs."""
+    """A checkpoint has changed since it was saved; the message says what differs."""
 
 
 class NotSaved(OSError):
-    """A checkpoint could not be written; the message says why, and which ones are there."""
+    """A checkpoint could not be written; the message says why, and which checkpoints exist."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a run has to know beside its state, to go on as if it had never stopped.
+    """The progress of a run, which it needs besides its state to resume exactly.
 
-    position: where in the sequence of samples the next batch begins
-    total:    of the training losses since the last step at which `save_every` was due, of `count` steps
-    loss:     their mean, where it is due just now
-    records:  how many each source of the data has
+    position: position in the sequence of samples where the next batch begins
+    total:    sum of the training losses of the `count` steps since the last step at which `save_every` was due
+    loss:     mean of these losses at a step at which `save_every` is due; None at other steps
+    records:  number of records of each source of the data
     frozen:   `{path: fingerprint}` of the frozen parameters
     """
 
@@ -59,17 +58,17 @@ class Progress:
     frozen: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def after(self, loss: float, position: int) -> "Progress":
-        """One step further."""
+        """Returns the progress after one more step."""
         return dataclasses.replace(
             self, position=position, total=self.total + loss, count=self.count + 1, loss=None)
 
     def due(self) -> "Progress":
-        """The same where `save_every` is due: the losses since the last time are averaged, and counted anew."""
+        """Returns the progress at a step at which `save_every` is due, with the mean loss since the last such step."""
         return dataclasses.replace(self, total=0.0, count=0, loss=self.total / self.count)
 
 
 def _plain(state: Any) -> Any:
-    """The state as nested dicts of arrays: what stays readable without mmjax's classes."""
+    """Returns the state as nested dicts of arrays, which can be read without mmjax's classes."""
     flat = {}
 
     def add(path: str, leaf: Any) -> None:
@@ -81,7 +80,7 @@ def _plain(state: Any) -> Any:
 
 
 def _restored(state: Any, flat: dict[str, Any]) -> Any:
-    """`state` with its leaves taken from what `_plain` made, by path."""
+    """Returns `state` with the leaves of a flattened result of `_plain`."""
 
     def pick(path: str, leaf: Any) -> Any:
         is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -91,18 +90,17 @@ def _restored(state: Any, flat: dict[str, Any]) -> Any:
 
 
 def seal(folder: Path, progress: Progress) -> None:
-    """Writes down what is in a checkpoint, when everything in it is on the disk."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in LATER)
-    for path in [*found, *(path for path in folder.rglob("*") if path.is_dir())]:
+    """Flushes a checkpoint's files to the disk and writes its seal."""
+    names = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in LATER)
+    for path in [*names, *(path for path in folder.rglob("*") if path.is_dir())]:
         files.sync(path)
     content = {"progress": dataclasses.asdict(progress),
-               "files": {path.relative_to(folder).as_posix(): files.sha256(path) for path in found}}
+               "files": {path.relative_to(folder).as_posix(): files.sha256(path) for path in names}}
     files.replace(folder / SEAL, json.dumps({"sha256": _sha256_of(content)} | content, indent=1) + "\n")
 
 
 def verify(folder: Path) -> Progress:
-    """How far the run was, if every file of the checkpoint is as it was saved. Raises `Damaged` naming those that are
-    not."""
+    """Returns the progress in a checkpoint. Raises `Damaged` naming the files that have changed since it was saved."""
     content = _read_seal(folder)
     wrong = [f"{name} {'has changed' if (folder / name).is_file() else 'is missing'}"
              for name, expected in content["files"].items()
@@ -120,15 +118,15 @@ def _read_seal(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
         if content.pop("sha256") != _sha256_of(content):
             raise ValueError
-    except (ValueError, KeyError, AttributeError) as error:  # not JSON, or no object, or other words in it
+    except (ValueError, KeyError, AttributeError) as error:  # not JSON, or no object, or other keys in it
         raise Damaged(f"{folder} is damaged: {SEAL} has changed.") from error
     return content
 
 
 def _progress(content: dict[str, Any]) -> Progress:
-    told = content["progress"]
-    frozen = {format1.rename(path): found for path, found in told["frozen"].items()}
-    return Progress(**(told | {"records": tuple(told["records"]), "frozen": frozen}))
+    progress = content["progress"]
+    frozen = {format1.rename(path): fingerprint for path, fingerprint in progress["frozen"].items()}
+    return Progress(**(progress | {"records": tuple(progress["records"]), "frozen": frozen}))
 
 
 def _sha256_of(content: Any) -> str:
@@ -136,39 +134,39 @@ def _sha256_of(content: Any) -> str:
 
 
 def saved(folder: Path) -> list[int]:
-    """The steps that are saved in a folder, in order."""
+    """Returns the steps of the checkpoints in a folder, in order."""
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
 def trained(folder: str | Path, step: int | None = None) -> dict[str, Any]:
-    """`{path: array}`: the trained parameters of a run's newest checkpoint, or of that `step`, on the first device.
+    """Returns `{path: array}`: the trained parameters in a run's newest checkpoint, or that of `step`, on one device.
 
-    Raises FileNotFoundError if there is none, `Damaged` if it is not as it was saved.
+    Raises FileNotFoundError if there is none, `Damaged` if it has changed since it was saved.
     """
     folder = Path(folder).absolute()
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder of training checkpoints at {folder}.")
-    place = folder / str(_chosen(folder, step))
+    path = folder / str(_existing_step(folder, step))
     try:
-        verify(place)
+        verify(path)
     except Damaged as error:
-        raise Damaged(f"{error} Start the run again, and it goes on from the checkpoint before it; or delete that "
-                      "folder to use the one before it as it is.") from error
-    return {path.removeprefix("params/"): leaf for path, leaf in arrays(place).items() if path.startswith("params/")}
+        raise Damaged(f"{error} Start the run again, and it resumes from the previous checkpoint; or delete that "
+                      "folder to use the previous one as it is.") from error
+    return {name.removeprefix("params/"): leaf for name, leaf in arrays(path).items() if name.startswith("params/")}
 
 
-def arrays(place: Path) -> dict[str, jax.Array]:
-    """`{path: array}`: everything in one checkpoint, on the first device, whatever the mesh it was saved from."""
+def arrays(checkpoint: Path) -> dict[str, jax.Array]:
+    """Returns `{path: array}`: everything in a checkpoint, on the first device, whatever mesh it was saved from."""
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with ocp.StandardCheckpointer() as reader:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=first),
-                              reader.metadata(storage.local(place)).item_metadata.tree)
-        held = trees.flatten(reader.restore(storage.local(place), shapes))
-    return {format1.rename(path): leaf for path, leaf in held.items()}
+                              reader.metadata(storage.local(checkpoint)).item_metadata.tree)
+        stored = trees.flatten(reader.restore(storage.local(checkpoint), shapes))
+    return {format1.rename(path): leaf for path, leaf in stored.items()}
 
 
-def _chosen(folder: Path, step: int | None) -> int:
-    """That step, or the newest. Raises FileNotFoundError."""
+def _existing_step(folder: Path, step: int | None) -> int:
+    """Returns `step`, or the newest step. Raises FileNotFoundError if it has no checkpoint."""
     steps = saved(folder)
     if not steps or step not in (None, *steps):
         raise FileNotFoundError(f"{folder} has no checkpoint"
@@ -177,8 +175,7 @@ def _chosen(folder: Path, step: int | None) -> int:
 
 
 class _Sealing(ocp.StandardCheckpointHandler):
-    """Orbax's, which also reads a checkpoint back and seals it when its arrays are written, before it is given its
-    name."""
+    """Orbax's handler, which also reads a checkpoint back and seals it before it is renamed."""
 
     progress: Progress
 
@@ -200,31 +197,31 @@ class _Restore(ocp.args.StandardRestore):
 
 @contextlib.contextmanager
 def suppress_duplicate_errors() -> Iterator[None]:
-    """Inside, what fails while a checkpoint is saved is told as `NotSaved` alone. Orbax logs it too, with a traceback
-    from each of its threads, and lets TensorStore answer to an event loop that is closed by then."""
+    """Suppresses the errors that Orbax logs from each of its threads while saving fails, and those of event loops that
+    it has closed: `NotSaved` reports the error once."""
     logger = logging.getLogger("absl")
 
-    def other(record: logging.LogRecord) -> bool:
+    def keep(record: logging.LogRecord) -> bool:
         return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
-    logger.addFilter(other)
+    logger.addFilter(keep)
     try:
         with files.ignore_closed_event_loop():
             yield
     finally:
-        logger.removeFilter(other)
+        logger.removeFilter(keep)
 
 
 class Checkpoints:
-    """The training checkpoints of a run that is under way: the newest `keep` of them, and the one with the lowest
-    `Progress.loss` if `keep_best`.
+    """Saves and restores the checkpoints of a run: the newest `keep` of them, and that with the lowest `Progress.loss`
+    if `keep_best`.
 
-    Opening them removes what an ended process left unfinished, so one run at a time may have a folder open.
+    Opening a folder removes unfinished checkpoints, so only one run at a time may have it open.
     """
 
     def __init__(self, folder: str | Path, keep: int = 2, keep_best: bool = False):
         self.folder, self._keep, self._keep_best = Path(folder).absolute(), keep, keep_best
-        storage.local(folder)  # refused before anything is made
+        storage.local(folder)  # raises before anything is written
         self.folder.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
         self._handler = _Sealing()
@@ -233,91 +230,94 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Those that are saved, in order, the one that is just being saved left out."""
+        """The steps of the saved checkpoints, in order, without the one that is being saved."""
         return saved(self.folder)
 
     @property
     def latest(self) -> int | None:
-        """The newest step that was saved, or is just being saved; None if there is none."""
+        """The newest step that is saved or being saved; None if there is none."""
         return max((*self.steps, *([] if self._saving is None else [self._saving])), default=None)
 
     def save(self, step: int, state: Any, progress: Progress) -> None:
-        """Starts saving; the state's arrays may be reused as soon as this returns. Raises `NotSaved`, for the
-        checkpoint before it too."""
+        """Starts saving; the state's arrays may be reused when this returns.
+
+        Raises `NotSaved` if this or the previous checkpoint could not be saved.
+        """
         if step == self.latest:
             return
         self.wait()
         self._handler.progress, self._saving = progress, step
-        with self._explained():
+        with self._raise_not_saved():
             self._writer.save(storage.local(self.folder) / str(step), args=_Save(_plain(state)))
 
     def check(self) -> None:
-        """Raises `NotSaved` if the checkpoint that is being saved could not be, without waiting for it."""
-        with self._explained():
+        """Raises `NotSaved` if saving has failed, without waiting for it to end."""
+        with self._raise_not_saved():
             self._writer.check_for_errors()
 
     def wait(self) -> None:
-        """Until everything is on the disk. Raises `NotSaved`."""
+        """Waits until everything is on the disk. Raises `NotSaved`."""
         if self._saving is not None:
-            with self._explained():
+            with self._raise_not_saved():
                 self._writer.wait_until_finished()
             self._saving = None
             self._remove_old()
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _raise_not_saved(self) -> Iterator[None]:
+        """Raises `NotSaved` in place of other errors."""
         try:
             yield
-        except Exception as error:  # TensorStore, Orbax and the file system each have their own
+        except Exception as error:  # of TensorStore, Orbax or the file system
             step, self._saving = self._saving, None
-            self._writer = ocp.AsyncCheckpointer(self._handler)  # the old one would tell the same again
-            self._remove_leftovers()  # makes room; what is still being written goes when the run goes on
-            there = f"Those of steps {self.steps} are whole" if self.steps else "None had been saved before"
+            self._writer = ocp.AsyncCheckpointer(self._handler)  # the old one would raise the same error again
+            self._remove_leftovers()  # makes room; what is still being written is removed when the run resumes
+            saved = f"Those of steps {self.steps} are complete" if self.steps else "None had been saved before"
             raise NotSaved(f"The checkpoint of step {step} could not be saved in {self.folder}: "
-                           f"{storage.explained(error.__cause__ or error)}\n{there}. See to it that the folder can be "
-                           "written and has room; then the same command goes on.") from error
+                           f"{storage.explained(error.__cause__ or error)}\n{saved}. Make sure that the folder can be "
+                           "written and has room; the same command then resumes the run.") from error
 
     def progress(self, step: int | None = None) -> Progress:
-        """How far the run was at `step` (default the newest).
+        """Returns the progress of the run at `step` (default: the newest).
 
-        Raises FileNotFoundError if that was never saved, `Damaged` if its seal is not whole.
+        Raises FileNotFoundError if that step has no checkpoint, `Damaged` if its seal has changed.
         """
-        return _progress(_read_seal(self.folder / str(self._whole(step))))
+        return _progress(_read_seal(self.folder / str(self._saved_step(step))))
 
     def verify(self, step: int) -> None:
-        """Raises `Damaged` if the checkpoint of that step is not as it was saved."""
+        """Raises `Damaged` if the checkpoint of that step has changed since it was saved."""
         verify(self.folder / str(step))
 
     def set_aside(self, step: int) -> Path:
-        """Where a damaged checkpoint is now, out of the way of the one that will take its place."""
-        place = self.folder / f"{step}{DAMAGED}"
-        shutil.rmtree(place, ignore_errors=True)
-        return (self.folder / str(step)).rename(place)
+        """Renames a damaged checkpoint, which the run will write again, and returns its new path."""
+        path = self.folder / f"{step}{DAMAGED}"
+        shutil.rmtree(path, ignore_errors=True)
+        return (self.folder / str(step)).rename(path)
 
     def restore(self, state: Any, step: int | None = None) -> Any:
-        """The state saved at `step` (default the newest), on the devices where `state`'s leaves are.
+        """Returns the state saved at `step` (default: the newest), with the shardings of `state`.
 
-        Raises FileNotFoundError if that step was never saved, ValueError naming what differs from `state`. Whether it
-        is as it was saved is `verify`'s to say.
+        Raises FileNotFoundError if that step has no checkpoint, ValueError naming what differs from `state`. Does not
+        check for damage; see `verify`.
         """
-        step = self._whole(step)
-        place = storage.local(self.folder) / str(step)
+        step = self._saved_step(step)
+        path = storage.local(self.folder) / str(step)
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _plain(state))
-        wanted, held = trees.flatten(wanted), trees.flatten(self._writer.metadata(place).item_metadata.tree)
-        names = format1.stored_names(held)
-        if differences := trees.compare(wanted, {path: held[name] for path, name in names.items()}):
-            raise ValueError(f"{place} was saved by a run with other trained parameters or another optimizer:\n  "
+        wanted, stored = trees.flatten(wanted), trees.flatten(self._writer.metadata(path).item_metadata.tree)
+        names = format1.stored_names(stored)
+        if differences := trees.compare(wanted, {today: stored[name] for today, name in names.items()}):
+            raise ValueError(f"{path} was saved by a run with other trained parameters or another optimizer:\n  "
                              + "\n  ".join(differences))
-        wanted = trees.unflatten({names[path]: leaf for path, leaf in wanted.items()})
-        read = trees.flatten(self._writer.restore(place, args=_Restore(wanted)))
-        return _restored(state, {path: read[name] for path, name in names.items()})
+        wanted = trees.unflatten({names[today]: leaf for today, leaf in wanted.items()})
+        read = trees.flatten(self._writer.restore(path, args=_Restore(wanted)))
+        return _restored(state, {today: read[name] for today, name in names.items()})
 
-    def _whole(self, step: int | None) -> int:
-        self.wait()  # the newest may still be on its way to the disk
-        return _chosen(self.folder, step)
+    def _saved_step(self, step: int | None) -> int:
+        self.wait()  # the newest may still be written
+        return _existing_step(self.folder, step)
 
     def _remove_old(self) -> None:
-        """All but the newest and the best, when the newest is sure to be on the disk."""
+        """Removes all but the newest checkpoints and the best one, after flushing the folder to the disk."""
         if jax.process_index():
             return
         files.sync(self.folder)
@@ -326,11 +326,11 @@ class Checkpoints:
         if self._keep_best and (losses := self._losses(steps)):
             kept.add(min(losses, key=losses.__getitem__))
         for step in set(steps) - kept:
-            place = self.folder / f"{step}{REMOVED}"  # half of a checkpoint must not bear its name
-            shutil.rmtree((self.folder / str(step)).rename(place), ignore_errors=True)
+            path = self.folder / f"{step}{REMOVED}"  # a partly removed checkpoint must not keep its name
+            shutil.rmtree((self.folder / str(step)).rename(path), ignore_errors=True)
 
     def _losses(self, steps: list[int]) -> dict[int, float]:
-        """Of those steps at which `save_every` was due."""
+        """Returns the losses at those of the steps at which `save_every` was due."""
         losses = {}
         for step in steps:
             with contextlib.suppress(Damaged):

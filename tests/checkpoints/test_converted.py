@@ -11,7 +11,7 @@ from tests import small
 def test_folder_that_is_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither a converted checkpoint"):
         mmjax.load(tmp_path)
-    with pytest.raises(ValueError, match="Is it a Hugging Face folder"):
+    with pytest.raises(ValueError, match="Convert a Hugging Face folder first"):
         mmjax.load(small.GOLDEN / "ckpt" / "llama_hf")
 
 

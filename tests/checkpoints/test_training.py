@@ -175,7 +175,7 @@ def test_a_checkpoint_that_is_not_whole_is_noticed(saved, harm):
     else:
         shutil.copy(saved / "10" / SEAL, saved / "20" / SEAL)
         name = "d/"
-    with pytest.raises(Damaged, match=f"20 is damaged: .*{name}.* .*delete that folder to use the one before it"):
+    with pytest.raises(Damaged, match=f"20 is damaged: .*{name}.* .*delete that folder to use the previous one"):
         training_checkpoints.trained(saved)
     assert training_checkpoints.trained(saved, 10)["projector/b"][0] == 10
 
@@ -247,7 +247,7 @@ def test_a_checkpoint_that_has_no_room_is_noticed_at_once_and_the_others_stay(sa
     checkpoints = Checkpoints(saved, keep=1)
     little_room()
     with pytest.raises(NotSaved, match=r"step 30 could not be saved in .*File too large[^\n]*\n"
-                                       r"Those of steps \[10, 20\] are whole"):
+                                       r"Those of steps \[10, 20\] are complete"):
         checkpoints.save(30, state(), Progress())
         while True:  # as a run does behind every step
             checkpoints.check()
@@ -262,8 +262,8 @@ def test_one_that_cannot_be_read_is_not_sealed_and_the_others_stay(saved, monkey
     checkpoints = Checkpoints(saved, keep=1)
     monkeypatch.setattr(storage.LocalPath, "glob", lambda *_: iter(()))  # as etils' below a folder `[1]`
     checkpoints.save(30, state(), Progress())
-    with pytest.raises(NotSaved, match=r"step 30 could not be saved in .*: What was written to .*30\.orbax.* cannot be "
-                                       r"read back: [^\n]*\nThose of steps \[10, 20\] are whole"):
+    with pytest.raises(NotSaved, match=r"step 30 could not be saved in .*: The checkpoint just written to .*30\.orbax.* cannot be "
+                                       r"read back: [^\n]*\nThose of steps \[10, 20\] are complete"):
         checkpoints.wait()
     checkpoints.close()
     assert sorted(path.name for path in saved.iterdir()) == ["10", "20"]
