@@ -27,7 +27,7 @@ PARTS = {"vit": "vit.pth", "qformer": "qformer.pth", "projector": "trained.pth",
 CONFIG = RunConfig(
     out="run", trained=("projector/.*", "qformer/.*", "llm/.*/lora_[ab]"),
     weights=WeightsConfig(checkpoint="checkpoint", dtype="float32"),
-    data=DataConfig(path="images", prompts=("<Img><ImageHere></Img> What is it?",), batch_size=2, length_multiple=64),
+    data=DataConfig(path="pictures", prompts=("<Img><ImageHere></Img> What is it?",), batch_size=2, length_multiple=64),
     text=TextConfig(prompt_template="###Human: {} ###Assistant: ", end_sym="###", max_txt_len=32),
     optim=OptimConfig(init_lr=1e-2, warmup_steps=1, epochs=2, steps_per_epoch=3, accumulate=2),
     log_every=1, save_every=2, keep=1, check_first_loss=False)
