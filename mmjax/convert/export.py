@@ -1,4 +1,4 @@
-"""From a checkpoint folder back to the released file formats, bit-equal to what was converted."""
+"""Exports parts of a checkpoint to the released file formats, bit-equal to the files that were converted."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,12 +19,12 @@ def export(checkpoint: Path, part: str, out: Path) -> None:
 
     Args:
         checkpoint: converted checkpoint, or run folder (its newest trained parameters are written)
-        part: llm or llm-meta (the language model as transformers saves it, or as Meta ships it, without what an adapter
-            adds to it or replaces in it); of MiniGPT-4 projector (with LoRA if there is one), vit, qformer;
+        part: llm or llm-meta (the language model as transformers saves it, or as Meta ships it, without an adapter's
+            parameters); of MiniGPT-4 projector (with LoRA if there is one), vit, qformer;
             of ImageBind-LLM adapter, bind, imagebind; of LLaMA-Adapter adapter, clip
         out: file to write; a folder for llm and llm-meta. It must not exist
 
-    Raises ConversionError if the model has no such part or a parameter of it is missing or has another shape,
+    Raises ConversionError if the model has no such part, or one of its parameters is missing or has another shape,
     FileExistsError if `out` exists, and FileNotFoundError or ValueError for a folder that cannot be read.
     """
     files.require_local({"checkpoint": checkpoint, "out": out})
@@ -39,17 +39,17 @@ def export_part(source: ConvertedCheckpoint, part: str, out: Path, trained: Mapp
     """Writes a part of an opened checkpoint; raises as `export` does.
 
     source:  the checkpoint, with the architecture of `trained`
-    trained: parameters, nested or by path, that take the place of the checkpoint's, such as those of a training run
+    trained: parameters, nested or by path, that replace the checkpoint's, such as those of a training run
     """
     part = ALIASES.get(part, part)
     if out.exists():
         raise FileExistsError(f"{out} exists. Choose another name.")
     family, cfg = source.family, source.config
-    found = {name: each for name, each in family.exports.items() if each.exists(cfg)}
-    if part not in found:
-        raise ConversionError(f"{source.folder} has no part {part!r}; it has {', '.join(found)}.")
+    parts = {name: each for name, each in family.exports.items() if each.exists(cfg)}
+    if part not in parts:
+        raise ConversionError(f"{source.folder} has no part {part!r}; it has {', '.join(parts)}.")
     stored, trained = frozen_weights.arrays(source.folder / "weights"), trees.flatten(trained or {})
-    _write(found[part], family, source, stored, trained, out)
+    _write(parts[part], family, source, stored, trained, out)
 
 
 def _write(part: Export, family: Family, source: ConvertedCheckpoint, stored: Mapping[str, Any],

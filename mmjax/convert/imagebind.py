@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 
 from mmjax.convert.lazy import LazyTensor
-from mmjax.convert.tables import Computed, Entry, Problems, Table, expand, sizes_from_shapes
+from mmjax.convert.tables import Computed, Entry, Problems, Table, block_table, expand, sizes_from_shapes
 from mmjax.models.bind import BindConfig
 from mmjax.models.imagebind import (
     IMAGEBIND_HUGE,
     ImageBindConfig,
     MotionConfig,
     PatchesConfig,
+    TextTowerConfig,
     TowerConfig,
     VisionConfig,
-    WordsConfig,
 )
 from mmjax.models.senses import SENSES
 
@@ -59,20 +59,8 @@ STEMS = {  # under modality_preprocessors.SENSE. and imagebind/SENSE/stem/
         ("imu_stem.norm_layer.bias", "norm/bias", "D -> D"),
     ),
 }
-TRUNK = (  # under modality_trunks.SENSE. and imagebind/SENSE/
-    ("blocks.{L}.norm_1.weight", "blocks/norm1/scale", "D -> D"),
-    ("blocks.{L}.norm_1.bias", "blocks/norm1/bias", "D -> D"),
-    ("blocks.{L}.attn.in_proj_weight", "blocks/attn/qkv/w", "(S N H) D -> D S N H"),
-    ("blocks.{L}.attn.in_proj_bias", "blocks/attn/qkv/b", "(S N H) -> S N H"),
-    ("blocks.{L}.attn.out_proj.weight", "blocks/attn/o/w", "D (N H) -> N H D"),
-    ("blocks.{L}.attn.out_proj.bias", "blocks/attn/o/b", "D -> D"),
-    ("blocks.{L}.norm_2.weight", "blocks/norm2/scale", "D -> D"),
-    ("blocks.{L}.norm_2.bias", "blocks/norm2/bias", "D -> D"),
-    ("blocks.{L}.mlp.fc1.weight", "blocks/mlp/fc1/w", "F D -> D F"),
-    ("blocks.{L}.mlp.fc1.bias", "blocks/mlp/fc1/b", "F -> F"),
-    ("blocks.{L}.mlp.fc2.weight", "blocks/mlp/fc2/w", "D F -> F D"),
-    ("blocks.{L}.mlp.fc2.bias", "blocks/mlp/fc2/b", "D -> D"),
-)
+# Under modality_trunks.SENSE. and imagebind/SENSE/
+TRUNK = block_table("blocks", "blocks", norm="norm_", qkv="attn.in_proj_", o="attn.out_proj")
 EXTRA_KEY = (
     ("blocks.{L}.attn.bias_k", "blocks/attn/bias_k", "1 1 (N H) -> N H"),
     ("blocks.{L}.attn.bias_v", "blocks/attn/bias_v", "1 1 (N H) -> N H"),
@@ -128,7 +116,7 @@ SIZES = {
     "thermal": {"rgbt_stem.proj.weight": ("dim", "", "patch", ""), _POS: ("", "places", "")},
     "imu": {"imu_stem.proj.weight": ("dim", "flat_window"), "pos_embed": ("", "places", "")},
 }
-CLASSES = {"vision": VisionConfig, "text": WordsConfig, "audio": PatchesConfig, "depth": PatchesConfig,
+CLASSES = {"vision": VisionConfig, "text": TextTowerConfig, "audio": PatchesConfig, "depth": PatchesConfig,
            "thermal": PatchesConfig, "imu": MotionConfig}
 CHANNELS, HEAD_DROPOUT = 6, 0.5  # of the imu tower; no file tells them
 
@@ -168,12 +156,12 @@ def entries(cfg: ImageBindConfig) -> list[Entry]:
     """Everything in the released file but the buffers of `buffers` and what IGNORED names."""
     found = []
     for sense, tower in cfg.towers.items():
-        sizes = {"A": tower.places, "S": 3, "D": tower.dim, "F": tower.hidden, "N": tower.heads,
+        sizes = {"A": tower.num_positions, "S": 3, "D": tower.dim, "F": tower.hidden, "N": tower.heads,
                  "H": tower.dim // tower.heads, "E": cfg.out}
         match tower:
             case VisionConfig():
                 sizes |= {"C": 3, "M": tower.frames, "P": tower.patch, "Q": tower.patch}
-            case WordsConfig():
+            case TextTowerConfig():
                 sizes |= {"V": tower.vocab}
             case PatchesConfig():
                 sizes |= {"P": tower.patch, "Q": tower.patch}
@@ -292,9 +280,9 @@ def _tower(sense: str, tensors: Mapping[str, LazyTensor], told: Mapping[str, Any
     if cfg.dim % cfg.heads:
         problems.append(f"imagebind: {cfg.heads} heads do not divide the {sense} tower's width {cfg.dim}.")
         return None
-    if places and cfg.places != places:
+    if places and cfg.num_positions != places:
         problems.append(f"imagebind: the {sense} tower's position table has {places} rows, but inputs of shape "
-                        f"{list(cfg.input_shape)} have {cfg.places} tokens. Give their size with --arch.")
+                        f"{list(cfg.input_shape)} have {cfg.num_positions} tokens. Give their size with --arch.")
         return None
     return cfg
 

@@ -1,4 +1,4 @@
-"""A language model from a folder in either format: as transformers saves it, or as Meta ships it."""
+"""Reads a language model from a folder in either format: as transformers saves it, or as Meta ships it."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def inspect(llm: Path, *, delta: Path | None = None) -> Inspected:
 
     Args:
         llm: folder as transformers saves it (config.json, weights in .safetensors or .bin, tokenizer) or as Meta
-            ships it (params.json, consolidated.NN.pth; tokenizer.model in it or beside it)
+            ships it (params.json, consolidated.NN.pth; tokenizer.model in the folder or in its parent)
         delta: folder of a Vicuna delta to add to the weights
     """
     problems = Problems()
@@ -29,13 +29,13 @@ def inspect(llm: Path, *, delta: Path | None = None) -> Inspected:
 def read(
     folder: Path, delta: Path | None, problems: Problems
 ) -> tuple[Release | None, dict[str, Parameter]]:
-    """(release, parameters) of a folder in either format."""
+    """Returns (release, parameters) of a folder in either format."""
     if meta.recognised(folder):
         release = meta.open_release(folder, problems)
         if delta:
-            problems.append(f"--delta is a difference to a folder as transformers saves it, and {folder} is Meta's. "
-                            "Export that first: convert it with `llama`, then"
-                            " `mmjax export --checkpoint OUT --part llm --out FOLDER`.")
+            problems.append(f"--delta is a difference to a folder as transformers saves it, but {folder} is in Meta's "
+                            "format. Convert it with `llama`, run `mmjax export --checkpoint OUT --part llm "
+                            "--out FOLDER`, and give that folder.")
     else:
         release = llama.open_release(folder, delta, problems)
     if release is None or not release.tensors:

@@ -1,4 +1,4 @@
-"""Tensors that stay in their file until they are read, and the one error of the weight readers."""
+"""Tensors that are read from their file on demand, and the error of the weight readers."""
 
 import dataclasses
 import math
@@ -13,12 +13,12 @@ MAX_AXES = 32
 
 
 class WeightFileError(ValueError):
-    """A weight file that cannot be read; the message names the file, what is wrong and what to do."""
+    """Raised for a weight file that cannot be read; the message states the file, the problem and what to do."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LazyTensor:
-    """One tensor of a weight file: where its bytes are, and how to lay them out."""
+    """One tensor of a weight file: the position of its bytes and their layout."""
 
     path: Path
     key: str
@@ -37,11 +37,11 @@ class LazyTensor:
         return f"{self.path.name}: {self.key}"
 
     def read(self) -> np.ndarray:
-        """The tensor in fresh memory, C-contiguous; nothing of the file stays open or mapped.
+        """Returns the tensor in new memory, C-contiguous; the file is neither kept open nor mapped.
 
-        Plain reads, not a memory map: a file that shrinks meanwhile is then an error instead of a crash (SIGBUS).
-        Needs the tensor's own memory, and for a strided tensor that of the stretch of file it is scattered over.
-        Raises WeightFileError if the file can no longer be read that far.
+        The file is read and not memory-mapped, so that a file that shrinks raises an error instead of SIGBUS. Needs the
+        memory of the tensor, and for a strided tensor also that of the part of the file that it spans.
+        Raises WeightFileError if the file can no longer be read to the tensor's end.
         """
         count = span(self.shape, self.strides)
         raw = np.empty(count * self.dtype.itemsize, np.uint8)
@@ -62,21 +62,21 @@ class LazyTensor:
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides, in elements, of a C-contiguous array."""
+    """Returns the strides, in elements, of a C-contiguous array."""
     return tuple(math.prod(shape[axis + 1:]) for axis in range(len(shape)))
 
 
 def span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Elements from the first to the last one that such a tensor touches."""
+    """Returns the number of elements from the first to the last element of such a tensor."""
     if 0 in shape:
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 def kind(path: Path) -> str:
-    """What a file is by its first bytes: `"zip"`, `"safetensors"`, or a sentence saying what it is instead.
+    """Returns what a file is by its first bytes: `"zip"`, `"safetensors"`, or a message saying what else it is.
 
-    Raises WeightFileError if there is no such file, or nothing in it.
+    Raises WeightFileError if the file does not exist or is empty.
     """
     try:
         with open(path, "rb") as file:

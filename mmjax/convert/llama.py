@@ -22,11 +22,11 @@ from mmjax.convert.tables import (
     Entry,
     Ignored,
     Problems,
+    atomic_folder,
     expand,
     flat_tensors,
     read_json,
     reason,
-    whole_folder,
 )
 from mmjax.convert.vocabulary import DELTA_SCALE, PADDED_VOCABULARY
 from mmjax.models.llama import LlamaConfig
@@ -382,7 +382,7 @@ def write_folder(
         "rope_theta": cfg.rope_theta, "max_position_embeddings": cfg.max_positions, "tie_word_embeddings": cfg.tied,
         "torch_dtype": str(next(iter(tensors.values())).dtype), **generation,
     }
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         for name, shard in zip(names, shards, strict=True):
             torch_file.save(folder / name, shard)
         files = {"pytorch_model.bin.index.json": index, "config.json": config, "generation_config.json": generation}

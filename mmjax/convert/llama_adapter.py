@@ -15,30 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmjax.convert.lazy import LazyTensor
-from mmjax.convert.tables import Entry, Problems, Table, expand, sizes_from_shapes
+from mmjax.convert.tables import Entry, Problems, block_table, expand, sizes_from_shapes
 from mmjax.models.clip import ClipConfig
 from mmjax.models.visual import VisualConfig
-
-
-def _blocks(source: str, target: str, norm: str, qkv: str, o: str, fc1: str, fc2: str) -> Table:
-    """A stack of `mmjax.models.layers.Block`, whose parts go by many names."""
-    source, target = source + ".{L}.", f"{target}/blocks/"
-    lines = (
-        (f"{norm}1.weight", "norm1/scale", "D -> D"),
-        (f"{norm}1.bias", "norm1/bias", "D -> D"),
-        (f"{qkv}weight", "attn/qkv/w", "(S N H) D -> D S N H"),
-        (f"{qkv}bias", "attn/qkv/b", "(S N H) -> S N H"),
-        (f"{o}.weight", "attn/o/w", "D (N H) -> N H D"),
-        (f"{o}.bias", "attn/o/b", "D -> D"),
-        (f"{norm}2.weight", "norm2/scale", "D -> D"),
-        (f"{norm}2.bias", "norm2/bias", "D -> D"),
-        (f"{fc1}.weight", "mlp/fc1/w", "F D -> D F"),
-        (f"{fc1}.bias", "mlp/fc1/b", "F -> F"),
-        (f"{fc2}.weight", "mlp/fc2/w", "D F -> F D"),
-        (f"{fc2}.bias", "mlp/fc2/b", "D -> D"),
-    )
-    return tuple((source + key, target + path, layout) for key, path, layout in lines)
-
 
 CLIP = (
     ("visual.conv1.weight", "clip/patch/w", "D C P Q -> C P Q D"),
@@ -46,7 +25,8 @@ CLIP = (
     ("visual.positional_embedding", "clip/pos", "A D -> A D"),
     ("visual.ln_pre.weight", "clip/pre_norm/scale", "D -> D"),
     ("visual.ln_pre.bias", "clip/pre_norm/bias", "D -> D"),
-    *_blocks("visual.transformer.resblocks", "clip", "ln_", "attn.in_proj_", "attn.out_proj", "mlp.c_fc", "mlp.c_proj"),
+    *block_table("visual.transformer.resblocks", "clip/blocks", norm="ln_", qkv="attn.in_proj_", o="attn.out_proj",
+                 fc1="mlp.c_fc", fc2="mlp.c_proj"),
     ("visual.ln_post.weight", "clip/post_norm/scale", "D -> D"),
     ("visual.ln_post.bias", "clip/post_norm/bias", "D -> D"),
     ("visual.proj", "clip/out/w", "D E -> D E"),
@@ -62,7 +42,7 @@ VISUAL = (
     ("clip_proj_norm.weight", "visual/proj_norm/scale", "D -> D"),
     ("clip_proj_norm.bias", "visual/proj_norm/bias", "D -> D"),
     ("visual_query.weight", "visual/query", "A D -> A D"),
-    *_blocks("visual_blocks", "visual", "norm", "attn.qkv.", "attn.proj", "mlp.fc1", "mlp.fc2"),
+    *block_table("visual_blocks", "visual/blocks"),
     ("visual_proj.weight", "visual/out/w", "O D -> D O"),
     ("visual_proj.bias", "visual/out/b", "O -> O"),
     ("visual_proj_norm.weight", "visual/out_norm/scale", "O -> O"),

@@ -27,11 +27,11 @@ from mmjax.convert.tables import (
     ConversionError,
     Entry,
     Problems,
+    atomic_folder,
     expand,
     flat_tensors,
     read_json,
     reason,
-    whole_folder,
 )
 from mmjax.models.llama import LlamaConfig
 from mmjax.tokenizer import Tokenizer
@@ -260,7 +260,7 @@ def write_folder(cfg: LlamaConfig, tokenizer: Path, out: Path, tensors: Mapping[
     if not (tokenizer / "tokenizer.model").is_file():
         raise ConversionError(f"{tokenizer} has no tokenizer.model, without which Meta's format is not complete. "
                               "Export the part `llm` instead.")
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         torch_file.save(folder / "consolidated.00.pth", tensors)
         (folder / "params.json").write_text(json.dumps(params(cfg)) + "\n")
         shutil.copyfile(tokenizer / "tokenizer.model", folder / "tokenizer.model")

@@ -1,6 +1,6 @@
 """The released files of MiniGPT-4 and MiniGPT-v2: eva_vit.pth, blip2_pretrained*.pth and the trained checkpoints.
 
-Vision: C colours   P, Q patch sides   S 1 + patches   T q, k and v   D model   F feed-forward   N heads   H head
+Vision: C colours   P, Q patch sides   A positions   S q, k and v   D model   F feed-forward   N heads   H head
 Q-Former: A queries   D model   E image width   F feed-forward   N heads   H head
 Projector: E input   D language model
 
@@ -26,6 +26,7 @@ from mmjax.convert.tables import (
     Inspected,
     Parameter,
     Problems,
+    block_table,
     expand,
     flat_tensors,
     forward,
@@ -39,22 +40,12 @@ from mmjax.models.qformer import QFormerConfig
 
 EVA_VIT = (
     ("cls_token", "vit/cls", "1 1 D -> D"),
-    ("pos_embed", "vit/pos", "1 S D -> S D"),
+    ("pos_embed", "vit/pos", "1 A D -> A D"),
     ("patch_embed.proj.weight", "vit/patch/w", "D C P Q -> C P Q D"),
     ("patch_embed.proj.bias", "vit/patch/b", "D -> D"),
-    ("blocks.{L}.norm1.weight", "vit/blocks/norm1/scale", "D -> D"),
-    ("blocks.{L}.norm1.bias", "vit/blocks/norm1/bias", "D -> D"),
-    ("blocks.{L}.attn.qkv.weight", "vit/blocks/attn/qkv/w", "(T N H) D -> D T N H"),
-    ("blocks.{L}.attn.q_bias", "vit/blocks/attn/qkv/q_b", "(N H) -> N H"),
-    ("blocks.{L}.attn.v_bias", "vit/blocks/attn/qkv/v_b", "(N H) -> N H"),
-    ("blocks.{L}.attn.proj.weight", "vit/blocks/attn/o/w", "D (N H) -> N H D"),
-    ("blocks.{L}.attn.proj.bias", "vit/blocks/attn/o/b", "D -> D"),
-    ("blocks.{L}.norm2.weight", "vit/blocks/norm2/scale", "D -> D"),
-    ("blocks.{L}.norm2.bias", "vit/blocks/norm2/bias", "D -> D"),
-    ("blocks.{L}.mlp.fc1.weight", "vit/blocks/mlp/fc1/w", "F D -> D F"),
-    ("blocks.{L}.mlp.fc1.bias", "vit/blocks/mlp/fc1/b", "F -> F"),
-    ("blocks.{L}.mlp.fc2.weight", "vit/blocks/mlp/fc2/w", "D F -> F D"),
-    ("blocks.{L}.mlp.fc2.bias", "vit/blocks/mlp/fc2/b", "D -> D"),
+    *block_table("blocks", "vit/blocks", qkv_bias=(  # keys have none
+        ("attn.q_bias", "attn/qkv/q_b", "(N H) -> N H"),
+        ("attn.v_bias", "attn/qkv/v_b", "(N H) -> N H"))),
 )
 EVA_VIT_IGNORED = (
     (r"norm\.(weight|bias)", "MiniGPT-4 takes the tokens before the final norm"),
@@ -143,7 +134,7 @@ LN_VISION_EPS, LORA_TARGETS = 1e-5, ["q_proj", "v_proj"]
 
 
 def vit_entries(cfg: VitConfig) -> list[Entry]:
-    sizes = {"C": 3, "P": cfg.patch, "Q": cfg.patch, "S": 1 + cfg.table**2, "T": 3, "D": cfg.dim, "F": cfg.hidden,
+    sizes = {"C": 3, "P": cfg.patch, "Q": cfg.patch, "A": 1 + cfg.table**2, "S": 3, "D": cfg.dim, "F": cfg.hidden,
              "N": cfg.heads, "H": cfg.dim // cfg.heads}
     return expand(EVA_VIT, sizes, {"L": range(cfg.depth)})
 

@@ -1,7 +1,7 @@
 """Reads `.safetensors` files tensor by tensor.
 
-The format is eight bytes of length, a JSON table and the numbers, so reading it takes fewer lines than making the
-`safetensors` package give bfloat16 to numpy, one reader's errors and one reader's LazyTensor.
+The format is eight bytes of length, a JSON table and the numbers. Reading it directly takes fewer lines than adapting
+the `safetensors` package to bfloat16 in numpy, to LazyTensor and to WeightFileError.
 """
 
 import json
@@ -14,7 +14,7 @@ import numpy as np
 
 from mmjax.convert.lazy import MAX_AXES, MAX_HEADER, LazyTensor, WeightFileError, contiguous, kind
 
-# float8 and smaller are left out on purpose: such files keep the scales beside the numbers, and would be read wrong.
+# float8 and smaller dtypes are left out on purpose: such files store scales separately, and would be read wrong.
 DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16),
@@ -23,10 +23,10 @@ DTYPES = {
 
 
 def load(path: str | os.PathLike) -> dict[str, LazyTensor]:
-    """The tensors of a file by name; its `__metadata__` is dropped.
+    """Returns the tensors of a file by name; its `__metadata__` is dropped.
 
-    Raises WeightFileError if the file is something else or damaged: as the format demands, the tensors must lie in
-    it without gap or overlap.
+    Raises WeightFileError if the file is something else or damaged: as the format requires, the tensors must fill it
+    without gap or overlap.
     """
     path = Path(path)
     found = kind(path)

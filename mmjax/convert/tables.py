@@ -1,16 +1,16 @@
-"""Conversion tables: which tensor of a released file is which parameter, and how its axes lie there.
+"""Conversion tables, which map the tensors of released files to parameters.
 
 A line is (source key, parameter path, layout):
 
     ("blocks.{L}.attn.proj.weight", "blocks/attn/o/w", "D (N H) -> N H D")
 
 The layout is an einops pattern from the source's axes to the parameter's; read backwards it exports. Axis sizes come
-from the architecture, so both shapes are known before a tensor is looked at. `{L}` stands for a layer's number and
-stacks the layers on a new first axis of one parameter; any other name in braces (`{i}`) also stands for a number, but
-the layers stay apart and the path holds it too.
+from the architecture, so both shapes are known before a tensor is read. `{L}` is the number of a layer; the layers are
+stacked on a new first axis of one parameter. Any other name in braces (`{i}`) is a number too, but each layer is a
+parameter of its own, whose path contains the number.
 
-Nothing is skipped in silence: a source key that no line uses must match a line of an ignore list, which gives the
-reason in words, and a parameter that no line fills must be named as fresh by the caller.
+No key is skipped silently: a source key that no line uses must match a line of an ignore list, which states the
+reason, and the caller must list the parameters that no line fills as fresh.
 """
 
 import contextlib
@@ -40,21 +40,21 @@ STACK_BYTES = 2**20  # layers smaller than this are gathered and written as one 
 
 
 class ConversionError(ValueError):
-    """Files that cannot be converted; the message lists everything that is wrong with them."""
+    """Raised for files that cannot be converted; the message lists all problems."""
 
 
 class Problems(list[str]):
-    """What is wrong, collected so that it is said once."""
+    """A list of problems, which are reported together."""
 
     def check(self, task: str) -> None:
-        """Raises ConversionError if there is anything."""
+        """Raises ConversionError listing the problems if there are any."""
         if self:
             count = f"{len(self)} problem" + "s" * (len(self) > 1)
             raise ConversionError(f"{task}: {count}.\n  " + "\n  ".join(line.replace("\n", "\n  ") for line in self))
 
 
 class Computed(LazyTensor):
-    """A tensor that a function gives whenever it is read, instead of a file."""
+    """A tensor that a function computes whenever it is read."""
 
     def __init__(self, key: str, shape: tuple[int, ...], dtype: np.dtype, compute: Callable[[], np.ndarray]):
         super().__init__(Path("computed"), key, np.dtype(dtype), tuple(shape), contiguous(shape), 0)
@@ -63,7 +63,7 @@ class Computed(LazyTensor):
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """A parameter and the source tensors that it is made of while it is written (`mmjax.checkpoints.frozen.Slices`)."""
+    """A parameter that is read from its source tensors while it is written (`mmjax.checkpoints.frozen.Slices`)."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -81,7 +81,7 @@ class Parameter:
         return 1 if self.stacked and self.nbytes // len(self.tensors) >= STACK_BYTES else self.shape[0]
 
     def slices(self) -> Iterator[np.ndarray]:
-        """Arrays `[rows, ...]` in order."""
+        """Yields arrays `[rows, ...]` in order."""
         pieces = (_rearrange(tensor.read(), self.layout, self.sizes) for tensor in self.tensors)
         if not self.stacked:
             yield from pieces
@@ -93,17 +93,17 @@ class Parameter:
 
 @dataclasses.dataclass
 class Inspected:
-    """Released files that were checked and not yet converted.
+    """Released files that were checked and can be converted.
 
     parts:      the fields of the family's config
     parameters: by path
     generation: {"bos_token_id", "eos_token_id", "pad_token_id"}
     sources:    the files by option
-    tokenizer:  folder whose tokenizer belongs to the language model
-    fresh:      parameters of the model that no source holds: training starts them anew
-    constant:   parameters that no source holds and that have a known value
-    replaced:   the base's parameters that an adapter has others for
-    words:      the merges file of the text sense
+    tokenizer:  folder with the language model's tokenizer
+    fresh:      parameters that are in no source; training initializes them
+    constant:   parameters that are in no source and have a known value
+    replaced:   parameters of the base that an adapter replaces
+    words:      merges file of the text sense
     """
 
     parts: dict[str, Any]
@@ -120,7 +120,7 @@ class Inspected:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A table's line with its numbers filled in: one parameter."""
+    """A line of a table with its numbers filled in: one parameter."""
 
     path: str
     keys: tuple[str, ...]  # one a layer if stacked, else one
@@ -131,15 +131,16 @@ class Entry:
     stacked: bool
 
     def backwards(self) -> str:
+        """Returns the layout of the export."""
         left, right = self.layout.split("->")
         return f"{right.strip()} -> {left.strip()}"
 
 
 def expand(table: Table, sizes: Mapping[str, int], layers: Mapping[str, Sequence[int]] | None = None) -> list[Entry]:
-    """The entries of a table for an architecture.
+    """Returns the entries of a table for an architecture.
 
-    sizes:  extent of every axis letter, such as {"D": 4096, "N": 32, "H": 128}
-    layers: the numbers that each name in braces stands for, such as {"L": range(32), "c": (0, 2, 4)}
+    sizes:  size of every axis letter, such as {"D": 4096, "N": 32, "H": 128}
+    layers: numbers for each name in braces, such as {"L": range(32), "c": (0, 2, 4)}
     """
     entries = []
     for key, path, layout in table:
@@ -157,6 +158,31 @@ def expand(table: Table, sizes: Mapping[str, int], layers: Mapping[str, Sequence
     return entries
 
 
+def block_table(source: str, target: str, *, norm: str = "norm", qkv: str = "attn.qkv.", o: str = "attn.proj",
+                fc1: str = "mlp.fc1", fc2: str = "mlp.fc2", qkv_bias: Table | None = None) -> Table:
+    """Returns the table of pre-norm transformer blocks, whose keys and paths begin with `source` and `target`.
+
+    S q, k and v   D model   F feed-forward   N heads   H head
+
+    qkv_bias: lines that replace the line of one bias of queries, keys and values; keys and paths are those in a block
+    """
+    lines = (
+        (f"{norm}1.weight", "norm1/scale", "D -> D"),
+        (f"{norm}1.bias", "norm1/bias", "D -> D"),
+        (f"{qkv}weight", "attn/qkv/w", "(S N H) D -> D S N H"),
+        *(qkv_bias or ((f"{qkv}bias", "attn/qkv/b", "(S N H) -> S N H"),)),
+        (f"{o}.weight", "attn/o/w", "D (N H) -> N H D"),
+        (f"{o}.bias", "attn/o/b", "D -> D"),
+        (f"{norm}2.weight", "norm2/scale", "D -> D"),
+        (f"{norm}2.bias", "norm2/bias", "D -> D"),
+        (f"{fc1}.weight", "mlp/fc1/w", "F D -> D F"),
+        (f"{fc1}.bias", "mlp/fc1/b", "F -> F"),
+        (f"{fc2}.weight", "mlp/fc2/w", "D F -> F D"),
+        (f"{fc2}.bias", "mlp/fc2/b", "D -> D"),
+    )
+    return tuple((f"{source}.{{L}}.{key}", f"{target}/{path}", layout) for key, path, layout in lines)
+
+
 def _shape(side: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """"D (N H)" -> (sizes D, N·H)."""
     axes = re.findall(r"\([^)]*\)|\S+", side)
@@ -167,7 +193,7 @@ def _shape(side: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
 def forward(
     entries: Sequence[Entry], tensors: Mapping[str, LazyTensor], ignored: Ignored, source: str, problems: Problems
 ) -> dict[str, Parameter]:
-    """The parameters that `entries` make of `tensors`; nothing is read yet.
+    """Returns the parameters that `entries` define from `tensors`; nothing is read yet.
 
     Adds to `problems` every key that is missing, of another shape, of a mixed dtype, or neither used nor ignored.
     """
@@ -192,26 +218,26 @@ def forward(
     extra = [key for key in tensors if key not in used and reason(key, ignored) is None]
     problems.extend(f"{source}: {key} is missing" for key in missing)
     problems.extend(shapes)
-    problems.extend(f"{source}: {key} {list(tensors[key].shape)} is neither used nor known as something to leave out"
+    problems.extend(f"{source}: {key} {list(tensors[key].shape)} is neither used nor known as a key to ignore"
                      for key in extra)
     return parameters
 
 
-def flat_tensors(path: Path, found: Any, problems: Problems) -> dict[str, LazyTensor]:
-    """`found`, the content of a file, if it is one table of tensors; else a problem and nothing."""
-    if isinstance(found, dict) and found:
-        others = [f"{key!r} ({type(value).__name__})" for key, value in found.items()
-                  if not isinstance(key, str) or not isinstance(value, LazyTensor)]
-        if not others:
-            return found
-        problems.append(f"{path.name} holds more than tensors: {', '.join(others)}.")
+def flat_tensors(path: Path, content: Any, problems: Problems) -> dict[str, LazyTensor]:
+    """Returns a file's content if it is a flat dict of tensors; otherwise adds a problem and returns {}."""
+    if isinstance(content, dict) and content:
+        invalid = [f"{key!r} ({type(value).__name__})" for key, value in content.items()
+                   if not isinstance(key, str) or not isinstance(value, LazyTensor)]
+        if not invalid:
+            return content
+        problems.append(f"{path.name} holds more than tensors: {', '.join(invalid)}.")
     else:
-        problems.append(f"{path.name} is not a table of tensors, nor does it hold one under 'model'.")
+        problems.append(f"{path.name} is not a dict of tensors, and has none under 'model'.")
     return {}
 
 
 def read_json(path: Path, problems: Problems) -> dict[str, Any]:
-    """A JSON object; if the file holds none, a problem and nothing."""
+    """Returns the JSON object in a file; if there is none, adds a problem and returns {}."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -223,16 +249,17 @@ def read_json(path: Path, problems: Problems) -> dict[str, Any]:
     return values
 
 
-def sizes_from_shapes(tensors: Mapping[str, LazyTensor], where: Mapping[str, Sequence[str]], block: str = "") -> dict[str, int]:
-    """The sizes of an architecture that a file's tensors tell.
+def sizes_from_shapes(tensors: Mapping[str, LazyTensor], axes: Mapping[str, Sequence[str]],
+                      block: str = "") -> dict[str, int]:
+    """Returns the sizes of an architecture that follow from the shapes of tensors.
 
-    where: by key, the names of the sizes that its axes have; "" is an axis that says nothing new
-    block: a regular expression for the beginning of a block's keys, its group the number; gives "depth"
+    axes:  by key, the name of the size of each axis; "" for an axis that is not used
+    block: regular expression for the beginning of a block's keys, whose group is the number; gives "depth"
 
-    A tensor that is missing or has other axes says nothing; its line of the table reports it.
+    Tensors that are missing or have another rank are skipped; their lines of the table report them.
     """
     found: dict[str, int] = {}
-    for key, names in where.items():
+    for key, names in axes.items():
         shape = tensors[key].shape if key in tensors else ()
         if len(shape) == len(names):
             found = dict(zip(names, shape, strict=True)) | found
@@ -242,20 +269,20 @@ def sizes_from_shapes(tensors: Mapping[str, LazyTensor], where: Mapping[str, Seq
 
 
 def unknown_name(name: str, known: Collection[str]) -> str:
-    """Says that a name is unknown, with the closest known one."""
+    """Returns a message that a name is unknown, with the closest known one."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"unknown {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}.")
 
 
 def reason(key: str, ignored: Ignored) -> str | None:
-    """Why a key is left out on purpose; None if it is not."""
+    """Returns the reason why a key is ignored; None if it is not."""
     return next((why for pattern, why in ignored if re.fullmatch(pattern, key)), None)
 
 
 def backward(entries: Sequence[Entry], arrays: Mapping[str, Any]) -> dict[str, Computed]:
-    """The released tensors, from parameters that can be sliced (numpy, jax or tensorstore arrays); nothing is read yet.
+    """Returns the released tensors of sliceable parameters (numpy, jax or tensorstore arrays); nothing is read yet.
 
-    Raises ConversionError naming every parameter that is absent or has another shape.
+    Raises ConversionError listing every parameter that is missing or has another shape.
     """
     problems = Problems()
     problems.extend(f"{entry.path} is missing" for entry in entries if entry.path not in arrays)
@@ -271,7 +298,7 @@ def backward(entries: Sequence[Entry], arrays: Mapping[str, Any]) -> dict[str, C
 
 def _dtype(array: Any) -> np.dtype:
     dtype = array.dtype
-    return np.dtype(getattr(dtype, "numpy_dtype", dtype))  # tensorstore has its own dtype class
+    return np.dtype(getattr(dtype, "numpy_dtype", dtype))  # tensorstore has a dtype class of its own
 
 
 def _reader(entry: Entry, array: Any, number: int) -> Callable[[], np.ndarray]:
@@ -284,10 +311,10 @@ def _reader(entry: Entry, array: Any, number: int) -> Callable[[], np.ndarray]:
 
 
 def _rearrange(array: np.ndarray, layout: str, sizes: Mapping[str, int]) -> np.ndarray:
-    """`einops.rearrange`, laid out in C order.
+    """Returns the result of `einops.rearrange` in C order.
 
-    Transposing is most of a conversion's work. It is copied block by block, each block small enough that the cache
-    still holds the lines it read when their next elements are wanted: three times as fast as one copy of the whole.
+    Transposing takes most of a conversion's time. The copy is done in blocks that are small enough for the CPU's cache,
+    which is three times as fast as one copy of the whole.
     """
     view = einops.rearrange(array, layout, **sizes)
     if view.flags.c_contiguous:
@@ -303,8 +330,8 @@ def _rearrange(array: np.ndarray, layout: str, sizes: Mapping[str, int]) -> np.n
 
 
 @contextlib.contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder that appears under its name when it is complete."""
+def atomic_folder(out: Path) -> Iterator[Path]:
+    """Yields a temporary folder, which is renamed to `out` when the block ends without an error."""
     partial = out.with_name(f".{out.name[:40]}.partial-{os.getpid()}")
     try:
         partial.mkdir()

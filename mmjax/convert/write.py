@@ -1,9 +1,9 @@
-"""Released files that were inspected become a checkpoint folder: checked, written beside the place, renamed.
+"""Writes inspected files as a checkpoint folder: into a temporary folder next to it, which is then renamed.
 
-    OUT/weights/      an Orbax checkpoint with every parameter in its source's dtype; under `replaced/` what an adapter
-                      put its own in place of (the language model's norms), for export
+    OUT/weights/      an Orbax checkpoint with every parameter in its source's dtype; under `replaced/` the parameters that
+                      an adapter replaced (the language model's norms), for export
     OUT/config.json   family, architecture, text settings, generation ids, and the sources' sizes and SHA-256
-    OUT/tokenizer/    the language model's tokenizer files, as they were
+    OUT/tokenizer/    copies of the language model's tokenizer files
 """
 
 import contextlib
@@ -35,15 +35,15 @@ ALIASES = {"--llama": "--llm"}  # options of earlier versions
 
 
 def renamed(arg: str) -> str:
-    """An argument of the command line, with an option of earlier versions by its name of today."""
+    """Returns an argument of the command line with the current name of its option."""
     name, equals, value = arg.partition("=")
     return ALIASES.get(name, name) + equals + value
 
 
 def command(name: str | Family) -> Callable[..., None]:
-    """The conversion of a family as a function: what its `Conversion.inspect` takes, `out` and `overwrite`.
+    """Returns the conversion of a family as a function of the options of `Conversion.inspect`, `out` and `overwrite`.
 
-    It raises ConversionError listing everything that is wrong; then nothing is written.
+    It raises ConversionError listing all problems; then nothing is written.
     """
     family = find(name)
     if family.conversion is None:
@@ -74,22 +74,22 @@ def command(name: str | Family) -> Callable[..., None]:
 
 
 def write(family: Family, found: Inspected, out: Path, overwrite: bool = False) -> None:
-    """Writes what was inspected. On any error, and when interrupted, nothing is left behind and `out` is as it was."""
+    """Writes a checkpoint. After an error or an interrupt nothing is left behind and `out` is unchanged."""
     problems, architecture = Problems(), family.Config(**found.parts)
-    out = Path(os.path.realpath(out))  # a link goes on leading to the checkpoint
+    out = Path(os.path.realpath(out))  # a link keeps pointing to the checkpoint
     wanted = shapes(family, architecture)
-    held = {**found.parameters, **{path: wanted[path] for path in found.fresh if path in wanted}}
+    covered = {**found.parameters, **{path: wanted[path] for path in found.fresh if path in wanted}}
     stored = found.parameters | {REPLACED + path: parameter for path, parameter in found.replaced.items()}
     nbytes = sum(parameter.nbytes for parameter in stored.values())
-    problems.extend(trees.compare(wanted, held))
-    problems.extend(f"fresh       {path} is no parameter of the model" for path in found.fresh if path not in wanted)
+    problems.extend(trees.compare(wanted, covered))
+    problems.extend(f"fresh       {path} is not a parameter of the model" for path in found.fresh if path not in wanted)
     free = shutil.disk_usage(next(parent for parent in out.parents if parent.exists())).free
     if free < nbytes * 1.02:
         problems.append(f"{out.parent} has {free / 1e9:.1f} GB free, the checkpoint needs {nbytes / 1e9:.1f} GB.")
     problems.check("Cannot convert")
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name[:40]}.partial-{os.getpid()}"  # a long name becomes no longer
+    partial = out.parent / f".{out.name[:40]}.partial-{os.getpid()}"  # file names have a maximum length
     fingerprints = Fingerprints({path for paths in found.sources.values() for path in paths})
     try:
         partial.mkdir()
@@ -108,7 +108,7 @@ def write(family: Family, found: Inspected, out: Path, overwrite: bool = False) 
 
 @contextlib.contextmanager
 def progress_bar(task: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows bytes, speed and time left on the error stream; gives the function that moves it on by some bytes."""
+    """Shows bytes, speed and time left on stderr; yields the function that advances the bar by some bytes."""
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         number = bar.add_task(task, total=total)
@@ -116,7 +116,7 @@ def progress_bar(task: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 class Fingerprints:
-    """SHA-256 of files, computed in a thread while they are converted."""
+    """Computes the SHA-256 of files in a thread during the conversion."""
 
     def __init__(self, paths: set[Path]):
         self._files: dict[Path, dict[str, Any]] = {}
@@ -137,7 +137,7 @@ class Fingerprints:
             self._error = error
 
     def join(self) -> Mapping[Path, dict[str, Any]]:
-        """Waits; {path: {"file", "bytes", "sha256"}}. Raises the OSError that stopped it."""
+        """Waits and returns {path: {"file", "bytes", "sha256"}}. Raises the OSError of a file that could not be read."""
         self._thread.join()
         if self._error:
             raise self._error
@@ -171,7 +171,7 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def _path(path: str | Path | None) -> Path | None:
-    """One spelling for one file; links stay what they are (their targets may have names that say nothing).
+    """Returns the absolute path of a file with its folder resolved; a link itself is not (its target may be a hash).
 
     Raises ValueError for a URL.
     """
@@ -183,13 +183,13 @@ def _path(path: str | Path | None) -> Path | None:
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
-    storage.local(out)  # refused here rather than when everything has been read
+    storage.local(out)  # raise here rather than after everything has been read
     if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not empty. Choose another folder, or replace it with --overwrite.")
 
 
 def _move(partial: Path, out: Path, overwrite: bool) -> None:
-    _check_out(out, overwrite)  # it may have appeared meanwhile
+    _check_out(out, overwrite)  # it may have been created meanwhile
     old = partial.with_name(partial.name + "-old")
     if out.exists():
         out.rename(old)

@@ -1,6 +1,6 @@
-"""Families of models: an encoder that turns a batch into word vectors, and a language model behind it.
+"""The families of models. Each consists of an encoder, which turns a batch into embedded tokens, and a language model.
 
-Each family is one file that ends with its declaration; see `mmjax.families.base.Family`.
+A family is one file that ends with its declaration; see `mmjax.families.base.Family`.
 """
 
 from mmjax.families import imagebind_llm, llama, llama_adapter, minigpt4  # noqa: F401  they register themselves

@@ -1,8 +1,8 @@
-"""What a family of models is, as one declaration that every command asks: `Family`, and the registry of them.
+"""`Family`, the declaration of a family of models that every command reads, and the registry of families.
 
-A family declares itself with `register(Family(...))`. Those in this package do so when `mmjax.families` is imported;
-another package does it with the same line and names its module in the entry-point group `mmjax.families`, or imports
-it from a config file.
+A family is registered with `register(Family(...))`. The families of this package are registered when `mmjax.families`
+is imported. Another package calls `register` too, and either names its module in the entry-point group
+`mmjax.families` or is imported by a config file.
 """
 
 import dataclasses
@@ -25,19 +25,19 @@ from mmjax.convert import torch_file
 from mmjax.convert.tables import Entry, Inspected
 from mmjax.models import pixels
 
-NUMBER = "{i}"  # in the names of a `Stage`: the number of a layer
+NUMBER = "{i}"  # the number of a layer in the names of a `Stage`
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSpec:
-    """How an image becomes the input of an encoder.
+    """How an image is preprocessed for an encoder.
 
     size:      side of the square, in pixels
-    fit:       "stretch" resizes the whole image to the square, "center_crop" resizes the short side and cuts out the
-               middle, "pad" first pads the short side with the mean color
+    fit:       "stretch" resizes the whole image to the square, "center_crop" resizes the short side and crops the
+               center, "pad" first pads the short side with the mean color
     mean, std: of the normalisation, for channels in RGB order and values between 0 and 1
-    reverse:   the channels go in as BGR, each normalised by the mean and deviation of its place in RGB order
-    tokens:    soft tokens that an image becomes; 0: it takes no slots of the text
+    reverse:   reorder the channels to BGR before the normalisation, which stays in RGB order
+    tokens:    soft tokens per image; 0: images use no slots
     """
 
     size: int
@@ -48,7 +48,7 @@ class ImageSpec:
     tokens: int = 0
 
     def normalise(self, images: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-        """uint8[...,H,W,3] -> float32[...,3,H,W]; float32 images are taken to be normalised and pass unchanged."""
+        """Normalises images: uint8[...,H,W,3] -> float32[...,3,H,W]. Images of another dtype are returned unchanged."""
         if self.reverse and images.dtype == np.uint8:
             images = images[..., ::-1]
         return pixels.normalise(images, self.mean, self.std)
@@ -56,28 +56,28 @@ class ImageSpec:
 
 @dataclasses.dataclass(frozen=True)
 class PromptStyle:
-    """How prompts of a family are written where the user says nothing.
+    """The default format of a family's prompts.
 
     text:  templates, end symbol and lengths that the released weights were trained with
-    image: what stands for an image in a prompt, with one `<ImageHere>`; "" where images take no slots
+    image: the text that represents an image in a prompt, with one `<ImageHere>`; "" if images use no slots
     """
 
     text: TextConfig = TextConfig()
     image: str = ""
 
     def with_images(self, prompt: str, count: int) -> str:
-        """The prompt with `count` images in front of it."""
+        """Returns the prompt with `count` images before it."""
         return f"{self.image * count} {prompt}" if self.image and count else prompt
 
 
 class FamilyConfig:
-    """What every family's config declares beside its own fields. A family's `Config` is a frozen dataclass that
-    inherits this, has a field `llm`, and overrides what differs.
+    """Base class of the families' configs. A family's `Config` is a frozen dataclass that inherits this, has a field
+    `llm`, and overrides what differs.
 
-    llm:        the language model's config; `llm.build(...)` makes its module, see `mmjax.families.model`
-    images:     how images are read; None: the model reads no images
-    media:      the encoder of the other senses (`mmjax.models.imagebind.ImageBindConfig`); None: there are none
-    injects:    whether vectors are injected into the layers of the language model, one set a row
+    llm:        the language model's config; `llm.build(...)` returns its module, see `mmjax.families.model`
+    images:     how images are preprocessed; None: the model reads no images
+    media:      the encoder of the other senses (`mmjax.models.imagebind.ImageBindConfig`); None: there is none
+    injects:    whether the family injects vectors into the layers of the language model, one set per row
     """
 
     llm: Any
@@ -91,25 +91,25 @@ class FamilyConfig:
 
     @property
     def image_tokens(self) -> int:
-        """Soft tokens that an image becomes; 0: images take no slots of the text."""
+        """Soft tokens per image; 0: images use no slots."""
         return self.images.tokens if self.images else 0
 
     @property
     def senses(self) -> tuple[str, ...]:
-        """The senses whose mix the model reads; empty: it does not mix senses."""
+        """The senses that the model mixes; empty: it does not mix senses."""
         return tuple(self.media.towers) if self.media else ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A place at which a model and its original can be compared.
+    """An intermediate result at which a model and its original are compared.
 
-    name:     in the reference file; `{i}` is the number of a layer
-    path:     of the module that gives it; layers that are scanned are one module
-    reads:    the parameters that act in it
+    name:     name in the reference file; `{i}` is the number of a layer
+    path:     module that returns the result; scanned layers are one module
+    reads:    parameters that the module uses
     original: the same in the original's names
-    kind:     "encoder", "embedding" (what enters the first layer), or "decoder": [B,T,...], ignored at padding
-    flatten:  leading axes of ours that are one axis in the original, counted from the first: (start, stop)
+    kind:     "encoder", "embedding" (the input of the first layer), or "decoder": [B,T,...], ignored at padding
+    flatten:  leading axes of our result that are one axis in the original: (start, stop)
     """
 
     name: str
@@ -120,18 +120,18 @@ class Stage:
     flatten: tuple[int, int] | None = None
 
     def of(self, number: str | int) -> "Stage":
-        """The stage of one layer."""
+        """Returns the stage of one layer."""
         names = (text.replace(NUMBER, str(number)) for text in (self.name, self.path, self.reads, self.original))
         return Stage(*names, self.kind, self.flatten)
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """How released files become a checkpoint.
+    """How released files are converted to a checkpoint.
 
-    inspect: reads the files and checks everything, `(options) -> Inspected`; its parameters are the options of
+    inspect: reads and checks the files, `(options) -> Inspected`; its parameters are the options of
              `mmjax convert FAMILY`, its docstring their help
-    origins: (pattern of a parameter's path, option whose file holds it) in order, for messages
+    origins: (pattern of a parameter's path, option whose file contains it), first match wins; for messages
     """
 
     inspect: Callable[..., Inspected]
@@ -140,7 +140,7 @@ class Conversion:
 
 @dataclasses.dataclass(frozen=True)
 class ExportContext:
-    """What an export may need beside the tensors."""
+    """What an export needs in addition to the tensors."""
 
     config: Any
     generation: Mapping[str, Any]
@@ -148,23 +148,23 @@ class ExportContext:
 
 
 def save_model(out: Path, tensors: Mapping[str, Any], context: ExportContext) -> None:
-    """A .pth with the tensors under "model", as the originals' runners save it."""
+    """Writes a .pth with the tensors under "model", as the originals' runners do."""
     torch_file.save(out, {"model": tensors})
 
 
 def save_flat(out: Path, tensors: Mapping[str, Any], context: ExportContext) -> None:
-    """A .pth with the tensors alone."""
+    """Writes a .pth with the tensors alone."""
     torch_file.save(out, tensors)
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """A part of a model that has a released format of its own.
+    """A part of a model that can be exported in its released format.
 
-    entries: `(config, replaced) -> table`; `replaced` are the paths that an adapter has its own parameters for
-    write:   `(out, tensors, context)`
+    entries: `(config, replaced) -> table`; `replaced` are the paths that an adapter has replaced
+    write:   `(out, tensors, context)`, writes the file or folder
     exists:  whether a model of this config has the part
-    base:    it is written as it was before an adapter replaced parameters of it
+    base:    export the parameters from before an adapter replaced them
     """
 
     entries: Callable[[Any, Mapping[str, Any]], list[Entry]]
@@ -174,32 +174,32 @@ class Export:
 
 
 class Resize(Protocol):
-    """`(cfg, image_size, drop_path) -> cfg`: another image size (None: as it is), stochastic depth of the encoder."""
+    """`(cfg, image_size, drop_path) -> cfg`: sets the image size (None: keep it) and the encoder's drop path."""
 
     def __call__(self, cfg: Any, image_size: int | None, drop_path: float) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
-    """One kind of model, everything that the commands ask about it.
+    """The declaration of one kind of model.
 
-    name:       in config.json and on the command line
+    name:       name in config.json and on the command line
     Config:     frozen dataclass, see `FamilyConfig`
     Model:      `Model(cfg, dtype, remat)`, see `mmjax.families.model.LanguageModel`
-    axes:       what each dimension of a parameter is, without the language model's (`cfg.llm.axes`)
+    axes:       logical axes of the parameters, without the language model's (`cfg.llm.axes`)
     presets:    configs by name
-    example:    `cfg -> Batch` of zeros that reaches every parameter
-    trained:    path rules of what is trained, if a run says nothing
+    example:    `cfg -> Batch` of zeros, to initialize every parameter
+    trained:    path rules of the trained parameters, unless a run sets its own
     phases:     the same by phase
     with_phase: `(cfg, phase) -> cfg`, the architecture that a phase trains
-    resize:     see `Resize`; None: the encoder has one size and no stochastic depth
-    encoder:    parts that an image passes before anything trained, `{field of Config: path rule}`. They are also the
-                names of the options of the conversion that give their files
-    prompt:     how prompts are written
-    conversion: how released files become a checkpoint; None: there is none
-    exports:    parts that can be written back, by name
+    resize:     see `Resize`; None: the encoder has a fixed size and no stochastic depth
+    encoder:    parts before the first trained parameter, `{field of Config: path rule}`. The names are also
+                the conversion's options for their files
+    prompt:     the default format of prompts
+    conversion: how released files are converted; None: there is no conversion
+    exports:    parts that can be exported, by name
     replaces:   paths that an adapter may replace in the language model
-    stages:     places to compare with the original, in the order in which data pass through them
+    stages:     intermediate results to compare with the original, in the order of computation
     """
 
     name: str
@@ -223,15 +223,15 @@ class Family:
         return self.name
 
     def all_axes(self, cfg: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
-        """`axes` with those of the language model of a config."""
+        """Returns `axes` with those of a config's language model."""
         return (*self.axes, *trees.prefixed("llm", cfg.llm.axes))
 
     def in_encoder(self, path: str) -> bool:
-        """Whether the parameter at a path is of the encoder."""
+        """Returns whether the parameter at a path is part of the encoder."""
         return trees.matches(path, self.encoder.values())
 
     def rules(self, phase: str | None = None, trained: tuple[str, ...] | None = None) -> tuple[str, ...]:
-        """What a run trains: its own rules, its phase's, or the family's. Raises ValueError for an unknown phase."""
+        """Returns a run's rules: `trained`, its phase's, or the family's. Raises ValueError for an unknown phase."""
         if phase is not None and phase not in self.phases:
             raise ValueError(f"phase = {phase!r}: the family {self.name} has "
                              + (f"{', '.join(self.phases)}." if self.phases else "no phases."))
@@ -242,7 +242,7 @@ class Family:
 
 
 class _Registry(Mapping[str, Family]):
-    """The families by name. One that another package declares is imported when it is asked for."""
+    """The families by name. Families of other packages are imported at the first lookup of an unknown name."""
 
     GROUP = "mmjax.families"
 
@@ -250,9 +250,9 @@ class _Registry(Mapping[str, Family]):
         self._known: dict[str, Family] = {}
 
     def add(self, family: Family) -> None:
-        held = self._known.get(family.name)
-        if held is not None and held.Model.__module__ != family.Model.__module__:
-            raise ValueError(f"Two families are named {family.name!r}: {held.Model.__module__} and "
+        known = self._known.get(family.name)
+        if known is not None and known.Model.__module__ != family.Model.__module__:
+            raise ValueError(f"Two families are named {family.name!r}: {known.Model.__module__} and "
                              f"{family.Model.__module__} each register one. Rename one of them.")
         self._known[family.name] = family
 
@@ -260,12 +260,12 @@ class _Registry(Mapping[str, Family]):
         if isinstance(name, Family):
             return name
         if name not in self._known:
-            self._import_others()
+            self._import_entry_points()
         if name not in self._known:
             raise KeyError(name)
         return self._known[name]
 
-    def _import_others(self) -> None:
+    def _import_entry_points(self) -> None:
         for point in importlib.metadata.entry_points(group=self.GROUP):
             loaded = point.load()
             if isinstance(loaded, Family):
@@ -282,13 +282,13 @@ FAMILIES = _Registry()
 
 
 def register(family: Family) -> Family:
-    """Makes a family known to every command. Raises ValueError if another module has registered one of that name."""
+    """Registers a family and returns it. Raises ValueError if another module has registered one of that name."""
     FAMILIES.add(family)
     return family
 
 
 def find(name: str | Family) -> Family:
-    """The family of a name. Raises ValueError naming the known ones."""
+    """Returns the family of a name. Raises ValueError listing the known ones."""
     try:
         return FAMILIES[name]
     except KeyError:
@@ -298,11 +298,11 @@ def find(name: str | Family) -> Family:
                          f"is imported or named in the entry-point group {_Registry.GROUP!r}.") from None
 
 
-# ---- looking at a family without allocating anything ----
+# ---- shapes and initial values ----
 
 
 def shapes(family: str | Family, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Every parameter of a family at these sizes as `{path: float32 shape}`; nothing is allocated."""
+    """Returns `{path: jax.ShapeDtypeStruct}` of a family's parameters, in float32; nothing is allocated."""
     return dict(_shapes(find(family), cfg))
 
 
@@ -313,20 +313,20 @@ def _shapes(family: Family, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def initial(family: str | Family, cfg: Any) -> Callable[[jax.Array], dict[str, Any]]:
-    """A compiled `key -> tree` of every parameter of a family at these sizes, in float32, as it starts.
+    """Returns a jitted `key -> tree` that initializes every parameter of a family, in float32.
 
-    JAX keeps its trace, so under one mesh the shapes and what is compiled of it cost one look at the model.
+    The function is cached, and JAX caches its trace, so under one mesh the model is traced once.
     """
     return _initial(find(family), cfg)
 
 
-@functools.lru_cache(maxsize=32)  # to trace a model takes seconds
+@functools.lru_cache(maxsize=32)  # tracing a model takes seconds
 def _initial(family: Family, cfg: Any) -> Callable[[jax.Array], dict[str, Any]]:
     return jax.jit(lambda key: family.Model(cfg).init(key, family.example(cfg))["params"])
 
 
 def config_from_dict(cls: type, values: Mapping[str, Any], where: str = "architecture") -> Any:
-    """The inverse of `dataclasses.asdict`; raises ValueError naming every unknown field."""
+    """Returns the inverse of `dataclasses.asdict`. Raises ValueError listing every unknown field."""
     hints = typing.get_type_hints(cls)
     known = [field.name for field in dataclasses.fields(cls)]
     unknown = sorted(values.keys() - set(known))

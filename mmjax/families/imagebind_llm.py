@@ -1,12 +1,12 @@
-"""ImageBind-LLM: what six senses see, bound into every LLaMA layer through gates that start closed (Han et al. 2023).
+"""ImageBind-LLM: features of six senses, injected into LLaMA's layers with gates that start at zero (Han et al. 2023).
 
 B rows   T tokens   P = 1 prompt a layer   A injected layers   L layers   E ImageBind's space   D language model
 
     T_I = bind(mix of imagebind(media))
-    released form:  prompts of layer l = T_I + query[l], read by attention through a gate a head, on the last A layers
-    token form:     T_I added to every token at the input of every layer, times a gate (the paper's formula)
+    released form:  prompts of layer l = T_I + query[l], read by attention with a gate per head, in the last A layers
+    token form:     gate · T_I added to every token at the input of every layer (the paper's formula)
 
-The form is the language model's: `LlamaConfig.injection`. Mirrors imagebind_LLM/llama/llama_adapter.py.
+`LlamaConfig.injection` selects the form. Mirrors imagebind_LLM/llama/llama_adapter.py.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class ImageBindLLMConfig(FamilyConfig):
     imagebind: ImageBindConfig = IMAGEBIND_HUGE
     bind: BindConfig = BIND_7B
     llm: LlamaConfig = dataclasses.replace(LLAMA_7B, injection="head")
-    query_layers: int = 32  # the last layers, which read prompts; of the token form: unused, every layer takes part
+    query_layers: int = 32  # the last layers, which read prompts; unused in the token form, which uses every layer
 
     injects = True
 
@@ -83,7 +83,7 @@ ENCODER = {"imagebind": r"imagebind/.*"}
 
 
 def with_phase(cfg: ImageBindLLMConfig, phase: str) -> ImageBindLLMConfig:
-    """The architecture that a phase trains: for "finetune" LoRA on every matrix and biases on five, from zero."""
+    """Returns the architecture that a phase trains: for "finetune" with LoRA on every matrix and biases on five."""
     if phase != "finetune" or cfg.llm.lora_rank:
         return cfg
     return dataclasses.replace(cfg, llm=source.adapted(cfg.llm, LORA_RANK))
@@ -101,7 +101,7 @@ class ImageBindLLM(LanguageModel):
             self.query = self.param("query", nn.initializers.normal(1.0), (c.query_layers, 1, c.llm.dim))
 
     def feature(self, batch: Batch) -> jax.Array:
-        """The mix of a batch's senses, float32[B,E]; see `mmjax.models.bind.mix`."""
+        """Returns the mix of a batch's senses, float32[B,E]; see `mmjax.models.bind.mix`."""
         if batch.features is not None:
             return batch.features.astype(jnp.float32)
         inputs = dict(batch.media or {})
@@ -110,19 +110,19 @@ class ImageBindLLM(LanguageModel):
             if batch.image_valid is not None:
                 image = jnp.where(batch.image_valid[:, :1, None, None], image, 0)
             inputs["image"] = image
-        names = sorted(inputs)  # a sum depends on its order
+        names = sorted(inputs)  # the rounding of the sum depends on its order
         features = [self.imagebind({sense_of(name): inputs[name]})[sense_of(name)] for name in names]
         return mix(features, [batch.weights[name][:, None] for name in names])
 
     def encode(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
-        """A batch that gives nothing to the senses is plain LLaMA's."""
+        """A batch without images, media and features gets no injection."""
         if batch.features is None and batch.images is None and batch.media is None:
             return self.embed(batch.tokens), None
         bound = self.bind(self.feature(batch)[:, None])
         return self.embed(batch.tokens), self.inject(bound)
 
     def inject(self, bound: jax.Array) -> jax.Array:
-        """[B,1,D] -> [L,B,P,D], zeros for the layers that read no prompts."""
+        """Returns the injection, [B,1,D] -> [L,B,P,D], with zeros for the layers that read no prompts."""
         depth = self.cfg.llm.depth
         if self.cfg.llm.injection != "head":
             return jnp.broadcast_to(bound, (depth, *bound.shape))
@@ -144,7 +144,7 @@ STAGES = (
               f"image_bind.modality_heads.{sense}"),
         Stage(f"{sense}_out", f"imagebind/{sense}", f"imagebind/{sense}/post",
               f"image_bind.modality_postprocessors.{sense}"))),
-    Stage("mixed", "", "nothing: the senses, of length 1 each, are averaged by their weights", "forward_visual"),
+    Stage("mixed", "", "nothing: the weighted mean of the senses, each of length 1", "forward_visual"),
     Stage("bind_proj", "bind/proj", "bind/proj", "image_bind_proj"),
     Stage("bind_block_{i}", "bind/block_{i}", "bind/block_{i}",
           "image_bind_norm_{i}, image_bind_f1_{i}, f2_{i}, f3_{i}"),
@@ -158,8 +158,8 @@ def _write_imagebind(out: Path, tensors: Mapping[str, Any], context: ExportConte
 
 
 FAMILY = register(Family(
-    name="imagebind_llm", Config=ImageBindLLMConfig, Model=ImageBindLLM, axes=AXES, presets=PRESETS, example=example, trained=TRAINED,
-    phases=PHASES, with_phase=with_phase, encoder=ENCODER, prompt=PromptStyle(source.TEXT),
+    name="imagebind_llm", Config=ImageBindLLMConfig, Model=ImageBindLLM, axes=AXES, presets=PRESETS, example=example,
+    trained=TRAINED, phases=PHASES, with_phase=with_phase, encoder=ENCODER, prompt=PromptStyle(source.TEXT),
     conversion=Conversion(source.inspect_imagebind_llm, origins=(
         (r"imagebind/.*", "imagebind"), (r"bind/.*|query|llm/.*/(lora_[ab]|b|gate|new_gate)|llm/gate", "adapter"),
         (r"llm/.*", "llm"))),

@@ -1,4 +1,4 @@
-"""A plain language model: text in, text out. For parity, for generation, and as the base of the others."""
+"""A language model without an encoder: text in, text out."""
 
 import dataclasses
 

@@ -1,11 +1,11 @@
-"""LLaMA-Adapter: learned prompts in the upper LLaMA layers, behind gates that start closed (Zhang et al. 2023), and
-v2, where a image moves the prompts (Gao et al. 2023).
+"""LLaMA-Adapter: learned prompts in the upper LLaMA layers, with gates that start at zero (Zhang et al. 2023),
+and v2, which adds the features of an image to the prompts (Gao et al. 2023).
 
 B rows   T tokens   P prompts a layer   A injected layers   L layers   D language model
 
     v1:  prompts of layer l = query[l]                                    v2:  ... + visual(clip(image))
 
-Attention reads them on the last A layers, through a gate a head. The gates of the layers below exist, as in the files,
+Attention reads them in the last A layers, with a gate per head. The gates of the layers below exist, as in the files,
 and get gradients of zero. Mirrors alpaca_finetuning_v1/llama/model.py and
 llama_adapter_v2_multimodal7b/llama/llama_adapter.py.
 """
@@ -46,7 +46,7 @@ from mmjax.trees import prefixed
 
 @dataclasses.dataclass(frozen=True)
 class LlamaAdapterConfig(FamilyConfig):
-    """v1 has neither `clip` nor `visual`, v2 has both; anything between raises ValueError."""
+    """The config of v1 (neither `clip` nor `visual`) or v2 (both). Raises ValueError if only one is given."""
 
     llm: LlamaConfig = dataclasses.replace(LLAMA_7B, injection="head")
     query_layers: int = 30  # the last layers, which read prompts
@@ -63,8 +63,8 @@ class LlamaAdapterConfig(FamilyConfig):
 
     @property
     def images(self) -> ImageSpec | None:
-        """The original reads images by OpenCV and leaves its order of colors: blue passes as red, is normalised by
-        red's mean and deviation, and meets red's weights."""
+        """The original reads images with OpenCV and does not reorder the channels: blue is normalised with red's
+        mean and deviation and multiplied by red's weights."""
         return ImageSpec(self.clip.image_size, "center_crop", reverse=True) if self.clip else None
 
 
@@ -88,7 +88,7 @@ ENCODER = {"clip": r"clip/.*"}
 
 
 def with_phase(cfg: LlamaAdapterConfig, phase: str) -> LlamaAdapterConfig:
-    """The architecture that a phase trains: for "finetune" biases on five matrices, from zero.
+    """Returns the architecture that a phase trains: for "finetune" with biases on five matrices, initialized to zero.
 
     Raises ValueError for "finetune" of v1, which has one phase.
     """
@@ -112,20 +112,20 @@ class LlamaAdapter(LanguageModel):
         self.query = self.param("query", nn.initializers.normal(1.0), (c.query_layers, c.query_len, c.llm.dim))
 
     def feature(self, batch: Batch) -> jax.Array:
-        """What CLIP sees in each row's image, [B,S,E]; of v2.
+        """Returns CLIP's features of each row's image, [B,S,E]; for v2.
 
-        Text alone comes with a image of zeros, as in the original. Raises ValueError for more than one a row.
+        A batch without images uses images of zeros, as in the original. Raises ValueError for more than one per row.
         """
         if batch.features is not None:
             return batch.features.astype(self.dtype)
         size = self.cfg.clip.image_size
         images = jnp.zeros((len(batch.tokens), 1, 3, size, size)) if batch.images is None else batch.images
         if images.shape[1] != 1:
-            raise ValueError(f"LLaMA-Adapter v2 reads one image a row, got {images.shape[1]}.")
+            raise ValueError(f"LLaMA-Adapter v2 reads one image per row, got {images.shape[1]}.")
         return self.clip(self.cfg.images.normalise(images)[:, 0])
 
     def visual_query(self, batch: Batch) -> jax.Array:
-        """What the images add to the prompts of every injected layer, [B,P,D]; of v2."""
+        """Returns the vectors that v2 adds to the prompts of every injected layer, [B,P,D]."""
         return self.visual(self.feature(batch))
 
     def encode(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -153,7 +153,7 @@ STAGES = (
 
 
 def _write_adapter(out: Path, tensors: Mapping[str, Any], context: ExportContext) -> None:
-    """v2's with what its project asks before it reads the tensors; v1's are the tensors alone."""
+    """Writes v2's tensors with the "config" that its project reads first, and v1's tensors alone."""
     if context.config.visual is None:
         return save_flat(out, tensors, context)
     llm = context.config.llm
@@ -162,8 +162,8 @@ def _write_adapter(out: Path, tensors: Mapping[str, Any], context: ExportContext
 
 
 FAMILY = register(Family(
-    name="llama_adapter", Config=LlamaAdapterConfig, Model=LlamaAdapter, axes=AXES, presets=PRESETS, example=example, trained=TRAINED,
-    phases=PHASES, with_phase=with_phase, encoder=ENCODER, prompt=PromptStyle(source.TEXT),
+    name="llama_adapter", Config=LlamaAdapterConfig, Model=LlamaAdapter, axes=AXES, presets=PRESETS, example=example,
+    trained=TRAINED, phases=PHASES, with_phase=with_phase, encoder=ENCODER, prompt=PromptStyle(source.TEXT),
     conversion=Conversion(source.inspect_llama_adapter, origins=(
         (r"clip/.*", "clip"), (r"visual/.*|query|llm/.*/(lora_[ab]|b|gate|new_gate)|llm/gate", "adapter"),
         (r"llm/.*", "llm"))),

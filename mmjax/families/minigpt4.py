@@ -1,12 +1,12 @@
-"""MiniGPT-4 and MiniGPT-v2: images become soft tokens among the words (Zhu et al. 2023; Chen et al. 2023).
+"""MiniGPT-4 and MiniGPT-v2: images become soft tokens in the text (Zhu et al. 2023; Chen et al. 2023).
 
-B rows   T tokens   F images a row   S image tokens   Q soft tokens a image   M = F·Q soft tokens a row
+B rows   T tokens   F images a row   S image tokens   Q soft tokens an image   M = F·Q soft tokens a row
 D language model   E projector input
 
     feature = qformer(ln_vision(vit(images)))  [B,F,Q,E]
-    soft = projector(feature)        x = words, with soft tokens at the marked places
+    soft = projector(feature)        x = embedded tokens, with soft tokens in their slots
 
-Without Q-Former (MiniGPT-4 on LLaMA-2, MiniGPT-v2) the class token is dropped and four neighbouring patches in raster
+Without a Q-Former (MiniGPT-4 on LLaMA-2, MiniGPT-v2) the class token is dropped and four neighbouring patches in raster
 order are joined instead. Mirrors minigpt4/models/{minigpt_base,minigpt4,minigpt_v2}.py.
 """
 
@@ -51,7 +51,7 @@ class MiniGPT4Config(FamilyConfig):
 
     @property
     def soft_width(self) -> int:
-        """What the projector reads."""
+        """The size of the projector's input."""
         return self.qformer.dim if self.qformer else JOINED * self.vit.dim
 
 
@@ -87,7 +87,7 @@ class MiniGPT4(LanguageModel):
         self.projector = Project((c.soft_width, c.llm.dim), use_bias=True)
 
     def feature(self, batch: Batch) -> jax.Array:
-        """What the projector reads of each image, [B,F,Q,E]."""
+        """Returns the projector's input for each image, [B,F,Q,E]."""
         if batch.features is not None:
             return batch.features.astype(self.dtype)
         B, F = batch.images.shape[:2]
@@ -100,15 +100,15 @@ class MiniGPT4(LanguageModel):
         return tokens.reshape(B, F, self.cfg.image_tokens, self.cfg.soft_width)
 
     def soft_tokens(self, batch: Batch) -> jax.Array:
-        """Of all the batch's images, [B,M,D]."""
+        """Returns the soft tokens of all images, [B,M,D]."""
         soft = self.projector("BFQE,ED->BFQD", self.feature(batch))
         return soft.reshape(len(soft), -1, self.cfg.llm.dim)
 
     def encode(self, batch: Batch) -> tuple[jax.Array, None]:
-        words = self.embed(batch.tokens)
+        x = self.embed(batch.tokens)
         if batch.images is not None or batch.features is not None:
-            words = place_soft_tokens(words, self.soft_tokens(batch), batch.soft_index)
-        return words, None
+            x = place_soft_tokens(x, self.soft_tokens(batch), batch.soft_index)
+        return x, None
 
 
 def example(cfg: MiniGPT4Config) -> Batch:
@@ -116,7 +116,7 @@ def example(cfg: MiniGPT4Config) -> Batch:
 
 
 def resize(cfg: MiniGPT4Config, image_size: int | None, drop_path: float) -> MiniGPT4Config:
-    """Raises ValueError for a size that the patches do not divide."""
+    """Returns the config for another image size. Raises ValueError for a size that the patches do not divide."""
     vit = dataclasses.replace(cfg.vit, image_size=image_size or cfg.vit.image_size, drop_path=drop_path)
     side = vit.patch if cfg.qformer else 2 * vit.patch  # four patches join without a Q-Former
     if vit.image_size <= 0 or vit.image_size % side:
@@ -139,8 +139,8 @@ STAGES = (
 )
 
 FAMILY = register(Family(
-    name="minigpt4", Config=MiniGPT4Config, Model=MiniGPT4, axes=AXES, presets=PRESETS, example=example, trained=TRAINED,
-    resize=resize, encoder=ENCODER, prompt=PromptStyle(source.TEXT, "<Img><ImageHere></Img>"),
+    name="minigpt4", Config=MiniGPT4Config, Model=MiniGPT4, axes=AXES, presets=PRESETS, example=example,
+    trained=TRAINED, resize=resize, encoder=ENCODER, prompt=PromptStyle(source.TEXT, "<Img><ImageHere></Img>"),
     conversion=Conversion(source.inspect, origins=(
         (r"vit/.*", "vit"), (r"(ln_vision|qformer)/.*", "qformer"), (r"projector/.*", "projector"),
         (r"llm/.*/lora_[ab]", "lora"), (r"llm/.*", "llm"))),

@@ -1,4 +1,4 @@
-"""What the modules of all families share: a language model behind `encode`.
+"""The base class of the families' modules, `LanguageModel`, and helpers of their encoders.
 
 B rows   T query tokens   S key tokens   P prompts   L layers   D model   V vocabulary
 """
@@ -14,10 +14,10 @@ from mmjax.batch import Batch
 
 
 def causal_mask(valid: jax.Array, segments: jax.Array | None = None) -> jax.Array:
-    """bool[B,T] -> bool[B,T,T]: each token sees the valid tokens up to itself, in packed rows those of its segment.
+    """Returns the causal mask, bool[B,T] -> bool[B,T,T]: each token sees the valid tokens of its segment up to itself.
 
-    segments: as in `Batch.segments`. A token of a packed row that would see nothing sees itself: attention would give
-              it the mean of the whole row, other segments included.
+    segments: as in `Batch.segments`; None: each row is one segment. With segments a token that would see nothing sees
+              itself, because attention would return the mean of the whole row, including other segments.
     """
     T = valid.shape[1]
     mask = jnp.tril(jnp.ones((T, T), bool)) & valid[:, None, :]
@@ -28,31 +28,34 @@ def causal_mask(valid: jax.Array, segments: jax.Array | None = None) -> jax.Arra
 
 
 def for_every_layer(prompts: jax.Array, depth: int) -> jax.Array:
-    """Prompts of the last A layers [A,B,P,D] -> [L,B,P,D], zeros for the layers below, which read none; L = `depth`."""
+    """Pads the prompts of the last A layers with zeros for the layers below: [A,B,P,D] -> [L,B,P,D]; L = `depth`."""
     return jnp.pad(prompts, ((depth - len(prompts), 0), (0, 0), (0, 0), (0, 0)))
 
 
-def place_soft_tokens(words: jax.Array, soft: jax.Array, soft_index: jax.Array) -> jax.Array:
-    """words [B,T,D], soft [B,M,D] -> [B,T,D]: the row's soft token number `soft_index` [B,T] wherever that is >= 0."""
+def place_soft_tokens(x: jax.Array, soft: jax.Array, soft_index: jax.Array) -> jax.Array:
+    """Writes soft tokens into the embedded tokens: x [B,T,D], soft [B,M,D] -> [B,T,D].
+
+    A slot with `soft_index` [B,T] >= 0 gets the soft token of that number of its row.
+    """
     chosen = jnp.take_along_axis(soft, jnp.maximum(soft_index, 0)[..., None], axis=1)
-    return jnp.where(soft_index[..., None] >= 0, chosen, words)
+    return jnp.where(soft_index[..., None] >= 0, chosen, x)
 
 
 def _as_in_format1(rng: Any) -> Any:
-    """A random stream of the language model as it was when its name was `llama`: Flax folds the names of modules into
-    it, and a seed goes on giving the same LoRA and the same dropout."""
+    """Returns a random stream of the language model as in format 1, where its name was `llama`. Flax folds the names of
+    modules into the stream; with this a seed gives the same LoRA and the same dropout as before."""
     return dataclasses.replace(rng, suffix=(*rng.suffix[:-1], "llama"))
 
 
 class LanguageModel(nn.Module):
-    """An encoder in front of a language model. A family adds its towers in `setup` and encodes a batch in `encode`.
+    """An encoder and a language model. A family creates its encoder in `setup` and encodes a batch in `encode`.
 
-    The language model is whatever `cfg.llm.build(dtype, remat, scan_layers, transposed_weights)` makes, below `llm/`.
-    It has `embed(tokens)`, `__call__(x, positions, mask, cache, start, injection)`, `logits(hidden)` and
-    `empty_cache(rows, length)`, as `mmjax.models.llama.Llama` documents them; its config has `vocab`, `dim`, `depth`,
-    `max_positions` and `axes`.
+    The language model is the module that `cfg.llm.build(dtype, remat, scan_layers, transposed_weights)` returns; its
+    parameters are below `llm/`. It has `embed(tokens)`, `__call__(x, positions, mask, cache, start, injection)`,
+    `logits(hidden)` and `empty_cache(rows, length)`, as `mmjax.models.llama.Llama` documents them; its config has
+    `vocab`, `dim`, `depth`, `max_positions` and `axes`.
 
-    dtype: of the activations; parameters of another dtype are cast where they are used
+    dtype: of the activations; parameters of another dtype are cast when they are used
     remat: recompute the layers in the backward pass
     scan_layers, transposed_weights: of the language model, see `mmjax.models.llama.Llama`
     """
@@ -73,11 +76,11 @@ class LanguageModel(nn.Module):
                                   transposed_weights=self.transposed_weights, **fields)
 
     def encode(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
-        """-> [B,T,D]: words embedded, soft tokens placed; and what is injected into each layer, [L,B,P,D] or None."""
-        raise TypeError(f"{type(self).__name__} is a family without `encode`.")
+        """Returns (embedded tokens with soft tokens in their slots [B,T,D], injection [L,B,P,D] or None)."""
+        raise TypeError(f"{type(self).__name__} does not define `encode`.")
 
     def embed(self, tokens):
-        """int[B,T] -> [B,T,D]."""
+        """Returns the embedded tokens, int[B,T] -> [B,T,D]."""
         return self.llm.embed(tokens)
 
     def decode(self, x, positions, mask, cache=None, start=0, injection=None):
@@ -85,30 +88,30 @@ class LanguageModel(nn.Module):
         return self.llm(x, positions, mask, cache, start, injection)
 
     def logits(self, hidden):
-        """[B,T,D] -> float32[B,T,V]."""
+        """Returns the logits, [B,T,D] -> float32[B,T,V]."""
         return self.llm.logits(hidden)
 
     def hidden(self, batch: Batch) -> jax.Array:
-        """-> [B,T,D], what `logits` takes. Raises ValueError for packed rows where something is injected, one a row."""
+        """Returns the input of `logits`, [B,T,D]. Raises ValueError for packed rows if the family has an injection."""
         x, injection = self.encode(batch)
         if injection is not None and batch.segments is not None:
-            raise ValueError("These rows are packed, but what is injected into the layers is one a row: every sample "
-                             "of a row would read the same. Give one sample a row.")
+            raise ValueError("These rows are packed, but this family injects vectors per row, which all samples "
+                             "of a row would read. Use one sample per row.")
         hidden, _ = self.decode(x, batch.positions, causal_mask(batch.valid, batch.segments), injection=injection)
         return hidden
 
     def __call__(self, batch: Batch) -> jax.Array:
-        """-> float32 logits [B,T,V]; raises as `hidden` does."""
+        """Returns the logits, float32[B,T,V]; raises as `hidden` does."""
         return self.logits(self.hidden(batch))
 
     def empty_cache(self, rows: int, length: int):
-        """A zero key-value cache for `decode`."""
+        """Returns a key-value cache of zeros for `decode`."""
         return self._language_model(parent=None).empty_cache(rows, length)
 
 
 def example_batch(image_size: int | None = None, media: dict[str, jax.Array] | None = None, mixed: bool = False,
                   rows: int = 1, length: int = 8) -> Batch:
-    """A batch of zeros that reaches every parameter. mixed: the images and media are weighed, as senses are."""
+    """Returns a batch of zeros to initialize every parameter. mixed: the images and media get weights, as senses do."""
     zeros = jnp.zeros((rows, length), jnp.int32)
     images = None if image_size is None else jnp.zeros((rows, 1, 3, image_size, image_size))
     names = [*(["image"] if images is not None else []), *(media or {})]

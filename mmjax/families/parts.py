@@ -1,4 +1,4 @@
-"""What families share of their declarations: exports and parity stages of the language model."""
+"""Exports and parity stages of the language model, which the families share."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,11 +23,11 @@ LLM_EXPORTS = {
 }
 
 LLM_STAGES = (
-    Stage("llama_embed", "", "llm/embedding, and where soft tokens stand", "model.embed_tokens, tok_embeddings",
+    Stage("llama_embed", "", "llm/embedding, and the slots of soft tokens", "model.embed_tokens, tok_embeddings",
           "embedding"),
-    Stage("llama_layer_{i}", "llm/layers", "llm/layers/… [{i}], its LoRA, and what is injected into it",
+    Stage("llama_layer_{i}", "llm/layers", "llm/layers/… [{i}], its LoRA, and its injection",
           "model.layers.{i} (transformers), layers.{i} (Meta)", "decoder"),
     Stage("llama_norm", "llm/norm", "llm/norm", "model.norm", "decoder"),
-    Stage("logits", "", "llm/head (llm/embedding where they are tied)", "lm_head, output", "decoder"),
+    Stage("logits", "", "llm/head (llm/embedding if tied)", "lm_head, output", "decoder"),
     Stage("loss", "", "nothing: `targets` against `logits`", "loss"),
 )

@@ -1,1 +1,1 @@
-"""Towers, each one file that reads like its paper. They import `layers` and nothing of each other."""
+"""The models, one file each. They import `layers` and do not import each other."""

@@ -23,7 +23,7 @@ class BindConfig:
     hidden: int = 16_384
     depth: int = 3
     eps: float = 1e-6
-    legacy: bool = False  # as in older files: LayerNorm with its own eps, and biases in the blocks
+    legacy: bool = False  # the form of older files: LayerNorm with its own eps, and biases in the blocks
 
 
 BIND_7B = BindConfig()
@@ -55,7 +55,7 @@ class BindBlock(nn.Module):
 
 
 class Bind(nn.Module):
-    """[B,T,E] -> [B,T,D]. The blocks are counted from 1, as in the files."""
+    """The bind network: [B,T,E] -> [B,T,D]. Blocks are numbered from 1, as in the files."""
 
     cfg: BindConfig
     dtype: jnp.dtype = jnp.float32
@@ -70,16 +70,16 @@ class Bind(nn.Module):
 
 
 def mix(features: Sequence[jax.Array], weights: Sequence[float]) -> jax.Array:
-    """The weighted mean of unit vectors, float32[B,E]; not normalised again.
+    """Returns the weighted mean of the features scaled to length 1, float32[B,E]; it is not normalised again.
 
-    The original adds 1e-6 to the sum of the weights, so that a single feature comes out as 0.999999 of itself.
+    The original adds 1e-6 to the sum of the weights, so a single feature is scaled by 0.999999.
     """
     total = sum(weights) + 1e-6
     return sum(weight / total * unit(x.astype(jnp.float32)) for x, weight in zip(features, weights, strict=True))
 
 
 def nearest(query: jax.Array, vectors: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The `count` stored vectors of the largest inner product: (products float32[B,K], indices int[B,K]), best first.
+    """Returns the `count` nearest vectors by inner product: (products float32[B,K], indices int[B,K]), best first.
 
     query: [B,E]   vectors: [V,E]
     """
@@ -88,13 +88,13 @@ def nearest(query: jax.Array, vectors: jax.Array, count: int) -> tuple[jax.Array
 
 def recall(query: jax.Array, vectors: jax.Array, count: int = 10, sharpness: float = 20.0,
            weight: float = 0.5) -> jax.Array:
-    """The mix drawn towards its nearest image features, of length 1: [B,E] -> [B,E]; each row on its own.
+    """Moves each row's mix towards its nearest image features: [B,E] -> [B,E], of length 1.
 
     vectors:   [V,E], of length 1
     sharpness: the neighbours are weighted by softmax(product · sharpness)
-    weight:    of what the neighbours say, against the mix itself
+    weight:    of the neighbours' mean; the mix itself has weight 1 - `weight`
     """
     products, indices = nearest(query, vectors, count)
     shares = jax.nn.softmax(products * sharpness, axis=-1)
-    found = unit(jnp.einsum("BK,BKE->BE", shares, vectors[indices], precision="highest"))
-    return unit((1 - weight) * query + weight * found)
+    neighbours = unit(jnp.einsum("BK,BKE->BE", shares, vectors[indices], precision="highest"))
+    return unit((1 - weight) * query + weight * neighbours)

@@ -1,9 +1,9 @@
 """CLIP's image tower, a ViT (clip/model.py: VisionTransformer; Radford et al. 2021).
 
-B batch   C colours   P, Q patch sides   T tokens   D model   E the space shared with words
+B batch   C colours   P, Q patch sides   T tokens   D model   E the space shared with text
 
-The final norm and the projection act on every token, as LLaMA-Adapter v2 reads them; CLIP itself takes the class
-token's alone. The text tower is left out.
+The final norm and the projection act on every token, which is what LLaMA-Adapter v2 reads; CLIP itself applies them
+to the class token only. The text tower is left out.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ TINY = ClipConfig(image_size=28, patch=7, dim=24, depth=2, heads=3, hidden=40, o
 
 AXES = (
     (r"patch/w", ("colour", "patch", "patch_", "embed")),
-    (r"pos", ("place", "embed")),
+    (r"pos", ("position", "embed")),
     (r"cls|(pre|post)_norm/(scale|bias)", ("embed",)),
     *BLOCKS_AXES,
     (r"out/w", ("embed", "image")),

@@ -23,9 +23,9 @@ class VitConfig:
     depth: int = 39
     heads: int = 16
     hidden: int = 6_144
-    table: int = 16  # side of the stored position table; resized in the forward pass if the image has other patches
+    table: int = 16  # side of the stored position table; the forward pass resizes it to the grid of patches
     eps: float = 1e-6
-    drop_path: float = 0.0  # of the last block, rising linearly from 0; acts only while the tower is trained
+    drop_path: float = 0.0  # rate of the last block, rising linearly from 0; used only while the tower is trained
 
     @property
     def grid(self) -> int:
@@ -40,7 +40,7 @@ TINY = VitConfig(image_size=28, patch=7, dim=32, depth=2, heads=4, hidden=48, ta
 AXES = (
     (r"patch/w", ("colour", "patch", "patch_", "embed")),
     (r"patch/b|cls", ("embed",)),
-    (r"pos", ("place", "embed")),
+    (r"pos", ("position", "embed")),
     (r"blocks/norm[12]/(scale|bias)", ("layer", "embed")),
     (r"blocks/attn/qkv/w", ("layer", "embed", "qkv", "heads", "head")),
     (r"blocks/attn/qkv/[qv]_b", ("layer", "heads", "head")),
@@ -53,7 +53,7 @@ AXES = (
 
 
 class FusedQKV(nn.Module):
-    """Queries, keys and values from one matrix; a bias on queries and values only. [B,T,D] -> [3,B,T,N,H]."""
+    """Computes queries, keys and values with one matrix; keys have no bias. [B,T,D] -> [3,B,T,N,H]."""
 
     cfg: VitConfig
 

@@ -6,7 +6,7 @@ S queries, keys, values     N heads   H head   F feed-forward   L blocks   E the
 
     tower = stem (tokens with positions) -> pre-norm blocks -> head on one token -> unit length times a factor
 
-The towers differ in their stems; in four of them every attention sees one more key and value, learned and never
+The towers differ in their stems; in four of them attention has one more key and value, which are learned and not
 projected. The point cloud branch of `imagebind_w3D.pth` is left out.
 """
 
@@ -23,8 +23,8 @@ from mmjax.models.layers import FeedForward, LayerNorm, Project, attend, resize_
 from mmjax.models.senses import SENSES
 
 EPS = 1e-6  # of every norm but the stems'
-STEM_EPS = 1e-5  # torch's default, which the original leaves in place there
-MAX_FACTOR = 100.0  # what the factor of a tower is clipped at
+STEM_EPS = 1e-5  # torch's default
+MAX_FACTOR = 100.0  # upper limit of a tower's factor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,13 +32,13 @@ class TowerConfig:
     dim: int
     depth: int
     heads: int
-    drop_path: float = 0.0  # of the last block, rising linearly from 0; acts only while the tower is trained
+    drop_path: float = 0.0  # rate of the last block, rising linearly from 0; used only while the tower is trained
     head_dropout: float = 0.0  # likewise
 
     pre_norm: ClassVar[bool] = False  # a norm before the first block
-    causal: ClassVar[bool] = False  # tokens see only earlier ones, and the one with the highest id is the summary
-    extra_key: ClassVar[bool] = True  # a learned key and value behind the sequence
-    scaled: ClassVar[bool] = True  # a factor in the parameters
+    causal: ClassVar[bool] = False  # causal attention; the head reads the token with the highest id
+    extra_key: ClassVar[bool] = True  # a learned key and value after those of the sequence
+    scaled: ClassVar[bool] = True  # the factor is a parameter
 
     @property
     def hidden(self) -> int:
@@ -47,7 +47,7 @@ class TowerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig(TowerConfig):
-    image_size: int = 224  # of the position table; other squares are taken, the table is then resized
+    image_size: int = 224  # of the position table, which is resized for other square images
     patch: int = 14
     frames: int = 2
 
@@ -56,7 +56,7 @@ class VisionConfig(TowerConfig):
     scaled: ClassVar[bool] = False
 
     @property
-    def places(self) -> int:
+    def num_positions(self) -> int:
         return 1 + (self.image_size // self.patch) ** 2
 
     @property
@@ -65,7 +65,7 @@ class VisionConfig(TowerConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WordsConfig(TowerConfig):
+class TextTowerConfig(TowerConfig):
     vocab: int = 49_408
     context: int = 77
 
@@ -73,7 +73,7 @@ class WordsConfig(TowerConfig):
     extra_key: ClassVar[bool] = False
 
     @property
-    def places(self) -> int:
+    def num_positions(self) -> int:
         return self.context
 
     @property
@@ -83,7 +83,7 @@ class WordsConfig(TowerConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PatchesConfig(TowerConfig):
-    """Spectrograms [1, mel bins, frames], depth maps and heat images [1, rows, columns]."""
+    """A tower for spectrograms [1, mel bins, frames], depth maps and thermal images [1, rows, columns]."""
 
     height: int = 224
     width: int = 224
@@ -95,7 +95,7 @@ class PatchesConfig(TowerConfig):
         return (self.height - self.patch) // self.stride + 1, (self.width - self.patch) // self.stride + 1
 
     @property
-    def places(self) -> int:
+    def num_positions(self) -> int:
         return 1 + self.grid[0] * self.grid[1]
 
     @property
@@ -110,7 +110,7 @@ class MotionConfig(TowerConfig):
     channels: int = 6
 
     @property
-    def places(self) -> int:
+    def num_positions(self) -> int:
         return 1 + self.steps // self.window
 
     @property
@@ -120,10 +120,10 @@ class MotionConfig(TowerConfig):
 
 @dataclasses.dataclass(frozen=True)
 class ImageBindConfig:
-    """The towers, and the width of the space they share; a model may go without some of them."""
+    """The configs of the towers (None: the model has no such tower), and the size of the space they share."""
 
     vision: VisionConfig | None = VisionConfig(dim=1_280, depth=32, heads=16)
-    text: WordsConfig | None = WordsConfig(dim=1_024, depth=24, heads=16)
+    text: TextTowerConfig | None = TextTowerConfig(dim=1_024, depth=24, heads=16)
     audio: PatchesConfig | None = PatchesConfig(
         dim=768, depth=12, heads=12, height=128, width=204, stride=10, drop_path=0.1)
     depth: PatchesConfig | None = PatchesConfig(dim=384, depth=12, heads=8)
@@ -139,7 +139,7 @@ class ImageBindConfig:
 IMAGEBIND_HUGE = ImageBindConfig()
 TINY = ImageBindConfig(
     vision=VisionConfig(dim=24, depth=2, heads=4, image_size=28),
-    text=WordsConfig(dim=16, depth=2, heads=2, vocab=40, context=12),
+    text=TextTowerConfig(dim=16, depth=2, heads=2, vocab=40, context=12),
     audio=PatchesConfig(dim=16, depth=2, heads=2, height=26, width=36, stride=10, drop_path=0.1),
     depth=PatchesConfig(dim=12, depth=2, heads=2, height=32, width=32),
     thermal=PatchesConfig(dim=16, depth=2, heads=2, height=32, width=32),
@@ -152,7 +152,7 @@ AXES = (
     (r"(audio|depth|thermal)/stem/patch/w", ("patch", "patch_", "embed")),
     (r"imu/stem/window/w", ("channel", "patch", "embed")),
     (r"text/stem/embedding", ("vocab", "embed")),
-    (r"\w+/stem/pos", ("place", "embed")),
+    (r"\w+/stem/pos", ("position", "embed")),
     (r"\w+/(stem/(cls|norm/(scale|bias))|pre_norm/(scale|bias)|head/norm/(scale|bias))", ("embed",)),
     (r"\w+/blocks/norm[12]/(scale|bias)", ("layer", "embed")),
     (r"(vision|text)/blocks/attn/qkv/w", ("layer", "embed", "qkv", "heads", "head")),
@@ -172,20 +172,20 @@ AXES = (
 
 
 def windows(x: jax.Array, size: int, stride: int) -> jax.Array:
-    """[..., rows, columns] -> [..., h, size, w, size]: the whole patches in raster order; the rest is dropped."""
-    tall, wide = ((side - size) // stride + 1 for side in x.shape[-2:])
-    rows, columns = (np.arange(n)[:, None] * stride + np.arange(size) for n in (tall, wide))
+    """Returns the whole patches in raster order: [..., rows, columns] -> [..., h, size, w, size]."""
+    counts = ((side - size) // stride + 1 for side in x.shape[-2:])
+    rows, columns = (np.arange(count)[:, None] * stride + np.arange(size) for count in counts)
     return x[..., rows, :][..., columns]
 
 
 class Stem(nn.Module):
-    """What the stems share: a learned class token in front, and learned positions on all tokens."""
+    """Base class of the stems: a learned class token before the others, and learned positions."""
 
     cfg: TowerConfig
     dtype: jnp.dtype = jnp.float32
 
     def pos(self):
-        return self.param("pos", nn.initializers.normal(0.02), (self.cfg.places, self.cfg.dim))
+        return self.param("pos", nn.initializers.normal(0.02), (self.cfg.num_positions, self.cfg.dim))
 
     def with_class(self, x):
         """[B,T,D] -> [B,1+T,D]."""
@@ -194,7 +194,7 @@ class Stem(nn.Module):
 
 
 class VisionStem(Stem):
-    """Images [B,3,Y,Y], which stand still for all frames, or short videos [B,3,M,Y,Y]."""
+    """Tokens of images [B,3,Y,Y], which are repeated for all frames, or of short videos [B,3,M,Y,Y]."""
 
     @nn.compact
     def __call__(self, x):
@@ -212,7 +212,7 @@ class VisionStem(Stem):
 
 
 class PatchesStem(Stem):
-    """Sound, depth, heat: one channel [B,1,height,width], patches that may overlap."""
+    """Tokens of audio, depth and thermal inputs: one channel [B,1,height,width]; patches may overlap."""
 
     @nn.compact
     def __call__(self, x):
@@ -225,7 +225,7 @@ class PatchesStem(Stem):
 
 
 class MotionStem(Stem):
-    """Acceleration and rotation [B,C,steps], cut into windows."""
+    """Tokens of acceleration and rotation [B,C,steps], one per window."""
 
     @nn.compact
     def __call__(self, x):
@@ -237,15 +237,15 @@ class MotionStem(Stem):
         return x + self.pos().astype(x.dtype)
 
 
-class WordsStem(Stem):
-    """Words int[B,context]; no class token."""
+class TextStem(Stem):
+    """Embedded text tokens, int[B,context]; no class token."""
 
     @nn.compact
-    def __call__(self, ids):
+    def __call__(self, tokens):
         c = self.cfg
-        _check_shape(ids, c)
+        _check_shape(tokens, c)
         embedding = self.param("embedding", nn.initializers.normal(0.02), (c.vocab, c.dim))
-        return (embedding[ids] + self.pos()).astype(self.dtype)
+        return (embedding[tokens] + self.pos()).astype(self.dtype)
 
 
 def _check_shape(x, cfg):
@@ -268,7 +268,7 @@ class TowerAttention(nn.Module):
         return Project((N, H, D), contracted=2, use_bias=True, name="o")("BTNH,NHD->BTD", attend(q, k, v, mask))
 
     def append(self, name, x):
-        """[B,T,N,H] -> [B,T+1,N,H]: a learned vector behind the others."""
+        """Appends a learned vector: [B,T,N,H] -> [B,T+1,N,H]."""
         extra = self.param(name, nn.initializers.xavier_normal(), x.shape[2:]).astype(x.dtype)
         return jnp.concatenate([x, jnp.broadcast_to(extra, (len(x), 1, *extra.shape))], axis=1)
 
@@ -293,14 +293,14 @@ class TowerBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """[B,T,D] -> [B,E], of the token at `place` of each row."""
+    """Projects the token at `index` int[B] of each row: [B,T,D] -> [B,E]."""
 
     cfg: TowerConfig
     out: int
 
     @nn.compact
-    def __call__(self, x, place):
-        x = LayerNorm(EPS, name="norm")(jnp.take_along_axis(x, place[:, None, None], axis=1)[:, 0])
+    def __call__(self, x, index):
+        x = LayerNorm(EPS, name="norm")(jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0])
         rate = self.cfg.head_dropout
         if rate and self.has_rng("imagebind"):
             kept = jax.random.bernoulli(self.make_rng("imagebind"), 1 - rate, x.shape)
@@ -309,7 +309,7 @@ class Head(nn.Module):
 
 
 class Postprocess(nn.Module):
-    """[B,E] -> float32[B,E] of length 1, times the tower's factor. The parameter is the factor's logarithm."""
+    """Scales [B,E] to length 1, then by the tower's factor: float32[B,E]. The parameter is the factor's logarithm."""
 
     cfg: TowerConfig
 
@@ -321,11 +321,11 @@ class Postprocess(nn.Module):
         return unit(x) * jnp.minimum(jnp.exp(log_scale.astype(jnp.float32)), MAX_FACTOR)
 
 
-STEMS = {VisionConfig: VisionStem, WordsConfig: WordsStem, PatchesConfig: PatchesStem, MotionConfig: MotionStem}
+STEMS = {VisionConfig: VisionStem, TextTowerConfig: TextStem, PatchesConfig: PatchesStem, MotionConfig: MotionStem}
 
 
 class Tower(nn.Module):
-    """One sense: `[B, *cfg.input_shape]` -> float32[B,E]."""
+    """The tower of one sense: `[B, *cfg.input_shape]` -> float32[B,E]."""
 
     cfg: TowerConfig
     out: int
@@ -344,16 +344,16 @@ class Tower(nn.Module):
             length=c.depth,
         )
         x, _ = blocks(c, name="blocks")(x, jnp.linspace(0, c.drop_path, c.depth))
-        place = jnp.argmax(inputs, axis=-1) if c.causal else jnp.zeros(len(x), jnp.int32)
-        return Postprocess(c, name="post")(Head(c, self.out, name="head")(x, place))
+        index = jnp.argmax(inputs, axis=-1) if c.causal else jnp.zeros(len(x), jnp.int32)
+        return Postprocess(c, name="post")(Head(c, self.out, name="head")(x, index))
 
 
 class ImageBind(nn.Module):
     """{sense: inputs} -> {sense: float32[B,E]}.
 
-    Inputs are `[B, *input_shape]`, of vision also `[B,3,M,Y,Y]` within clips; with five axes or more they are clips,
-    `[B, clips, ...]`, whose features are averaged (and then no longer of the tower's length). So `[B,n,3,Y,Y]` is n
-    still images, and a video is `[B,n,3,M,Y,Y]`.
+    Inputs are `[B, *input_shape]`. With five axes or more they are clips, `[B, clips, ...]`, and the features of the
+    clips are averaged and not normalised again. For vision `[B,n,3,Y,Y]` is n images, and `[B,n,3,M,Y,Y]` is a video
+    of n clips. A single short video is `[B,1,3,M,Y,Y]`.
     """
 
     cfg: ImageBindConfig
@@ -377,6 +377,6 @@ class ImageBind(nn.Module):
 
 
 def example(cfg: ImageBindConfig, rows: int = 1) -> dict[str, jax.Array]:
-    """Inputs of zeros for every tower, which reach every parameter."""
+    """Returns inputs of zeros for every tower, to initialize every parameter."""
     return {sense: jnp.zeros((rows, *tower.input_shape), jnp.int32 if tower.causal else jnp.float32)
             for sense, tower in cfg.towers.items()}

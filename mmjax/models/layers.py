@@ -1,11 +1,11 @@
-"""Parts that the towers share.
+"""Layers that the models share.
 
 B batch   T query tokens   S key tokens   D model   F feed-forward
 N query heads   K key and value heads   G = N/K   H head
 
-Weights take the dtype of the activations they meet; norms and softmax are computed in float32; a float32 product is
-never rounded to the tensor cores' TF32 or bfloat16. Dropout acts where the caller gives its random stream, so that a
-frozen part stays in evaluation mode by not being given one.
+Weights are cast to the dtype of the activations; norms and softmax are computed in float32; a float32 product never
+uses TF32 or bfloat16. Dropout is active where the caller passes its random stream, so a part without a stream stays
+in evaluation mode.
 """
 
 import functools
@@ -22,26 +22,26 @@ from mmjax.models.int8 import Int8
 
 
 def einsum(letters: str, x: jax.Array, w: jax.Array | Int8) -> jax.Array:
-    """`jnp.einsum` in the dtype of `x`, at full precision if that is float32.
+    """Returns `jnp.einsum` in the dtype of `x`, at full precision if that is float32.
 
-    The axes of an `Int8` that the result keeps are in the same order there.
+    The result must keep the output axes of an `Int8` in their order.
     """
     if isinstance(w, Int8):
         return _einsum_int8(letters, x, w)
     if x.dtype == jnp.float32:
         return jnp.einsum(letters, x, w.astype(x.dtype), precision="highest")
-    # Every XLA adds a bfloat16 product up in float32. On a CPU it must be told so, or it widens both matrices first.
+    # XLA accumulates bfloat16 products in float32. On a CPU that must be requested, or it converts both matrices first.
     sums = jnp.float32 if on_cpu() else None
     return jnp.einsum(letters, x, w.astype(x.dtype), preferred_element_type=sums).astype(x.dtype)
 
 
 def on_cpu() -> bool:
-    """Whether what is traced now is for a CPU: the mesh's, or where there is none JAX's default."""
+    """Returns whether the current trace is for a CPU: the platform of the mesh, or without a mesh JAX's default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return (device.platform if device else jax.default_backend()) == "cpu"
 
 
-# What the backward pass keeps of a product is its inputs: left alone, jax would keep the matrix in the dtype of `x`.
+# Saves only the inputs for the backward pass: by default jax would save the matrix in the dtype of `x`.
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
 def _einsum_int8(letters: str, x: jax.Array, w: Int8) -> jax.Array:
     _, w_axes, y_axes = letters.replace("->", ",").split(",")
@@ -50,14 +50,14 @@ def _einsum_int8(letters: str, x: jax.Array, w: Int8) -> jax.Array:
     return (einsum(letters, x, w.values).astype(jnp.float32) * scale).astype(x.dtype)
 
 
-def embedding_lookup(table: jax.Array | Int8, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows of a table [V,D]: int[...] -> [...,D] of a dtype."""
-    rows = jax.tree.map(lambda leaf: jnp.take(leaf, ids, axis=0), table)
+def embedding_lookup(table: jax.Array | Int8, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns the rows of a table [V,D]: int[...] -> [...,D] in a dtype."""
+    rows = jax.tree.map(lambda leaf: jnp.take(leaf, tokens, axis=0), table)
     return (int8.wide(rows) if isinstance(rows, Int8) else rows).astype(dtype)
 
 
 def uniform_fan_in(fan_in: int) -> Callable[..., jax.Array]:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what torch.nn.Linear starts its weight and its bias from."""
+    """Returns the initializer U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch.nn.Linear's for its weight and its bias."""
     bound = fan_in**-0.5
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -65,10 +65,10 @@ def uniform_fan_in(fan_in: int) -> Callable[..., jax.Array]:
 class Project(nn.Module):
     """A linear map whose axes are named by the caller: `Project((D, N, H))("BTD,DNH->BTNH", x)`.
 
-    shape:     the weight's axes, inputs first, `contracted` of them
-    zero_bias: the bias starts from zero instead of as torch.nn.Linear's
-    transposed:    the weight is held as a plain matrix [outputs, inputs] (see `transpose_weight`); the axes of the product are then
-               those of `x` that are not summed over, followed by the outputs
+    shape:      the weight's axes, inputs first, `contracted` of them
+    zero_bias:  initialize the bias with zeros instead of as torch.nn.Linear does
+    transposed: the weight is stored as a matrix [outputs, inputs] (see `transpose_weight`); the axes of the product are
+                then the axes of `x` that are not contracted, followed by the outputs
     """
 
     shape: tuple[int, ...]
@@ -79,8 +79,8 @@ class Project(nn.Module):
 
     def setup(self):
         fan_in = math.prod(self.shape[: self.contracted])
-        held = (math.prod(self.shape) // fan_in, fan_in) if self.transposed else self.shape
-        self.w = self.param("w", uniform_fan_in(fan_in), held)
+        stored = (math.prod(self.shape) // fan_in, fan_in) if self.transposed else self.shape
+        self.w = self.param("w", uniform_fan_in(fan_in), stored)
         if self.use_bias:
             start = nn.initializers.zeros_init() if self.zero_bias else uniform_fan_in(fan_in)
             self.b = self.param("b", start, self.shape[self.contracted :])
@@ -90,10 +90,10 @@ class Project(nn.Module):
         return y + self.b.astype(y.dtype) if self.use_bias else y
 
     def matmul(self, letters: str, x: jax.Array) -> jax.Array:
-        """The product with the matrix, and nothing that is added to it."""
+        """Returns the product with the matrix, without the bias."""
         kept = x.shape[: x.ndim - self.contracted]
         if math.prod(kept) == 1 and x.dtype != jnp.float32 and on_cpu():
-            return self.matmul(letters, jnp.concatenate([x, x]))[:1]  # XLA there multiplies one row ten times slower
+            return self.matmul(letters, jnp.concatenate([x, x]))[:1]  # XLA on a CPU multiplies one row ten times slower
         if not self.transposed:
             return einsum(letters, x, self.w)
         y = einsum("XI,OI->XO", x.reshape(math.prod(kept), -1), self.w)
@@ -101,16 +101,16 @@ class Project(nn.Module):
 
 
 def transpose_weight(w: jax.Array | Int8, inputs: int) -> jax.Array | Int8:
-    """A weight whose first axes, `inputs` of them, are summed over, as a matrix [outputs, inputs].
+    """Returns a weight with `inputs` leading contracted axes as a matrix [outputs, inputs].
 
-    XLA on a CPU multiplies a few rows with such a matrix up to 1.5 times as fast as with one that begins with the
-    inputs (float32, 8 rows: 10 to 15 GB/s of weights against 7 to 11), and one row, or many, as fast.
+    XLA on a CPU multiplies a few rows with such a matrix up to 1.5 times as fast as with [inputs, outputs] (float32,
+    8 rows: 10 to 15 GB/s of weights against 7 to 11), and one row or many rows equally fast.
     """
     return jax.tree.map(lambda leaf: leaf.reshape(math.prod(leaf.shape[:inputs]), -1).T, w)
 
 
 class LayerNorm(nn.Module):
-    """Mean and variance over the last axis in float32 (two passes), scale and bias, back to the input's dtype."""
+    """Layer norm over the last axis, computed in float32 (two passes) and returned in the input's dtype."""
 
     eps: float
 
@@ -125,7 +125,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, back to the input's dtype, times scale (LLaMA's order)."""
+    """RMS norm: x / rms(x) in float32, cast to the input's dtype, then multiplied by the scale (LLaMA's order)."""
 
     eps: float
 
@@ -138,7 +138,7 @@ class RMSNorm(nn.Module):
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU, by the error function."""
+    """Returns the exact GELU, by the error function."""
     return jax.nn.gelu(x, approximate=False)
 
 
@@ -164,12 +164,12 @@ def attend(
 ) -> jax.Array:
     """Scaled dot-product attention. q [B,T,N,H], k and v [B,S,K,H], mask bool[B,T,S] (True is seen) -> [B,T,N,H].
 
-    Key head j serves the query heads j·G .. j·G + G - 1. A query that sees nothing gets the mean of all values
-    (finite, as the original's additive masks give), never NaN.
+    Key head j is shared by the query heads j·G .. j·G + G - 1. A query that sees nothing returns the mean of all
+    values, as with the original's additive masks, and never NaN.
     """
     B, T, N, H = q.shape
     K = k.shape[2]
-    # Heads go before places first: XLA on a CPU multiplies quicker so, and elsewhere it makes no difference.
+    # The head axes are moved before the token axis: XLA on a CPU is faster that way, and elsewhere equally fast.
     q = jnp.moveaxis(q.reshape(B, T, K, N // K, H) * H**-0.5, 1, 3)
     k, v = (jnp.swapaxes(x, 1, 2) for x in (k, v))
     scores = einsum("BKGTH,BKSH->BKGTS", q, k).astype(jnp.float32)
@@ -180,7 +180,7 @@ def attend(
 
 
 class SelfAttention(nn.Module):
-    """Every token sees every other. Queries, keys and values come from one matrix, with biases. [B,T,D] -> [B,T,D]."""
+    """Attention without a mask; one matrix, with biases, computes queries, keys and values. [B,T,D] -> [B,T,D]."""
 
     heads: int
 
@@ -193,7 +193,7 @@ class SelfAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """The pre-norm block of a plain ViT (Dosovitskiy et al. 2020); it takes and gives what `nn.scan` asks for."""
+    """The pre-norm block of a plain ViT (Dosovitskiy et al. 2020), with the signature that `nn.scan` needs."""
 
     heads: int
     hidden: int
@@ -222,22 +222,22 @@ BLOCKS_AXES = (  # of `Block`s stacked as "blocks"
 
 def blocks(depth: int, heads: int, hidden: int, eps: float,
            activation: Callable[[jax.Array], jax.Array] = gelu) -> nn.Module:
-    """`depth` of them as one module named "blocks", scanned over stacked weights: [B,T,D] -> ([B,T,D], None)."""
+    """Returns `depth` blocks as one module named "blocks", scanned over stacked weights: [B,T,D] -> ([B,T,D], None)."""
     stacked = nn.scan(Block, variable_axes={"params": 0, "intermediates": 0}, split_rngs={"params": True}, length=depth)
     return stacked(heads, hidden, eps, activation, name="blocks")
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """Vectors of length 1 along the last axis, in float32."""
+    """Returns the vectors along the last axis scaled to length 1, in float32."""
     wide = x.astype(jnp.float32)
     return wide / jnp.maximum(jnp.sqrt(jnp.square(wide).sum(-1, keepdims=True)), 1e-12)
 
 
 def bicubic(source: int, target: int) -> np.ndarray:
-    """float32[target, source]: torch's bicubic interpolation along one axis.
+    """Returns the matrix of torch's bicubic interpolation along one axis, float32[target, source].
 
     Keys' cubic with a = -0.75, half-pixel centres, taps clamped at the border, no antialiasing (`jax.image.resize`
-    has a = -0.5 and antialiases).
+    uses a = -0.5 and antialiases).
     """
     a = -0.75
     matrix = np.zeros((target, source))
@@ -253,7 +253,7 @@ def bicubic(source: int, target: int) -> np.ndarray:
 
 
 def resize_positions(pos: jax.Array, target: int) -> jax.Array:
-    """[1 + n·n, D] -> [1 + target·target, D]; the class token's row is kept."""
+    """Resizes a position table [1 + n·n, D] -> [1 + target·target, D]; the class token's row is kept."""
     side = round((pos.shape[0] - 1) ** 0.5)
     if side == target:
         return pos

@@ -3,9 +3,10 @@
 B batch   T query tokens   S key tokens   P prompts   L layers   D model   F feed-forward
 N query heads   K key and value heads   G = N/K   H head   V vocabulary   R LoRA rank
 
-The layers are one module scanned over stacked weights, or, to decode on a CPU, a module each with weights of its own
-(see `mmjax.inference.layouts`). The key-value cache is an argument and a result, and so is what is injected into each layer: prompts
-that attention reads beside its keys, or one vector that is added to every token. Both pass gates that start closed.
+The layers are one module scanned over stacked weights, or, to decode on a CPU, one module per layer (see
+`mmjax.inference.layouts`). The key-value cache is an argument and a result. An injection gives each layer either
+prompts, which attention reads in addition to its keys, or one vector, which is added to every token. Both are
+multiplied by gates that start at zero.
 
     "head":             attention += tanh(gate)[head] · softmax(q·k(prompts))·v(prompts)
     "layer", "shared":  x += gate · vector            at the input of each layer
@@ -38,15 +39,15 @@ class LlamaConfig:
     eps: float = 1e-6
     rope_theta: float = 10_000.0
     max_positions: int = 2_048
-    tied: bool = False  # the output head is the embedding table
+    tied: bool = False  # the embedding table is also the output head
     lora_rank: int = 0  # 0: no LoRA
     lora_alpha: float = 16.0
     lora_dropout: float = 0.05
     lora_on: tuple[str, ...] = ("q", "v")  # of q, k, v, o, gate, up, down
     bias_on: tuple[str, ...] = ()  # likewise; these biases start at zero
-    injection: str = ""  # "": none, "head": prompts through a gate a head, "layer", "shared": a vector through scalars
-    gate_tanh: bool = True  # False: head gates as they are, as LLaMA-Adapter v1's inference code reads them
-    new_gate: bool = False  # one more factor a layer on the head gates (LLaMA-Adapter v2)
+    injection: str = ""  # "": none, "head": prompts and a gate per head, "layer", "shared": a vector and a scalar gate
+    gate_tanh: bool = True  # False: head gates without tanh, as in LLaMA-Adapter v1's inference code
+    new_gate: bool = False  # one more factor per layer on the head gates (LLaMA-Adapter v2)
 
     def __post_init__(self):
         if self.injection not in ("", "head", "layer", "shared"):
@@ -57,7 +58,7 @@ class LlamaConfig:
         return AXES
 
     def build(self, **fields: Any) -> "Llama":
-        """The module of this config; fields as those of `Llama`."""
+        """Returns the module of this config; `fields` are those of `Llama`."""
         return Llama(self, **fields)
 
 
@@ -129,7 +130,7 @@ class LoraProject(Project):
 
 
 def projection(cfg: LlamaConfig, transposed: bool, name: str, shape: tuple[int, ...], contracted: int = 1) -> Project:
-    """A layer's linear map with what the config adds to it."""
+    """Returns a linear map of a layer, with the bias and the LoRA that the config adds to it."""
     common = {"contracted": contracted, "use_bias": name in cfg.bias_on, "zero_bias": True, "transposed": transposed,
               "name": name}
     if cfg.lora_rank and name in cfg.lora_on:
@@ -137,8 +138,9 @@ def projection(cfg: LlamaConfig, transposed: bool, name: str, shape: tuple[int, 
     return Project(shape, **common)
 
 
-def update_cache(cache: dict[str, jax.Array], start: int | jax.Array, axis: int, **new: jax.Array) -> dict[str, jax.Array]:
-    """The cache with new keys and values in its slots from `start` on; the slots are an `axis`."""
+def update_cache(cache: dict[str, jax.Array], start: int | jax.Array, axis: int,
+                 **new: jax.Array) -> dict[str, jax.Array]:
+    """Writes new keys and values to the slots from `start` on, along `axis`, and returns the cache."""
     return {name: jax.lax.dynamic_update_slice_in_dim(cache[name], x.astype(cache[name].dtype), start, axis)
             for name, x in new.items()}
 
@@ -149,9 +151,9 @@ def heads_to_front(x: jax.Array) -> jax.Array:
 
 
 def attend_heads_first(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """`attend` for keys and values [K,B,S,1,H], on a CPU 2 to 4 times as fast for one token a row.
+    """`attend` for keys and values [K,B,S,1,H]; on a CPU 2 to 4 times as fast for one token per row.
 
-    XLA there multiplies a batch of matrices without copying them first only if the batch is one axis, the first.
+    XLA on a CPU multiplies a batch of matrices without copying them only if the batch is one axis, the first.
     """
     (B, T, N, H), (K, _, S, _, _) = q.shape, k.shape
     G = N // K
@@ -198,9 +200,9 @@ class LlamaAttention(nn.Module):
 
     @staticmethod
     def read(q, prompts, to_k, to_v):
-        """What the queries [B,T,N,H] read from prompts [B,P,D]: [B,T,N,H], or [B,1,N,H] of a single prompt.
+        """Attention from queries [B,T,N,H] to prompts [B,P,D]: [B,T,N,H], or [B,1,N,H] for a single prompt.
 
-        Prompts have no positions, are not normalised and pass the bare matrices, without LoRA (as in the original).
+        Prompts have no positions, are not normalised, and use the matrices without LoRA (as in the original).
         """
         v = to_v.matmul("BPD,DKH->BPKH", prompts)
         if prompts.shape[1] == 1:  # a softmax over one key is 1
@@ -230,8 +232,8 @@ class LlamaBlock(nn.Module):
     def __call__(self, x, cache, injection, positions, mask, start, shared_gate):
         c = self.cfg
         if c.injection in ("layer", "shared"):
-            own = c.injection == "layer"
-            gate = self.param("gate", nn.initializers.zeros_init(), (1,)) if own else shared_gate
+            per_layer = c.injection == "layer"
+            gate = self.param("gate", nn.initializers.zeros_init(), (1,)) if per_layer else shared_gate
             if injection is not None:
                 x = x + gate.astype(x.dtype) * injection
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
@@ -242,33 +244,33 @@ class LlamaBlock(nn.Module):
 
 
 class UnrolledLayers(nn.Module):
-    """The layers "0", "1" ... one after the other. Called as the scanned ones are, the cache a tuple of one a layer."""
+    """The layers as modules "0", "1", ..., called like the scanned ones; the cache is a tuple of one per layer."""
 
     cfg: LlamaConfig
     transposed: bool = False
 
     @nn.compact
-    def __call__(self, x, cache, injection, *others):
+    def __call__(self, x, cache, injection, *rest):
         caches = []
         for layer in range(self.cfg.depth):
-            here = (None if each is None else each[layer] for each in (cache, injection))
-            x, written = LlamaBlock(self.cfg, self.transposed, name=str(layer))(x, *here, *others)
-            caches.append(written)
+            inputs = (None if each is None else each[layer] for each in (cache, injection))
+            x, updated = LlamaBlock(self.cfg, self.transposed, name=str(layer))(x, *inputs, *rest)
+            caches.append(updated)
         return x, None if cache is None else tuple(caches)
 
 
-# Of a layer, for the backward pass: its products with weights. Attention and what is done to single numbers is quickly
-# computed again, and would take more memory than all those products.
-KEPT = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+# What a layer saves for the backward pass: its products with weights. Attention and elementwise operations are cheap to
+# recompute and would need more memory than those products.
+SAVED = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
 
 class Llama(nn.Module):
-    """Vectors in, hidden states out; `embed` and `logits` are its two ends.
+    """The decoder: embedded tokens in, hidden states out. `embed` gives the former, `logits` takes the latter.
 
-    remat:       recompute each layer in the backward pass instead of keeping its products with weights
-    scan_layers: layers are scanned over stacked weights. Otherwise each layer has its own weights and its own cache, as
-                 `mmjax.inference.layouts.unstack` gives them; such a model is for decoding and has no `remat`
-    transposed_weights: the matrices of unstacked layers and of the head are [outputs, inputs]
+    remat:       recompute each layer in the backward pass instead of saving its products with weights
+    scan_layers: scan the layers over stacked weights. Otherwise each layer has its own weights and its own cache (see
+                 `mmjax.inference.layouts.unstack`); such a model is for decoding and has no `remat`
+    transposed_weights: store the matrices of unstacked layers and of the head as [outputs, inputs]
     """
 
     cfg: LlamaConfig
@@ -283,7 +285,7 @@ class Llama(nn.Module):
         c, transposed = self.cfg, self.transposed_weights
         self.embedding = self.param("embedding", nn.initializers.normal(0.02), (c.vocab, c.dim))
         self.layers = UnrolledLayers(c, transposed) if not self.scan_layers else nn.scan(
-            nn.remat(LlamaBlock, prevent_cse=False, policy=None if self.remat else KEPT),
+            nn.remat(LlamaBlock, prevent_cse=False, policy=None if self.remat else SAVED),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "llm": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
@@ -296,11 +298,12 @@ class Llama(nn.Module):
             self.head = Project((c.dim, c.vocab), transposed=transposed)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """int[B,T] -> [B,T,D]; no scaling."""
-        # Where the table's columns are cut over fsdp, each device looks up its columns for the rows of all of them.
-        # Said here because XLA, left alone, gathers everything everywhere on some meshes.
+        """Returns the embedded tokens, int[B,T] -> [B,T,D], without scaling."""
+        # Where the table's columns are sharded over fsdp, each device looks up its columns for the rows of all devices.
+        # Without these constraints XLA gathers everything on every device on some meshes.
         tokens = nn.with_logical_constraint(tokens, ("lookup", "length"))
-        x = nn.with_logical_constraint(embedding_lookup(self.embedding, tokens, self.dtype), ("lookup", "length", "embed"))
+        x = embedding_lookup(self.embedding, tokens, self.dtype)
+        x = nn.with_logical_constraint(x, ("lookup", "length", "embed"))
         return nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
     def __call__(self, x, positions, mask, cache=None, start=0, injection=None):
@@ -308,7 +311,7 @@ class Llama(nn.Module):
 
         With a cache (see `empty_cache`) this call's keys and values go to the slots start .. start+T-1, and the
         queries read all S slots through the mask.
-        injection: [L,B,P,D], for every layer its prompts, or its vector (P = 1); zeros are nothing; None is none at all
+        injection: [L,B,P,D], the prompts of each layer, or its vector (P = 1); zeros add nothing; None: no injection
         """
         if injection is not None:
             injection = injection.astype(x.dtype)
@@ -316,16 +319,16 @@ class Llama(nn.Module):
         return self.norm(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[B,T,D] -> float32[B,T,V]."""
+        """Returns the logits, [B,T,D] -> float32[B,T,V]."""
         if self.cfg.tied:
             return einsum("BTD,VD->BTV", hidden, self.embedding).astype(jnp.float32)
         return self.head("BTD,DV->BTV", hidden).astype(jnp.float32)
 
     def empty_cache(self, rows: int, length: int) -> Any:
-        """Zeros for B = `rows`, S = `length`: {"k", "v": [L,B,S,K,H]}, or L times {"k", "v": [K,B,S,1,H]} if
-        unstacked.
+        """Returns a cache of zeros for B = `rows`, S = `length`: {"k", "v": [L,B,S,K,H]}, or, without `scan_layers`,
+        L times {"k", "v": [K,B,S,1,H]}.
 
-        Rows and slots are the same axes in both, so that who repeats or reorders them need not know which it is.
+        Rows and slots are the same axes in both, so that code that repeats or reorders rows works for both.
         """
         L, K, H = self.cfg.depth, self.cfg.kv_heads, self.cfg.head_dim
 

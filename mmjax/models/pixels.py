@@ -1,4 +1,4 @@
-"""Normalised images, as the encoders of all families were trained on them, on the host or on the device."""
+"""Normalisation of images, on the host or on the device."""
 
 import einops
 import jax
@@ -10,9 +10,9 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 def normalise(images: jax.Array | np.ndarray, mean: tuple[float, ...] = MEAN,
               std: tuple[float, ...] = STD) -> jax.Array | np.ndarray:
-    """uint8[...,H,W,3] -> float32[...,3,H,W]; normalised images pass unchanged.
+    """Normalises images: uint8[...,H,W,3] -> float32[...,3,H,W]. Arrays of another dtype are returned unchanged.
 
-    A numpy array is computed by numpy, bit-equal to the original; XLA may differ in the last two bits.
+    numpy arrays are computed with numpy, bit-equal to the original; XLA may differ in the last two bits.
     """
     if images.dtype != np.uint8:
         return images

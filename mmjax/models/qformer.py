@@ -2,9 +2,9 @@
 
 B batch   Q queries   S image tokens   D model   E image width   N heads   H head   F feed-forward
 
-Post-norm layers: queries attend to each other, in every `cross_every`-th layer also to the image's tokens, then pass
-the feed-forward of the query branch. The text branch and the word embeddings are left out: MiniGPT-4 never uses them.
-The layers differ in what they hold, so they are not scanned; there are few and they are small.
+Post-norm layers: queries attend to each other, in every `cross_every`-th layer also to the image tokens, then pass
+the feed-forward of the query branch. The text branch and its embeddings are left out: MiniGPT-4 never uses them.
+The layers have different parameters, so they are not scanned; there are few and they are small.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ class QFormerConfig:
     hidden: int = 3_072
     cross_every: int = 2
     eps: float = 1e-12
-    dropout: float = 0.1  # acts only while the Q-Former is trained
+    dropout: float = 0.1  # used only while the Q-Former is trained
 
 
 QFORMER_BASE = QFormerConfig()
 TINY = QFormerConfig(queries=4, dim=24, depth=2, heads=4, hidden=40)
 
 AXES = (
-    (r"query_tokens", ("place", "embed")),
+    (r"query_tokens", ("position", "embed")),
     (r"norm/(scale|bias)", ("embed",)),
     (r"layer_\d+/(attn|cross|mlp)_norm/(scale|bias)", ("embed",)),
     (r"layer_\d+/attn/[qkv]/w|layer_\d+/cross/q/w", ("embed", "qformer_heads", "head")),
@@ -50,12 +50,12 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        acts = self.has_rng("qformer")
-        return nn.Dropout(self.rate, rng_collection="qformer")(x, deterministic=not acts)
+        active = self.has_rng("qformer")
+        return nn.Dropout(self.rate, rng_collection="qformer")(x, deterministic=not active)
 
 
 class QFormerAttention(nn.Module):
-    """Queries x [B,Q,D] read `source` [B,S,E] (themselves, or the image)."""
+    """Attention from queries x [B,Q,D] to `source` [B,S,E] (the queries themselves, or the image tokens)."""
 
     cfg: QFormerConfig
 
@@ -87,7 +87,7 @@ class Layer(nn.Module):
 
 
 class QFormer(nn.Module):
-    """Image tokens [B,S,E], class token included -> [B,Q,D]."""
+    """Image tokens [B,S,E], including the class token -> [B,Q,D]."""
 
     cfg: QFormerConfig
     dtype: jnp.dtype = jnp.float32

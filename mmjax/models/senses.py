@@ -1,14 +1,14 @@
-"""The senses that a model may have, and which of them reads an input."""
+"""The names of the senses, and the mapping from an input's name to its sense."""
 
 SENSES = ("vision", "text", "audio", "depth", "thermal", "imu")
 
 
 def sense_of(name: str) -> str:
-    """The sense that reads an input of this name: `Image` and `Video` are vision's, the others have the sense's name.
+    """Returns the sense that reads an input of this name: vision for image and video, else the sense of that name.
 
-    Raises ValueError naming the ones there are.
+    Case is ignored. Raises ValueError listing the known names.
     """
     sense = {"image": "vision", "video": "vision"}.get(name.lower(), name.lower())
     if sense not in SENSES:
-        raise ValueError(f"No sense is called {name!r}; there are image, video, {', '.join(SENSES[1:])}.")
+        raise ValueError(f"Unknown sense {name!r}; known are image, video, {', '.join(SENSES[1:])}.")
     return sense

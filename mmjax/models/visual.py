@@ -1,4 +1,4 @@
-"""The visual query network of LLaMA-Adapter v2: learned queries read a image's features, and become prompts
+"""The visual query network of LLaMA-Adapter v2: learned queries read an image's features and become prompts
 (llama_adapter_v2_multimodal7b/llama/llama_adapter.py: forward_visual; Gao et al. 2023).
 
 B batch   S feature tokens   E their width   P queries   T = P + S tokens   D model   O language model
@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from mmjax.models.layers import BLOCKS_AXES, LayerNorm, Project, blocks
 
-EPS = 1e-5  # torch's default, which the original leaves in place also in timm's blocks
+EPS = 1e-5  # torch's default, which the original also uses in timm's blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ AXES = (
 
 
 class VisualQuery(nn.Module):
-    """A image's features [B,S,E] -> [B,P,O]."""
+    """The features of an image [B,S,E] -> prompts [B,P,O]."""
 
     cfg: VisualConfig
     queries: int

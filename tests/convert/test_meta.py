@@ -243,7 +243,7 @@ def test_a_damaged_shard(tmp_path):
 
 
 def test_a_delta_needs_a_transformers_folder(tmp_path):
-    assert "is Meta's. Export that first" in refused(tmp_path, write.command("llama"), llm=ONE, delta=CKPT / "llama_hf")
+    assert "is in Meta's format. Convert it with" in refused(tmp_path, write.command("llama"), llm=ONE, delta=CKPT / "llama_hf")
 
 
 def test_a_folder_with_both_is_read_as_transformers(tmp_path, converted):

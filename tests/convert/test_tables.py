@@ -115,7 +115,7 @@ def test_everything_wrong_is_listed():
         "shard.bin: model.layers.1.mlp.up_proj.weight is missing",
         "shard.bin: model.layers.2.self_attn.q_proj.weight has shape [12, 20], expected [20, 12] ((N H) D -> D N H "
         "with N=4, H=5, D=12)",
-        "shard.bin: model.layers.3.mlp.up_proj.weight [3] is neither used nor known as something to leave out",
+        "shard.bin: model.layers.3.mlp.up_proj.weight [3] is neither used nor known as a key to ignore",
         "shard.bin: model.norm.weight has shape [5], expected [12] (D -> D with D=12)",
         "shard.bin: the layers of model.layers.0.self_attn.k_proj.weight have different dtypes: float16, float32",
     ]

@@ -121,7 +121,7 @@ def test_images_pass_in_the_order_blue_green_red():
 
 
 def test_two_images_a_row_are_refused():
-    with pytest.raises(ValueError, match="reads one image a row, got 2"):
+    with pytest.raises(ValueError, match="reads one image per row, got 2"):
         LlamaAdapter(V2).apply({"params": params(V2)}, batch(image_count=2))
 
 

@@ -164,5 +164,5 @@ def test_a_sense_without_tower_is_refused():
 
 def test_names_of_senses():
     assert [sense_of(name) for name in ("Image", "Video", "Audio", "imu")] == ["vision", "vision", "audio", "imu"]
-    with pytest.raises(ValueError, match="No sense is called 'Point'; there are image, video, text"):
+    with pytest.raises(ValueError, match="Unknown sense 'Point'; known are image, video, text"):
         sense_of("Point")
