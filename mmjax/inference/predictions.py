@@ -1,13 +1,13 @@
-"""The answers of a model to many samples, kept as they come, so that a stopped command goes on where it was.
+"""Answers many samples and writes each answer when it is ready, so that a stopped command can resume.
 
-    OUT            a JSON object a line, in the order of the samples: {"id", "answer", ...}, or {"id", "error"} of a
+    OUT            a JSON object a line, in the order of the samples: {"id", "answer", ...}, or {"id", "error"} for a
                    sample that cannot be used, such as one whose image cannot be read
-    OUT.card.json  of which samples, by which model and with which settings; with others OUT is not gone on with
+    OUT.card.json  the samples, the model and the settings; a command with others does not resume OUT
 
-Every sample is a prompt of its own: nothing is carried over from one to the next. A window of samples is opened by
-threads and sorted by length, so that a batch has little padding, while the window before it is answered; a line is
-written when all before it are. Batches have a fixed number of rows, the tail filled up, and rows a few lengths, each of
-which is compiled once. They are answered by all devices of the model's mesh, in one process.
+Every sample is an independent prompt. While a window of samples is answered, threads open the next one and sort it by
+length, so that a batch has little padding; a line is written after all lines before it. Batches have a fixed number of
+rows, padded with copies, and rows have one of a few lengths, each of which is compiled once. One process answers all
+samples, on all devices of the model's mesh.
 """
 
 import collections
@@ -44,38 +44,37 @@ from mmjax.checkpoints import training as training_checkpoints
 from mmjax.data import images
 from mmjax.data.neighbours import Recall
 from mmjax.inference import generate as generation
-from mmjax.inference import requests
 from mmjax.inference.loaded import Loaded
-from mmjax.inference.requests import Request
+from mmjax.inference.requests import Request, digest, read_sense, with_images
 
 FORMAT = 1
-CARD = ".card.json"  # behind the name of the answers' file
-COMPARED = ("model", "samples", "settings")  # of a card, which must be the same for a file to be gone on with
-THREADS = 2  # that open images ahead
-NAMED = 5  # samples with errors that a summary names
+CARD = ".card.json"  # suffix of the answers' file
+COMPARED = ("model", "samples", "settings")  # fields of a card that must be equal to resume a file
+THREADS = 2  # for opening images
+MAX_LISTED = 5  # samples with errors that a summary lists
 
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A sample whose files are read, or what is wrong with it.
+    """A request whose files are read, or a description of its problem.
 
-    ask:     with images as uint8[S,S,3] and arrays in place of their files
-    length:  places of its row
+    request: with images as uint8[S,S,3] and arrays in place of files
+    length:  slots of its row
     problem: why it cannot be answered
     """
 
-    ask: Request
+    request: Request
     length: int = 0
     problem: str | None = None
 
 
 class Answerer(Protocol):
-    """How samples are answered: `Words` here, `mmjax.evaluate.rank.Choices`.
+    """An interface that answers samples: `TextAnswerer`, and `mmjax.evaluate.rank.Choices`.
 
-    model:    that answers
-    rows:     samples at once; `answer` fills up what is missing
-    window:   batches whose samples are sorted by length; 1 leaves every sample where it is
-    settings: what the answers depend on beside model and samples, as JSON holds it
+    model:    the model that answers
+    rows:     samples of a batch; `answer` pads smaller batches
+    window:   number of batches whose samples are sorted by length together; 1 keeps the order
+    settings: everything else that the answers depend on, as JSON
     """
 
     model: Loaded
@@ -83,28 +82,28 @@ class Answerer(Protocol):
     window: int
     settings: dict[str, Any]
 
-    def open(self, ask: Request) -> Opened:
-        """In one of several threads. Raises ValueError or OSError saying what is wrong with the sample."""
+    def open(self, request: Request) -> Opened:
+        """Opens a request; called in several threads. Raises ValueError or OSError describing its problem."""
 
-    def answer(self, asks: Sequence[Request], first: int) -> list[dict[str, Any]]:
-        """What each line has beside its id, of 1 to `rows` opened samples; with a window of 1 those from number `first`
-        on."""
+    def answer(self, requests: Sequence[Request], first: int) -> list[dict[str, Any]]:
+        """Returns the fields of each line besides its id, for 1 to `rows` opened requests. With a window of 1, `first`
+        is the number of the first request."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How answers are found, for `Loaded.generate`. Raises ValueError naming every value out of range."""
+    """The decoding options of `Loaded.generate`. Raises ValueError naming every value out of range."""
 
-    max_new_tokens: int | None = None  # longest answer (default: 64, of a benchmark its own)
-    temperature: float = 0.0  # 0 takes the best word, above 0 draws
-    num_beams: int = 1  # above 1 searches with beams
-    top_k: int = 50  # draw from so many best words; 0: from all
-    top_p: float = 1.0  # draw from the fewest words that hold this share of the probability
-    repetition_penalty: float = 1.0  # above 1 avoids words that were said already
-    length_penalty: float = 1.0  # of beams: above 0 favours long answers, below 0 short ones
-    min_length: int = 1  # words (ids, one more than are written) before an answer may end
+    max_new_tokens: int | None = None  # longest answer in tokens (default: 64, or the benchmark's)
+    temperature: float = 0.0  # 0 takes the best token, above 0 samples
+    num_beams: int = 1  # above 1: beam search
+    top_k: int = 50  # sample from the k best tokens; 0: from all
+    top_p: float = 1.0  # sample from the fewest tokens whose probabilities reach p
+    repetition_penalty: float = 1.0  # above 1 penalizes tokens that were generated already
+    length_penalty: float = 1.0  # in beam search: above 0 favours long answers, below 0 short ones
+    min_length: int = 1  # tokens (the dummy included) before an answer may end
     stop: tuple[str, ...] | None = None  # strings that end the answer (default: the model's end symbol)
-    seed: int = 0  # of the draws
+    seed: int = 0  # of sampling
 
     def __post_init__(self):
         generation.GenerateConfig(
@@ -114,26 +113,26 @@ class Decoding:
 
     @property
     def changed(self) -> list[str]:
-        """The names of what differs from the defaults."""
+        """The names of the options that differ from the defaults."""
         return [field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
 
     def at_most(self, tokens: int) -> "Decoding":
-        """With that longest answer, unless another was asked for."""
+        """Returns options with this `max_new_tokens` if none is set."""
         return self if self.max_new_tokens is not None else dataclasses.replace(self, max_new_tokens=tokens)
 
     def settings(self, model: Loaded) -> dict[str, Any]:
-        """The arguments of `Loaded.generate` that they stand for."""
+        """Returns the arguments of `Loaded.generate`."""
         stop = [model.text.end_sym] if self.stop is None else list(self.stop)
         return vars(self.at_most(64)) | {"stop": stop}
 
 
 @dataclasses.dataclass(frozen=True)
 class TextAnswerer:
-    """Answers in the model's own words; see `Answerer`.
+    """Answers with generated text; see `Answerer`.
 
-    batch_size: rounded up to what the mesh can divide
+    batch_size: rounded up to a multiple of the mesh's batch shards
     recall:     as in `Loaded.generate`
-    text:       fields of `TextConfig` that differ from the model's
+    text:       fields of `TextConfig` that replace the model's
     """
 
     model: Loaded
@@ -144,7 +143,7 @@ class TextAnswerer:
 
     @property
     def window(self) -> int:
-        return 1 if self.decoding.temperature > 0 else 4  # what a sample draws depends on its number
+        return 1 if self.decoding.temperature > 0 else 4  # sampling depends on a sample's number
 
     @property
     def rows(self) -> int:
@@ -152,51 +151,52 @@ class TextAnswerer:
 
     @property
     def settings(self) -> dict[str, Any]:
-        given = self.decoding.settings(self.model) | dataclasses.asdict(
+        settings = self.decoding.settings(self.model) | dataclasses.asdict(
             dataclasses.replace(self.model.text, **self.text))
         if self.recall is not None:
-            given["recall"] = [hashlib.sha256(self.recall.vectors.tobytes()).hexdigest(), self.recall.count,
-                               self.recall.sharpness, self.recall.weight]
-        return given
+            settings["recall"] = [hashlib.sha256(self.recall.vectors.tobytes()).hexdigest(), self.recall.count,
+                                  self.recall.sharpness, self.recall.weight]
+        return settings
 
-    def open(self, ask: Request) -> Opened:
-        ask = read(ask, self.model)
-        new = self.decoding.settings(self.model)["max_new_tokens"]
-        [length] = self.model.prompt_lengths([ask.sample], new, **self.text)
-        self.model.batch([ask.sample], **self.text)  # raises for what else is wrong with the sample
-        return Opened(ask, length)
+    def open(self, request: Request) -> Opened:
+        request = read(request, self.model)
+        max_new_tokens = self.decoding.settings(self.model)["max_new_tokens"]
+        [length] = self.model.prompt_lengths([request.sample], max_new_tokens, **self.text)
+        self.model.batch([request.sample], **self.text)  # raises for any other problem of the sample
+        return Opened(request, length)
 
-    def answer(self, asks: Sequence[Request], first: int) -> list[dict[str, Any]]:
-        words = self.model.generate([ask.sample for ask in asks], **self.decoding.settings(self.model), first=first,
-                                    batch_size=self.rows, recall=self.recall, **self.text)
-        return [{"answer": each} for each in words]
+    def answer(self, requests: Sequence[Request], first: int) -> list[dict[str, Any]]:
+        samples = [request.sample for request in requests]
+        texts = self.model.generate(samples, **self.decoding.settings(self.model), first=first, batch_size=self.rows,
+                                    recall=self.recall, **self.text)
+        return [{"answer": text} for text in texts]
 
 
 def rows(model: Loaded, batch_size: int) -> int:
-    """`batch_size`, rounded up to what the model's mesh can divide. Raises ValueError for less than 1."""
+    """Returns `batch_size` rounded up to a multiple of the mesh's batch shards. Raises ValueError for less than 1."""
     if batch_size < 1:
         raise ValueError(f"batch_size = {batch_size}: at least 1")
-    ways = sharding.num_shards(model.mesh, "batch")
-    return math.ceil(batch_size / ways) * ways
+    num_shards = sharding.num_shards(model.mesh, "batch")
+    return math.ceil(batch_size / num_shards) * num_shards
 
 
-def read(ask: Request, model: Loaded) -> Request:
-    """With its images and arrays read, and its images placed in the prompt. Raises ValueError naming the file that
-    cannot be read."""
-    sample, spec = requests.with_images(ask.sample, model.family.prompt), model.config.images
+def read(request: Request, model: Loaded) -> Request:
+    """Returns the request with images and arrays read, and with its images marked in the prompt. Raises ValueError
+    naming a file that cannot be read."""
+    sample, spec = with_images(request.sample, model.family.prompt), model.config.images
     if spec is not None:
         opened = [images.read(image, spec) for image in sample.images]
         sample = dataclasses.replace(sample, images=opened)
-    media = {name: requests.read_sense(name, value) for name, value in sample.media.items()}
-    return dataclasses.replace(ask, sample=dataclasses.replace(sample, media=media))
+    media = {name: read_sense(name, value) for name, value in sample.media.items()}
+    return dataclasses.replace(request, sample=dataclasses.replace(sample, media=media))
 
 
-# ---- what they are answers of ----
+# ---- the card ----
 
 
 def identity(path: str | Path) -> dict[str, Any]:
-    """What tells a checkpoint or run from others, wherever it lies: SHA-256 of its description (which has those of the
-    released files), and of the seals of the newest checkpoints of the run and of those it started from.
+    """Returns what identifies a checkpoint or run, independent of its path: the SHA-256 of its config (which has those
+    of the released files), and of the seals of the newest checkpoints of the run and of those it started from.
 
     Raises FileNotFoundError or ValueError as `mmjax.load` does.
     """
@@ -210,7 +210,7 @@ def identity(path: str | Path) -> dict[str, Any]:
 
 
 def _seal(run: Path) -> list[Any]:
-    """The newest step of a run, and the SHA-256 of its seal, which has those of the files."""
+    """Returns the newest step of a run, and the SHA-256 of its seal, which has the hashes of the checkpoint's files."""
     steps = training_checkpoints.saved(run / "checkpoints")
     if not steps:
         raise FileNotFoundError(f"{run / 'checkpoints'} has no checkpoint.")
@@ -221,12 +221,12 @@ def _sha256(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def card(asks: Sequence[Request], answerer: Answerer, model: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """What OUT.card.json holds; `model` is its `identity`, `more` are further things of which answers depend."""
+def card(requests: Sequence[Request], answerer: Answerer, model: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Returns the content of OUT.card.json. `model` is its `identity`; `more` are further settings of the answers."""
     dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(answerer.model.params)})
     settings = {"dtypes": dtypes, **answerer.settings, **more}
     return {"format": FORMAT, "model": dict(model), "settings": settings,
-            "samples": {"count": len(asks), "sha256": requests.digest(asks)},
+            "samples": {"count": len(requests), "sha256": digest(requests)},
             "versions": {name: importlib.metadata.version(name) for name in ("mmjax", "jax")}}
 
 
@@ -235,66 +235,67 @@ def card_path(out: Path) -> Path:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """In what two cards differ, in words; versions may."""
-    found = []
+    """Returns a line for each difference between two cards. Versions are not compared."""
+    lines = []
     for part in COMPARED:
-        one, other = json.loads(json.dumps([before.get(part, {}), now[part]]))
-        found += [f"{part}.{name}: {one.get(name)!r} -> {other.get(name)!r}" for name in sorted({*one, *other})
-                  if one.get(name) != other.get(name)]
-    return found
+        old, new = json.loads(json.dumps([before.get(part, {}), now[part]]))
+        lines += [f"{part}.{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in sorted({*old, *new})
+                  if old.get(name) != new.get(name)]
+    return lines
 
 
 # ---- the file ----
 
 
 @contextlib.contextmanager
-def _held(out: Path, made: Mapping[str, Any]) -> Iterator[Any]:
-    """The file of answers, open for reading and adding, by nobody else; and its card beside it.
+def _open_locked(out: Path, card: Mapping[str, Any]) -> Iterator[Any]:
+    """Opens the file of answers exclusively, for reading and appending, and writes its card if it has none.
 
-    Raises BlockingIOError if another process adds to it, ValueError if it is of something else.
+    Raises BlockingIOError if another process writes to it, ValueError if it has another card.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a+b", buffering=0) as file, files.exclusive_lock(out, "answering"):
-        beside = card_path(out)
-        if beside.is_file():
-            if differ := differences(converted.read_card(beside), made):
-                raise ValueError(f"{out} has answers of something else:\n  " + "\n  ".join(differ)
-                                 + "\nGive what it had; or name another file, or delete it and its card to begin anew.")
+        path = card_path(out)
+        if path.is_file():
+            if lines := differences(converted.read_card(path), card):
+                raise ValueError(f"{out} has answers to other samples, or of another model or settings:\n  "
+                                 + "\n  ".join(lines) + "\nUse those of the file; or name another file, or delete it "
+                                 "and its card to start over.")
         elif out.stat().st_size:
-            raise ValueError(f"{out} is there, but no {beside.name} beside it to tell what it is of. Put it back, or "
-                             "name another file.")
+            raise ValueError(f"{out} exists, but not {path.name}, which describes it. Restore that file, or name "
+                             "another output file.")
         else:
-            files.replace(beside, json.dumps(made, indent=2, default=str) + "\n")
+            files.replace(path, json.dumps(card, indent=2, default=str) + "\n")
         yield file
 
 
 def read_answers(content: bytes, ids: Sequence[str], out: Path) -> tuple[list[dict[str, Any]], int]:
-    """(the lines that are whole, their bytes): what was being written when the command was stopped is none.
+    """Returns (the complete lines, their size in bytes). An incomplete last line, of a stopped command, is ignored.
 
-    Raises ValueError naming a line before the last that is not JSON, or that is of another sample than stands there.
+    Raises ValueError naming a line before the last that is not JSON, or whose id is not that of its sample.
     """
-    whole = content[:content.rfind(b"\n") + 1]
+    complete = content[:content.rfind(b"\n") + 1]
     parsed: list[dict[str, Any]] = []
-    size, every = 0, whole.split(b"\n")[:-1]
-    for number, line in enumerate(every, 1):
+    size, lines = 0, complete.split(b"\n")[:-1]
+    for number, line in enumerate(lines, 1):
         try:
-            found = json.loads(line)
+            answer = json.loads(line)
         except ValueError as error:
-            if number == len(every):
+            if number == len(lines):
                 break
-            raise ValueError(f"{out}, line {number} is not JSON: {error}. Delete it and what follows, and the answers "
-                             "from there on are made anew.") from error
+            raise ValueError(f"{out}, line {number} is not JSON: {error}. Delete it and all lines after it; their "
+                             "samples are then answered again.") from error
         expected = ids[number - 1] if number <= len(ids) else None
-        if not isinstance(found, dict) or found.get("id") != expected or expected is None:
-            raise ValueError(f"{out}, line {number} is not of the sample {expected!r} that stands there. Delete it and "
-                             "what follows, and the answers from there on are made anew.")
-        parsed.append(found)
+        if not isinstance(answer, dict) or answer.get("id") != expected or expected is None:
+            raise ValueError(f"{out}, line {number} is not the answer to sample {expected!r}. Delete it and all lines "
+                             "after it; their samples are then answered again.")
+        parsed.append(answer)
         size += len(line) + 1
     return parsed, size
 
 
-class _Lines:
-    """The file of answers, to which those are added that all before them have been."""
+class _AnswerWriter:
+    """Writes answers to the file, in the order of the samples."""
 
     def __init__(self, file: Any, done: Sequence[Mapping[str, Any]], out: Path):
         self._file, self._out, self._waiting = file, out, {}
@@ -302,20 +303,20 @@ class _Lines:
         self.errors = [str(line["id"]) for line in done if "error" in line]
 
     def add(self, lines: Mapping[int, dict[str, Any]]) -> None:
-        """Lines by the number of their sample; those before the last one written are there already."""
+        """Adds lines by the number of their sample; those that are written already are ignored."""
         self._waiting |= {number: line for number, line in lines.items() if number >= self.written}
 
     def flush(self) -> int:
-        """Writes what can be, onto the disk; how many lines that were. Raises OSError naming the file."""
+        """Writes the lines that are next in order to disk; returns their number. Raises OSError naming the file."""
         before, ready = self.written, []
         while (line := self._waiting.pop(self.written, None)) is not None:
             ready.append(json.dumps(line, ensure_ascii=False) + "\n")
             self.errors += [str(line["id"])] if "error" in line else []
             self.written += 1
-        left = "".join(ready).encode()
+        remaining = "".join(ready).encode()
         try:
-            while left:  # of a disk that is getting full, only what had room is written
-                left = left[self._file.write(left) :]
+            while remaining:  # on a nearly full disk, `write` may write only a part
+                remaining = remaining[self._file.write(remaining) :]
             os.fsync(self._file.fileno())
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._out)) from error
@@ -327,11 +328,11 @@ class _Lines:
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """What a call of `predict` did.
+    """The result of `predict`.
 
-    count, errors: lines of the file, and the ids of those that have an error
-    now, seconds:  lines written by this call, and how long it took
-    compiled:      programs of this call
+    count, errors: number of lines of the file, and the ids of those with an error
+    now, seconds:  number of lines that this call wrote, and its duration
+    compiled:      programs that this call compiled
     """
 
     out: Path
@@ -342,41 +343,42 @@ class Done:
     compiled: compilation.Compiled
 
 
-def predict(out: str | Path, asks: Sequence[Request], answerer: Answerer, made: Mapping[str, Any],
+def predict(out: str | Path, requests: Sequence[Request], answerer: Answerer, card: Mapping[str, Any],
             console: Console | None = None) -> Done:
-    """Answers every sample that OUT has no line of yet. `made` is the `card`.
+    """Answers every request that has no line in OUT yet. `card` is the result of the function `card`.
 
-    Raises ValueError if OUT is of other samples, of another model or other settings, naming the differences, and in a
-    program of several processes; BlockingIOError if another process adds to it; OSError if it cannot be written, and
-    then what is written stays.
+    Raises ValueError if OUT is of other samples, another model or other settings, naming the differences, and in a
+    program of several processes; BlockingIOError if another process writes to OUT; OSError if it cannot be written, in
+    which case the lines written so far stay.
     """
     if jax.process_count() > 1:
         raise ValueError(f"Samples are answered by one process, this is one of {jax.process_count()}: start it on one "
-                         "host alone, where all of that host's devices take part.")
+                         "host, where it uses all devices of that host.")
     files.require_local({"out": out})
     out = Path(out)
-    console, begun = console or Console(stderr=True, markup=False), time.monotonic()
-    with _held(out, made) as file, compilation.count_compilations() as compiled:
+    console, begin = console or Console(stderr=True, markup=False), time.monotonic()
+    with _open_locked(out, card) as file, compilation.count_compilations() as compiled:
         file.seek(0)
-        done, size = read_answers(file.read(), [ask.id for ask in asks], out)
+        done, size = read_answers(file.read(), [request.id for request in requests], out)
         file.truncate(size)
-        lines = _Lines(file, done, out)
+        writer = _AnswerWriter(file, done, out)
         with Progress(*_columns(), console=console) as bar:
-            task = bar.add_task("answering", total=len(asks), completed=len(done))
-            for start, window in _windows(asks, len(done), answerer):
-                lines.add({start + place: {"id": each.ask.id, "error": each.problem}
-                           for place, each in enumerate(window) if each.problem is not None})
-                bar.advance(task, lines.flush())
-                for places in _batches(window, answerer):
-                    if start + max(places) < len(done):
-                        continue  # of a window that had been begun
-                    lines.add(_answered(start, window, places, answerer))
-                    bar.advance(task, lines.flush())
-    return Done(out, lines.written, tuple(lines.errors), lines.written - len(done), time.monotonic() - begun, compiled)
+            task = bar.add_task("answering", total=len(requests), completed=len(done))
+            for start, window in _windows(requests, len(done), answerer):
+                writer.add({start + index: {"id": opened.request.id, "error": opened.problem}
+                            for index, opened in enumerate(window) if opened.problem is not None})
+                bar.advance(task, writer.flush())
+                for indices in _batches(window, answerer):
+                    if start + max(indices) < len(done):
+                        continue  # answered before the command was stopped
+                    writer.add(_answer(start, window, indices, answerer))
+                    bar.advance(task, writer.flush())
+    seconds = time.monotonic() - begin
+    return Done(out, writer.written, tuple(writer.errors), writer.written - len(done), seconds, compiled)
 
 
 def summary(done: Done) -> Iterator[str]:
-    """What a call of `predict` did, in words."""
+    """Yields lines that describe the result of `predict`."""
     if done.now == done.count:
         yield f"{done.out}: {done.count:,} samples in {done.seconds:.1f} s, {done.now / done.seconds:.1f} a second"
     elif done.now:
@@ -387,69 +389,71 @@ def summary(done: Done) -> Iterator[str]:
     if done.now:
         yield f"{done.compiled.programs} programs were compiled in {done.compiled.seconds:.1f} s"
     if done.errors:
-        more = ", …" if len(done.errors) > NAMED else ""
-        yield (f'{len(done.errors):,} samples could not be answered ({", ".join(done.errors[:NAMED])}{more}): their '
-               'lines say why under "error"')
+        more = ", …" if len(done.errors) > MAX_LISTED else ""
+        ids = ", ".join(done.errors[:MAX_LISTED]) + more
+        yield f'{len(done.errors):,} samples could not be answered ({ids}): see "error" in their lines'
 
 
-def _windows(asks: Sequence[Request], first: int, answerer: Answerer) -> Iterator[tuple[int, list[Opened]]]:
-    """(number of its first sample, opened samples) of each window that has one from `first` on; one is read ahead.
+def _windows(requests: Sequence[Request], first: int, answerer: Answerer) -> Iterator[tuple[int, list[Opened]]]:
+    """Yields (number of its first sample, opened samples) of each window from that of sample `first` on; the next
+    window is prefetched.
 
-    Windows begin at the same samples wherever one starts, so that a command that goes on makes the same batches.
+    Windows begin at the same samples whatever `first` is, so that a resumed command makes the same batches.
     """
-    size, waiting = answerer.rows * answerer.window, collections.deque()
+    size, pending = answerer.rows * answerer.window, collections.deque()
 
-    def opened(ask: Request) -> Opened:
+    def open_request(request: Request) -> Opened:
         try:
-            return answerer.open(ask)
+            return answerer.open(request)
         except (ValueError, OSError) as error:
-            return Opened(ask, problem=str(error))
+            return Opened(request, problem=str(error))
 
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         try:
-            for start in range(first // size * size, len(asks), size):
-                waiting.append((start, [pool.submit(opened, ask) for ask in asks[start:start + size]]))
-                if len(waiting) == 2:
-                    yield _result(*waiting.popleft())
-            while waiting:
-                yield _result(*waiting.popleft())
+            for start in range(first // size * size, len(requests), size):
+                window = [pool.submit(open_request, request) for request in requests[start:start + size]]
+                pending.append((start, window))
+                if len(pending) == 2:
+                    yield _result(*pending.popleft())
+            while pending:
+                yield _result(*pending.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _result(start: int, window: Sequence[concurrent.futures.Future[Opened]]) -> tuple[int, list[Opened]]:
-    return start, [each.result() for each in window]
+    return start, [future.result() for future in window]
 
 
 def _batches(window: Sequence[Opened], answerer: Answerer) -> Iterator[list[int]]:
-    """The places in the window of each batch. Where they are sorted, samples with as many images and the same senses,
-    and then of about the same length, are together; and those that cannot be answered are left out."""
+    """Yields each batch as indices into the window. With a window above 1, invalid samples are left out and the others
+    are sorted by the number of images, the senses and the length."""
 
-    def order(place: int) -> tuple[Any, ...]:
-        sample = window[place].ask.sample
-        return len(sample.images), sorted(sample.media), window[place].length
+    def order(index: int) -> tuple[Any, ...]:
+        sample = window[index].request.sample
+        return len(sample.images), sorted(sample.media), window[index].length
 
-    places = list(range(len(window)))
+    indices = list(range(len(window)))
     if answerer.window > 1:
-        places = sorted((place for place in places if window[place].problem is None), key=order)
-    for first in range(0, len(places), answerer.rows):
-        chosen = places[first:first + answerer.rows]
-        if any(window[place].problem is None for place in chosen):
-            yield chosen
+        indices = sorted((index for index in indices if window[index].problem is None), key=order)
+    for first in range(0, len(indices), answerer.rows):
+        batch = indices[first:first + answerer.rows]
+        if any(window[index].problem is None for index in batch):
+            yield batch
 
 
-def _answered(start: int, window: Sequence[Opened], places: Sequence[int],
-              answerer: Answerer) -> dict[int, dict[str, Any]]:
-    """The lines of a batch by the numbers of their samples. One that cannot be answered keeps its row, so that the
-    others are where they would be without it; another sample stands in."""
-    good = [place for place in places if window[place].problem is None]
-    asks = [window[place if place in good else good[0]].ask for place in places]
-    answers = dict(zip(places, answerer.answer(asks, start + min(places)), strict=True))
-    return {start + place: {"id": window[place].ask.id, **answers[place]} for place in good}
+def _answer(start: int, window: Sequence[Opened], indices: Sequence[int],
+            answerer: Answerer) -> dict[int, dict[str, Any]]:
+    """Returns the lines of a batch by the numbers of their samples. A valid sample replaces each invalid one, so that
+    the rows of the others do not change."""
+    valid = [index for index in indices if window[index].problem is None]
+    requests = [window[index if index in valid else valid[0]].request for index in indices]
+    answers = dict(zip(indices, answerer.answer(requests, start + min(indices)), strict=True))
+    return {start + index: {"id": window[index].request.id, **answers[index]} for index in valid}
 
 
 class _Rate(ProgressColumn):
-    """Answers a second."""
+    """The progress bar's answers a second."""
 
     def render(self, task: Task) -> Text:
         return Text("" if task.speed is None else f"{task.speed:.1f}/s")

@@ -239,10 +239,10 @@ def test_rules_of_choosing():
 def test_choices_are_scored_as_the_loss_scores_them(model):
     """Every choice's loss is that of `mmjax.loss` on the answer alone, whatever the other rows are."""
     images = [scenes.draw(scene) for scene in scenes.scenes("train", 3)]
-    asks = [predictions.Ask(str(n), mmjax.Sample(images=[image], prompt="What? " * (n + 1)), COLORS[:2 + n])
+    asks = [predictions.Request(str(n), mmjax.Sample(images=[image], prompt="What? " * (n + 1)), COLORS[:2 + n])
             for n, image in enumerate(images)]
     answerer = Choices(model, batch_size=4)
-    found = answerer.answer([answerer.open(ask).ask for ask in asks], 0)
+    found = answerer.answer([answerer.open(ask).request for ask in asks], 0)
     loss_of = tiny.jit(lambda params, batch: mmjax.loss(model.module, params, batch)[0])
     for ask, line in zip(asks, found, strict=True):
         assert len(line["losses"]) == len(ask.choices)
@@ -258,7 +258,7 @@ def test_a_broken_model_chooses_nothing(model, monkeypatch):
     monkeypatch.setattr(sys.modules[Choices.__module__], "losses", lambda *_: np.array([np.nan, 1.0]))
     samples = [mmjax.Sample(images=[np.zeros((9, 9, 3), np.uint8)], prompt=small.PROMPT)] * 2
     broken, whole = Choices(model, batch_size=2).answer(
-        [predictions.Ask("", sample, ("red", "green")) for sample in samples], 0)
+        [predictions.Request("", sample, ("red", "green")) for sample in samples], 0)
     assert "mmjax doctor" in broken["error"] and "answer" not in broken
     assert whole["answer"] in ("red", "green")
 
@@ -272,7 +272,7 @@ def test_original_rule_is_multi_select(model):
                   for answer in answers]
     losses, ranks = multi_select(model.module, model.params, candidates)
     answerer = Choices(model, batch_size=2)
-    found = answerer.answer([predictions.Ask("", sample, answers) for sample in samples], 0)
+    found = answerer.answer([predictions.Request("", sample, answers) for sample in samples], 0)
     for row, line in enumerate(found):
         np.testing.assert_allclose(np.divide(line["losses"], np.array(line["padded"]) - 1), losses[row], rtol=1e-4)
         assert chosen(line, "original") == ranks[row][0]
@@ -280,7 +280,7 @@ def test_original_rule_is_multi_select(model):
 
 def test_samples_without_choices_are_an_error_of_theirs(model):
     with pytest.raises(ValueError, match="there are no choices"):
-        Choices(model).open(predictions.Ask("a", mmjax.Sample(prompt="What?")))
+        Choices(model).open(predictions.Request("a", mmjax.Sample(prompt="What?")))
 
 
 # ---- the page ----

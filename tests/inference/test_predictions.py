@@ -107,10 +107,10 @@ def test_a_line_that_lost_its_content_is_made_again(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "line", "message"), [
-    (2, b'{"id": "n7", "answer": ""}', r"line 3 is not of the sample 'n2' that stands there"),
-    (2, b"[]", r"line 3 is not of the sample 'n2'"),
+    (2, b'{"id": "n7", "answer": ""}', r"line 3 is not the answer to sample 'n2'"),
+    (2, b"[]", r"line 3 is not the answer to sample 'n2'"),
     (2, b"{", r"line 3 is not JSON"),
-    (10, b'{"id": "more"}\n', r"line 11 is not of the sample None"),
+    (10, b'{"id": "more"}\n', r"line 11 is not the answer to sample None"),
 ])
 def test_lines_that_do_not_belong_are_named(tmp_path, number, line, message):
     out = tmp_path / "out.jsonl"
@@ -140,7 +140,7 @@ def test_answers_without_a_card_are_refused(tmp_path):
     out = tmp_path / "out.jsonl"
     predict(out, Echo())
     predictions.card_path(out).unlink()
-    with pytest.raises(ValueError, match=r"no out.jsonl.card.json beside it"):
+    with pytest.raises(ValueError, match=r"exists, but not out.jsonl.card.json"):
         predict(out, Echo())
 
 

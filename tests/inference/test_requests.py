@@ -58,7 +58,7 @@ def test_all_broken_lines_are_in_one_error(tmp_path):
     for number, (line, expected) in enumerate(zip(named, BROKEN.values(), strict=False), 2):
         assert line.startswith(f"  line {number}: ") and expected in line
     assert "id '1' is that of an earlier line" in message
-    assert f"files are looked for below {tmp_path}" in message
+    assert f"file names are relative to {tmp_path}" in message
 
 
 def test_a_link_that_leads_out_is_refused(tmp_path):
@@ -91,7 +91,7 @@ def test_images_of_a_folder_in_order(tmp_path):
     found = requests.images(tmp_path, "What?")
     assert [ask.id for ask in found] == ["a/c.png", "b.JPG"]
     assert found[0].sample == Sample(images=[str(tmp_path / "a" / "c.png")], prompt="What?")
-    with pytest.raises(ValueError, match="shows 2 images"):
+    with pytest.raises(ValueError, match="has 2 images"):
         requests.images(tmp_path, "<ImageHere><ImageHere>")
 
 
@@ -116,11 +116,11 @@ def test_arrays_are_read_and_words_are_not(tmp_path):
     assert requests.read_sense("text", "a.npy") == "a.npy"
     assert requests.read_sense("audio", "a.wav") == "a.wav"
     put(tmp_path / "b.npy", b"no")
-    with pytest.raises(ValueError, match="b.npy is not an array that can be read"):
+    with pytest.raises(ValueError, match="b.npy cannot be read as an array"):
         requests.read_sense("depth", str(tmp_path / "b.npy"))
 
 
 def test_objects_are_never_unpickled(tmp_path):
     np.save(tmp_path / "a.npy", np.array([{}], object), allow_pickle=True)
-    with pytest.raises(ValueError, match="a.npy is not an array"):
+    with pytest.raises(ValueError, match="a.npy cannot be read as an array"):
         requests.read_sense("depth", str(tmp_path / "a.npy"))
