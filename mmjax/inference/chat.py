@@ -1,18 +1,18 @@
-"""A conversation with a model: what was shown and said, the prompt that it makes, and the answer as it is written.
+"""A conversation with a model: its inputs and turns, the prompt made from them, and the streamed answer.
 
     talk = chat.Conversation(chat.template_of(model))
-    chat.add(model, talk, "image", chat.take(model, "image", "a.jpg"))
+    chat.add_input(model, talk, "image", chat.read_input(model, "image", "a.jpg"))
     talk.ask("What is this?")
     for piece in chat.reply(model, talk):
         print(piece, end="")
 
-Three templates are those of MiniGPT-4's chat (minigpt4/conversation/conversation.py): they write the whole history into
-one prompt, every image where it was shown. The other two remember what was shown and not what was said, as the demos
-of ImageBind-LLM and LLaMA-Adapter do: each question stands alone.
+Three templates are those of MiniGPT-4's chat (minigpt4/conversation/conversation.py): the prompt has the whole history,
+with each image at the point where it was shown. The other two keep the inputs but not the text of earlier turns, as the
+demos of ImageBind-LLM and LLaMA-Adapter do.
 
-Where a history is longer than the limit, the original cuts tokens off its left end, the system sentence first. Here the
-words of the oldest questions and answers are left out, then the oldest images; the prompt stays whole, and `Prompt`
-says what is missing.
+If a history is longer than the limit, the original cuts tokens off its left end, beginning with the system message.
+Here the oldest questions and answers are left out, then the oldest images; the prompt keeps its format, and `Prompt`
+says what was left out.
 """
 
 import dataclasses
@@ -37,32 +37,32 @@ IMAGE = "image"  # the sense whose inputs go into `Sample.images`
 HISTORIES = {"vicuna": conversation.TEMPLATES["vicuna0"], "llama2": conversation.TEMPLATES["llama2"],
              "v2": conversation.TEMPLATES["minigptv2"]}
 TEMPLATES = (*HISTORIES, "alpaca", "plain")
-# Templates that prompts were trained in (minigpt4/models/minigpt_base.py), and what talks to such a model.
+# Training prompt templates (minigpt4/models/minigpt_base.py) and the chat templates for models trained with them.
 TRAINED_IN = {"###Human: {} ###Assistant: ": "vicuna", "[INST] {} [/INST] ": "llama2", "[INST] {} [/INST]": "v2",
               ALPACA: "alpaca"}
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatSettings:
-    """How answers are written. Raises ValueError naming every value out of range."""
+    """The decoding options of a chat. Raises ValueError naming every value out of range."""
 
     # longest answer, in tokens
     max_new_tokens: int = 300
-    # 0 takes the best word, above 0 draws (the original: 1)
+    # 0 takes the best token, above 0 samples (the original: 1)
     temperature: float = 0.0
-    # above 1 searches with beams, at temperature 0; the answer comes in one piece
+    # above 1: beam search, at temperature 0; the answer is not streamed
     num_beams: int = 1
-    # draws from the fewest words that hold this share of the probability
+    # sample from the fewest tokens whose probabilities reach this sum
     top_p: float = 0.9
-    # draws from so many words at most; 0 for all
+    # sample from this many tokens at most; 0 for all
     top_k: int = 50
-    # above 1 avoids words that the answer has already
+    # above 1 penalizes tokens that the answer already has
     repetition_penalty: float = 1.05
-    # of beams: above 0 favours long answers
+    # in beam search: above 0 favours long answers
     length_penalty: float = 1.0
-    # most tokens of the history and the answer together, images counted
+    # most tokens of the prompt and the answer together, soft tokens included
     max_length: int = 2000
-    # of the draws; every answer of a conversation draws anew
+    # of sampling; each answer of a conversation adds 1
     seed: int = 0
 
     def __post_init__(self):
@@ -73,11 +73,11 @@ class ChatSettings:
 
     @property
     def decoding(self) -> dict[str, Any]:
-        """The arguments of `Loaded.stream` that do not change from answer to answer."""
+        """The arguments of `Loaded.stream` that are the same for all answers."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in ("max_length", "seed")}
 
     def changed(self, name: str, value: str) -> "ChatSettings":
-        """With one value as a person types it. Raises ValueError naming what is wrong with name or value."""
+        """Returns settings with one value parsed from a string. Raises ValueError for an invalid name or value."""
         kinds = {field.name: field.type for field in dataclasses.fields(self)}
         if name not in kinds:
             close = difflib.get_close_matches(name, kinds, n=1)
@@ -93,7 +93,7 @@ class ChatSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """A question with the images that were shown just before it, and its answer; "" while there is none."""
+    """A question with the images shown before it, and its answer; "" while there is none."""
 
     question: str
     answer: str = ""
@@ -102,14 +102,14 @@ class Turn:
 
 @dataclasses.dataclass
 class Conversation:
-    """What has been shown and said so far. It knows no model: any can go on with it.
+    """The inputs and turns of a conversation, independent of a model.
 
     template: one of `TEMPLATES`
-    turns:    the questions, oldest first; only the last one may be without an answer
-    images: shown since the last question
-    given:    by sense, what the model perceives besides: the latest of each. A image is here for models whose
-              images take no places among the words, and among the turns for the others
-    left_out: of the last prompt: a sentence about what did not fit, or ""
+    turns:    oldest first; only the last one may lack an answer
+    images:   shown since the last question
+    given:    by sense, the latest other input. Images are here for models whose images take no slots of the text, and
+              in `turns` for all others
+    left_out: a sentence about what did not fit into the last prompt, or ""
     """
 
     template: str
@@ -124,38 +124,38 @@ class Conversation:
 
     @property
     def remembers(self) -> bool:
-        """Whether a prompt holds what was said before."""
+        """Whether prompts include earlier turns."""
         return self.template in HISTORIES
 
     def show(self, image: Any) -> None:
-        """A image among the words, in front of the next question."""
+        """Adds an image in front of the next question."""
         self.images.append(image)
 
     def give(self, sense: str, value: Any) -> None:
-        """What the model perceives from now on through a sense."""
+        """Sets the input of a sense, from the next question on."""
         self.given[sense] = value
 
     def ask(self, question: str) -> None:
-        """The next question. Raises ValueError for one that cannot be asked."""
+        """Adds the next question. Raises ValueError for an invalid one."""
         question = question.strip()
         if not question:
             raise ValueError("There is no question.")
         if not is_text(question):
-            raise ValueError("The question holds bytes that are not UTF-8. Save or type it as UTF-8.")
+            raise ValueError("The question has bytes that are not UTF-8. Save or type it as UTF-8.")
         if text.PLACEHOLDER in question:
-            raise ValueError(f"A question cannot hold {text.PLACEHOLDER}: show a image instead, and it gets its "
-                             "place in front of the question.")
+            raise ValueError(f"A question cannot hold {text.PLACEHOLDER}: show an image instead, and it is put in "
+                             "front of the question.")
         self.turns.append(Turn(question, images=tuple(self.images)))
         self.images = []
 
-    def say(self, words: str) -> None:
-        """More of the answer to the last question."""
-        self.turns[-1] = dataclasses.replace(self.turns[-1], answer=self.turns[-1].answer + words)
+    def append_answer(self, text: str) -> None:
+        """Appends text to the answer to the last question."""
+        self.turns[-1] = dataclasses.replace(self.turns[-1], answer=self.turns[-1].answer + text)
 
     def finish(self) -> None:
-        """Ends an answer; a question that got none is taken back, its images wait for the next one.
+        """Ends an answer. A question with an empty answer is removed, and its images go before the next one.
 
-        What a model of MiniGPT-4's goes on with in the assistant's name is the answer, as in the original's `Chat`.
+        Of text with several "Assistant:" only what follows the last one is the answer, as in MiniGPT-4's `Chat`.
         """
         last = self.turns.pop()
         answer = last.answer.split("Assistant:")[-1] if self.remembers else last.answer
@@ -165,15 +165,15 @@ class Conversation:
             self.images = [*last.images, *self.images]
 
     def reset(self) -> None:
-        """Forgets everything but the template."""
+        """Removes everything but the template."""
         self.turns, self.images, self.given, self.left_out = [], [], {}, ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What a model is asked, complete: no template goes around it any more.
+    """A complete prompt, with its template applied.
 
-    turns, images: how many of the conversation were left out, oldest first, for it would be too long with them
+    turns, images: numbers of turns and images that were left out, oldest first, because they did not fit
     """
 
     sample: Sample
@@ -182,56 +182,57 @@ class Prompt:
 
     @property
     def left_out(self) -> str:
-        """One sentence about what was left out; "" for nothing."""
+        """A sentence about what was left out; "" if nothing was."""
         parts = [f"{count} {name}{'s' * (count > 1)}" for count, name in (
             (self.turns, "earlier answer"), (self.images, "earlier image")) if count]
         return f"{' and '.join(parts)} left out: the conversation is longer than max_length." if parts else ""
 
 
-# ---- what fits a model ----
+# ---- templates and inputs of a model ----
 
 
 def template_of(model: Loaded, scenes: ScenesConfig | None = None) -> str:
-    """The chat template for a model, by what its prompts were trained in.
+    """Returns the chat template for a model, by the template of its training prompts.
 
-    One trained on prompts and answers as one text (`joint`) knows one question at a time, and so does one of the scenes
-    world, whose language model never read a conversation. A converted checkpoint often says nothing about its template:
-    an end of "###" is Vicuna's; LLaMA-2 and MiniGPT-v2 cannot be told apart and become "plain".
+    A model trained on prompts and answers as one text (`joint`) gets one question at a time, and so does one of the
+    scenes, whose language model was not trained on conversations. Converted checkpoints often have no template: then an
+    end symbol "###" means Vicuna; LLaMA-2 and MiniGPT-v2 cannot be distinguished and get "plain".
     """
-    trained_in, places = model.text.prompt_template, model.config.image_tokens > 0
+    trained_in, has_slots = model.text.prompt_template, model.config.image_tokens > 0
     if scenes is None and not model.text.joint:
         if trained_in in TRAINED_IN:
             return TRAINED_IN[trained_in]
-        if not trained_in and places and model.text.end_sym == HISTORIES["vicuna"].sep:
+        if not trained_in and has_slots and model.text.end_sym == HISTORIES["vicuna"].sep:
             return "vicuna"
     return "alpaca" if trained_in == ALPACA else "plain"
 
 
 def scenes_of(checkpoint: Path) -> ScenesConfig | None:
-    """The scenes that a run was trained on; None for any other model. Raises ValueError for a damaged file."""
+    """Returns the scenes that a run was trained on; None for any other model. Raises ValueError for a damaged file."""
     folder = Path(checkpoint)
     card = read_run_card(folder) if (folder / RUN_CARD).is_file() else {}
-    drawn = card.get("config", {}).get("data", {}).get("scenes")
-    return None if drawn is None else ScenesConfig(**drawn)
+    config = card.get("config", {}).get("data", {}).get("scenes")
+    return None if config is None else ScenesConfig(**config)
 
 
 def supported_inputs(model: Loaded) -> tuple[str, ...]:
-    """The names of what a model can be given: "image", and of `mmjax.data.senses.NAMES` what it has a tower for."""
+    """Returns the inputs that a model supports: "image", and those of `mmjax.data.senses.NAMES` that it has a tower
+    for."""
     media = tuple(name for name in senses.NAMES if sense_of(name) in model.config.senses)
     return ((IMAGE,) if model.config.image_size else ()) + media
 
 
 def read_input(model: Loaded, sense: str, source: Any) -> Any:
-    """What a sense is given, read once and checked, so that the file may change or go.
+    """Reads and checks the input of a sense, so that its file may change or be deleted.
 
-    source: of "image" whatever `mmjax.data.images.load` takes; of "text" the words; of "audio" a .wav file; of the
+    source: for "image" whatever `mmjax.data.images.load` takes; for "text" a string; for "audio" a .wav file; for all
             others an array or a .npy file
 
-    Raises ValueError naming the file, or the senses that the model has.
+    Raises ValueError naming the file, or the inputs that the model supports.
     """
-    if sense not in (able := supported_inputs(model)):
+    if sense not in (supported := supported_inputs(model)):
         raise ValueError(f"This model does not perceive {sense!r}; "
-                         + (f"it perceives {', '.join(able)}." if able else "it reads words alone."))
+                         + (f"it perceives {', '.join(supported)}." if supported else "it reads text only."))
     if sense == IMAGE:
         return images.read(source, model.config.images)
     value = _read(sense, source) if isinstance(source, (str, os.PathLike)) else source
@@ -255,7 +256,7 @@ def _read(sense: str, source: str | os.PathLike) -> Any:
 
 
 def add_input(model: Loaded, talk: Conversation, sense: str, value: Any) -> None:
-    """Puts what `take` gave into a conversation, as this model perceives it."""
+    """Adds an input from `read_input` to a conversation."""
     if sense == IMAGE and model.config.image_tokens:
         talk.show(value)
     else:
@@ -266,30 +267,30 @@ def add_input(model: Loaded, talk: Conversation, sense: str, value: Any) -> None
 
 
 def prompt(model: Loaded, talk: Conversation, settings: ChatSettings = ChatSettings()) -> Prompt:
-    """The last question, with as much of what came before it as fits.
+    """Returns the prompt of the last question, with as much of the earlier conversation as fits.
 
     Raises ValueError if the question alone, with its images, does not fit.
     """
     room = min(settings.max_length, model.config.llm.max_positions) - settings.max_new_tokens
-    bare = dataclasses.replace(model.text, prompt_template="")
+    text_settings = dataclasses.replace(model.text, prompt_template="")
     *earlier, last = talk.turns
     length = 0
-    for made in _shorter_and_shorter(model, talk, earlier, last):
-        ((places,), _) = text.row_slots([made.sample], model.tokenizer, bare, model.config.image_tokens)
-        length = len(places)
+    for candidate in _candidates(model, talk, earlier, last):
+        ((slots,), _) = text.row_slots([candidate.sample], model.tokenizer, text_settings, model.config.image_tokens)
+        length = len(slots)
         if length <= room:
-            return made
+            return candidate
     raise ValueError(
-        f"The question takes {length} tokens with its images, but there is room for {max(room, 0)} beside an answer "
+        f"The question takes {length} tokens with its images, but there is room for {max(room, 0)} besides an answer "
         f"of {settings.max_new_tokens} (max_length = {settings.max_length}; this model reads "
-        f"{model.config.llm.max_positions} at most). Ask a shorter one, show fewer images, or lower "
-        "max_new_tokens.")
+        f"{model.config.llm.max_positions} at most). Ask a shorter one, show fewer images, or "
+        "decrease max_new_tokens.")
 
 
-def _shorter_and_shorter(model: Loaded, talk: Conversation, earlier: Sequence[Turn], last: Turn) -> Iterator[Prompt]:
-    """Without ever more of what came first: the words of the turns, then images."""
+def _candidates(model: Loaded, talk: Conversation, earlier: Sequence[Turn], last: Turn) -> Iterator[Prompt]:
+    """Yields shorter and shorter prompts: without the text of the oldest turns, then without the oldest images."""
     if not talk.remembers:
-        yield Prompt(_alone(model, talk, earlier, last))
+        yield Prompt(_single_question(model, talk, earlier, last))
         return
     for turns in range(len(earlier) + 1):
         yield Prompt(_with_history(talk, earlier, last, turns, 0), turns)
@@ -297,32 +298,31 @@ def _shorter_and_shorter(model: Loaded, talk: Conversation, earlier: Sequence[Tu
         yield Prompt(_with_history(talk, earlier, last, len(earlier), hidden), len(earlier), hidden)
 
 
-def _alone(model: Loaded, talk: Conversation, earlier: Sequence[Turn], last: Turn) -> Sample:
-    """One question about what was shown last."""
+def _single_question(model: Loaded, talk: Conversation, earlier: Sequence[Turn], last: Turn) -> Sample:
+    """Returns the last question with the latest images, without earlier turns."""
     images = next((turn.images for turn in (last, *reversed(earlier)) if turn.images), ())
-    words = conversation.IMAGE * len(images) + " " * bool(images) + last.question
-    around = ALPACA if talk.template == "alpaca" else model.text.prompt_template
-    return _given(talk, Sample(images=list(images), prompt=around.replace("{}", words) if around else words))
+    question = conversation.IMAGE * len(images) + " " * bool(images) + last.question
+    template = ALPACA if talk.template == "alpaca" else model.text.prompt_template
+    prompt = template.replace("{}", question) if template else question
+    return _add_given(talk, Sample(images=list(images), prompt=prompt))
 
 
-def _with_history(talk: Conversation, earlier: Sequence[Turn], last: Turn, mute: int, blind: int) -> Sample:
-    """A whole conversation without the words of its first `mute` turns and without its first `blind` images.
-
-    A image whose words are left out stands in front of the next words.
-    """
-    waiting = [image for turn in earlier[:mute] for image in turn.images][blind:]
-    written = conversation.Transcript(HISTORIES[talk.template])
-    for turn in (*earlier[mute:], last):
+def _with_history(talk: Conversation, earlier: Sequence[Turn], last: Turn, skip_turns: int, skip_images: int) -> Sample:
+    """Returns the conversation without the text of its first `skip_turns` turns and without its first `skip_images`
+    images. The remaining images of skipped turns precede the next question."""
+    waiting = [image for turn in earlier[:skip_turns] for image in turn.images][skip_images:]
+    transcript = conversation.Transcript(HISTORIES[talk.template])
+    for turn in (*earlier[skip_turns:], last):
         for image in (*waiting, *turn.images):
-            written = written.show(image)
-        written, waiting = written.ask(turn.question), []
-        if turn is not last:  # a model may write the mark of a image; there would be none for it
-            written = written.answer(turn.answer.replace(text.PLACEHOLDER, ""))
-    return _given(talk, written.sample())
+            transcript = transcript.show(image)
+        transcript, waiting = transcript.ask(turn.question), []
+        if turn is not last:  # a placeholder that the model generated has no image
+            transcript = transcript.answer(turn.answer.replace(text.PLACEHOLDER, ""))
+    return _add_given(talk, transcript.sample())
 
 
-def _given(talk: Conversation, sample: Sample) -> Sample:
-    """With what other senses perceive, and images that take no places."""
+def _add_given(talk: Conversation, sample: Sample) -> Sample:
+    """Returns the sample with the inputs of other senses, and with images that take no slots."""
     media = {sense: value for sense, value in talk.given.items() if sense != IMAGE}
     images = [talk.given[IMAGE]] if IMAGE in talk.given else []
     return dataclasses.replace(sample, images=[*sample.images, *images], media=media)
@@ -332,26 +332,26 @@ def _given(talk: Conversation, sample: Sample) -> Sample:
 
 
 def reply(model: Loaded, talk: Conversation, settings: ChatSettings = ChatSettings()) -> Iterator[str]:
-    """The answer to the last question in pieces, as it is written, recorded in the conversation as it goes.
+    """Yields the answer to the last question in pieces, and appends them to the conversation.
 
-    Close the iterator to interrupt it: the conversation keeps what was said so far. A question that got no word is
-    taken back.
+    Close the iterator to interrupt it: the conversation keeps the answer so far. A question without any answer is
+    removed.
 
-    Raises ValueError, from the first piece on, if the question does not fit or cannot be asked.
+    Raises ValueError, with the first piece, if the question does not fit or is invalid.
     """
     try:
-        asked = prompt(model, talk, settings)
-        talk.left_out = asked.left_out
-        pieces = model.stream(asked.sample, stop=stops(model.text, talk.template), prompt_template="",
+        complete = prompt(model, talk, settings)
+        talk.left_out = complete.left_out
+        pieces = model.stream(complete.sample, stop=stops(model.text, talk.template), prompt_template="",
                               seed=settings.seed + len(talk.turns) - 1, **settings.decoding)
         for piece in pieces:
-            talk.say(piece)
+            talk.append_answer(piece)
             yield piece
     finally:
         talk.finish()
 
 
 def stops(settings: TextConfig, template: str) -> list[str]:
-    """The strings that end an answer: what the model was trained to end with, and what ends a message."""
+    """Returns the strings that end an answer: the model's end symbol and the template's separator."""
     ends = (settings.end_sym, HISTORIES[template].sep if template in HISTORIES else "")
     return [end for end in dict.fromkeys(ends) if end]
