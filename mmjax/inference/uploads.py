@@ -1,9 +1,9 @@
-"""Files that visitors of the chat page send: who sent which, and what of a request reaches Gradio.
+"""Uploads of the chat page: stores visitors' files, and filters the requests that reach Gradio.
 
-Gradio copies, downloads and serves whatever path or address a request names, in any field, before a handler of the page
-sees it; and it gives two visitors who send the same bytes one file. So it receives no file here and no request as it
-came: `Gate` stands before it, keeps the files itself, one to each upload, and lets pass the requests that the page
-makes, with no file in them but those that the same visitor sent. `Uploads` says which these are.
+Gradio copies, downloads and serves any path or URL that a request names, in any field, before the page's handlers run;
+and visitors who upload the same bytes share one file. Therefore `Gate`, a middleware in front of Gradio, stores each
+upload as a file of its own (`Uploads`), and passes on only the page's own requests, rewritten so that they name no
+files but those that the same visitor uploaded.
 """
 
 import contextlib
@@ -20,23 +20,23 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-WAIT = 600  # seconds that a file may wait to be read
+WAIT = 600  # seconds after which an unread file is deleted
 MAX_FILES = 64  # of one request
-MAX_BODY = 2**20  # bytes of a request that is no upload
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".wav")  # that a file keeps on disk
+MAX_BODY = 2**20  # bytes of a request that is not an upload
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".wav")  # kept by stored files
 COOKIE = "mmjax-visitor"
 API = "/gradio_api/"
 GET = re.compile(r"/|/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|(assets|static|svelte)/.+)|" + API +
                  r"(theme\.css|info|app_id|login_check|startup-events|upload_progress|heartbeat/[^/]+|file=.+"
                  r"|queue/(data|status))")
 POST = re.compile(API + "(upload|queue/join|run/predict|cancel|reset)")
-ASKED = ("data", "event_data", "fn_index", "trigger_id", "session_hash")  # what the page sends to its handlers
-FILE_KEYS = {"path", "url", "meta"}  # one of them, and Gradio may take a dict for a file
+FIELDS = ("data", "event_data", "fn_index", "trigger_id", "session_hash")  # what the page sends to its handlers
+FILE_KEYS = {"path", "url", "meta"}  # Gradio may treat a dict with any of these as a file
 
 
 @dataclasses.dataclass(frozen=True)
 class Upload:
-    """name: for people, as the visitor called it"""
+    """An unread file. name: the visitor's name of the file, for messages only"""
 
     visitor: str
     name: str
@@ -44,17 +44,17 @@ class Upload:
 
 
 class Uploads:
-    """The files that were sent and wait to be read. Each lies under a name that cannot be guessed, and is read once."""
+    """The uploaded files that are not read yet. Each has an unguessable path, and is read once."""
 
     def __init__(self, folder: str | Path):
-        """folder: below which they are kept, in one of their own"""
+        """folder: in which a new folder for the files is created"""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.folder = Path(tempfile.mkdtemp(prefix="visitors-", dir=folder)).resolve()  # for this user alone
         self._waiting: dict[str, Upload] = {}
         self._lock = threading.Lock()
 
     def add(self, visitor: str, name: str, source: BinaryIO) -> str:
-        """The path of a new file with the bytes of `source`, whatever else has them."""
+        """Writes the bytes of `source` to a new file and returns its path."""
         self._remove(lambda upload: upload.since < time.monotonic() - WAIT)
         name = _shown(name)
         suffix = Path(name).suffix.lower()
@@ -67,8 +67,8 @@ class Uploads:
 
     @contextlib.contextmanager
     def taken(self, path: str) -> Iterator[str]:
-        """The name of a file that is read now; afterwards it is gone. Raises ValueError, and nothing is opened or
-        removed, if it was not uploaded or no longer waits."""
+        """Yields the name of a file and deletes the file afterwards. Raises ValueError if it was not uploaded or was
+        read before; then no file is opened or deleted."""
         with self._lock:
             upload = self._waiting.pop(str(path), None)
         if upload is None:
@@ -80,31 +80,31 @@ class Uploads:
             Path(path).unlink(missing_ok=True)
 
     def admitted(self, visitor: str, value: Any, pages: Collection[str] = ()) -> Any:
-        """What a request of a visitor holds, with nothing said of a file but its path.
+        """Returns the content of a visitor's request, with files reduced to their paths and names.
 
-        pages: paths of the page's own images, which all may name
+        pages: paths of the page's own images, which every visitor may name
 
-        Raises ValueError for a file that this visitor did not upload, wherever it stands.
+        Raises ValueError for a file that this visitor did not upload, at any depth.
         """
         if isinstance(value, list):
-            return [self.admitted(visitor, one, pages) for one in value]
+            return [self.admitted(visitor, item, pages) for item in value]
         if not isinstance(value, dict):
             return value
         if not FILE_KEYS & value.keys():
-            return {key: self.admitted(visitor, one, pages) for key, one in value.items()}
+            return {key: self.admitted(visitor, item, pages) for key, item in value.items()}
         path = value.get("path")
         upload = self._waiting.get(path) if isinstance(path, str) else None
         if not (upload and upload.visitor == visitor) and not (isinstance(path, str) and path in pages):
-            raise ValueError("The request names a file that was not uploaded in this visit, or no longer waits. Upload "
+            raise ValueError("The request names a file that was not uploaded in this visit, or was read before. Upload "
                              "it on the page, with cookies allowed for it.")
         return {"path": path, "orig_name": upload.name if upload else None, "meta": {"_type": "gradio.FileData"}}
 
     def leave(self, visitor: str) -> None:
-        """Removes what a visitor left unread."""
+        """Deletes a visitor's unread files."""
         self._remove(lambda upload: upload.visitor == visitor)
 
     def close(self) -> None:
-        """Removes all."""
+        """Deletes all files."""
         self._remove(lambda upload: True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -118,16 +118,17 @@ class Uploads:
 
 
 def _shown(name: str) -> str:
-    """A file's name for people: the last part, in one line, of at most 100 letters. No file is called so."""
+    """Returns a file's name for messages: the last part, printable characters only, at most 100. Never used as a path.
+    """
     last = re.split(r"[/\\]", name)[-1]
     return "".join(letter for letter in last if letter.isprintable())[-100:].strip() or "file"
 
 
-# ---- before Gradio ----
+# ---- the middleware ----
 
 
 class Refused(Exception):
-    """A request that Gradio does not see. status: of the answer, whose words are the message"""
+    """A request that is not passed on to Gradio. status: HTTP status of the answer, whose body is the message"""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
@@ -135,14 +136,14 @@ class Refused(Exception):
 
 
 class Gate:
-    """ASGI middleware around a Gradio application: see above.
+    """ASGI middleware that filters the requests to a Gradio application.
 
-    pages: paths of the page's own images, the only ones that are served
-    most:  bytes of an uploaded file
-    total: bytes of an upload of several
+    pages: paths of the page's own images, the only files that are served
+    most:  maximum bytes of an uploaded file
+    total: maximum bytes of an upload of several files
 
-    A visitor is who sends the same cookie. Files that were not read are removed when the last of a visitor's open pages
-    closes (each holds a connection to "heartbeat"), after `WAIT` seconds, or when the server ends.
+    A cookie identifies a visitor. Unread files are deleted when the last of a visitor's open pages closes (each keeps a
+    connection to "heartbeat" open), after `WAIT` seconds, or when the server ends.
     """
 
     def __init__(self, inner: Any, uploads: Uploads, pages: Collection[str], most: int, total: int):
@@ -171,7 +172,7 @@ class Gate:
         route = path.removeprefix(API)
         if route.startswith("file=") and route.removeprefix("file=") not in self.pages:
             raise Refused(403, "No file is served from there.")
-        if route == "upload_progress":  # the page asks while it sends; it shows no more than that it does
+        if route == "upload_progress":  # the page polls it during an upload
             return await _answer(send, 200, 'data: {"msg": "done"}\n\n', b"text/event-stream")
         if route == "upload":
             return await self._keep(scope, receive, send, visitor)
@@ -189,17 +190,17 @@ class Gate:
                 self.uploads.leave(visitor)
 
     async def _checked(self, scope, receive, visitor):
-        """(scope, receive) of the same request with nothing in its body but what may be."""
+        """Returns (scope, receive) of the same request with only permitted content in its body."""
         body = await _body(receive)
         try:
-            asked = json.loads(body)
-            if not isinstance(asked, dict):
+            content = json.loads(body)
+            if not isinstance(content, dict):
                 raise ValueError("not an object")
-            asked = {key: asked[key] for key in ASKED if key in asked}
+            content = {key: content[key] for key in FIELDS if key in content}
         except (ValueError, RecursionError) as error:
-            raise Refused(400, "The request is no JSON of a question.") from error
+            raise Refused(400, "The request is not a JSON object.") from error
         try:
-            body = json.dumps(self.uploads.admitted(visitor, asked, self.pages)).encode()
+            body = json.dumps(self.uploads.admitted(visitor, content, self.pages)).encode()
         except RecursionError as error:
             raise Refused(400, "The request is nested too deeply.") from error
         except ValueError as error:
@@ -214,9 +215,9 @@ class Gate:
         return {**scope, "headers": headers}, again
 
     async def _keep(self, scope, receive, send, visitor):
-        """In place of Gradio's own upload; it too answers with the paths."""
+        """Stores the files of an upload in place of Gradio, and answers with their paths as Gradio does."""
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length[:20]) > self.total:  # else the bytes that come are counted
+        if length.isdigit() and int(length[:20]) > self.total:  # otherwise received bytes are counted
             raise Refused(413, f"The request exceeds the maximum allowed size of {self.total} bytes.")
         from starlette.concurrency import run_in_threadpool
         from starlette.exceptions import HTTPException
@@ -238,24 +239,24 @@ class Gate:
 
 
 def _visitor(scope, send):
-    """(who sends the request, `send` that lets them be known by it again)"""
+    """Returns (the visitor of a request, a `send` that sets the visitor's cookie)."""
     header = b"; ".join(value for name, value in scope["headers"] if name == b"cookie").decode("latin-1")
-    known = re.search(rf"(?:^|; *){COOKIE}=([A-Za-z0-9_-]{{32,64}}) *(?:;|$)", header)  # others' may be malformed
+    known = re.search(rf"(?:^|; *){COOKIE}=([A-Za-z0-9_-]{{32,64}}) *(?:;|$)", header)  # other cookies may be malformed
     if known:
         return known[1], send
     visitor = secrets.token_urlsafe(32)
     secure = "; Secure" if scope.get("scheme") == "https" else ""
-    made = f"{COOKIE}={visitor}; Path=/; HttpOnly; SameSite=Lax{secure}".encode()
+    cookie = f"{COOKIE}={visitor}; Path=/; HttpOnly; SameSite=Lax{secure}".encode()
 
     async def sent(message):
         if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", ()), (b"set-cookie", made)]}
+            message = {**message, "headers": [*message.get("headers", ()), (b"set-cookie", cookie)]}
         await send(message)
     return visitor, sent
 
 
 def _limited(receive, most):
-    """`receive` that raises Refused after so many bytes."""
+    """Returns a `receive` that raises Refused after `most` bytes."""
     seen = 0
 
     async def received():
@@ -277,8 +278,8 @@ async def _body(receive) -> bytes:
     raise Refused(400, "The request broke off.")
 
 
-async def _answer(send, status: int, words: str, kind: bytes) -> None:
-    body = words.encode()
+async def _answer(send, status: int, text: str, kind: bytes) -> None:
+    body = text.encode()
     await send({"type": "http.response.start", "status": status,
                 "headers": [(b"content-type", kind), (b"content-length", str(len(body)).encode()),
                             (b"cache-control", b"no-store")]})

@@ -1,9 +1,9 @@
-"""A page to talk to a model in the browser: `mmjax chat --web`. Needs Gradio, the extra `demo`.
+"""A chat page for the browser: `mmjax chat --web`. Needs Gradio, the extra `demo`.
 
-The page works without a network: no fonts, scripts or counters from elsewhere, which a content policy makes the browser
-hold to. Images are read once, when they arrive, then their files are deleted; what the page shows of them travels in
-the page itself, so no address serves one visitor's images to another. No file is opened but those that its visitor
-sent (`mmjax.inference.uploads`). One answer is written at a time, others wait.
+The page works offline: it has no external fonts, scripts or trackers, which a content security policy enforces. Images
+are read once, when they are uploaded, and their files are deleted; the page embeds the images that it shows, so no URL
+serves one visitor's images to another. Only files that the visitor uploaded are opened (`mmjax.inference.uploads`). One
+answer is generated at a time; others wait.
 """
 
 import asyncio
@@ -32,12 +32,12 @@ from mmjax.inference.loaded import Loaded
 from mmjax.inference.uploads import Gate, Uploads
 
 MAX_BYTES = 20 * 2**20  # of an uploaded file
-MAX_PIXELS = 40_000_000  # of a image; unfolded they are six times as many bytes as a file may have
+MAX_PIXELS = 40_000_000  # of an image; decoded they take six times the bytes of the largest file
 MAX_IMAGES = 16  # of one visitor
 THUMBNAIL = 320  # pixels, the longer side of what the page shows
 LOOPBACK = ("127.0.0.1", "localhost")
 EXAMPLES = 8
-PATIENCE = 3  # seconds that the server's end waits for what is under way
+SHUTDOWN_TIMEOUT = 3  # seconds that the server waits for open requests when it ends
 SUGGESTIONS = ("Describe this image in detail.", "What is unusual about this image?")
 SUGGESTIONS_FOR_SCENES = (scenes.PROMPTS[0], "How many shapes are there?", "What color is the circle?",
                           "Where is the star?")
@@ -89,12 +89,12 @@ def check() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """What the page is made for.
+    """The settings of the page.
 
-    name:     of the model, the title
+    name:     of the model, used as the title
     template: of the conversations, one of `mmjax.inference.chat.TEMPLATES`
-    settings: those it begins with
-    scenes:   the world of which it offers images; None for a model of the real one
+    settings: initial decoding options
+    scenes:   the scenes shown as examples; None for a model that was not trained on scenes
     """
 
     name: str
@@ -105,12 +105,12 @@ class Page:
 
 @dataclasses.dataclass
 class Visit:
-    """One visitor's conversation, and how the page shows it.
+    """One visitor's conversation, and its display.
 
-    messages: of the chat, in Gradio's form
-    shown:    HTML of what the model perceives: by sense, or by number where images stand among the words
-    waiting:  of `shown`, what was given since the last question
-    count:    images so far
+    messages: of the chat, in Gradio's format
+    shown:    HTML of the model's inputs, by sense; for images that take slots of the text, by number
+    waiting:  the part of `shown` that was added since the last question
+    count:    number of images so far
     """
 
     talk: Conversation
@@ -119,14 +119,15 @@ class Visit:
     waiting: dict[str, str] = dataclasses.field(default_factory=dict)
     count: int = 0
 
-    def perceive(self, name: str, one: str, among_words: bool) -> None:
-        """Something more to show. Among the words it begins anew after a question that is not remembered."""
-        if among_words and not self.waiting and not self.talk.remembers:
+    def perceive(self, name: str, element: str, in_text: bool) -> None:
+        """Adds an input to the display. An image in the text replaces those of earlier questions, if the template does
+        not remember them."""
+        if in_text and not self.waiting and not self.talk.remembers:
             self.shown = {}
-        self.shown[name] = self.waiting[name] = one
+        self.shown[name] = self.waiting[name] = element
 
     def ask(self, question: str) -> None:
-        """Raises ValueError for one that cannot be asked."""
+        """Adds a question to the conversation. Raises ValueError for an invalid one."""
         self.talk.ask(question)
         given = "".join(self.waiting.values())
         self.messages += [{"role": "user", "content": f"{given}\n\n{_literal(question)}".strip()},
@@ -138,11 +139,11 @@ class Visit:
         return f'<div class="images">{"".join(self.shown.values())}</div>'
 
 
-# ---- files that visitors send ----
+# ---- uploaded files ----
 
 
 def image(path: str, name: str | None = None) -> Image.Image:
-    """The image in an uploaded file. Raises ValueError saying what is wrong, by the name that the visitor knows."""
+    """Reads the image of an uploaded file. Raises ValueError with the visitor's name of the file."""
     name = name or Path(path).name
     try:
         if Path(path).stat().st_size > MAX_BYTES:
@@ -153,24 +154,24 @@ def image(path: str, name: str | None = None) -> Image.Image:
             raise ValueError(f"its {header.width} x {header.height} pixels are more than the {MAX_PIXELS // 10**6} "
                              "million that this page takes")
         return images.rgb(path)
-    except Exception as error:  # decoders raise whatever damaged bytes lead them to
+    except Exception as error:  # for damaged files, decoders raise errors of any type
         raise ValueError(f"{name} was refused: " + str(error).replace(str(path), name)) from error
 
 
 def thumbnail(image: Image.Image) -> str:
-    """HTML of a small copy that carries its bytes with it."""
+    """Returns HTML of a small copy with embedded data."""
     small = image.copy()
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     if max(small.size) < THUMBNAIL // 2:  # a scene of 48 pixels
         small = small.resize((small.width * 4, small.height * 4), Image.Resampling.NEAREST)
     file = io.BytesIO()
     small.save(file, "JPEG", quality=88)
-    return f'<img src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}" alt="a image">'
+    return f'<img src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}" alt="an image">'
 
 
-def _literal(words: str) -> str:
-    """Words as they are, where HTML is read: a model's box tags would vanish otherwise."""
-    return html.escape(words, quote=False)
+def _literal(text: str) -> str:
+    """Escapes text for HTML; otherwise a model's box tags would not be shown."""
+    return html.escape(text, quote=False)
 
 
 def _notice(messages: Sequence[str]) -> str:
@@ -181,7 +182,7 @@ def _notice(messages: Sequence[str]) -> str:
 
 
 class Handlers:
-    """What happens on the page; each function takes and gives what its components show."""
+    """The event handlers of the page; each takes and returns the values of its components."""
 
     def __init__(self, model: Loaded, page: Page, uploads: Uploads):
         self.model, self.page, self.uploads = model, page, uploads
@@ -191,7 +192,7 @@ class Handlers:
         return Visit(Conversation(self.page.template))
 
     def take_images(self, files: Sequence[str] | None, visit: Visit) -> tuple[None, str, str]:
-        """(an empty drop area, the panel, the notice); one file that is refused does not keep out the others."""
+        """Returns (an empty drop area, the panel, the notice). A refused file does not affect the others."""
         refused = []
         for path in files or ():
             try:
@@ -202,7 +203,7 @@ class Handlers:
         return None, visit.panel(), _notice(refused)
 
     def take_sound(self, path: str | None, visit: Visit) -> tuple[None, str, str]:
-        """The same for the sound of a .wav file."""
+        """Does the same for a .wav file."""
         refused = []
         if path:
             try:
@@ -213,7 +214,8 @@ class Handlers:
         return None, visit.panel(), _notice(refused)
 
     def take_example(self, number: int, visit: Visit) -> tuple[str, str]:
-        """(the panel, the notice); an example takes the place of what the model perceives, it is not mixed with it."""
+        """Returns (the panel, the notice). An example replaces the inputs of other senses, and is not mixed with them.
+        """
         sense, value, image = self.examples[number]
         try:
             if visit.talk.given:
@@ -228,19 +230,19 @@ class Handlers:
             add_input(self.model, visit.talk, "audio", read_input(self.model, "audio", path))
         except ValueError as error:
             raise ValueError(f"{name} was refused: " + str(error).replace(str(path), name)) from error
-        visit.perceive("audio", f'<div class="sense">sound: {_literal(name)}</div>', among_words=False)
+        visit.perceive("audio", f'<div class="sense">sound: {_literal(name)}</div>', in_text=False)
 
     def _see(self, visit: Visit, image: Image.Image, sense: str = IMAGE, value: Any = None) -> None:
         if visit.count >= MAX_IMAGES:
-            raise ValueError(f"A conversation takes {MAX_IMAGES} images; begin a new one.")
+            raise ValueError(f"A conversation takes {MAX_IMAGES} images; start a new one.")
         add_input(self.model, visit.talk, sense, read_input(self.model, sense, image if value is None else value))
         visit.count += 1
-        among_words = self.model.config.image_tokens > 0
-        visit.perceive(str(visit.count) if among_words else sense, thumbnail(image), among_words)
+        in_text = self.model.config.image_tokens > 0
+        visit.perceive(str(visit.count) if in_text else sense, thumbnail(image), in_text)
 
     def answer(self, question: str, visit: Visit, temperature: float, beams: float, top_p: float,
                tokens: float) -> Iterator[tuple[list[dict[str, str]], str, str]]:
-        """(the chat, the question's field, the notice), again for every piece of the answer."""
+        """Yields (the chat, the question's field, the notice) for every piece of the answer."""
         try:
             settings = dataclasses.replace(self.page.settings, temperature=float(temperature), num_beams=int(beams),
                                            top_p=float(top_p), max_new_tokens=int(tokens))
@@ -266,13 +268,13 @@ class Handlers:
         yield visit.messages, "", _notice([visit.talk.left_out] * bool(visit.talk.left_out))
 
     def reset(self) -> tuple[Visit, list[dict[str, str]], str, str, str]:
-        """(a new visit, the chat, the question's field, the panel, the notice)"""
+        """Returns (a new visit, the chat, the question's field, the panel, the notice)."""
         fresh = self.visit()
         return fresh, [], "", fresh.panel(), ""
 
 
 def _examples(model: Loaded, world: ScenesConfig) -> Iterator[tuple[str, Any, Image.Image]]:
-    """(sense, what it is given, what the page shows of it) of scenes that the model never met in training."""
+    """Yields (sense, input, image to show) of held-out scenes."""
     drawn = scenes.scenes("held_out", EXAMPLES, world.seed, most=world.most)
     for scene in drawn:
         yield IMAGE, None, Image.fromarray(scenes.draw(scene))
@@ -292,19 +294,18 @@ def _title(model: Loaded, page: Page) -> str:
 
 
 def blocks(model: Loaded, page: Page, uploads: Uploads) -> Any:
-    """The page as `gradio.Blocks`; it opens the files of `uploads` alone. Raises ValueError if Gradio is not installed.
-    """
+    """Returns the page as `gradio.Blocks`; it opens only files of `uploads`. Raises ValueError without Gradio."""
     check()
     import gradio as gr
 
-    does, able = Handlers(model, page, uploads), supported_inputs(model)
+    handlers, supported = Handlers(model, page, uploads), supported_inputs(model)
     with gr.Blocks(title=f"{page.name} - mmjax", analytics_enabled=False, delete_cache=(600, 600)) as made:
-        visit = gr.State(does.visit())
+        visit = gr.State(handlers.visit())
         gr.HTML(_title(model, page), elem_id="title", padding=False)
         with gr.Row(equal_height=False):
             with gr.Column(scale=7, min_width=380):
                 chat = gr.Chatbot(show_label=False, height=460, elem_id="chat", buttons=["copy"], latex_delimiters=[],
-                                  layout="bubble", placeholder="Show a image, then ask about it.")
+                                  layout="bubble", placeholder="Show an image, then ask about it.")
                 with gr.Row():
                     question = gr.Textbox(show_label=False, placeholder="Ask something", lines=1, max_lines=6, scale=8,
                                           max_length=4000, autofocus=True, elem_id="question", container=False)
@@ -313,39 +314,39 @@ def blocks(model: Loaded, page: Page, uploads: Uploads) -> Any:
                     reset = gr.Button("Reset", scale=1, min_width=80, elem_id="reset")
                 notice = gr.HTML("", elem_id="notice", padding=False)
                 with gr.Row(elem_id="suggestions"):
-                    suggestions = [gr.Button(words, size="sm", min_width=0)
-                                   for words in (SUGGESTIONS_FOR_SCENES if page.scenes else SUGGESTIONS)]
+                    suggestions = [gr.Button(text, size="sm", min_width=0)
+                                   for text in (SUGGESTIONS_FOR_SCENES if page.scenes else SUGGESTIONS)]
             with gr.Column(scale=4, min_width=300):
                 gr.Markdown("**What the model perceives**")
-                panel = gr.HTML(does.visit().panel(), elem_id="shown", padding=False)
+                panel = gr.HTML(handlers.visit().panel(), elem_id="shown", padding=False)
                 files = gr.File(show_label=False, file_count="multiple", elem_id="files", height=104, buttons=[],
-                                visible=IMAGE in able)
+                                visible=IMAGE in supported)
                 sound = gr.Audio(label="Sound (.wav)", sources=["upload"], type="filepath", elem_id="sound",
-                                 visible="audio" in able)
-                if does.examples:
+                                 visible="audio" in supported)
+                if handlers.examples:
                     gr.Markdown("**Examples**, never seen in training")
                     gallery = gr.Gallery([image.resize((96, 96), Image.Resampling.NEAREST)
-                                          for *_, image in does.examples], show_label=False, columns=4, buttons=[],
+                                          for *_, image in handlers.examples], show_label=False, columns=4, buttons=[],
                                          allow_preview=False, interactive=False, height="auto", elem_id="examples")
-                with gr.Accordion("How answers are written", open=False, elem_id="settings"):
+                with gr.Accordion("Decoding options", open=False, elem_id="settings"):
                     knobs = _sliders(page.settings)
 
         private = {"api_visibility": "private"}
         model_alone = {"concurrency_limit": 1, "concurrency_id": "model", **private}
         outputs = [chat, question, notice]
-        asked = [gr.on([send.click, question.submit], does.answer, [question, visit, *knobs], outputs,
+        asked = [gr.on([send.click, question.submit], handlers.answer, [question, visit, *knobs], outputs,
                        show_progress="hidden", **model_alone)]
         for button in suggestions:
-            asked.append(button.click(_always(does.answer, button.value), [visit, *knobs], outputs,
+            asked.append(button.click(_always(handlers.answer, button.value), [visit, *knobs], outputs,
                                       show_progress="hidden", **model_alone))
         stop.click(lambda visit: visit.messages, visit, chat, cancels=asked, queue=False, **private)
         for cleared in (reset.click, chat.clear):
-            cleared(does.reset, None, [visit, chat, question, panel, notice], cancels=asked, queue=False, **private)
-        files.upload(does.take_images, [files, visit], [files, panel, notice], show_progress="hidden", **private)
-        sound.upload(does.take_sound, [sound, visit], [sound, panel, notice], show_progress="hidden", **private)
-        if does.examples:
+            cleared(handlers.reset, None, [visit, chat, question, panel, notice], cancels=asked, queue=False, **private)
+        files.upload(handlers.take_images, [files, visit], [files, panel, notice], show_progress="hidden", **private)
+        sound.upload(handlers.take_sound, [sound, visit], [sound, panel, notice], show_progress="hidden", **private)
+        if handlers.examples:
             def chosen(visit: Visit, event: gr.SelectData):
-                return does.take_example(event.index, visit)
+                return handlers.take_example(event.index, visit)
 
             gallery.select(chosen, visit, [panel, notice], show_progress="hidden", **private)
         made.queue(default_concurrency_limit=4, max_size=64)
@@ -353,16 +354,16 @@ def blocks(model: Loaded, page: Page, uploads: Uploads) -> Any:
 
 
 def _sliders(start: ChatSettings) -> list[Any]:
-    """How answers are written, as `Handlers.answer` takes it."""
+    """Returns sliders for the decoding options of `Handlers.answer`."""
     import gradio as gr
 
     return [
         gr.Slider(0, 2, start.temperature, step=0.05, label="temperature",
-                  info="0 takes the best word, above 0 draws"),
+                  info="0 takes the best token, above 0 samples"),
         gr.Slider(1, 10, start.num_beams, step=1, label="beams",
-                  info="above 1 searches, at temperature 0; the answer comes in one piece"),
+                  info="above 1: beam search, at temperature 0; the answer is not streamed"),
         gr.Slider(0.05, 1, start.top_p, step=0.05, label="top-p",
-                  info="draws from the words that hold this share of the probability"),
+                  info="samples from the fewest tokens whose probabilities reach this sum"),
         gr.Slider(1, max(1000, start.max_new_tokens), start.max_new_tokens, step=1, label="longest answer",
                   info="in tokens")]
 
@@ -377,10 +378,10 @@ def _always(answer: Callable, question: str) -> Callable:
 
 
 def app(model: Loaded, page: Page, host: str = LOOPBACK[0]) -> Any:
-    """The page as an ASGI application.
+    """Returns the page as an ASGI application.
 
-    host: where it will listen. On loopback it answers no request that was made to another host's name, so that a page
-          elsewhere cannot reach it through a name of its own that points here
+    host: the address it will listen at. On loopback it refuses requests with another host name, so that other sites
+          cannot reach it by DNS rebinding
     """
     check()
     import gradio as gr
@@ -389,7 +390,7 @@ def app(model: Loaded, page: Page, host: str = LOOPBACK[0]) -> Any:
 
     theme = gr.themes.Base(primary_hue="teal", neutral_hue="stone", radius_size="md",
                            font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    uploads = Uploads(gr.utils.get_upload_folder())  # within it Gradio makes no copies
+    uploads = Uploads(gr.utils.get_upload_folder())  # Gradio does not copy files in it
     made = blocks(model, page, uploads)
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     outer.add_middleware(Gate, uploads=uploads, pages=_paths(made.get_config_file()), most=MAX_BYTES,
@@ -404,15 +405,15 @@ def app(model: Loaded, page: Page, host: str = LOOPBACK[0]) -> Any:
 
 
 def _paths(shown: Any) -> set[str]:
-    """Of the files that the page itself shows, its examples."""
+    """Returns the paths of the page's own files, its examples."""
     if isinstance(shown, dict):
-        own = {shown["path"]} if isinstance(shown.get("path"), str) else set()
-        return own.union(*map(_paths, shown.values()))
+        paths = {shown["path"]} if isinstance(shown.get("path"), str) else set()
+        return paths.union(*map(_paths, shown.values()))
     return set().union(*map(_paths, shown)) if isinstance(shown, (list, tuple)) else set()
 
 
 class Headers:
-    """ASGI middleware: tells the browser to take nothing from elsewhere."""
+    """ASGI middleware that adds security headers: the browser loads nothing from other hosts."""
 
     def __init__(self, inner: Any):
         self.inner = inner
@@ -427,14 +428,14 @@ class Headers:
 
 
 def serve(model: Loaded, page: Page, host: str = LOOPBACK[0], port: int = 7860) -> None:
-    """Serves the page until it is interrupted. Raises ValueError if the address cannot be listened at."""
+    """Serves the page until it is interrupted. Raises ValueError if it cannot listen at the address."""
     check()
     import uvicorn
 
     with tempfile.TemporaryDirectory(prefix="mmjax-chat-") as uploads, _listening(host, port) as listening:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         server = uvicorn.Server(uvicorn.Config(app(model, page, host), log_level="warning",
-                                               timeout_graceful_shutdown=PATIENCE))
+                                               timeout_graceful_shutdown=SHUTDOWN_TIMEOUT))
         shown = f"[{host}]" if ":" in host else host
         print(f"{page.name} is at http://{shown}:{listening.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
         with contextlib.suppress(KeyboardInterrupt), _ended_in_order(server):
@@ -443,7 +444,7 @@ def serve(model: Loaded, page: Page, host: str = LOOPBACK[0], port: int = 7860) 
 
 @contextlib.contextmanager
 def _ended_in_order(server: Any) -> Iterator[None]:
-    """A server that is told to end, or whose terminal closes, leaves as by Ctrl-C: its folder is removed."""
+    """Ends a server on SIGTERM, or when its terminal closes, as on Ctrl-C, so that its folder is removed."""
     def end(number, frame):  # uvicorn raises SIGTERM again when it is done
         if server.should_exit:
             raise SystemExit(128 + number)
@@ -451,20 +452,21 @@ def _ended_in_order(server: Any) -> Iterator[None]:
 
     log = logging.getLogger("uvicorn.error")
     log.addFilter(_is_no_closed_page)
-    told = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-    if threading.current_thread() is not threading.main_thread():  # which alone is told
-        told = set()
-    before = {number: signal.signal(number, end) for number in told if signal.getsignal(number) is not signal.SIG_IGN}
+    signals = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
+        signals = set()
+    previous = {number: signal.signal(number, end) for number in signals
+                if signal.getsignal(number) is not signal.SIG_IGN}
     try:
         yield
     finally:
         log.removeFilter(_is_no_closed_page)
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def _is_no_closed_page(record: logging.LogRecord) -> bool:
-    """False for the traceback of a page's connection that the server's end cut."""
+    """Returns False for the traceback of a connection that was closed because the server ended."""
     return not (record.exc_info and record.exc_info[0] and issubclass(record.exc_info[0], asyncio.CancelledError))
 
 

@@ -53,7 +53,7 @@ def show(model, talk, *images):
 
 def exchange(talk, question, answer):
     talk.ask(question)
-    talk.say(answer)
+    talk.append_answer(answer)
     talk.finish()
 
 
@@ -69,7 +69,7 @@ def test_prompts_are_the_originals(model, template):
     show(model, talk, IMAGES[0])
     talk.ask("What is this?")
     first = chat.prompt(model, talk, FEW).sample
-    talk.say("A cat.")
+    talk.append_answer("A cat.")
     talk.finish()
     talk.ask("Which color?")
     second = chat.prompt(model, talk, FEW).sample

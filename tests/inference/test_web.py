@@ -233,7 +233,7 @@ def test_a_template_without_memory_shows_what_the_next_question_is_about(model, 
 def test_thumbnails_are_small():
     pixels = np.random.default_rng(0).integers(0, 256, (900, 1400, 3), np.uint8)
     words = web.thumbnail(Image.fromarray(pixels))
-    data = re.fullmatch(r'<img src="data:image/jpeg;base64,([^"]+)" alt="a image">', words).group(1)
+    data = re.fullmatch(r'<img src="data:image/jpeg;base64,([^"]+)" alt="an image">', words).group(1)
     with Image.open(io.BytesIO(web.base64.b64decode(data))) as image:
         assert max(image.size) == web.THUMBNAIL
 
