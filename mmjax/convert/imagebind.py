@@ -1,11 +1,11 @@
-"""ImageBind's released file (imagebind_huge.pth, imagebind_w3D.pth) and the bind network of ImageBind-LLM.
+"""Conversion of ImageBind (imagebind_huge.pth, imagebind_w3D.pth) and of ImageBind-LLM's bind network.
 
-Towers: C channels   M frames   P, Q patch sides   A places   V vocabulary   S q, k and v   D model   F feed-forward
+Towers: C channels   M frames   P, Q patch sides   A positions   V vocabulary   S q, k and v   D model   F feed-forward
         N heads   H head   E the shared space
 Bind:   E the shared space   D language model   F feed-forward
 
-Facts: imagebind/models/*.py and imagebind_LLM/llama/llama_adapter.py. The bind network goes by two sets of names: the
-released adapter files' and the article's, whose w2 and w3 are the other way round than the release's f2 and f3.
+Facts: imagebind/models/*.py and imagebind_LLM/llama/llama_adapter.py. The bind network has two sets of names: the
+released adapter files' and the article's, where w2 and w3 are swapped in comparison with the release's f2 and f3.
 """
 
 import dataclasses
@@ -69,12 +69,12 @@ PRE_NORM = (
     ("pre_transformer_layer.0.weight", "pre_norm/scale", "D -> D"),
     ("pre_transformer_layer.0.bias", "pre_norm/bias", "D -> D"),
 )
-# Of the head: its norm, its linear map. A dropout or a choice of token lies between them and takes a number.
+# Names of the head's norm and linear map. A dropout or a selection of a token between them takes a number.
 HEADS = {"vision": ("0", "2"), "text": ("proj.0", "proj.1"), "audio": ("0", "2"), "depth": ("0", "2"),
          "thermal": ("0", "2"), "imu": ("0", "3")}
 MASK = "modality_preprocessors.text.mask"
 IGNORED = (
-    (re.escape(MASK), "a buffer: which words see which"),
+    (re.escape(MASK), "a buffer: the causal mask"),
     (r"(point_trunk|modality_(preprocessors|trunks|heads|postprocessors)\.point)\..*", "the point cloud branch"),
 )
 
@@ -101,26 +101,26 @@ BIND_ARTICLE = (
     ("feed_forward_{i}.w2.weight", "bind/block_{i}/up/w", "F D -> D F"),
     ("feed_forward_{i}.w3.weight", "bind/block_{i}/down/w", "D F -> F D"),
 )
-BIND_IGNORED = (  # beside the bind network in adapter files
+BIND_IGNORED = (  # other keys of adapter files
     (r"image_bind\..*", "the frozen ImageBind, which has a file of its own"),
     (r"prefix_projector_norm\..*", "a norm of older code that nothing uses"),
 )
 
-# Where sizes show, under modality_preprocessors.SENSE.; "" is an axis that says nothing new.
+# Tensors whose shapes give sizes, under modality_preprocessors.SENSE.; "" is an axis that is not used.
 _POS = "pos_embedding_helper.pos_embed"
 SIZES = {
-    "vision": {"rgbt_stem.proj.1.weight": ("dim", "", "frames", "patch", ""), _POS: ("", "places", "")},
+    "vision": {"rgbt_stem.proj.1.weight": ("dim", "", "frames", "patch", ""), _POS: ("", "positions", "")},
     "text": {"token_embedding.weight": ("vocab", "dim"), "pos_embed": ("", "context", "")},
-    "audio": {"rgbt_stem.proj.weight": ("dim", "", "patch", ""), _POS: ("", "places", "")},
-    "depth": {"depth_stem.proj.weight": ("dim", "", "patch", ""), _POS: ("", "places", "")},
-    "thermal": {"rgbt_stem.proj.weight": ("dim", "", "patch", ""), _POS: ("", "places", "")},
-    "imu": {"imu_stem.proj.weight": ("dim", "flat_window"), "pos_embed": ("", "places", "")},
+    "audio": {"rgbt_stem.proj.weight": ("dim", "", "patch", ""), _POS: ("", "positions", "")},
+    "depth": {"depth_stem.proj.weight": ("dim", "", "patch", ""), _POS: ("", "positions", "")},
+    "thermal": {"rgbt_stem.proj.weight": ("dim", "", "patch", ""), _POS: ("", "positions", "")},
+    "imu": {"imu_stem.proj.weight": ("dim", "flat_window"), "pos_embed": ("", "positions", "")},
 }
 CLASSES = {"vision": VisionConfig, "text": TextTowerConfig, "audio": PatchesConfig, "depth": PatchesConfig,
            "thermal": PatchesConfig, "imu": MotionConfig}
-CHANNELS, HEAD_DROPOUT = 6, 0.5  # of the imu tower; no file tells them
+CHANNELS, HEAD_DROPOUT = 6, 0.5  # of the imu tower; in no file
 
-# --arch, part "imagebind": its names -> ours. A name may tell several towers.
+# --arch, part "imagebind": its names -> fields of the configs. A name may apply to several towers.
 _COMMON = {"{}_embed_dim": "dim", "{}_num_blocks": "depth", "{}_num_heads": "heads", "{}_drop_path": "drop_path"}
 ARCH = {sense: {name.format(sense): field for name, field in _COMMON.items()} for sense in SENSES}
 ARCH["vision"] |= {"image_size": "image_size", "video_frames": "frames"}
@@ -137,7 +137,7 @@ def _under(key: str, path: str, table: Table) -> Table:
 
 
 def tower_table(sense: str) -> Table:
-    """All lines of one tower."""
+    """Returns the table of one tower."""
     cls, (norm, out) = CLASSES[sense], HEADS[sense]
     trunk = (*TRUNK, *(EXTRA_KEY if cls.extra_key else ()), *(PRE_NORM if cls.pre_norm else ()))
     head = ((f"{norm}.weight", "head/norm/scale", "D -> D"), (f"{norm}.bias", "head/norm/bias", "D -> D"),
@@ -153,8 +153,8 @@ def tower_table(sense: str) -> Table:
 
 
 def entries(cfg: ImageBindConfig) -> list[Entry]:
-    """Everything in the released file but the buffers of `buffers` and what IGNORED names."""
-    found = []
+    """Returns the entries of the released file, without `buffers` and IGNORED."""
+    result = []
     for sense, tower in cfg.towers.items():
         sizes = {"A": tower.num_positions, "S": 3, "D": tower.dim, "F": tower.hidden, "N": tower.heads,
                  "H": tower.dim // tower.heads, "E": cfg.out}
@@ -167,12 +167,12 @@ def entries(cfg: ImageBindConfig) -> list[Entry]:
                 sizes |= {"P": tower.patch, "Q": tower.patch}
             case MotionConfig():
                 sizes |= {"C": tower.channels, "P": tower.window}
-        found += expand(tower_table(sense), sizes, {"L": range(tower.depth)})
-    return found
+        result += expand(tower_table(sense), sizes, {"L": range(tower.depth)})
+    return result
 
 
 def buffers(cfg: ImageBindConfig) -> dict[str, Computed]:
-    """What the released file holds beside the parameters: the text tower's mask, -inf where a word is not seen."""
+    """Returns the buffers of the released file: the text tower's mask, -inf where a token is not seen."""
     if cfg.text is None:
         return {}
     side = cfg.text.context
@@ -181,7 +181,7 @@ def buffers(cfg: ImageBindConfig) -> dict[str, Computed]:
 
 
 def bind_entries(cfg: BindConfig, article: bool = False) -> list[Entry]:
-    """The bind network under the release's names or the article's; the article has none for the legacy form."""
+    """Returns the entries of the bind network in the release's names or the article's, which have no legacy form."""
     table = BIND_ARTICLE if article else BIND_LEGACY if cfg.legacy else BIND
     return expand(table, {"E": cfg.inputs, "D": cfg.dim, "F": cfg.hidden}, {"i": range(1, cfg.depth + 1)})
 
@@ -191,13 +191,13 @@ def is_article(tensors: Mapping[str, LazyTensor]) -> bool:
 
 
 def bind_config(tensors: Mapping[str, LazyTensor], problems: Problems) -> BindConfig | None:
-    """Sizes of the bind network, all of which its tensors show."""
+    """Returns the config of the bind network from the shapes of its tensors."""
     article = is_article(tensors)
     proj, gate, block = (("linear_0.weight", "feed_forward_1.w1.weight", r"feed_forward_(\d+)\.w1\.weight") if article
                          else ("image_bind_proj.weight", "image_bind_f1_1.weight", r"image_bind_f1_(\d+)\.weight"))
     sizes = {key: tensors[key].shape for key in (proj, gate) if key in tensors and len(tensors[key].shape) == 2}
     if len(sizes) < 2:
-        problems.extend(f"bind network: {key} is missing or no matrix; without it the sizes are unknown."
+        problems.extend(f"bind network: {key} is missing or not a matrix; without it the sizes are unknown."
                         for key in (proj, gate) if key not in sizes)
         return None
     depth = max(int(match[1]) for match in (re.fullmatch(block, key) for key in tensors) if match)
@@ -206,16 +206,16 @@ def bind_config(tensors: Mapping[str, LazyTensor], problems: Problems) -> BindCo
 
 
 def config(tensors: Mapping[str, LazyTensor], arch: Mapping[str, Any], problems: Problems) -> ImageBindConfig | None:
-    """Sizes of the towers that the file has: from its tensors, `arch`, or the released model's width.
+    """Returns the config of the towers in the file: from its tensors, `arch`, or the released sizes.
 
     arch: the "imagebind" part of --arch, with any of the names of `ARCH`, and `kernel_size` and `out_embed_dim`
     """
-    told = _told(arch, problems)
+    given = _read_arch(arch, problems)
     present = [sense for sense in SENSES if any(f".{sense}." in key for key in tensors)]
     if not present:
         problems.append("The file holds no tower of ImageBind (names such as modality_trunks.vision.blocks.0...).")
         return None
-    towers = {sense: _tower(sense, tensors, told[sense], problems) if sense in present else None for sense in SENSES}
+    towers = {sense: _tower(sense, tensors, given[sense], problems) if sense in present else None for sense in SENSES}
     heads = [f"modality_heads.{sense}.{HEADS[sense][1]}.weight" for sense in present]
     widths = {tensors[key].shape[0] for key in heads if key in tensors and tensors[key].shape}
     if isinstance(arch.get("out_embed_dim"), int):
@@ -229,9 +229,9 @@ def config(tensors: Mapping[str, LazyTensor], arch: Mapping[str, Any], problems:
     return ImageBindConfig(**towers, out=widths.pop())
 
 
-def _told(arch: Mapping[str, Any], problems: Problems) -> dict[str, dict[str, Any]]:
-    """What --arch says of each tower, by our names."""
-    told: dict[str, dict[str, Any]] = {sense: {} for sense in SENSES}
+def _read_arch(arch: Mapping[str, Any], problems: Problems) -> dict[str, dict[str, Any]]:
+    """Returns the values of --arch by tower and field; adds a problem for each invalid one."""
+    given: dict[str, dict[str, Any]] = {sense: {} for sense in SENSES}
     known = {name for fields in ARCH.values() for name in fields} | {"kernel_size", "out_embed_dim"}
     for name, value in arch.items():
         if name not in known:
@@ -242,63 +242,64 @@ def _told(arch: Mapping[str, Any], problems: Problems) -> dict[str, dict[str, An
             if not isinstance(value, list) or len(value) != 3 or value[1] != value[2]:
                 problems.append(f"--arch: imagebind.kernel_size is {value!r}, expected [frames, patch, patch].")
             else:
-                told["vision"] |= {"frames": value[0], "patch": value[1]}
+                given["vision"] |= {"frames": value[0], "patch": value[1]}
         elif name.endswith("drop_path"):
             if not isinstance(value, int | float) or not 0 <= value < 1:
                 problems.append(f"--arch: imagebind.{name} is {value!r}, expected a probability below 1.")
             else:
-                told[name.removesuffix("_drop_path")]["drop_path"] = float(value)
+                given[name.removesuffix("_drop_path")]["drop_path"] = float(value)
         elif not isinstance(value, int) or value <= 0:
             problems.append(f"--arch: imagebind.{name} is {value!r}, expected a whole number above 0.")
         else:
             for sense in SENSES:
                 if name in ARCH[sense]:
-                    told[sense][ARCH[sense][name]] = value
+                    given[sense][ARCH[sense][name]] = value
     for sense in ("depth", "thermal"):
-        if "height" in told[sense]:
-            told[sense]["width"] = told[sense]["height"]
-    return told
+        if "height" in given[sense]:
+            given[sense]["width"] = given[sense]["height"]
+    return given
 
 
-def _tower(sense: str, tensors: Mapping[str, LazyTensor], told: Mapping[str, Any],
+def _tower(sense: str, tensors: Mapping[str, LazyTensor], given: Mapping[str, Any],
            problems: Problems) -> TowerConfig | None:
     cls, released = CLASSES[sense], getattr(IMAGEBIND_HUGE, sense)
-    found, assumed, places = _shown(sense, tensors)
+    found, assumed, positions = _sizes(sense, tensors)
     known = dataclasses.asdict(released) if found.get("dim") == released.dim else {}
-    problems.extend(f"--arch: imagebind: {sense} {name} is {told[name]}, but the tensors say {found[name]}."
-                    for name in found.keys() & told.keys() if found[name] != told[name])
-    values = {**known, **assumed, **found, **told}
+    problems.extend(f"--arch: imagebind: {sense} {name} is {given[name]}, but in the tensors it is {found[name]}."
+                    for name in found.keys() & given.keys() if found[name] != given[name])
+    values = {**known, **assumed, **found, **given}
     names = [field.name for field in dataclasses.fields(cls) if field.name not in ("drop_path", "head_dropout")]
     absent = [name for name in names if name not in values]
     if absent:
-        theirs = {field: name for name, field in ARCH[sense].items()}
-        example = json.dumps({"imagebind": {theirs.get(name, name): "..." for name in absent}})
-        problems.append(f"imagebind: the {sense} tower's sizes are not a released model's, and the tensors do not show "
-                        f"{', '.join(absent)}. If it is the right file, give them: --arch FILE with {example}.")
+        arch_names = {field: name for name, field in ARCH[sense].items()}
+        example = json.dumps({"imagebind": {arch_names.get(name, name): "..." for name in absent}})
+        problems.append(f"imagebind: the {sense} tower's sizes are not those of a released model, and the tensors do "
+                        f"not determine {', '.join(absent)}. If it is the right file, set them: --arch FILE with "
+                        f"{example}.")
         return None
     cfg = cls(**values)
     if cfg.dim % cfg.heads:
         problems.append(f"imagebind: {cfg.heads} heads do not divide the {sense} tower's width {cfg.dim}.")
         return None
-    if places and cfg.num_positions != places:
-        problems.append(f"imagebind: the {sense} tower's position table has {places} rows, but inputs of shape "
+    if positions and cfg.num_positions != positions:
+        problems.append(f"imagebind: the {sense} tower's position table has {positions} rows, but inputs of shape "
                         f"{list(cfg.input_shape)} have {cfg.num_positions} tokens. Give their size with --arch.")
         return None
     return cfg
 
 
-def _shown(sense: str, tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, int], dict[str, Any], int | None]:
-    """What a tower's tensors say for certain, what they let one assume, and the rows of its position table."""
+def _sizes(sense: str, tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, int], dict[str, Any], int | None]:
+    """Returns (sizes that a tower's tensors determine, sizes assumed from them, rows of its position table)."""
     sizes = {f"modality_preprocessors.{sense}.{key}": names for key, names in SIZES[sense].items()}
     found = sizes_from_shapes(tensors, sizes, rf"modality_trunks\.{sense}\.blocks\.(\d+)\.")
     if "flat_window" in found:
         found |= {"channels": CHANNELS, "window": found.pop("flat_window") // CHANNELS}
-    places = found.pop("places", None)
+    positions = found.pop("positions", None)
     assumed: dict[str, Any] = {"head_dropout": HEAD_DROPOUT} if sense == "imu" else {}
-    if places and "window" in found:
-        assumed["steps"] = (places - 1) * found["window"]
-    elif places and "patch" in found:  # of a square image cut into patches side by side, which a sound is not
-        side = math.isqrt(places - 1) * found["patch"]
+    if positions and "window" in found:
+        assumed["steps"] = (positions - 1) * found["window"]
+    elif positions and "patch" in found:  # a square image in adjacent patches, which audio is not
+        side = math.isqrt(positions - 1) * found["patch"]
         squares = {"height": side, "width": side, "stride": found["patch"]}
         assumed |= {"vision": {"image_size": side}, "audio": {}}.get(sense, squares)
-    return found, assumed, places
+    return found, assumed, positions

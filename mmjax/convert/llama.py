@@ -1,4 +1,4 @@
-"""LLaMA, Vicuna and other models of that architecture, as Hugging Face's folders hold them.
+"""Reads and writes LLaMA, Vicuna and other models of that architecture in the format of transformers.
 
 V vocabulary   D model   F feed-forward   N query heads   K key and value heads   H head   R LoRA rank
 
@@ -51,7 +51,7 @@ IGNORED = (
 )
 TIED = (("lm_head\\.weight", "the same matrix as the embedding (tie_word_embeddings)"),)
 _PEFT = "llama_model.base_model.model.model.layers.{L}.self_attn."
-LORA = (  # peft 0.2.0's names; newer ones have ".default" before ".weight", which `minigpt4.trained` takes out
+LORA = (  # peft 0.2.0's names; newer ones have ".default" before ".weight", which `minigpt4.read_trained` removes
     (_PEFT + "q_proj.lora_A.weight", "llm/layers/attn/q/lora_a", "R D -> D R"),
     (_PEFT + "q_proj.lora_B.weight", "llm/layers/attn/q/lora_b", "(N H) R -> R N H"),
     (_PEFT + "v_proj.lora_A.weight", "llm/layers/attn/v/lora_a", "R D -> D R"),
@@ -71,7 +71,7 @@ SHARD_BYTES = 5 * 10**9  # of the files that an export writes
 
 
 def entries(cfg: LlamaConfig) -> list[Entry]:
-    """What a folder's tensors become; LoRA apart."""
+    """Returns the entries of a folder's tensors, without LoRA."""
     return expand(LLAMA if cfg.tied else LLAMA + HEAD, axes(cfg), {"L": range(cfg.depth)})
 
 
@@ -90,13 +90,13 @@ def ignored(cfg: LlamaConfig) -> tuple[tuple[str, str], ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Release:
-    """A language model, opened but not read.
+    """A language model whose tensors are not read yet.
 
     files:      the weight files, for fingerprints
-    tokenizer:  the folder whose tokenizer belongs to it
+    tokenizer:  the folder with its tokenizer
     generation: {"bos_token_id", "eos_token_id", "pad_token_id"}
-    entries:    what its tensors become
-    ignored:    which of them are left out, and why
+    entries:    table of its tensors
+    ignored:    keys that are left out, and why
     """
 
     files: tuple[Path, ...]
@@ -109,9 +109,9 @@ class Release:
 
 
 def open_release(folder: Path, delta: Path | None, problems: Problems) -> Release | None:
-    """Opens a folder, and adds a delta to it if there is one.
+    """Opens a folder, and adds a delta if one is given.
 
-    What is wrong goes to `problems`; then the release may have no tensors, and without a config there is none.
+    Adds to `problems`. With problems the release may have no tensors; without a valid config returns None.
     """
     cfg = read_config(folder, problems)
     wanted = [key for entry in entries(cfg) for key in entry.keys] if cfg else []
@@ -120,21 +120,21 @@ def open_release(folder: Path, delta: Path | None, problems: Problems) -> Releas
         return None
     if is_delta(tensors):
         problems.append(f"{folder} holds a delta, not a model: its norm scales are near 0 (a model's are near 1). "
-                        f"Give the base model as --llama and this folder as --delta.")
+                        f"Give the base model as --llm and this folder as --delta.")
     tokenizer = folder
     if delta is not None:
         delta_files, changes = read_tensors(delta, problems, [key for key in tensors if reason(key, IGNORED) is None])
         if changes and not is_delta(changes):
             problems.append(f"{delta} was given as --delta, but it holds a whole model: its norm scales are not near "
-                            "0. Give it as --llama, without --delta.")
+                            "0. Give it as --llm, without --delta.")
         if tensors and changes:
             tensors = add_delta(tensors, changes, folder.name, delta.name, problems)
         files += delta_files
-        if _has_tokenizer(delta):  # a delta may bring words of its own
+        if _has_tokenizer(delta):  # a delta may add tokens
             tokenizer = delta
         if "model.embed_tokens.weight" in tensors:
             rows = tensors["model.embed_tokens.weight"].shape[0]
-            if rows > cfg.vocab:  # only a delta may add words: config.json is the base's
+            if rows > cfg.vocab:  # a delta may add tokens: config.json is the base's
                 cfg = dataclasses.replace(cfg, vocab=rows)
     check_vocabulary(tokenizer, cfg.vocab, "model.embed_tokens.weight", tensors, "config.json", problems)
     if cfg.tied and "lm_head.weight" in tensors and "model.embed_tokens.weight" in tensors:
@@ -145,16 +145,16 @@ def open_release(folder: Path, delta: Path | None, problems: Problems) -> Releas
 
 
 def read_config(folder: Path, problems: Problems) -> LlamaConfig | None:
-    """config.json, in its old and new spelling. Every field that asks for something else than LLaMA is a problem."""
+    """Reads config.json, in its old and new spelling. Adds a problem for every field that LLaMA does not support."""
     path = folder / "config.json"
     if not path.is_file():
-        problems.append(f"{folder} has neither config.json nor params.json; --llama wants a folder as transformers "
+        problems.append(f"{folder} has neither config.json nor params.json; --llm expects a folder as transformers "
                         "saves it, or as Meta ships it.")
         return None
     values = read_json(path, problems)
     missing = [name for name in FIELDS if not isinstance(values.get(name), int) or values[name] <= 0]
     if missing:
-        problems.append(f"{path} says nothing about {', '.join(missing)}; is it a LLaMA's config.json?")
+        problems.append(f"{path} has no valid {', '.join(missing)}; is it a LLaMA's config.json?")
         return None
     rope = dict(values.get("rope_parameters") or {})
     scaling = {**rope, **dict(values.get("rope_scaling") or {})}
@@ -185,10 +185,10 @@ def read_config(folder: Path, problems: Problems) -> LlamaConfig | None:
 
 
 def generation_ids(folder: Path, problems: Problems) -> dict[str, Any]:
-    """What generation starts from, stops at (an id, or a list of ids) and fills finished rows with.
+    """Returns the tokens that generation starts from, stops at (one or a list) and pads with.
 
-    generation_config.json holds, unless it says that it was derived from config.json: then config.json does. Without
-    a pad id finished rows are filled with the end's, as transformers does.
+    generation_config.json takes precedence, unless it says that it was derived from config.json. Without a pad token
+    finished rows are padded with the end token, as transformers does.
     """
     config = read_json(folder / "config.json", problems)
     path = folder / "generation_config.json"
@@ -206,12 +206,12 @@ def generation_ids(folder: Path, problems: Problems) -> dict[str, Any]:
 def read_tensors(
     folder: Path, problems: Problems, wanted: Collection[str] = ()
 ) -> tuple[list[Path], dict[str, LazyTensor]]:
-    """(weight files, tensors) of the set in a folder that transformers takes, which is printed.
+    """Returns (weight files, tensors) of the set that transformers would read; prints its name.
 
-    wanted: keys that it should hold. Where it is damaged or lacks some, and another set in the folder is complete, a
-            problem names that set; it is never taken instead.
+    wanted: keys that it should hold. If it is damaged or incomplete and another set of the folder is complete, a
+            problem names that set; it is not read instead.
 
-    No tensors come with a problem: those of a missing shard would all be reported again, one by one.
+    With a problem returns no tensors, because those of a missing shard would be reported again one by one.
     """
     before = len(problems)
     names = weight_files.candidates(folder, problems)
@@ -219,72 +219,71 @@ def read_tensors(
         if len(problems) == before:
             problems.append(_no_weights(folder))
         return [], {}
-    files, tensors = read_set(folder, names[0], problems, told=True)
+    files, tensors = read_set(folder, names[0], problems, report=True)
     if len(problems) > before or not tensors.keys() >= set(wanted):
         problems.extend(_complete_set(folder, names, wanted))
     return files, tensors
 
 
 def read_set(
-    folder: Path, name: str, problems: Problems, told: bool = False
+    folder: Path, name: str, problems: Problems, report: bool = False
 ) -> tuple[list[Path], dict[str, LazyTensor]]:
-    """(weight files, tensors) of one file or of an index's shards. told: print what is read and what is not."""
+    """Returns (weight files, tensors) of one file or of an index's shards. report: print which files are read."""
     before = len(problems)
     chosen = weight_files.open_set(folder, name, problems)
     if len(problems) > before:
         return [], {}
-    if told:
+    if report:
         used = {name, *(file.name for file in chosen.files)}
         weight_files.report(folder, used, weight_files.why_ignored(folder, name))
     where = chosen.weight_map
     tensors: dict[str, LazyTensor] = {}
     for file in chosen.files:
         found = read_file(file, problems)
-        if where and found:  # one that cannot be read has said so
-            problems.extend(f"{file.name}: {key} is here, but {name} does not say so"
+        if where and found:  # a file that cannot be read has been reported
+            problems.extend(f"{file.name}: {key} is in this file, but not according to {name}"
                             for key in found if where.get(key) != file.name)
-            problems.extend(f"{file.name}: {key} is missing, though {name} says it is here"
+            problems.extend(f"{file.name}: {key} is missing, though {name} lists it"
                             for key in where if where[key] == file.name and key not in found)
         tensors.update(found)
     return chosen.files, tensors if len(problems) == before else {}
 
 
 def _complete_set(folder: Path, names: Sequence[str], wanted: Collection[str]) -> list[str]:
-    """What to do if the first of the sets `names` is no good and a later one is: at most one line."""
-    for place, name in enumerate(names[1:], 1):
+    """Returns a hint if the first of the sets `names` is damaged and a later one is complete: at most one line."""
+    for index, name in enumerate(names[1:], 1):
         found = Problems()
         _, tensors = read_set(folder, name, found)
         if not found and tensors.keys() >= set(wanted):
             return [f"{folder} also holds a complete set: {name}. If it is the one you want, delete "
-                    f"{' and '.join(names[:place])}, or move {'it' if place == 1 else 'them'} out of the folder."]
+                    f"{' and '.join(names[:index])}, or move {'it' if index == 1 else 'them'} out of the folder."]
     return []
 
 
 def _no_weights(folder: Path) -> str:
-    there = weight_files.unread(folder)
+    unread = weight_files.unread(folder)
     line = f"{folder} holds no weights: none of {', '.join(weight_files.ORDER)} is there."
-    if there:
-        line += f" It holds {weight_files.listed(there)}, which transformers would not read either."
-    if any(re.fullmatch(r".+-\d+-of-\d+\.(safetensors|bin)", name) for name in there):
+    if unread:
+        line += f" It holds {weight_files.listed(unread)}, which transformers would not read either."
+    if any(re.fullmatch(r".+-\d+-of-\d+\.(safetensors|bin)", name) for name in unread):
         line += " Shards are read through their index: download it as well."
-    if any(name.startswith("consolidated.") for name in there):
-        line += (" To convert Meta's consolidated.NN.pth, give a folder without config.json: only there are they "
-                 "looked for.")
+    if any(name.startswith("consolidated.") for name in unread):
+        line += " To convert Meta's consolidated.NN.pth, give a folder without config.json."
     return line
 
 
 def read_file(path: Path, problems: Problems) -> dict[str, LazyTensor]:
-    """A flat file of tensors, in either format."""
+    """Reads a flat file of tensors, in either format."""
     try:
-        found = safetensors.load(path) if path.suffix == ".safetensors" else torch_file.load(path)
+        content = safetensors.load(path) if path.suffix == ".safetensors" else torch_file.load(path)
     except WeightFileError as error:
         problems.append(str(error))
         return {}
-    return flat_tensors(path, found, problems)
+    return flat_tensors(path, content, problems)
 
 
 def is_delta(tensors: Mapping[str, Any]) -> bool:
-    """Do the norm scales lie around 0, as those of a difference of two models do?"""
+    """Returns whether the norm scales are near 0, as in a difference of two models."""
     scales = [np.abs(tensor.read().astype(np.float32)).mean()
               for key, tensor in tensors.items() if key.endswith("norm.weight")]
     return bool(scales) and float(np.median(scales)) < DELTA_SCALE
@@ -293,10 +292,10 @@ def is_delta(tensors: Mapping[str, Any]) -> bool:
 def add_delta(
     base: Mapping[str, LazyTensor], delta: Mapping[str, LazyTensor], name: str, delta_name: str, problems: Problems
 ) -> dict[str, Computed]:
-    """base + delta, tensor by tensor while they are read: added in float32, rounded once to the base's dtype.
+    """Returns base + delta, computed when a tensor is read: added in float32, rounded once to the base's dtype.
 
-    For float16 files that is what FastChat's apply_delta computes. Where the delta has more rows of words, the new
-    rows are the delta's own.
+    For float16 files FastChat's apply_delta computes the same. If the delta's vocabulary is larger, the new rows are
+    the delta's.
     """
     base = {key: tensor for key, tensor in base.items() if reason(key, IGNORED) is None}
     delta = {key: tensor for key, tensor in delta.items() if reason(key, IGNORED) is None}
@@ -324,16 +323,16 @@ def _sum(base: LazyTensor, delta: LazyTensor) -> np.ndarray:
 
 def check_vocabulary(folder: Path, said: int, key: str, tensors: Mapping[str, Any], source: str,
                      problems: Problems) -> None:
-    """The rows of the embedding `key`, the size that `source` says, and the tokenizer in `folder` must agree.
+    """Adds problems unless the rows of the embedding `key`, the vocab_size of `source` and the tokenizer agree.
 
-    More rows than words is legal only as padding to a multiple of 64; fewer rows never is, because a word without a
-    row would silently read another one's.
+    More rows than tokens are allowed only as padding to a multiple of 64. Fewer rows are not, because a token without
+    a row would silently use another token's.
     """
     table = tensors.get(key)
     if table is None:
         return  # reported as missing
     rows = table.shape[0]
-    hint = "Released models differ here (32000 or 32001 words): take all files from the same release."
+    hint = "Released models differ here (32000 or 32001 tokens): take all files from the same release."
     if rows != said:
         problems.append(f"{key} has {rows} rows, {source} says vocab_size {said}. {hint}")
     if not _has_tokenizer(folder):
@@ -341,29 +340,29 @@ def check_vocabulary(folder: Path, said: int, key: str, tensors: Mapping[str, An
                         "release into it.")
         return
     try:
-        words = Tokenizer.from_folder(folder).vocab_size
+        size = Tokenizer.from_folder(folder).vocab_size
     except ValueError as error:
         problems.append(str(error))
         return
-    if rows < words:
-        problems.append(f"{key} has {rows} rows, the tokenizer in {folder} has {words} words, "
-                        f"added tokens included. {hint}")
-    elif rows > words and rows != -(-words // PADDED_VOCABULARY) * PADDED_VOCABULARY:
-        problems.append(f"{key} has {rows} rows, the tokenizer in {folder} has only {words} words, "
-                        f"added tokens included. {hint}")
+    if rows < size:
+        problems.append(f"{key} has {rows} rows, the tokenizer in {folder} has {size} tokens, "
+                        f"including added ones. {hint}")
+    elif rows > size and rows != -(-size // PADDED_VOCABULARY) * PADDED_VOCABULARY:
+        problems.append(f"{key} has {rows} rows, the tokenizer in {folder} has only {size} tokens, "
+                        f"including added ones. {hint}")
 
 
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
 
 
-# ---- back to a folder ----
+# ---- export ----
 
 
 def write_folder(
     cfg: LlamaConfig, generation: Mapping[str, Any], tokenizer: Path, out: Path, tensors: Mapping[str, LazyTensor]
 ) -> None:
-    """Weights in shards with their index, config.json, generation_config.json and the tokenizer."""
+    """Writes the weights in shards with their index, config.json, generation_config.json and the tokenizer."""
     shards: list[dict[str, LazyTensor]] = [{}]
     room = SHARD_BYTES
     for key, tensor in tensors.items():

@@ -1,11 +1,11 @@
-"""LLaMA-Adapter v2's image side: CLIP's tower, and the visual query network of an adapter file.
+"""Conversion of LLaMA-Adapter v2's encoder: CLIP's image tower, and the visual query network of an adapter file.
 
-CLIP:   C colours   P, Q patch sides   A places   S q, k and v   D model   F feed-forward   N heads   H head
+CLIP:   C colours   P, Q patch sides   A positions   S q, k and v   D model   F feed-forward   N heads   H head
         E the shared space
 Visual: A queries   E CLIP's space   O language model   the rest as above
 
-Facts: clip/model.py, llama_adapter_v2_multimodal7b/llama/llama_adapter.py, timm's vision_transformer.py. What the
-adapter files hold beside this (queries, gates, LoRA, biases, norms) belongs to the language model's tables.
+Facts: clip/model.py, llama_adapter_v2_multimodal7b/llama/llama_adapter.py, timm's vision_transformer.py. The other
+tensors of adapter files (queries, gates, LoRA, biases, norms) are in `mmjax.convert.adapter`.
 """
 
 import difflib
@@ -50,21 +50,21 @@ VISUAL = (
 )
 VISUAL_IGNORED = ((r"clip\..*", "the frozen CLIP, which has a file of its own"),)
 
-# Where sizes show; "" is an axis that says nothing new.
-CLIP_SIZES = {"visual.conv1.weight": ("dim", "", "patch", ""), "visual.positional_embedding": ("places", ""),
+# Tensors whose shapes give sizes; "" is an axis that is not used.
+CLIP_SIZES = {"visual.conv1.weight": ("dim", "", "patch", ""), "visual.positional_embedding": ("positions", ""),
               "visual.transformer.resblocks.0.mlp.c_fc.weight": ("hidden", ""), "visual.proj": ("", "out")}
 VISUAL_SIZES = {"clip_proj.weight": ("dim", ""), "visual_blocks.0.mlp.fc1.weight": ("hidden", "")}
-# What shapes do not tell: CLIP's own loader takes heads of 64, and v2 has its heads in its code.
+# Sizes that no shape gives: CLIP's loader assumes heads of 64, and v2's code sets its number of heads.
 CLIP_HEAD, CLIP_RATIO = 64, 4
 REAL_VISUAL_HEADS = {768: 16}
 
-# --arch, part "adapter_v2": its names -> ours.
+# --arch, part "adapter_v2": its names -> fields of the configs.
 ARCH = {
     "clip": {"clip_img": "image_size", "clip_patch": "patch", "clip_width": "dim", "clip_layers": "depth",
              "clip_heads": "heads", "clip_out": "out"},
     "visual": {"v_embed_dim": "dim", "v_depth": "depth", "v_num_heads": "heads", "v_mlp_ratio": "hidden"},
 }
-LLAMA_ARCH = ("query_len", "query_layer", "lora_rank")  # in the same part, of the language model's side
+LLAMA_ARCH = ("query_len", "query_layer", "lora_rank")  # in the same part, of the language model
 
 
 def clip_entries(cfg: ClipConfig) -> list[Entry]:
@@ -81,7 +81,7 @@ def visual_entries(cfg: VisualConfig, queries: int, inputs: int, outputs: int) -
 
 
 def read_arch(arch: Mapping[str, Any], problems: Problems) -> dict[str, dict[str, int]]:
-    """What --arch's part "adapter_v2" says of both networks, by our names; all of its names are checked."""
+    """Returns the values of --arch's part "adapter_v2" by network and field; adds a problem for each invalid one."""
     found: dict[str, dict[str, int]] = {part: {} for part in ARCH}
     known = [*ARCH["clip"], *ARCH["visual"], *LLAMA_ARCH]
     for name, value in arch.items():
@@ -99,42 +99,43 @@ def read_arch(arch: Mapping[str, Any], problems: Problems) -> dict[str, dict[str
     return found
 
 
-def clip_config(tensors: Mapping[str, LazyTensor], told: Mapping[str, int], problems: Problems) -> ClipConfig | None:
-    """Sizes of CLIP's image tower: from its tensors, `told`, or its loader's rule for heads."""
+def clip_config(tensors: Mapping[str, LazyTensor], given: Mapping[str, int], problems: Problems) -> ClipConfig | None:
+    """Returns the config of CLIP's image tower: from its tensors, `given` by --arch, or its loader's rule for heads."""
     found = sizes_from_shapes(tensors, CLIP_SIZES, r"visual\.transformer\.resblocks\.(\d+)\.")
-    places = found.pop("places", None)
-    if places and "patch" in found:  # not a square: a wrong shape, which the line of the positions reports
-        found["image_size"] = math.isqrt(max(places - 1, 0)) * found["patch"]
+    positions = found.pop("positions", None)
+    if positions and "patch" in found:  # if not a square, the table's line reports the wrong shape
+        found["image_size"] = math.isqrt(max(positions - 1, 0)) * found["patch"]
     known = {}
-    if dim := found.get("dim", told.get("dim")):
+    if dim := found.get("dim", given.get("dim")):
         known = {"hidden": CLIP_RATIO * dim} | ({} if dim % CLIP_HEAD else {"heads": dim // CLIP_HEAD})
-    return _config(ClipConfig, "clip", found, known, told, problems)
+    return _config(ClipConfig, "clip", found, known, given, problems)
 
 
-def visual_config(tensors: Mapping[str, LazyTensor], told: Mapping[str, float],
+def visual_config(tensors: Mapping[str, LazyTensor], given: Mapping[str, float],
                   problems: Problems) -> VisualConfig | None:
-    """Sizes of the visual query network: from its tensors, `told`, or the released model's width."""
+    """Returns the config of the visual query network: from its tensors, `given` by --arch, or the released sizes."""
     found = sizes_from_shapes(tensors, VISUAL_SIZES, r"visual_blocks\.(\d+)\.")
     known = {"heads": REAL_VISUAL_HEADS[found["dim"]]} if found.get("dim") in REAL_VISUAL_HEADS else {}
-    told = dict(told)
-    if "hidden" in told:  # a ratio
-        ratio, dim = told.pop("hidden"), found.get("dim", told.get("dim"))
-        told |= {"hidden": int(ratio * dim)} if dim else {}
-    return _config(VisualConfig, "visual", found, known, told, problems)
+    given = dict(given)
+    if "hidden" in given:  # a ratio
+        ratio, dim = given.pop("hidden"), found.get("dim", given.get("dim"))
+        given |= {"hidden": int(ratio * dim)} if dim else {}
+    return _config(VisualConfig, "visual", found, known, given, problems)
 
 
-def _config(cls, part: str, found: Mapping[str, int], known: Mapping[str, int], told: Mapping[str, int],
+def _config(cls, part: str, found: Mapping[str, int], known: Mapping[str, int], given: Mapping[str, int],
             problems: Problems):
-    theirs = {ours: name for name, ours in ARCH[part].items()}
-    problems.extend(f"--arch: adapter_v2: {theirs[name]} makes {name} {told[name]}, but the tensors say {found[name]}."
-                    for name in found.keys() & told.keys() if found[name] != told[name])
-    values = {**known, **found, **told}
+    arch_names = {ours: name for name, ours in ARCH[part].items()}
+    problems.extend(f"--arch: adapter_v2: {arch_names[name]} makes {name} {given[name]}, but in the tensors it is "
+                    f"{found[name]}."
+                    for name in found.keys() & given.keys() if found[name] != given[name])
+    values = {**known, **found, **given}
     absent = [name for name in cls.__dataclass_fields__ if name not in values]
     if absent:
-        names = [theirs[name] for name in absent if name in theirs]
+        names = [arch_names[name] for name in absent if name in arch_names]
         example = json.dumps({"adapter_v2": {name: "..." for name in names}})
-        problems.append(f"{part}: the sizes are not a released model's, and the tensors do not show "
-                        f"{', '.join(absent)}. If it is the right file, give them: --arch FILE with {example}.")
+        problems.append(f"{part}: the sizes are not those of a released model, and the tensors do not determine "
+                        f"{', '.join(absent)}. If it is the right file, set them: --arch FILE with {example}.")
         return None
     cfg = cls(**values)
     if cfg.dim % cfg.heads:

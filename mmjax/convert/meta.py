@@ -1,9 +1,9 @@
-"""LLaMA as Meta ships it: params.json and consolidated.00.pth, .01.pth, ... (shards of a model-parallel run).
+"""Reads and writes LLaMA in Meta's format: params.json and consolidated.00.pth, .01.pth, ... (model-parallel shards).
 
 V vocabulary   D model   F feed-forward   N query heads   K key and value heads   H head   I, T a head's pairs (I T) = H
 
-Meta rotates neighbouring elements of a head (2i, 2i+1), we rotate i against i + H/2, as Hugging Face does: the rows of
-the query and key matrices change places inside each head. A shard holds a part of each matrix, and a copy of each norm.
+Meta rotates neighbouring elements of a head (2i, 2i+1), mmjax rotates i against i + H/2, as Hugging Face does: the rows
+of the query and key matrices are permuted in each head. A shard holds a part of each matrix, and a copy of each norm.
 
 Facts: llama/model.py and llama/generation.py of facebookresearch/llama, for LLaMA-1 and Llama-2.
 """
@@ -51,21 +51,21 @@ META = (
     ("output.weight", "llm/head/w", "V D -> D V"),
 )
 IGNORED = ((r"(.*\.)?rope\..*", "a buffer; rotary frequencies are computed from params.json"),)
-SPLIT = (  # the axis along which the shards hold a tensor's parts; None: each holds all of it
+SPLIT = (  # the axis along which a tensor is split into shards; None: every shard holds a copy
     (r"layers\.\d+\.attention\.w[qkv]\.weight|layers\.\d+\.feed_forward\.w[13]\.weight|output\.weight", 0),
     (r"layers\.\d+\.attention\.wo\.weight|layers\.\d+\.feed_forward\.w2\.weight|tok_embeddings\.weight", 1),
     (r"layers\.\d+\.(attention|ffn)_norm\.weight|norm\.weight", None),
 )
 
 SIZES = ("dim", "n_layers", "n_heads")
-OPTIONS = {  # params.json: what else it may say, and what that may be
+OPTIONS = {  # further fields of params.json, and their types
     "multiple_of": int, "n_kv_heads": int, "vocab_size": int, "norm_eps": float, "ffn_dim_multiplier": float,
-    "rope_theta": float, "max_seq_len": int, "max_batch_size": int,  # the last two belong to a run of Meta's own code
+    "rope_theta": float, "max_seq_len": int, "max_batch_size": int,  # the last two are not used
 }
-EPS = 1e-5  # where params.json says nothing, the class's default
+EPS = 1e-5  # Meta's defaults
 MULTIPLE_OF = 256
 GENERATION = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # of every tokenizer.model by Meta
-SHOWN = 64  # missing shards in a message; Llama-2 70B has 8
+MAX_LISTED = 64  # missing shards in a message; Llama-2 70B has 8
 SHARD = re.compile(r"consolidated\.(\d+)\.pth")
 
 
@@ -78,19 +78,19 @@ def meta_axes(cfg: LlamaConfig) -> dict[str, int]:
 
 
 def recognised(folder: Path) -> bool:
-    """Is this a folder of Meta's? One that has a config.json as well is read as transformers would."""
+    """Returns whether a folder is in Meta's format. With a config.json it is read as transformers does."""
     meta = (folder / "params.json").is_file() or any(folder.glob("consolidated*.pth"))
     return meta and not (folder / "config.json").is_file()
 
 
 def open_release(folder: Path, problems: Problems) -> Release | None:
-    """Opens a folder; the tokenizer.model may lie in it or beside it.
+    """Opens a folder; tokenizer.model is in it or in its parent.
 
-    What is wrong goes to `problems`; then the release may have no tensors, and without sizes there is none.
+    Adds to `problems`. With problems the release may have no tensors; without valid sizes returns None.
     """
-    home = next((place for place in (folder, folder.parent) if (place / "tokenizer.model").is_file()), None)
+    home = next((path for path in (folder, folder.parent) if (path / "tokenizer.model").is_file()), None)
     if home is None:
-        problems.append(f"There is no tokenizer.model in {folder} or beside it; Meta ships it with the weights.")
+        problems.append(f"There is no tokenizer.model in {folder} or its parent; Meta ships it with the weights.")
     cfg = read_params(folder, home, problems)
     shards = read_shards(folder, problems)
     if cfg is None or home is None:
@@ -102,11 +102,11 @@ def open_release(folder: Path, problems: Problems) -> Release | None:
 
 
 def read_params(folder: Path, tokenizer: Path | None, problems: Problems) -> LlamaConfig | None:
-    """params.json. A vocabulary of -1 is the tokenizer's."""
+    """Reads params.json. A vocab_size of -1 is replaced by the tokenizer's."""
     path = folder / "params.json"
     if not path.is_file():
-        problems.append(f"{folder} has consolidated*.pth, but no params.json beside them. Copy it from where the "
-                        "weights came from; it is small.")
+        problems.append(f"{folder} has consolidated*.pth, but no params.json. Copy it from where the weights came "
+                        "from.")
         return None
     before = len(problems)
     values = read_json(path, problems)
@@ -128,7 +128,7 @@ def read_params(folder: Path, tokenizer: Path | None, problems: Problems) -> Lla
         return None
     vocab = given.get("vocab_size", -1)
     if vocab == -1:
-        vocab = _words(tokenizer, problems)
+        vocab = _vocab_size(tokenizer, problems)
     return vocab and LlamaConfig(
         vocab=vocab, depth=given["n_layers"], dim=dim, heads=heads, kv_heads=kv_heads, head_dim=dim // heads,
         hidden=hidden_size(dim, given.get("multiple_of", MULTIPLE_OF), given.get("ffn_dim_multiplier")),
@@ -139,7 +139,7 @@ def _is(kind: type, value: Any) -> bool:
     return isinstance(value, (int, kind)) and not isinstance(value, bool) and value > 0
 
 
-def _words(folder: Path | None, problems: Problems) -> int | None:
+def _vocab_size(folder: Path | None, problems: Problems) -> int | None:
     if folder is None:
         return None
     try:
@@ -158,21 +158,22 @@ def hidden_size(dim: int, multiple_of: int, multiplier: float | None = None) -> 
 
 
 def read_shards(folder: Path, problems: Problems) -> dict[str, dict[str, LazyTensor]]:
-    """{file name: its tensors} in the order of their numbers; nothing if a number is missing or there twice."""
+    """Returns {file name: tensors} in the order of the shards; {} if a number is missing or occurs twice."""
     numbers: dict[int, str] = {}
     before = len(problems)
     for name in sorted(path.name for path in folder.iterdir() if SHARD.fullmatch(path.name)):
         number = int(SHARD.fullmatch(name)[1])
         if number in numbers:
-            problems.append(f"{folder} has shard {number} twice: {numbers[number]} and {name}. Move the one that does "
-                            "not belong to the others out of the folder.")
+            problems.append(f"{folder} has shard {number} twice: {numbers[number]} and {name}. Move the wrong one "
+                            "out of the folder.")
         numbers[number] = name
     gaps = (number for number in range(max(numbers, default=0)) if number not in numbers)
-    absent = [f"consolidated.{number:02}.pth" for number in itertools.islice(gaps, SHOWN)]  # a name may say any number
+    # The number in a name may be any number, so the list is limited.
+    absent = [f"consolidated.{number:02}.pth" for number in itertools.islice(gaps, MAX_LISTED)]
     if not numbers:
-        there = weight_files.listed(weight_files.unread(folder))
+        unread = weight_files.listed(weight_files.unread(folder))
         problems.append(f"{folder} has no consolidated.00.pth"
-                        + f"; it holds {there}, which is not read here" * bool(there)
+                        + f"; it holds {unread}, which cannot be read" * bool(unread)
                         + ". Give a folder with Meta's consolidated.NN.pth, or one as transformers saves it, with its "
                           "config.json.")
     if absent:
@@ -194,20 +195,20 @@ def read_shards(folder: Path, problems: Problems) -> dict[str, dict[str, LazyTen
 
 def joined(shards: Sequence[Mapping[str, LazyTensor]], cfg: LlamaConfig, folder: Path,
            problems: Problems) -> dict[str, LazyTensor]:
-    """One table of the whole tensors, each of which is read from all shards when it is wanted.
+    """Returns the whole tensors, each of which is read from all shards on demand.
 
-    None come with a problem: shards that do not belong together would be reported again, tensor by tensor.
+    With a problem returns {}, because mismatched shards would be reported again for every tensor.
     """
     if not shards:
         return {}
     before = len(problems)
-    held = shards[0].get("tok_embeddings.weight")
-    columns = held.shape[1] if held is not None and len(held.shape) == 2 else cfg.dim
+    part = shards[0].get("tok_embeddings.weight")
+    columns = part.shape[1] if part is not None and len(part.shape) == 2 else cfg.dim
     if columns * len(shards) != cfg.dim:
         problems.append(
             f"{folder}: params.json says dim {cfg.dim}, and a shard holds {columns} of the columns of "
             f"tok_embeddings.weight, so there should be {cfg.dim / columns:g} shards; there are {len(shards)}. "
-            "Download what is missing, and mix no models.")
+            "Download the missing shards, and use those of one model.")
     keys = dict.fromkeys(key for shard in shards for key in shard if reason(key, IGNORED) is None)
     tensors = {key: _join(key, [shard.get(key) for shard in shards], folder, problems) for key in keys}
     return tensors if len(problems) == before else {}
@@ -217,33 +218,33 @@ def _join(key: str, parts: Sequence[LazyTensor | None], folder: Path, problems: 
     if len(parts) == 1:
         return parts[0]
     if absent := [number for number, part in enumerate(parts) if part is None]:
-        problems.append(f"{folder}: {key} is missing in the shards {absent}, and the others have it.")
+        problems.append(f"{folder}: {key} is missing in the shards {absent}, but not in the others.")
         return None
     kinds = {(str(part.dtype), tuple(part.shape)) for part in parts}
     if len(kinds) > 1:
-        problems.append(f"{folder}: {key} is not alike in all shards: "
+        problems.append(f"{folder}: {key} has different dtypes or shapes in the shards: "
                         + ", ".join(f"{kind} {list(shape)}" for kind, shape in sorted(kinds)) + ".")
         return None
     axis = next((axis for pattern, axis in SPLIT if re.fullmatch(pattern, key)), -1)
     if axis is None and any(not np.array_equal(parts[0].read(), part.read()) for part in parts[1:]):
-        problems.append(f"{folder}: {key} differs between the shards, and it should be one and the same in all: they "
-                        "belong to different models.")
-    if axis is None or axis < 0:  # no line of the table wants a key that SPLIT does not know
+        problems.append(f"{folder}: {key} differs between the shards, but should be the same in all: they belong to "
+                        "different models.")
+    if axis is None or axis < 0:  # a key that is not in SPLIT is in no line of the table
         return parts[0]
-    shape = tuple(size * len(parts) if place == axis else size for place, size in enumerate(parts[0].shape))
+    shape = tuple(size * len(parts) if number == axis else size for number, size in enumerate(parts[0].shape))
     return Computed(key, shape, parts[0].dtype, functools.partial(_whole, parts, axis, shape))
 
 
 def _whole(parts: Sequence[LazyTensor], axis: int, shape: tuple[int, ...]) -> np.ndarray:
-    """One part after the other, so that a single one is in memory beside the whole."""
+    """Reads the parts one after the other, so that only one is in memory in addition to the result."""
     whole = np.empty(shape, parts[0].dtype)
-    for place, part in zip(np.split(whole, len(parts), axis), parts, strict=True):
-        place[...] = part.read()
+    for view, part in zip(np.split(whole, len(parts), axis), parts, strict=True):
+        view[...] = part.read()
     return whole
 
 
 def params(cfg: LlamaConfig) -> dict[str, Any]:
-    """params.json of a model: what `read_params` makes these sizes of."""
+    """Returns the params.json of a config, the inverse of `read_params`."""
     plain = next((2**n for n in range(8, -1, -1) if hidden_size(cfg.dim, 2**n) == cfg.hidden), None)
     hidden = ({"multiple_of": plain} if plain else
               {"multiple_of": 1, "ffn_dim_multiplier": (cfg.hidden + 0.5) / hidden_size(cfg.dim, 1)})
@@ -256,10 +257,10 @@ def params(cfg: LlamaConfig) -> dict[str, Any]:
 
 
 def write_folder(cfg: LlamaConfig, tokenizer: Path, out: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """params.json, all tensors in consolidated.00.pth, and tokenizer.model."""
+    """Writes params.json, all tensors in consolidated.00.pth, and tokenizer.model."""
     if not (tokenizer / "tokenizer.model").is_file():
-        raise ConversionError(f"{tokenizer} has no tokenizer.model, without which Meta's format is not complete. "
-                              "Export the part `llm` instead.")
+        raise ConversionError(f"{tokenizer} has no tokenizer.model, which Meta's format requires. Export the part "
+                              "`llm` instead.")
     with atomic_folder(out) as folder:
         torch_file.save(folder / "consolidated.00.pth", tensors)
         (folder / "params.json").write_text(json.dumps(params(cfg)) + "\n")

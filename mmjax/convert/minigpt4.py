@@ -1,10 +1,10 @@
-"""The released files of MiniGPT-4 and MiniGPT-v2: eva_vit.pth, blip2_pretrained*.pth and the trained checkpoints.
+"""Conversion of MiniGPT-4 and MiniGPT-v2: eva_vit.pth, blip2_pretrained*.pth and the trained checkpoints.
 
 Vision: C colours   P, Q patch sides   A positions   S q, k and v   D model   F feed-forward   N heads   H head
 Q-Former: A queries   D model   E image width   F feed-forward   N heads   H head
 Projector: E input   D language model
 
-Facts: minigpt4/models/{eva_vit,Qformer,minigpt_base}.py, and what its runner saves (minigpt4/runners/runner_base.py).
+Facts: minigpt4/models/{eva_vit,Qformer,minigpt_base}.py, and minigpt4/runners/runner_base.py for trained checkpoints.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ EVA_VIT = (
         ("attn.v_bias", "attn/qkv/v_b", "(N H) -> N H"))),
 )
 EVA_VIT_IGNORED = (
-    (r"norm\.(weight|bias)", "MiniGPT-4 takes the tokens before the final norm"),
+    (r"norm\.(weight|bias)", "MiniGPT-4 uses the tokens before the final norm"),
     (r"head\.(weight|bias)", "the classifier"),
 )
 
@@ -57,7 +57,7 @@ LN_VISION = (
     ("ln_vision.bias", "ln_vision/bias", "E -> E"),
 )
 _LAYER = "Qformer.bert.encoder.layer."
-QFORMER = (  # {i} every layer, {c} every layer that reads the image
+QFORMER = (  # {i}: every layer, {c}: every layer with cross-attention
     ("query_tokens", "qformer/query_tokens", "1 A D -> A D"),
     ("Qformer.bert.embeddings.LayerNorm.weight", "qformer/norm/scale", "D -> D"),
     ("Qformer.bert.embeddings.LayerNorm.bias", "qformer/norm/bias", "D -> D"),
@@ -107,21 +107,21 @@ TRAINED_IGNORED = (
     _POSITIONS,
     (r"(" + _TUNED + r"|llama_model\.)" + llama.IGNORED[0][0], llama.IGNORED[0][1]),
 )
-TRAINED_KEYS = {"projector": r"llama_proj\..*", "lora": r".*\.lora_[AB]\..*"}  # by the option that asks for them
-TRAINED_MEMBERS = {"optimizer", "config", "scaler", "epoch"}  # beside "model"; training state that no model needs
+TRAINED_KEYS = {"projector": r"llama_proj\..*", "lora": r".*\.lora_[AB]\..*"}  # by option
+TRAINED_MEMBERS = {"optimizer", "config", "scaler", "epoch"}  # besides "model"; training state
 
-# Where sizes show; "" is an axis that says nothing new.
+# Tensors whose shapes give sizes; "" is an axis that is not used.
 VIT_SIZES = {"patch_embed.proj.weight": ("dim", "", "patch", ""), "blocks.0.mlp.fc1.weight": ("hidden", "dim"),
-             "pos_embed": ("", "places", "")}
+             "pos_embed": ("", "positions", "")}
 QFORMER_SIZES = {"query_tokens": ("", "queries", "dim"),
                  _LAYER + "0.intermediate_query.dense.weight": ("hidden", "dim")}
-# What shapes do not tell, for the released sizes: known by the width of the model.
+# Sizes that no shape gives, of the released models, by their width.
 REAL_VIT = {1_408: {"heads": 16, "depth": 39}}
 REAL_QFORMER = {768: {"heads": 12, "cross_every": 2}}
 REAL_IMAGE_SIZE = {"minigpt4": 224, "minigpt_v2": 448}
 LORA_ALPHA = 16.0
 
-# --arch: its names -> ours. A value of None means that it can only have the value that we would work out.
+# --arch: its names -> fields of the configs. None: a name that is only checked.
 ARCH = {
     "vit": {"image_size": "image_size", "patch_size": "patch", "dim": "dim", "depth": "depth", "num_heads": "heads",
             "mlp_hidden": "hidden", "layer_norm_eps": "eps", "ln_vision_eps": None},
@@ -141,7 +141,7 @@ def vit_entries(cfg: VitConfig) -> list[Entry]:
 
 def vit_ignored(cfg: VitConfig) -> tuple[tuple[str, str], ...]:
     deeper = rf"blocks\.(?!({'|'.join(map(str, range(cfg.depth)))})\.)\d+\..*"
-    return (*EVA_VIT_IGNORED, (deeper, f"blocks beyond the {cfg.depth} that the model has"))
+    return (*EVA_VIT_IGNORED, (deeper, f"blocks after the {cfg.depth} of the model"))
 
 
 def qformer_entries(cfg: QFormerConfig, vit_dim: int) -> list[Entry]:
@@ -155,31 +155,31 @@ def projector_entries(inputs: int, outputs: int) -> list[Entry]:
 
 
 def read(path: Path, problems: Problems, members: set[str] = frozenset()) -> dict[str, LazyTensor]:
-    """The tensors of a .pth: flat, or under "model" beside `members` that are left out on purpose."""
+    """Returns the tensors of a .pth: flat, or under "model" next to `members`, which are ignored."""
     try:
-        found = torch_file.load(path)
+        content = torch_file.load(path)
     except WeightFileError as error:
         problems.append(str(error))
         return {}
-    if isinstance(found, dict) and isinstance(found.get("model"), dict):
-        problems.extend(f"{path.name} holds {name!r} beside 'model', which is not known as something to leave out."
-                        for name in found if name not in members | {"model"})
-        found = found["model"]
-    return flat_tensors(path, found, problems)
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        problems.extend(f"{path.name} holds {name!r} besides 'model', which is not known as a key to ignore."
+                        for name in content if name not in members | {"model"})
+        content = content["model"]
+    return flat_tensors(path, content, problems)
 
 
 def read_trained(path: Path, problems: Problems) -> dict[str, LazyTensor]:
-    """What was trained, as the original's runner saves it; LoRA under peft 0.2.0's names."""
+    """Returns the tensors of a trained checkpoint, with peft 0.2.0's names for LoRA."""
     tensors = read(path, problems, TRAINED_MEMBERS)
     return {re.sub(r"\.(lora_[AB])\.default\.weight$", r".\1.weight", key): tensor for key, tensor in tensors.items()}
 
 
 def read_arch(path: Path | None, problems: Problems) -> dict[str, dict[str, Any]]:
-    """--arch: a JSON file with any of the parts and fields of `ARCH`, as {part: {our name: value}}."""
-    told: dict[str, dict[str, Any]] = {part: {} for part in ARCH}
+    """Reads --arch, a JSON file with any of the parts and fields of `ARCH`, as {part: {field: value}}."""
+    given: dict[str, dict[str, Any]] = {part: {} for part in ARCH}
     for part, fields in (read_json(path, problems) if path else {}).items():
         if part not in ARCH:
-            if part != "llama":  # its folder's config.json says everything
+            if part != "llama":  # described by its folder's config.json
                 problems.append(f"--arch {path.name}: {unknown_name(part, ARCH)}")
             continue
         if not isinstance(fields, dict):
@@ -191,29 +191,29 @@ def read_arch(path: Path | None, problems: Problems) -> dict[str, dict[str, Any]
             elif name != "lora_targets" and (not isinstance(value, int | float) or value <= 0):
                 problems.append(f"--arch {path.name}: {part}.{name} is {value!r}, expected a number above 0.")
             else:
-                told[part][ARCH[part][name] or name] = value
+                given[part][ARCH[part][name] or name] = value
     fixed = (("vit", "ln_vision_eps", LN_VISION_EPS), ("minigpt_v2", "lora_targets", LORA_TARGETS))
-    problems.extend(f"--arch {path.name}: {part}.{name} is {told[part][name]!r}; only {only!r} is supported."
-                    for part, name, only in fixed if told[part].get(name, only) != only)
-    width = told["qformer"].get("encoder_width")
-    if width is not None and told["vit"].get("dim", width) != width:
-        problems.append(f"--arch {path.name}: qformer.encoder_width is {width}, vit.dim is {told['vit']['dim']}.")
-    return told
+    problems.extend(f"--arch {path.name}: {part}.{name} is {given[part][name]!r}; only {only!r} is supported."
+                    for part, name, only in fixed if given[part].get(name, only) != only)
+    width = given["qformer"].get("encoder_width")
+    if width is not None and given["vit"].get("dim", width) != width:
+        problems.append(f"--arch {path.name}: qformer.encoder_width is {width}, vit.dim is {given['vit']['dim']}.")
+    return given
 
 
 def vit_config(tensors: Mapping[str, LazyTensor], arch: Mapping[str, Mapping[str, Any]], v2: bool,
                problems: Problems) -> VitConfig | None:
-    """Sizes of the vision tower: from its tensors, `--arch`, or the released model's width."""
+    """Returns the config of the vision tower: from its tensors, `--arch`, or the released sizes."""
     found = sizes_from_shapes(tensors, VIT_SIZES)
-    if "places" in found:  # not a square: a wrong shape, which the line of pos_embed reports
-        found["table"] = math.isqrt(max(found.pop("places") - 1, 0))
+    if "positions" in found:  # if not a square, the table's line reports the wrong shape
+        found["table"] = math.isqrt(max(found.pop("positions") - 1, 0))
     known = dict(REAL_VIT.get(found.get("dim"), {}))
     if known:
         known["image_size"] = REAL_IMAGE_SIZE["minigpt_v2" if v2 else "minigpt4"]
-    told = {name: value for name, value in arch["vit"].items() if name != "ln_vision_eps"}
+    given = {name: value for name, value in arch["vit"].items() if name != "ln_vision_eps"}
     if v2 and "image_size" in arch["minigpt_v2"]:
-        told["image_size"] = arch["minigpt_v2"]["image_size"]
-    cfg = _config(VitConfig, "vit", tensors, found, known, told, problems)
+        given["image_size"] = arch["minigpt_v2"]["image_size"]
+    cfg = _config(VitConfig, "vit", tensors, found, known, given, problems)
     if cfg and cfg.image_size % cfg.patch:
         problems.append(f"vit: images of {cfg.image_size} pixels do not divide into patches of {cfg.patch}.")
         return None
@@ -222,44 +222,44 @@ def vit_config(tensors: Mapping[str, LazyTensor], arch: Mapping[str, Mapping[str
 
 def qformer_config(tensors: Mapping[str, LazyTensor], arch: Mapping[str, Mapping[str, Any]],
                    problems: Problems) -> QFormerConfig | None:
-    """Sizes of the Q-Former: from its tensors, `--arch`, or the released model's width."""
+    """Returns the config of the Q-Former: from its tensors, `--arch`, or the released sizes."""
     found = sizes_from_shapes(tensors, QFORMER_SIZES, re.escape(_LAYER) + r"(\d+)\.")
-    told = {name: value for name, value in arch["qformer"].items() if name != "encoder_width"}
-    return _config(QFormerConfig, "qformer", tensors, found, REAL_QFORMER.get(found.get("dim"), {}), told, problems)
+    given = {name: value for name, value in arch["qformer"].items() if name != "encoder_width"}
+    return _config(QFormerConfig, "qformer", tensors, found, REAL_QFORMER.get(found.get("dim"), {}), given, problems)
 
 
 def with_lora(cfg: LlamaConfig, tensors: Mapping[str, LazyTensor], rank: int, arch: Mapping[str, Mapping[str, Any]],
               problems: Problems) -> LlamaConfig:
-    """The language model with LoRA: its rank from the tensors if there are any, else `rank`."""
-    told = arch["minigpt_v2"]
+    """Returns the language model's config with LoRA; the rank is that of the tensors if there are any, else `rank`."""
+    given = arch["minigpt_v2"]
     a = next((tensor for key, tensor in tensors.items()
               if key.endswith("q_proj.lora_A.weight") and len(tensor.shape) == 2), None)
     if tensors and a is None:
-        problems.append("The file given as --lora holds no LoRA on q_proj (names that end in q_proj.lora_A.weight).")
+        problems.append("The file given as --lora has no LoRA on q_proj (names that end in q_proj.lora_A.weight).")
     if a is not None:
         if rank and rank != a.shape[0]:
             problems.append(f"--lora-rank is {rank}, but the LoRA file holds rank {a.shape[0]}.")
         rank = a.shape[0]
-    if rank and told.get("rank", rank) != rank:
-        problems.append(f"--arch: minigpt_v2.lora_r is {told['rank']}, but LoRA has rank {rank}.")
-    return dataclasses.replace(cfg, lora_rank=rank, lora_alpha=float(told.get("alpha", LORA_ALPHA)))
+    if rank and given.get("rank", rank) != rank:
+        problems.append(f"--arch: minigpt_v2.lora_r is {given['rank']}, but LoRA has rank {rank}.")
+    return dataclasses.replace(cfg, lora_rank=rank, lora_alpha=float(given.get("alpha", LORA_ALPHA)))
 
 
 def _config(cls, part: str, tensors: Mapping[str, LazyTensor], found: Mapping[str, int], known: Mapping[str, Any],
-            told: Mapping[str, Any], problems: Problems):
-    """A config of what tensors show (`found`), --arch says (`told`) and released sizes imply (`known`)."""
+            given: Mapping[str, Any], problems: Problems):
+    """Returns a config from the sizes of the tensors (`found`), of --arch (`given`) and of the release (`known`)."""
     if not tensors:
-        return None  # the file's own problem
-    theirs = {ours: name for name, ours in ARCH[part].items() if ours and ours != "eps"}
+        return None  # the file has been reported
+    arch_names = {ours: name for name, ours in ARCH[part].items() if ours and ours != "eps"}
     problems.extend(
-        f"--arch: {part}.{theirs[name]} is {told[name]}, but the tensors say {found[name]}."
-        for name in found.keys() & told.keys() if found[name] != told[name])
-    values = {**known, **found, **told}
-    absent = [name for ours, name in theirs.items() if ours not in values]
+        f"--arch: {part}.{arch_names[name]} is {given[name]}, but in the tensors it is {found[name]}."
+        for name in found.keys() & given.keys() if found[name] != given[name])
+    values = {**known, **found, **given}
+    absent = [name for ours, name in arch_names.items() if ours not in values]
     if absent:
         example = json.dumps({part: {name: "..." for name in absent}})
-        problems.append(f"{part}: the sizes are not a released model's, and the tensors do not show "
-                        f"{', '.join(absent)}. If it is the right file, give them: --arch FILE with {example}.")
+        problems.append(f"{part}: the sizes are not those of a released model, and the tensors do not determine "
+                        f"{', '.join(absent)}. If it is the right file, set them: --arch FILE with {example}.")
         return None
     cfg = cls(**values)
     if cfg.dim % cfg.heads:
@@ -268,7 +268,7 @@ def _config(cls, part: str, tensors: Mapping[str, LazyTensor], found: Mapping[st
     return cfg
 
 
-# What the released models were trained with; which template belongs to a projector no weight file says.
+# The settings that the released models were trained with, without the template, which is in no weight file.
 TEXT = TextConfig(end_sym="###", max_txt_len=160)
 TEXT_NO_QFORMER = TextConfig(end_sym="</s>", max_txt_len=160)
 TEXT_V2 = TextConfig(end_sym="</s>", max_txt_len=1024)
@@ -284,21 +284,22 @@ def inspect(
     Args:
         vit: eva_vit_g.pth
         llm: folder of LLaMA, Vicuna or Llama-2 as transformers saves it, or as Meta ships it
-        qformer: blip2_pretrained*.pth; left out for the models without Q-Former (on Llama-2, and MiniGPT-v2)
+        qformer: blip2_pretrained*.pth; omit it for the models without a Q-Former (on Llama-2, and MiniGPT-v2)
         delta: folder of a Vicuna delta to add to `llm`
-        projector: trained checkpoint that holds llama_proj; without it the projector starts fresh
-        lora: trained checkpoint that holds LoRA; may be the same file as `projector`
-        lora_rank: rank of a fresh LoRA to train, when there is no `lora`
-        arch: JSON file with what tensors do not show (head counts, image size, ...); released sizes need none
-        prompt_template: put around every prompt at its {} from now on, such as "###Human: {} ###Assistant: " (Vicuna),
-            "[INST] {} [/INST] " (Llama-2) or "[INST] {} [/INST]" (MiniGPT-v2); without it prompts are taken as they are
+        projector: trained checkpoint with llama_proj; without it training initializes the projector
+        lora: trained checkpoint with LoRA; may be the same file as `projector`
+        lora_rank: rank of a new LoRA to train, without `lora`
+        arch: JSON file with sizes that the tensors do not determine (number of heads, image size, ...); not needed for
+            released sizes
+        prompt_template: template with {} for the prompt, such as "###Human: {} ###Assistant: " (Vicuna),
+            "[INST] {} [/INST] " (Llama-2) or "[INST] {} [/INST]" (MiniGPT-v2); default: the prompt alone
     """
     problems, parameters = Problems(), {}
-    told = read_arch(arch, problems)
+    given = read_arch(arch, problems)
     is_v2 = lora is not None or lora_rank > 0
-    vit_cfg, found = _read_vit(vit, told, is_v2, problems)
+    vit_cfg, found = _read_vit(vit, given, is_v2, problems)
     parameters |= found
-    qformer_cfg, found, constant = _read_qformer(qformer, vit_cfg, told, problems)
+    qformer_cfg, found, constant = _read_qformer(qformer, vit_cfg, given, problems)
     parameters |= found
     release, found = language_model.read(llm, delta, problems)
     parameters |= found
@@ -306,7 +307,7 @@ def inspect(
     if release:
         cfg = release.cfg
         if is_v2:
-            cfg = with_lora(cfg, trained.get(lora, {}), lora_rank, told, problems)
+            cfg = with_lora(cfg, trained.get(lora, {}), lora_rank, given, problems)
         if vit_cfg and (qformer_cfg or not qformer):
             inputs = qformer_cfg.dim if qformer_cfg else JOINED * vit_cfg.dim
             found, fresh = _read_trained_parts(
@@ -322,28 +323,28 @@ def inspect(
     return Inspected(parts, parameters, text, release.generation, sources, release.tokenizer, tuple(fresh), constant)
 
 
-def _read_vit(path: Path, told: Mapping[str, Any], is_v2: bool,
+def _read_vit(path: Path, given: Mapping[str, Any], is_v2: bool,
               problems: Problems) -> tuple[VitConfig | None, dict[str, Parameter]]:
     tensors = read(path, problems)
-    cfg = vit_config(tensors, told, is_v2, problems)
+    cfg = vit_config(tensors, given, is_v2, problems)
     return cfg, forward(vit_entries(cfg), tensors, vit_ignored(cfg), path.name, problems) if cfg else {}
 
 
 def _read_qformer(
-    path: Path | None, vit_cfg: VitConfig | None, told: Mapping[str, Any], problems: Problems
+    path: Path | None, vit_cfg: VitConfig | None, given: Mapping[str, Any], problems: Problems
 ) -> tuple[QFormerConfig | None, dict[str, Parameter], dict[str, float]]:
-    """(config, parameters, constant parameters): without a file the constant ln_vision, which the original then leaves
-    as it was initialised."""
+    """Returns (config, parameters, constant parameters). Without a file ln_vision is constant, because the original
+    then keeps its initial values."""
     if path:
         tensors = read(path, problems)
-        cfg = qformer_config(tensors, told, problems)
+        cfg = qformer_config(tensors, given, problems)
         if not (cfg and vit_cfg):
             return cfg, {}, {}
         return cfg, forward(qformer_entries(cfg, vit_cfg.dim), tensors, BLIP2_IGNORED, path.name, problems), {}
     if not vit_cfg:
         return None, {}, {}
     if vit_cfg.grid**2 % JOINED:
-        problems.append(f"Without Q-Former {JOINED} patches become one token, but images of {vit_cfg.image_size} "
+        problems.append(f"Without a Q-Former {JOINED} patches become one token, but images of {vit_cfg.image_size} "
                         f"pixels have {vit_cfg.grid**2} patches.")
     constant = {"ln_vision/scale": 1.0, "ln_vision/bias": 0.0}
     return None, {path: _filled(path, value, vit_cfg.dim) for path, value in constant.items()}, constant
@@ -353,10 +354,10 @@ def _read_trained_parts(
     files: Mapping[Path, Mapping[str, LazyTensor]], parts: Sequence[tuple[str, Path | None, list[Entry]]],
     problems: Problems,
 ) -> tuple[dict[str, Parameter], list[str]]:
-    """(parameters, fresh paths) of the trained parts, given as (option, its file, entries).
+    """Returns (parameters, fresh paths) of the trained parts, given as (option, its file, entries).
 
-    One file may serve both. A part that a file holds and nobody asked for would silently be lost, as it was in the
-    original: that is a problem.
+    One file may contain both. Adds a problem for a part that a file contains and no option selects, because the
+    conversion would silently drop it.
     """
     parameters: dict[str, Parameter] = {}
     for path, tensors in files.items():
@@ -368,8 +369,8 @@ def _read_trained_parts(
                 continue
             ignored.append((pattern, f"--{option} is another file"))
             if given is None and any(re.fullmatch(pattern, key) for key in tensors):
-                problems.append(f"{path.name} holds a trained {option} as well, which would be lost: give the same "
-                                f"file as --{option}, too.")
+                problems.append(f"{path.name} also holds a trained {option}, which would be lost: give the same file "
+                                f"as --{option}, too.")
         if tensors:
             parameters |= forward(entries, tensors, ignored, path.name, problems)
     return parameters, [entry.path for _, given, wanted in parts if given is None for entry in wanted]

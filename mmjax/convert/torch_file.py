@@ -1,12 +1,12 @@
-"""Files of torch.save (`.pth`, `.bin`) without PyTorch: `load` runs nothing that is in them, `save` writes them.
+"""Reads and writes files of torch.save (`.pth`, `.bin`) without PyTorch; `load` runs no code from the file.
 
 Such a file is an uncompressed zip archive: `NAME/data.pkl` is a pickle that describes the structure, and the numbers
 of each storage are a member `NAME/data/KEY`. A pickle is a program that may call any Python function, and these files
-come from the internet, so it is not given to `pickle.Unpickler` at all. Even with a restricted `find_class` that one
-calls what it found, sets attributes, hashes whatever stands as a key (nested tuples overflow the C stack) and
-allocates what the file asks for (a memo slot of 4 billion). Instead, `_Reader` below interprets those opcodes that
-torch.save writes: it builds dicts, lists, tuples, strings and numbers, knows a fixed set of names, and refuses the
-rest. No step copies a value, so work and memory are bounded by the number of opcodes, which is bounded too.
+come from the internet, so `pickle.Unpickler` is not used. Even with a restricted `find_class` it calls what that
+returns, sets attributes, hashes any key (nested tuples overflow the C stack) and allocates memory as the file demands
+(a memo slot of 4 billion). Instead, `_Reader` below interprets only the opcodes that torch.save writes: it builds
+dicts, lists, tuples, strings and numbers, knows a fixed set of names, and raises an error for anything else. No step
+copies a value, so work and memory are bounded by the number of opcodes, which is bounded too.
 
 Left out, with an error that says so: the format before PyTorch 1.6, TorchScript, complex, quantised, float8 and
 sparse tensors, and all Python objects but `argparse.Namespace` (training scripts store their arguments in one).
@@ -45,15 +45,15 @@ NAMES = {"collections.OrderedDict", "argparse.Namespace", "torch.Size", "torch._
 # A tensor takes about 15 opcodes and 150 bytes: room for 60,000 of them.
 MAX_OPCODES = 1_000_000
 MAX_VALUES = 250_000
-MAX_DEPTH = 100  # configs nest some ten deep; more would overflow the recursion of whoever walks the result
+MAX_DEPTH = 100  # configs nest some ten deep; more would overflow recursive functions on the result
 MAX_KEY = 1_000  # characters from the top to a tensor
-MAX_EXPANDED = 64 * 2**20  # bytes of a tensor that repeats elements (`expand`): these cost nothing in the file
+MAX_EXPANDED = 64 * 2**20  # bytes of a tensor that repeats elements (`expand`) and is small in the file
 
 
 def load(path: str | os.PathLike) -> Any:
-    """The structure that was given to torch.save, with a LazyTensor for every tensor.
+    """Returns the structure that was saved with torch.save, with a LazyTensor for every tensor.
 
-    Dicts of any kind and `argparse.Namespace` come back as dict, parameters as tensors, dtypes as strings such as
+    Dicts of any kind and `argparse.Namespace` are returned as dict, parameters as tensors, dtypes as strings such as
     "torch.float16". Attributes of dicts (PyTorch's `_metadata`) are dropped. Raises WeightFileError.
     """
     path = Path(path)
@@ -102,17 +102,17 @@ def _content(file: BinaryIO, path: Path, members: dict[str, _Member], name: str)
 
 
 def _members(file: BinaryIO, path: Path) -> dict[str, _Member]:
-    """Where each member lies. zipfile is not used: it trusts sizes, and gives no offset of the content.
+    """Returns the position of each member. zipfile is not used: it trusts sizes, and gives no offset of the content.
 
-    Checked: everything is inside the file, nothing overlaps, no name occurs twice, nothing is compressed (so no
-    member is larger than what lies on the disk).
+    Checks that everything is inside the file, nothing overlaps, no name occurs twice, and nothing is compressed (so no
+    member is larger than the file).
     """
     length = file.seek(0, os.SEEK_END)
 
     def read(what: str, magic: bytes, layout: str, offset: int) -> tuple[int, ...]:
         size = struct.calcsize(layout)
         if not 0 <= offset <= length - size:
-            raise _broken(path, f"the {what} would lie at byte {offset} of {length}")
+            raise _broken(path, f"the {what} would be at byte {offset} of {length}")
         file.seek(offset)
         got, *fields = struct.unpack(layout, file.read(size))
         if got != magic:
@@ -160,7 +160,7 @@ def _members(file: BinaryIO, path: Path) -> dict[str, _Member]:
 
 
 def _wide(extra: bytes, *fields: int) -> list[int]:
-    """The fields, with those too large for 32 bits taken from the zip64 block of an entry's extra bytes."""
+    """Returns the fields; those too large for 32 bits are read from the zip64 block of an entry's extra bytes."""
     wide: list[int] = []
     at = 0
     while at + 4 <= len(extra):
@@ -193,10 +193,10 @@ OPCODES = {
 
 
 def _opcodes(program: bytes) -> Iterator[tuple[str, Any]]:
-    """Name and argument of each opcode up to STOP.
+    """Yields the name and argument of each opcode up to STOP.
 
-    `pickletools.genops` would do, but decodes the arguments of every opcode, with warnings for odd escapes in names.
-    Raises ValueError naming the byte where the program makes no sense.
+    `pickletools.genops` is not used because it warns about invalid escapes in names.
+    Raises ValueError with the position of the first invalid byte.
     """
     at, name = 0, ""
     while name != "STOP":
@@ -227,7 +227,7 @@ def _opcodes(program: bytes) -> Iterator[tuple[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Name:
-    """A class or function the pickle refers to: only ever its name."""
+    """The name of a class or function that the pickle refers to."""
 
     name: str
 
@@ -270,7 +270,7 @@ class _Reader:
         return self.finish(self.frames[0][0], "", 0)
 
     def step(self, opcode: str, argument: Any) -> None:
-        """One opcode. Pickle's own names; see `pickletools` for what each does."""
+        """Executes one opcode. The names are pickle's; see `pickletools` for their meaning."""
         stack = self.frames[-1]
         match opcode:
             case "BINPUT" | "LONG_BINPUT":
@@ -342,7 +342,7 @@ class _Reader:
         if not isinstance(target, dict) or len(items) % 2:
             raise ValueError("items for something that is no dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Nothing else occurs as a key, and hashing other things can be made to take for ever.
+            # No other keys occur, and hashing other values can take arbitrarily long.
             if not isinstance(key, str) and not (isinstance(key, int) and abs(key) < 2**63):
                 raise self.refuse(f"has a dict with a key of type {type(key).__name__}; expected strings or integers")
             target[key] = value
@@ -379,7 +379,7 @@ class _Reader:
         raise self.refuse(f"calls {name} in a way torch.save does not")
 
     def build(self, target: Any, state: Any) -> None:
-        """Attributes: of an OrderedDict they are dropped, of a Namespace they are the content."""
+        """Sets attributes, which are dropped for an OrderedDict and are the content of a Namespace."""
         match target, state:
             case _Namespace(), dict():
                 target.attributes = state
@@ -420,10 +420,10 @@ class _Reader:
                           storage.offset + offset * storage.dtype.itemsize)
 
     def finish(self, value: Any, key: str, depth: int) -> Any:
-        """The value in plain containers of its own, tensors named by their key.
+        """Returns a copy of the value in plain containers, with tensors named by their key.
 
-        What is reached over several ways is repeated, so a structure that contains itself, or unfolds without
-        bounds, ends here and not in the code that walks the result.
+        Shared values are repeated, so a structure that contains itself or expands without bounds raises an error here
+        and not in functions that traverse the result.
         """
         self.values += 1
         if self.values > MAX_VALUES or depth > MAX_DEPTH or len(key) > MAX_KEY:
@@ -444,9 +444,9 @@ class _Reader:
         return value
 
     def where(self) -> str:
-        """The nearest dict key below the value that is being built, for messages."""
+        """Returns the nearest dict key below the current value, for messages."""
         strings = (value for frame in reversed(self.frames) for value in reversed(frame)
-                   if isinstance(value, str) and value != "storage")  # the first word of a reference to a storage
+                   if isinstance(value, str) and value != "storage")  # the first item of a reference to a storage
         key = next(strings, None)
         return "" if key is None else f" (near the key {key[:MAX_KEY]!r})"
 
@@ -468,10 +468,10 @@ def _join(key: str, name: Any) -> str:
 
 
 def save(path: str | os.PathLike, obj: Any) -> None:
-    """Writes a file that torch.load reads, with and without `weights_only=True`; the same input, the same bytes.
+    """Writes a file that torch.load reads, with and without `weights_only=True`. The bytes are deterministic.
 
     `obj` is nested dict (keys str or int), list, tuple, str, int, float, bool, None, np.ndarray and LazyTensor.
-    Tensors are read and written one at a time. The file appears under its name when it is complete.
+    Tensors are read and written one at a time. The file is renamed to `path` when it is complete.
     Raises TypeError naming every value that cannot be written, and what LazyTensor.read raises.
     """
     path = Path(path)
@@ -481,7 +481,7 @@ def save(path: str | os.PathLike, obj: Any) -> None:
     if offenders:
         raise TypeError(f"Cannot write {len(offenders)} values to {path}; expected dict, list, tuple, str, int "
                         "(64 bit), float, bool, None, numpy arrays and LazyTensor:\n  " + "\n  ".join(offenders))
-    partial = path.with_name(f".{path.name[:40]}.{os.getpid()}.partial")  # a long name becomes no longer
+    partial = path.with_name(f".{path.name[:40]}.{os.getpid()}.partial")  # file names have a maximum length
     try:
         with open(partial, "wb") as file:
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
@@ -498,7 +498,7 @@ def save(path: str | os.PathLike, obj: Any) -> None:
 
 
 def _add(archive: zipfile.ZipFile, file: BinaryIO, name: str, content: bytes | memoryview) -> None:
-    """One member whose content starts at a multiple of 64 bytes, as torch.save lays them out for mapping."""
+    """Adds one member whose content is aligned to 64 bytes, as torch.save does for memory mapping."""
     info = zipfile.ZipInfo(f"archive/{name}")  # dated 1980
     info.file_size, info.create_system = len(content), 3
     wide = info.file_size * 1.05 > zipfile.ZIP64_LIMIT  # the condition under which zipfile adds 20 bytes
@@ -515,7 +515,7 @@ def _little_endian(tensor: np.ndarray | LazyTensor) -> memoryview:
 
 
 def _pickle(value: Any, key: str, tensors: list, offenders: list[str]) -> Iterator[bytes]:
-    """The opcodes of protocol 2 that build the value; its tensors are collected in the order of their storages."""
+    """Yields the opcodes of protocol 2 that build the value; appends its tensors in the order of their storages."""
 
     def inner(items: Any) -> Iterator[bytes]:
         for name, item in items:

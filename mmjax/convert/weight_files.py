@@ -1,4 +1,4 @@
-"""Which files of a folder are its weights: those that transformers takes. What is read and what is not is printed.
+"""Selects the weight files of a folder as transformers does, and prints which files are read and which are not.
 
 Facts: transformers' modeling_utils.py, _get_resolved_checkpoint_files.
 """
@@ -16,7 +16,7 @@ from mmjax.convert.tables import Problems, read_json
 ORDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 INDEX = ".index.json"
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".onnx", INDEX)
-UNFINISHED = (".aria2", ".part", ".partial", ".incomplete", ".crdownload", ".download", ".tmp")  # of a download
+UNFINISHED = (".aria2", ".part", ".partial", ".incomplete", ".crdownload", ".download", ".tmp")  # downloads
 NUMBERED = re.compile(r"(.+-)\d+(-of-\d+.*)|(consolidated\.)\d+(\.pth)")
 
 console = Console(stderr=True)
@@ -27,7 +27,7 @@ class WeightSet:
     """One file with all tensors, or an index and its shards.
 
     name:       the file, or the index
-    weight_map: {key: file name}, as the index says; nothing for one file
+    weight_map: {key: file name} of the index; {} for one file
     """
 
     folder: Path
@@ -42,9 +42,9 @@ class WeightSet:
 
 
 def candidates(folder: Path, problems: Problems) -> list[str]:
-    """Names of the folder's sets, the one that transformers takes first.
+    """Returns the names of the folder's sets; transformers reads the first.
 
-    A link to nothing counts: transformers would go on to the next set, which may be an older one.
+    A broken link counts as a set: transformers would read the next set, which may be an older one.
     """
     found = Problems()
     config = read_json(folder / "config.json", found) if os.path.isfile(folder / "config.json") else {}
@@ -60,7 +60,7 @@ def candidates(folder: Path, problems: Problems) -> list[str]:
 
 
 def open_set(folder: Path, name: str, problems: Problems) -> WeightSet:
-    """The set with that name. Files of it that are missing, or not finished, are problems."""
+    """Returns the set of that name. Adds a problem for each missing or unfinished file."""
     if not os.path.lexists(folder / name):
         problems.append(f"{folder}: {name} is missing, though config.json names it as transformers_weights. Download "
                         "it, or take that field out of config.json.")
@@ -75,17 +75,17 @@ def open_set(folder: Path, name: str, problems: Problems) -> WeightSet:
 
 
 def check_finished(files: Iterable[Path], problems: Problems) -> None:
-    """A link to nothing, and a file that aria2 is still filling (it has its full size from the start), are problems."""
+    """Adds problems for broken links and for files that aria2 has not finished (they have their full size at once)."""
     for file in files:
         if os.path.islink(file) and not os.path.exists(file):
-            problems.append(f"{file} is a link to {os.readlink(file)}, which is not there. Download it again.")
+            problems.append(f"{file} is a link to {os.readlink(file)}, which does not exist. Download it again.")
         if os.path.lexists(f"{file}.aria2"):
-            problems.append(f"{file} is not complete: {file.name}.aria2 is beside it, as aria2 leaves it until a "
-                            "download has ended. Start the download again; it goes on.")
+            problems.append(f"{file} is not complete: {file.name}.aria2 exists, which aria2 deletes at the end of the "
+                            "download. Start the download again to resume it.")
 
 
 def _weight_map(index: Path, problems: Problems) -> dict[str, str]:
-    """{key: file name} of an index; with a problem, nothing."""
+    """Returns {key: file name} of an index; with a problem, {}."""
     before = len(problems)
     found = read_json(index, problems).get("weight_map")
     if len(problems) > before:
@@ -102,12 +102,12 @@ def _weight_map(index: Path, problems: Problems) -> dict[str, str]:
 
 
 def _is_file_name(name: object) -> bool:
-    """A name without a folder. `Path` alone would take "" and "a/" for one."""
+    """Returns whether this is a file name without a folder. `Path` would also accept "" and "a/"."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
 def unread(folder: Path, used: Collection[str] = ()) -> list[str]:
-    """Names of the weight files and indexes in a folder beside the `used` ones, unfinished downloads included."""
+    """Returns the other weight files and indexes of a folder, including unfinished downloads."""
     if not os.path.isdir(folder):
         return []
     names = sorted(name for name in os.listdir(folder) if name not in used and not os.path.isdir(folder / name))
@@ -119,23 +119,23 @@ def _without(name: str) -> str:
 
 
 def report(folder: Path, used: Collection[str], why: str) -> None:
-    """Prints which files are read and, if there are any, which weight files are not. why: a sentence for the latter."""
-    _say(f"{folder}: reading {listed(used)}.")
-    if others := unread(folder, used):
-        _say(f"{folder}: ignoring {listed(others)}. {why}")
+    """Prints which files are read and which weight files are ignored. why: the reason for the latter."""
+    _print(f"{folder}: reading {listed(used)}.")
+    if ignored := unread(folder, used):
+        _print(f"{folder}: ignoring {listed(ignored)}. {why}")
 
 
 def why_ignored(folder: Path, name: str) -> str:
-    """Why a folder's other weight files are not read, beside the set `name`."""
+    """Returns why a folder's weight files other than the set `name` are not read."""
     if name != next(known for known in (*ORDER, name) if os.path.lexists(folder / known)):
         return f"config.json names {name} as transformers_weights."
     meta = any(name.startswith("consolidated.") for name in unread(folder))
-    return (f"As in transformers, {name} is taken: the first that is there of {', '.join(ORDER)}."
+    return (f"As in transformers, {name} is read, the first that exists of {', '.join(ORDER)}."
             + " Meta's consolidated.NN.pth are read only in a folder without config.json." * meta)
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names in one line; shards of one set as one name with a star."""
+    """Returns names in one line; the shards of a set are one name with a star."""
     groups: dict[str, list[str]] = {}
     for name in sorted(names):
         groups.setdefault(NUMBERED.sub(r"\1\3*\2\4", name), []).append(name)
@@ -143,6 +143,6 @@ def listed(names: Iterable[str]) -> str:
                      for group, found in groups.items())
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     line = "".join(character if character.isprintable() else "?" for character in line)
     console.print(line, markup=False, highlight=False, soft_wrap=True)

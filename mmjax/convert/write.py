@@ -1,7 +1,7 @@
-"""Writes inspected files as a checkpoint folder: into a temporary folder next to it, which is then renamed.
+"""Writes inspected files to a checkpoint folder: first to a temporary folder, which is then renamed.
 
-    OUT/weights/      an Orbax checkpoint with every parameter in its source's dtype; under `replaced/` the parameters that
-                      an adapter replaced (the language model's norms), for export
+    OUT/weights/      an Orbax checkpoint with every parameter in its source's dtype; under `replaced/` the parameters
+                      that an adapter replaced (the language model's norms), for export
     OUT/config.json   family, architecture, text settings, generation ids, and the sources' sizes and SHA-256
     OUT/tokenizer/    copies of the language model's tokenizer files
 """
@@ -137,7 +137,7 @@ class Fingerprints:
             self._error = error
 
     def join(self) -> Mapping[Path, dict[str, Any]]:
-        """Waits and returns {path: {"file", "bytes", "sha256"}}. Raises the OSError of a file that could not be read."""
+        """Waits and returns {path: {"file", "bytes", "sha256"}}. Raises OSError if a file could not be read."""
         self._thread.join()
         if self._error:
             raise self._error

@@ -244,7 +244,7 @@ def test_files_that_do_not_belong_together(tmp_path):
                             tensors(ARTICLE).items() if key != "linear_0.weight"}
                     | {"linear_0.weight": tensors(ARTICLE)["linear_0.weight"][:16]})
     message = refused(tmp_path, write.command("imagebind_llm"), **IMAGEBIND_LLM, adapter=small)
-    assert "makes vectors of 16, but --llama has a width of 32: these files do not belong together" in message
+    assert "makes vectors of 16, but --llm has a width of 32: these files do not belong together" in message
     tall = edited(PRETRAIN, tmp_path / "tall.pth", prefix_query__weight=np.zeros((6, 32), np.float32))
     arch = {"imagebind": json.loads((IMAGEBIND / "config.json").read_text())["imagebind"]}
     (tmp_path / "arch.json").write_text(json.dumps(arch))
@@ -255,10 +255,10 @@ def test_files_that_do_not_belong_together(tmp_path):
 @pytest.mark.parametrize("function, arguments, said", [
     (write.command("imagebind_llm"), IMAGEBIND_LLM | {"adapter": ADAPTER_V2["adapter"]}, "it is LLaMA-Adapter's. Convert it"),
     (write.command("llama_adapter"), ADAPTER_V1 | {"adapter": ADAPTER}, "It is ImageBind-LLM's: convert it with imagebind-llm"),
-    (write.command("llama_adapter"), ADAPTER_V2 | {"adapter": ADAPTER_V1["adapter"]}, "v1's, which has no images"),
-    (write.command("llama_adapter"), ADAPTER_V2 | {"clip": None}, "v2's, which sees images: give its CLIP as --clip"),
+    (write.command("llama_adapter"), ADAPTER_V2 | {"adapter": ADAPTER_V1["adapter"]}, "v1's, which reads no images"),
+    (write.command("llama_adapter"), ADAPTER_V2 | {"clip": None}, "v2's, which reads images: give its CLIP as --clip"),
     (write.command("imagebind_llm"), IMAGEBIND_LLM | {"adapter": IMAGEBIND / "imagebind.pth"}, "f1_1.weight is missing"),
-    (write.command("imagebind_llm"), IMAGEBIND_LLM | {"injection": "tokens"}, "there are released, token, token-shared"),
+    (write.command("imagebind_llm"), IMAGEBIND_LLM | {"injection": "tokens"}, "expected one of released, token, token-shared"),
     (write.command("llama_adapter"), ADAPTER_V1 | {"llm": IMAGEBIND}, "is it a LLaMA's config.json?"),
 ])
 def test_the_wrong_file(tmp_path, function, arguments, said):
@@ -275,7 +275,7 @@ def test_gates_of_the_token_form_in_the_released_one(tmp_path):
     ({"query_layers": 4}, "unknown 'query_layers'; did you mean 'query_layer'?"),
     ({"query_layer": 3}, "prefix_query.weight has 4 rows; expected 3 layers of 1 prompts"),
     ({"query_layer": "4"}, "query_layer is '4', expected a whole number above 0"),
-    ({"query_len": 2}, "query_len is 2; ImageBind-LLM has one prompt a layer"),
+    ({"query_len": 2}, "query_len is 2; ImageBind-LLM has one prompt per layer"),
     ({"image_dim": 25}, "image_dim is 25, but the bind network's is 24"),
     ({"bind_hidden": 64}, "bind_hidden is 64, but the bind network's is 128"),
     ({"imagebind": 3}, "imagebind is 3, expected a table of fields"),
@@ -305,7 +305,7 @@ def test_arch_of_llama_adapter(tmp_path, arguments, part, change, said):
 def test_words_that_do_not_fit(tmp_path):
     few = tmp_path / "few.txt.gz"
     few.write_bytes(gzip.compress(b"header\na b\nc d\n"))
-    for words, said in ((few, "holds 2 merges, but the text tower's 604 words need 90"),
+    for words, said in ((few, "holds 2 merges, but the text tower's 604 tokens need 90"),
                         (ADAPTER, "cannot be read as a gzip file of merges"),
                         (tmp_path / "none.gz", "No such file")):
         assert said in refused(tmp_path, write.command("imagebind_llm"), **IMAGEBIND_LLM, words=words)

@@ -271,8 +271,8 @@ def test_shards_and_index_must_agree(tmp_path):
     index["weight_map"]["lm_head.weight"] = first
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     message = refused(tmp_path, write.command("llama"), llm=folder)
-    assert f"{first}: lm_head.weight is missing, though pytorch_model.bin.index.json says it is here" in message
-    assert f"{second}: lm_head.weight is here, but pytorch_model.bin.index.json does not say so" in message
+    assert f"{first}: lm_head.weight is missing, though pytorch_model.bin.index.json lists it" in message
+    assert f"{second}: lm_head.weight is in this file, but not according to pytorch_model.bin.index.json" in message
     (folder / second).unlink()
     assert f"{second} is missing, though" in refused(tmp_path, write.command("llama"), llm=folder)
     index["weight_map"]["lm_head.weight"] = "../elsewhere.bin"
@@ -289,7 +289,7 @@ def test_shards_and_index_must_agree(tmp_path):
     ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3"}}, "rope scaling is 'llama3'"),
     ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
     ({"num_key_value_heads": 3}, "3 key and value heads do not divide 4 heads"),
-    ({"hidden_size": None, "vocab_size": "600"}, "says nothing about vocab_size, hidden_size"),
+    ({"hidden_size": None, "vocab_size": "600"}, "has no valid vocab_size, hidden_size"),
     ({"vocab_size": 601}, "has 600 rows, config.json says vocab_size 601"),
     ({"num_hidden_layers": 4}, "model.layers.3.mlp.down_proj.weight is missing"),
 ])
@@ -317,7 +317,7 @@ def test_trained_parts_are_never_lost(tmp_path):
     assert "give the same file as --lora" in refused(tmp_path, **V2 | {"lora": None})
     assert "give the same file as --lora" in refused(tmp_path, **V2 | {"lora": None, "lora_rank": 4})
     assert "give the same file as --projector" in refused(tmp_path, **V2 | {"projector": None})
-    assert "holds no LoRA on q_proj" in refused(tmp_path, **V2 | {"lora": NO_QFORMER["projector"]})
+    assert "has no LoRA on q_proj" in refused(tmp_path, **V2 | {"lora": NO_QFORMER["projector"]})
     assert "--lora-rank is 8, but the LoRA file holds rank 4" in refused(tmp_path, **V2, lora_rank=8)
     assert "llama_proj.weight has shape [64, 48], expected [64, 256]" in refused(
         tmp_path, **NO_QFORMER | {"projector": MINIGPT4["projector"]})
@@ -347,15 +347,15 @@ def test_a_full_disk_is_noticed_before(tmp_path, monkeypatch):
 
 def test_unknown_members_of_a_file(tmp_path):
     torch_file.save(tmp_path / "p.pth", {"model": tensors(MINIGPT4["projector"]), "epoch": 1, "ema": {}})
-    assert "p.pth holds 'ema' beside 'model'" in refused(tmp_path, **MINIGPT4 | {"projector": tmp_path / "p.pth"})
+    assert "p.pth holds 'ema' besides 'model'" in refused(tmp_path, **MINIGPT4 | {"projector": tmp_path / "p.pth"})
     torch_file.save(tmp_path / "p.pth", {"model": tensors(MINIGPT4["projector"]) | {"step": 3}})
     assert "'step' (int)" in refused(tmp_path, **MINIGPT4 | {"projector": tmp_path / "p.pth"})
 
 
 @pytest.mark.parametrize("edit, said", [
-    (lambda a: a["vit"].pop("num_heads"), 'do not show num_heads. If it is the right file, give them: --arch FILE'),
-    (lambda a: a["qformer"].pop("cross_attention_freq"), "do not show cross_attention_freq"),
-    (lambda a: a["vit"].update(dim=65), "vit.dim is 65, but the tensors say 64"),
+    (lambda a: a["vit"].pop("num_heads"), 'do not determine num_heads. If it is the right file, set them: --arch FILE'),
+    (lambda a: a["qformer"].pop("cross_attention_freq"), "do not determine cross_attention_freq"),
+    (lambda a: a["vit"].update(dim=65), "vit.dim is 65, but in the tensors it is 64"),
     (lambda a: a["vit"].update(heads=4), "unknown 'heads'; did you mean 'num_heads'?"),
     (lambda a: a["vit"].update(num_heads="4"), "vit.num_heads is '4', expected a number"),
     (lambda a: a["vit"].update(num_heads=5), "5 heads do not divide the width 64"),

@@ -167,13 +167,13 @@ def golden_tensors(*left_out):
 def test_sizes_that_tensors_do_not_show_must_be_told():
     found, problems = config(golden_tensors(), {})
     assert found is None and len(problems) == len(SENSES)
-    assert any("audio tower" in p and "do not show heads, height, width, stride" in p
+    assert any("audio tower" in p and "not determine heads, height, width, stride" in p
                and '"audio_stride": "..."' in p for p in problems)
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"vision_embed_dim": 40}, "vision dim is 40, but the tensors say 36"),
-    ({"kernel_size": [2, 7, 7]}, "vision patch is 7, but the tensors say 14"),
+    ({"vision_embed_dim": 40}, "vision dim is 40, but in the tensors it is 36"),
+    ({"kernel_size": [2, 7, 7]}, "vision patch is 7, but in the tensors it is 14"),
     ({"kernel_size": 14}, r"kernel_size is 14, expected \[frames, patch, patch\]"),
     ({"imu_embed": 32}, "unknown 'imu_embed'; did you mean 'imu_embed_dim'"),
     ({"depth_num_heads": 5}, "5 heads do not divide the depth tower's width 24"),

@@ -121,16 +121,16 @@ def test_released_sizes_need_no_arch():
 def test_sizes_that_tensors_do_not_show_must_be_told(part, name):
     found, problems = config(part, golden(part), {})
     assert found is None and len(problems) == 1
-    assert "do not show heads" in problems[0] and f'{{"adapter_v2": {{"{name}": "..."}}}}' in problems[0]
+    assert "do not determine heads" in problems[0] and f'{{"adapter_v2": {{"{name}": "..."}}}}' in problems[0]
 
 
 @pytest.mark.parametrize(("part", "change", "message"), [
-    ("clip", {"clip_width": 32}, "clip_width makes dim 32, but the tensors say 24"),
-    ("clip", {"clip_img": 56}, "clip_img makes image_size 56, but the tensors say 28"),
+    ("clip", {"clip_width": 32}, "clip_width makes dim 32, but in the tensors it is 24"),
+    ("clip", {"clip_img": 56}, "clip_img makes image_size 56, but in the tensors it is 28"),
     ("clip", {"clip_heads": 5}, "clip: 5 heads do not divide the width 24"),
     ("clip", {"clip_head": 5}, "unknown 'clip_head'; did you mean 'clip_heads'"),
     ("clip", {"clip_heads": "3"}, "clip_heads is '3', expected a whole number above 0"),
-    ("visual", {"v_mlp_ratio": 2}, "v_mlp_ratio makes hidden 64, but the tensors say 128"),
+    ("visual", {"v_mlp_ratio": 2}, "v_mlp_ratio makes hidden 64, but in the tensors it is 128"),
     ("visual", {"v_mlp_ratio": 0.0}, "v_mlp_ratio is 0.0, expected a number above 0"),
 ])
 def test_what_is_told_wrongly(part, change, message):

@@ -222,9 +222,9 @@ def test_shards_that_do_not_belong_together(tmp_path):
            layers__1__attention__wq__weight=np.zeros((8, 32), np.float16), layers__0__ffn_norm__weight=None,
            norm__weight=np.full(32, 7, np.float16), output__weight=np.zeros((300, 32), np.float32))
     message = refused(tmp_path, write.command("llama"), llm=folder)
-    for line in ("layers.1.attention.wq.weight is not alike in all shards: float16 [8, 32], float16 [16, 32]",
+    for line in ("layers.1.attention.wq.weight has different dtypes or shapes in the shards: float16 [8, 32], float16 [16, 32]",
                  "layers.0.ffn_norm.weight is missing in the shards [1]", "norm.weight differs between the shards",
-                 "output.weight is not alike in all shards: float16 [300, 32], float32 [300, 32]", "4 problems"):
+                 "output.weight has different dtypes or shapes in the shards: float16 [300, 32], float32 [300, 32]", "4 problems"):
         assert line in message
 
 

@@ -77,7 +77,7 @@ def test_lines_name_shards_and_all_that_looks_like_weights(tmp_path, capsys):
     names, why = ignoring.split(": ignoring ")[1].split(". ", 1)
     assert set(names.split(", ")) == {
         "model??.gguf", "model.fp16.safetensors", "pytorch_model-*-of-00003.bin (3 files)", "pytorch_model.bin.part"}
-    assert why.startswith("As in transformers, model.safetensors.index.json is taken")
+    assert why.startswith("As in transformers, model.safetensors.index.json is read")
 
 
 def cut(path):
@@ -99,7 +99,7 @@ def leave_to_aria2(path):
 
 
 DAMAGE = {
-    cut: "Download it again", dangle: "is a link to ../blobs/0123, which is not there",
+    cut: "Download it again", dangle: "is a link to ../blobs/0123, which does not exist",
     turn_into_a_folder: "is a folder", leave_to_aria2: "aria2 leaves it until a download has ended",
     lambda path: path.write_bytes(b""): "is empty",
     lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"): "git-lfs pointer",
@@ -258,7 +258,7 @@ def test_metas_files_under_other_names(tmp_path):
         (tmp_path / name).touch()
     problems = Problems()
     meta.read_shards(tmp_path, problems)
-    assert "it holds consolidated.00-of-01.model.pth, consolidated.safetensors, which is not read here" in problems[0]
+    assert "it holds consolidated.00-of-01.model.pth, consolidated.safetensors, which cannot be read" in problems[0]
 
 
 def test_listed():
