@@ -13,7 +13,7 @@ from mmjax.batch import Sample
 from mmjax.config import TextConfig
 from mmjax.data.text import answer_slots, prompt_slots, rows
 from mmjax.tokenizer import Tokenizer
-from tests.parity.crop import crop_left
+from tests.parity.original import crop_left
 
 TOKENIZER = Tokenizer.from_folder(Path(__file__).parents[1] / "golden" / "minigpt4" / "ckpt" / "llama_hf")
 Q = 3  # soft tokens of a image
@@ -307,12 +307,12 @@ def test_a_conversation_about_a_image_that_takes_no_places():
 
 @pytest.mark.parametrize(("sample", "text", "image_tokens", "message"), [
     (Sample(turns=[("a", "b")]), JOINT, 0, "row 1: a conversation, but with joint = True a row is one prompt and one "
-                                           "answer; of LLaVA's files the format imagebind_llm_finetune takes"),
-    (Sample(turns=[("a", "b")], input="c"), TEXT, 0, "row 1: an input beside a conversation"),
+                                           "answer; the format imagebind_llm_finetune reads the first pair"),
+    (Sample(turns=[("a", "b")], input="c"), TEXT, 0, "row 1: an input and a conversation"),
     (Sample(prompt="a", input="c"), TEXT, 0, "row 1: an input, but the text settings have no input_template"),
     (Sample(images=["p"], prompt="<ImageHere> or <ImageHere>"), JOINT, 0, "row 1: 2 <ImageHere> for 1 images"),
     (Sample(prompt="<ImageHere> a"), JOINT, 0, "row 1: 1 <ImageHere> for 0 images"),
-    (Sample(prompt="a", input="<ImageHere>"), JOINT, 0, "Or none at all: images of this model take no slots."),
+    (Sample(prompt="a", input="<ImageHere>"), JOINT, 0, "Or write none: images of this model take no slots."),
     (Sample(turns=[("a", "b"), ("<ImageHere>", "d")]), TEXT, 0, "row 1: <ImageHere> in a later question"),
     (Sample(prompt="a"), JOINT, 3, "joint = True is for models whose images take no slots"),
     (Sample(prompt="a"), dataclasses.replace(JOINT, input_template="{}"), 0, "must have two '{}'"),
