@@ -120,7 +120,7 @@ def test_other_frozen_parameters_or_data_are_refused(tmp_path):
     resume.check_unchanged(saved, dataclasses.replace(saved, frozen={"llm/c": 3, "new": 9}), tmp_path)  # without the encoder
     with pytest.raises(ValueError, match="1 of the 3 frozen parameters are not those .*: vit/b. Name its checkpoint"):
         resume.check_unchanged(saved, dataclasses.replace(saved, frozen=saved.frozen | {"vit/b": 7}), tmp_path)
-    with pytest.raises(ValueError, match="sources of 8, 3 records; now they have 8, 2, and its place"):
+    with pytest.raises(ValueError, match="sources of 8, 3 records; now they have 8, 2, so its position"):
         resume.check_unchanged(saved, dataclasses.replace(saved, records=(8, 2)), tmp_path)
 
 
