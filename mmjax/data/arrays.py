@@ -1,8 +1,8 @@
-"""Arrays from .npy and .npz files that anybody may have written.
+"""Reads arrays from untrusted .npy and .npz files.
 
-`numpy.load` believes a header: it evaluates it, reserves the memory that it asks for, and raises whatever that leads
-to. Here a header is matched, not evaluated, and what it claims is compared with the bytes that are there before any
-memory is reserved. Arrays of numbers and of text are read; objects, records and times are not.
+`numpy.load` trusts a header: it evaluates it, allocates the memory that it describes, and raises any kind of error.
+Here a header is parsed with a regular expression, and the size that it describes is compared with that of the file
+before memory is allocated. Arrays of numbers and of text are read; objects, records and times are not.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ HEADER = 10_000  # bytes, numpy's own limit
 PLAIN = re.compile(r"[<>|=]?[biufcSU][1-9]\d{0,8}")  # dtypes
 FIELD = re.compile(r"""\s*(['"])(descr|fortran_order|shape)\1\s*:\s*"""
                    r"""(?:(['"])([^'"]*)\3|(True|False)|\(([\d\s,L-]*)\))\s*(?:,|$)\s*""")
-UNPACKED = 64 * 2**20  # bytes that a small .npz file may unpack to
-RATIO = 16  # unpacked bytes for each byte of a larger one
-DEFLATED = 1032  # the most that there can be
+UNPACKED = 64 * 2**20  # maximum bytes that a small .npz file may unpack to
+RATIO = 16  # maximum unpacked bytes for each byte of a larger file
+DEFLATED = 1032  # the highest ratio that deflate can reach
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a .npy file says of itself. length: of the header, in bytes"""
+    """The header of a .npy file. length: of the header, in bytes"""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -35,11 +35,11 @@ class Header:
 
 
 def read_npy(path: str | os.PathLike, mmap: bool = False) -> np.ndarray:
-    """The array in a .npy file; with `mmap`, its numbers stay on the disk until they are used.
+    """Returns the array in a .npy file, memory-mapped with `mmap`.
 
-    Raises OSError, or ValueError saying what is wrong with the file, without its name.
+    Raises OSError, or ValueError describing the problem without the name of the file.
     """
-    if not Path(path).is_file():  # neither a folder nor a pipe that would be waited for
+    if not Path(path).is_file():  # neither a folder nor a pipe, which would block
         raise FileNotFoundError(f"there is no file {path}")
     with open(path, "rb") as file:
         header = _header(file, os.fstat(file.fileno()).st_size)
@@ -49,11 +49,11 @@ def read_npy(path: str | os.PathLike, mmap: bool = False) -> np.ndarray:
 
 
 def read_npz(source: str | os.PathLike | BinaryIO, ratio: int = RATIO) -> dict[str, np.ndarray]:
-    """The arrays in a .npz file, by their names.
+    """Returns the arrays in a .npz file by name.
 
-    ratio: how many times its own size a file may unpack to; small ones may always unpack to 64 MiB
+    ratio: maximum ratio of unpacked to packed size; a small file may always unpack to 64 MiB
 
-    Raises OSError, or ValueError saying what is wrong with the file, without its name.
+    Raises OSError, or ValueError describing the problem without the name of the file.
     """
     named = isinstance(source, (str, os.PathLike))
     if named and not Path(source).is_file():
@@ -65,12 +65,12 @@ def read_npz(source: str | os.PathLike | BinaryIO, ratio: int = RATIO) -> dict[s
             return {member.filename.removesuffix(".npy"): _member(archive, member) for member in archive.infolist()}
     except (OSError, ValueError):
         raise
-    except Exception as error:  # zipfile and zlib each have their own
-        raise ValueError(f"it is not an archive of arrays that can be read: {error}") from error
+    except Exception as error:  # of zipfile or zlib
+        raise ValueError(f"it is not a readable archive of arrays: {error}") from error
 
 
 def _check_members(members: list[zipfile.ZipInfo], most: int, stored: int) -> None:
-    """Raises ValueError if they are not what `numpy.savez` writes, or unpack to more than `most` bytes."""
+    """Raises ValueError for members that `numpy.savez` does not write, or that unpack to more than `most` bytes."""
     for member in members:
         if not member.filename.endswith(".npy"):
             raise ValueError(f"it holds {_short(member.filename)}, which is not an array")
@@ -78,7 +78,7 @@ def _check_members(members: list[zipfile.ZipInfo], most: int, stored: int) -> No
             raise ValueError(f"{_short(member.filename)} is compressed in a way that numpy does not write")
     if (unpacked := sum(member.file_size for member in members)) > most:
         raise ValueError(f"its {stored:,} bytes would unpack to {unpacked:,}, more than the {most:,} that are allowed "
-                         "for a file of its size. If it is meant so, write it with numpy.savez, which does not "
+                         "for a file of its size. If that is intended, write it with numpy.savez, which does not "
                          "compress")
 
 
@@ -91,7 +91,7 @@ def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
 
 
 def _header(file: BinaryIO, size: int) -> Header:
-    """Reads the header of a file of `size` bytes. Raises ValueError unless those hold what it describes."""
+    """Reads the header of a file of `size` bytes. Raises ValueError if it is invalid or describes more bytes."""
     start = file.read(8)
     if start[:6] != b"\x93NUMPY":
         raise ValueError("it does not begin as a .npy file does")
@@ -108,39 +108,39 @@ def _header(file: BinaryIO, size: int) -> Header:
         raise ValueError(f"its header cannot be read: {_short(str(error))}") from error
     if min(shape, default=0) < 0 or len(shape) > 32:
         raise ValueError(f"its header names the shape {_short(list(shape))}")
-    if (needed := math.prod(shape) * dtype.itemsize) > (rest := size - file.tell()):
+    if (needed := math.prod(shape) * dtype.itemsize) > (available := size - file.tell()):
         raise ValueError(f"its header describes {dtype}{_short(list(shape))}, which takes "
-                         f"{f'{needed:,}' if needed < 10**30 else 'far too many'} bytes, but {rest:,} are there")
-    if math.prod(max(side, 1) for side in shape) * dtype.itemsize > np.iinfo(np.intp).max:  # beside a side of 0
+                         f"{f'{needed:,}' if needed < 10**30 else 'far too many'} bytes, but there are {available:,}")
+    if math.prod(max(side, 1) for side in shape) * dtype.itemsize > np.iinfo(np.intp).max:  # with another side of 0
         raise ValueError(f"its header names the shape {_short(list(shape))}")
     return Header(shape, dtype, "F" if fields["fortran_order"] == "True" else "C", file.tell())
 
 
 def _fields(header: str) -> dict[str, str]:
-    """By name what stands in `{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }`."""
-    text, place, fields = header.strip(), 1, {}
+    """Returns the fields of `{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }` by name."""
+    text, position, fields = header.strip(), 1, {}
     if text[:1] == "{" and text[-1:] == "}":
-        while match := FIELD.match(text, place, len(text) - 1):
+        while match := FIELD.match(text, position, len(text) - 1):
             quoted, flag, sides = match.group(4), match.group(5), match.group(6)
             fields[match.group(2)] = next(value for value in (quoted, flag, sides) if value is not None)
-            place = match.end()
-    if place != len(text) - 1 or fields.keys() != {"descr", "fortran_order", "shape"}:
+            position = match.end()
+    if position != len(text) - 1 or fields.keys() != {"descr", "fortran_order", "shape"}:
         raise ValueError(f"its header is not that of an array of plain numbers or text: {_short(text)}")
     return fields
 
 
 def _array(file: BinaryIO, header: Header) -> np.ndarray:
-    """What stands behind the header. Raises ValueError if that ends early."""
+    """Reads the array after the header. Raises ValueError if the file ends early."""
     flat = np.empty(math.prod(header.shape), header.dtype)
-    room, done = memoryview(flat.view(np.uint8)), 0
-    while done < len(room):
-        if not (count := file.readinto(room[done:done + 2**20])):
-            raise ValueError(f"it ends after {done:,} of {len(room):,} bytes")
+    buffer, done = memoryview(flat.view(np.uint8)), 0
+    while done < len(buffer):
+        if not (count := file.readinto(buffer[done:done + 2**20])):
+            raise ValueError(f"it ends after {done:,} of {len(buffer):,} bytes")
         done += count
     return flat.reshape(header.shape, order=header.order)
 
 
 def _short(value: Any) -> str:
-    """On one line, not too long, nothing in it that moves a terminal."""
+    """Returns text for an error: on one line, at most 120 characters, without control characters."""
     text = "".join(char if char.isprintable() else " " for char in str(value))
     return text if len(text) <= 120 else text[:117] + "..."

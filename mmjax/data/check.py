@@ -1,4 +1,4 @@
-"""What a run's data hold and what is wrong with them, before the run: `mmjax data check`."""
+"""Reports the contents and the problems of a run's data before the run: `mmjax data check`."""
 
 import collections
 import concurrent.futures
@@ -25,16 +25,16 @@ from mmjax.data.pipeline import read, sample
 from mmjax.tokenizer import Tokenizer
 
 MISSING, CORRUPT, UNFIT = "missing image", "corrupt image", "unfit record"  # kinds of problems
-CHUNK = 512  # records handed to the threads at once
-SHOWN = 10  # problems on the screen; all of them are in the JSON file
+CHUNK = 512  # records submitted to the threads at once
+SHOWN = 10  # problems printed; all of them are in the JSON file
 INK, MUTED, FILL, LIMIT = "#1c2128", "#667080", "#2563c9", "#c0362c"
 
 
 @dataclasses.dataclass(frozen=True)
 class RowSettings:
-    """How a run makes rows. Without `text`, only the captions are counted.
+    """The tokenisation settings of a run. Without `text`, only the tokens of captions are counted.
 
-    image_tokens: places that an image takes among the words
+    image_tokens: slots that an image takes in a row
     """
 
     tokenizer: Tokenizer
@@ -44,7 +44,7 @@ class RowSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A record that a run would have to replace."""
+    """A record that a run would replace."""
 
     name: str
     file: str
@@ -53,15 +53,15 @@ class Problem:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """What one source holds.
+class SourceSummary:
+    """The contents of one source.
 
-    looked_at:  how many of its records were read, whole; all the following is about them
-    images:   how many have an image
-    duplicates: names that more than one record has, and how many have them
-    lengths:    of the captions of those without a problem, uncut, in `unit`
-    truncated:  rows that lose some of their right end; None where that was not counted
-    unlearnt:   rows without a single token to learn; likewise
+    looked_at:  number of records that were read; the following is about these
+    images:     number of records with an image
+    duplicates: names of several records, and how many have each
+    lengths:    of the captions of records without a problem, untruncated, in `unit`
+    truncated:  number of rows that are truncated; None if not counted
+    unlearnt:   number of rows without a token to learn; None if not counted
     """
 
     source: Source
@@ -85,7 +85,7 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class _CheckedRecord:
-    """At one record."""
+    """The result for one record."""
 
     name: str
     image: bool
@@ -96,18 +96,18 @@ class _CheckedRecord:
 
 
 def check(cfg: DataConfig, out: str | Path, rows: RowSettings | None = None, at_most: int | None = None,
-          console: Console | None = None) -> tuple[list[Found], bool]:
-    """Looks at the sources' records; writes `data_check.json` and `data_check.png` into `out`, prints a table.
+          console: Console | None = None) -> tuple[list[SourceSummary], bool]:
+    """Checks the sources' records; writes `data_check.json` and `data_check.png` into `out`, and prints a table.
 
-    rows:    None: captions are counted in words
-    at_most: records of each source to look at, drawn at random but the same every time; None for all
+    rows:    None: the lengths of captions are in words
+    at_most: number of records of each source to check, drawn with a fixed seed; None for all
 
-    Returns what it found, and whether a run would have to replace more of its samples than `max_bad_share` allows.
-    Raises what a source's reader raises.
+    Returns the summaries, and whether a run would replace more of its samples than `max_bad_share` allows. Raises the
+    errors of a source's reader.
     """
     files.require_local({"out": out})
     console = console or Console()
-    found = [_source(source, records, cfg, rows, at_most, console)
+    found = [_summary(source, records, cfg, rows, at_most, console)
              for source, records in zip(cfg.sources, read(cfg), strict=True)]
     weight = sum(each.source.ratio for each in found)
     share = sum(each.source.ratio * each.bad_share for each in found) / weight
@@ -121,17 +121,17 @@ def check(cfg: DataConfig, out: str | Path, rows: RowSettings | None = None, at_
     return found, share > cfg.max_bad_share
 
 
-def _source(source: Source, records: Sequence[Record], cfg: DataConfig, rows: RowSettings | None, at_most: int | None,
-            console: Console) -> Found:
+def _summary(source: Source, records: Sequence[Record], cfg: DataConfig, rows: RowSettings | None, at_most: int | None,
+             console: Console) -> SourceSummary:
     numbers = range(len(records))
     if at_most is not None and at_most < len(records):
         numbers = np.sort(np.random.default_rng(0).choice(len(records), at_most, replace=False)).tolist()
-    prompt = max(cfg.prompts, key=len, default="")  # with it, most is cut away
-    looks = list(_looks(source, records, numbers, prompt, cfg, rows, console))
+    prompt = max(cfg.prompts, key=len, default="")  # the one with which most is truncated
+    looks = list(_check_records(source, records, numbers, prompt, cfg, rows, console))
     names = collections.Counter(look.name for look in looks)
     sound = [look for look in looks if look.problem is None]
     cut = rows is not None and rows.text is not None
-    return Found(
+    return SourceSummary(
         source, len(records), len(looks), sum(look.image for look in looks),
         tuple(look.problem for look in looks if look.problem is not None),
         {name: count for name, count in names.items() if count > 1}, tuple(look.length for look in sound),
@@ -139,41 +139,41 @@ def _source(source: Source, records: Sequence[Record], cfg: DataConfig, rows: Ro
         sum(look.unlearnt for look in sound) if cut else None)
 
 
-def _looks(source: Source, records: Sequence[Record], numbers: Sequence[int], prompt: str, cfg: DataConfig,
-           rows: RowSettings | None, console: Console) -> Iterator[_CheckedRecord]:
-    def look(number: int) -> _CheckedRecord:
+def _check_records(source: Source, records: Sequence[Record], numbers: Sequence[int], prompt: str, cfg: DataConfig,
+                   rows: RowSettings | None, console: Console) -> Iterator[_CheckedRecord]:
+    def check_record(number: int) -> _CheckedRecord:
         try:
             record = records[number]
         except (ValueError, OSError) as error:
             return _CheckedRecord(str(number), False, Problem(str(number), source.path, UNFIT, str(error)))
-        seen = _CheckedRecord(record.name, record.image is not None, None)
+        checked = _CheckedRecord(record.name, record.image is not None, None)
         try:
-            made = sample(record, prompt, cfg)
-            counts = _counts(made, rows)
+            tried = sample(record, prompt, cfg)
+            counts = _counts(tried, rows)
         except (ValueError, OSError) as error:
-            return dataclasses.replace(seen, problem=_problem(source, record, UNFIT, error))
+            return dataclasses.replace(checked, problem=_problem(source, record, UNFIT, error))
         try:
-            for image in made.images:
+            for image in tried.images:
                 images.rgb(image)
         except (ValueError, OSError) as error:
             absent = isinstance(record.image, str) and not os.path.isfile(record.image)
-            return dataclasses.replace(seen, problem=_problem(source, record, MISSING if absent else CORRUPT, error))
-        return dataclasses.replace(seen, **counts)
+            return dataclasses.replace(checked, problem=_problem(source, record, MISSING if absent else CORRUPT, error))
+        return dataclasses.replace(checked, **counts)
 
     ordered = iter(track(numbers, escape(source.path), console=console, disable=not console.is_terminal))
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        while chunk := list(itertools.islice(ordered, CHUNK)):  # a whole source at once would fill the memory
-            yield from pool.map(look, chunk)
+        while chunk := list(itertools.islice(ordered, CHUNK)):  # a whole source would not fit into memory
+            yield from pool.map(check_record, chunk)
 
 
-def _counts(made: Sample, rows: RowSettings | None) -> dict[str, Any]:
-    answers = [answer for _, answer in made.turns] or [made.answer]
+def _counts(sample: Sample, rows: RowSettings | None) -> dict[str, Any]:
+    answers = [answer for _, answer in sample.turns] or [sample.answer]
     if rows is None:
         return {"length": sum(len(answer.split()) for answer in answers)}
     if rows.text is None:
         return {"length": sum(len(rows.tokenizer.encode(answer)) for answer in answers)}
-    endless = dataclasses.replace(rows.text, max_txt_len=1 << 30, max_context_len=1 << 30)
-    whole, cut = (text.rows([made], rows.tokenizer, each, rows.image_tokens) for each in (endless, rows.text))
+    untruncated = dataclasses.replace(rows.text, max_txt_len=1 << 30, max_context_len=1 << 30)
+    whole, cut = (text.rows([sample], rows.tokenizer, each, rows.image_tokens) for each in (untruncated, rows.text))
     return {"length": int(whole.loss_mask.sum()), "truncated": whole.tokens.shape[1] > cut.tokens.shape[1],
             "unlearnt": not cut.loss_mask[:, 1:].any()}
 
@@ -183,7 +183,7 @@ def _problem(source: Source, record: Record, kind: str, error: Exception) -> Pro
     return Problem(record.name, file, kind, str(error))
 
 
-def _card(found: Found) -> dict[str, Any]:
+def _card(found: SourceSummary) -> dict[str, Any]:
     edges, counts = _histogram(found)
     card = dataclasses.asdict(found) | {"bad_share": found.bad_share, "lengths": _spread(found.lengths)}
     return card | {"histogram": {"width": int(edges[1]), "counts": counts.tolist()}}
@@ -197,16 +197,16 @@ def _spread(lengths: Sequence[int]) -> dict[str, float]:
             "longest": max(lengths)}
 
 
-def _histogram(found: Found) -> tuple[np.ndarray, np.ndarray]:
-    """(edges, counts): at most some sixty bars, as wide as a whole number; the last edge lies above the longest."""
+def _histogram(found: SourceSummary) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (edges, counts) of about sixty bars at most, with integer widths; the last edge is above the longest."""
     longest = max(found.lengths, default=0)
     width = 1 + longest // 60
     edges = np.arange(0, longest + 1 + width, width)
     return edges, np.histogram(found.lengths, edges)[0]
 
 
-def _draw(path: Path, found: Sequence[Found], limit: int | None) -> None:
-    """One histogram below the other; `limit` is the longest caption that is kept."""
+def _draw(path: Path, found: Sequence[SourceSummary], limit: int | None) -> None:
+    """Draws a histogram for each source; `limit` is the maximum length of a caption before truncation."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 2.6 * len(found)), dpi=110, layout="constrained")
@@ -214,7 +214,7 @@ def _draw(path: Path, found: Sequence[Found], limit: int | None) -> None:
         edges, counts = _histogram(each)
         axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=FILL)
         if limit is not None:
-            axes.axvline(limit + 1, color=LIMIT, linewidth=1)  # behind the bar of those that are just kept whole
+            axes.axvline(limit + 1, color=LIMIT, linewidth=1)  # after the bar of the longest untruncated captions
             axes.annotate(f" kept: {limit}", (limit + 1, 1), xycoords=("data", "axes fraction"), va="top", color=LIMIT,
                           fontsize=8)
         axes.set_title(f"{each.source.path}: {len(each.lengths):,} captions", color=INK, fontsize=9, loc="left",
@@ -225,7 +225,7 @@ def _draw(path: Path, found: Sequence[Found], limit: int | None) -> None:
     figure.savefig(path)
 
 
-def _print(console: Console, found: Sequence[Found], share: float, limit: float, folder: Path) -> None:
+def _print(console: Console, found: Sequence[SourceSummary], share: float, limit: float, folder: Path) -> None:
     def of(count: int | None, whole: int) -> str:
         if count is None:
             return "not counted"
@@ -253,8 +253,8 @@ def _print(console: Console, found: Sequence[Found], share: float, limit: float,
     console.print(table)
     problems = [problem for each in found for problem in each.problems]
     for problem in problems[:SHOWN]:
-        words = f"{problem.kind} {problem.name}: {problem.problem}"  # it may quote the data, which say anything
-        console.print("".join(character if character.isprintable() else " " for character in words), markup=False,
+        line = f"{problem.kind} {problem.name}: {problem.problem}"  # may quote untrusted data
+        console.print("".join(character if character.isprintable() else " " for character in line), markup=False,
                       highlight=False)
     if len(problems) > SHOWN:
         console.print(f"and {len(problems) - SHOWN:,} more")

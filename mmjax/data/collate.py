@@ -1,4 +1,4 @@
-"""Samples to batches: text, and images or whatever else a model's senses take."""
+"""Collates samples into batches: text, and images or other inputs of a model's senses."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from mmjax.tokenizer import WORDS, Tokenizer
 
 def collate(samples: Sequence[Sample | Tokenized], tokenizer: Tokenizer, settings: TextConfig, config: FamilyConfig,
             length: int | None = None, multiple: int = 1) -> Batch:
-    """Samples to a batch, one a row; `length` and `multiple` are those of `text.rows`.
+    """Returns a batch with one sample in each row; `length` and `multiple` are those of `text.rows`.
 
     Raises ValueError naming the rows, images or settings that cannot be used.
     """
@@ -29,20 +29,20 @@ def collate(samples: Sequence[Sample | Tokenized], tokenizer: Tokenizer, setting
     return dataclasses.replace(rows, **inputs(plain, config, tokenizer.folder / WORDS))
 
 
-def inputs(samples: Sequence[Sample], config: FamilyConfig, words: Path | None = None) -> dict[str, Any]:
-    """The fields of a `Batch` that hold what the encoder of a model reads. words: the text sense's merges"""
+def inputs(samples: Sequence[Sample], config: FamilyConfig, merges: Path | None = None) -> dict[str, Any]:
+    """Returns the fields of a `Batch` that the encoder of a model reads. merges: file of the text sense's merges"""
     if config.senses:
-        return senses.stack(samples, config.media, words)
+        return senses.stack(samples, config.media, merges)
     return {"images": None if config.images is None else images.stack(samples, config.images)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Collator:
-    """How a run's samples become batches; see `mmjax.data.pipeline.Collator`.
+    """Makes batches of a run's samples; see `mmjax.data.pipeline.CollatorProtocol`.
 
-    config:      the family's
-    most_images: images of every packed row; None where rows are not packed
-    features:    what the encoder makes of the images, read in place of them; None: images are
+    config:      the config of the family
+    most_images: number of images of every packed row; None if rows are not packed
+    features:    stored outputs of the encoder, read in place of images; None to read images
     """
 
     tokenizer: Tokenizer
@@ -56,8 +56,9 @@ class Collator:
             packing.check(self.config)
 
     @staticmethod
-    def of(config: RunConfig, tokenizer: Tokenizer, model: FamilyConfig, features: Features | None = None) -> "Collator":
-        """The collator of a run; `model` is the config of what it trains."""
+    def of(config: RunConfig, tokenizer: Tokenizer, model: FamilyConfig,
+           features: Features | None = None) -> "Collator":
+        """Returns the collator of a run; `model` is the config of the model that it trains."""
         most = None if config.data.pack_length is None else config.data.pack_images
         return Collator(tokenizer, config.text, model, most, features)
 
@@ -65,23 +66,25 @@ class Collator:
     def blank(self) -> np.ndarray:
         if self.features is not None:
             return self.features.blank
-        side = self.config.image_size or 1  # of a language model alone there are no images
+        side = self.config.image_size or 1  # a language model without an encoder has no images
         return np.zeros((side, side, 3), np.uint8)
 
     def tokenize(self, sample: Sample) -> Tokenized:
-        """See `pipeline.Collator`. Raises ValueError naming what this model or the text settings do not take."""
+        """Tokenises a sample. Raises ValueError naming what the model or the text settings do not support."""
         check_senses([sample], self.config)
         return text.tokenize([sample], self.tokenizer, self.text, self.config.image_tokens)[0]
 
     def image(self, image: Any, random: np.random.Generator | None) -> np.ndarray:
-        """uint8[S,S,3], or of one that comes normalised float32[3,S,S]; or its feature. Raises ValueError as
-        `images.load` and `Features.find` do."""
+        """Returns uint8[S,S,3], float32[3,S,S] for a normalised image, or the image's feature.
+
+        Raises the errors of `images.load` and `Features.find`.
+        """
         if self.features is not None:
             return self.features.feature_of(image, random)
         return images.read(image, self.config.images, random)
 
     def batch(self, rows: Sequence[Sequence[Tokenized]], length: int) -> Batch:
-        """Raises ValueError as `collate` does."""
+        """Returns the batch of rows of tokenised samples. Raises the errors of `collate`."""
         if self.features is None and self.most_images is None:
             return collate([sample for (sample,) in rows], self.tokenizer, self.text, self.config, length)
         samples = [[sample.sample for sample in row] for row in rows]
@@ -100,10 +103,10 @@ class Collator:
 
 def batch_spec(config: FamilyConfig, rows: int, length: int, sharding: Any, packed_images: int | None = None,
                feature: jax.ShapeDtypeStruct | None = None) -> Batch:
-    """The batch that a `Collator` makes of rows with an image each, as shapes; nothing is read or allocated.
+    """Returns the batch that a `Collator` makes of rows with an image each, as shapes; nothing is allocated.
 
-    packed_images: images of a packed row; None where rows are not packed
-    feature:       of one image, where features are read in place of images
+    packed_images: number of images of a packed row; None if rows are not packed
+    feature:       of one image, if features are read in place of images
     """
 
     def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
@@ -127,11 +130,11 @@ def batch_spec(config: FamilyConfig, rows: int, length: int, sharding: Any, pack
 
 
 def _packed_images(rows: Sequence[Sequence[Sample]], config: FamilyConfig, most: int) -> np.ndarray | None:
-    """`Batch.images` of packed rows, [B,F,...] with F = `most`: behind a row's own images stand black ones."""
+    """Returns `Batch.images` of packed rows, [B,F,...] with F = `most`; black images follow those of a row."""
     if config.images is None:
         return None
-    together = [Sample(images=[image for sample in row for image in sample.images]) for row in rows]
-    pixels = images.stack(together, config.images)
+    joined = [Sample(images=[image for sample in row for image in sample.images]) for row in rows]
+    pixels = images.stack(joined, config.images)
     if pixels is None:
         return np.zeros((len(rows), most, config.image_size, config.image_size, 3), np.uint8)
     return np.pad(pixels, [(0, 0), (0, most - pixels.shape[1])] + [(0, 0)] * (pixels.ndim - 2))
@@ -142,10 +145,10 @@ def _sample(sample: Sample | Tokenized) -> Sample:
 
 
 def check_senses(samples: Sequence[Sample], config: FamilyConfig) -> None:
-    """Raises ValueError naming the rows that give what a model does not read."""
+    """Raises ValueError naming the rows with inputs that a model does not read."""
     if config.senses:
         return
-    if more := [row for row, sample in enumerate(samples) if sample.media or sample.weights]:
-        raise ValueError(f"Rows {more} have media or weights, but this model does not mix senses.")
-    if config.images is None and (seeing := [row for row, sample in enumerate(samples) if sample.images]):
-        raise ValueError(f"Rows {seeing} have images, but this is a language model without an image encoder.")
+    if mixed := [row for row, sample in enumerate(samples) if sample.media or sample.weights]:
+        raise ValueError(f"Rows {mixed} have media or weights, but this model does not mix senses.")
+    if config.images is None and (with_images := [row for row, sample in enumerate(samples) if sample.images]):
+        raise ValueError(f"Rows {with_images} have images, but this is a language model without an image encoder.")

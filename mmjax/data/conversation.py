@@ -1,4 +1,4 @@
-"""Chat templates, and a conversation about images. Mirrors minigpt4/conversation/conversation.py (Conversation)."""
+"""Chat templates and conversations about images. Mirrors minigpt4/conversation/conversation.py (Conversation)."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ IMAGE = "<Img><ImageHere></Img>"
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How a conversation is written down.
+    """A chat template.
 
-    roles: what precedes the words of the user and of the assistant
-    sep:   ends the system text and every message; with a `sep2`, that one ends every second message in its place
+    roles: prefixes of the user's and the assistant's messages
+    sep:   ends the system text and every message; `sep2`, if given, ends every second message instead
     """
 
     system: str
@@ -23,9 +23,9 @@ class Template:
     sep2: str | None = None
 
     def prompt(self, messages: Sequence[tuple[str, str | None]]) -> str:
-        """The text of `(role, words)` messages; one without words is left open, to be continued."""
+        """Returns the text of `(role, text)` messages; a message without text is left open, to be continued."""
         ends = (self.sep, self.sep if self.sep2 is None else self.sep2)
-        parts = [role + words + ends[number % 2] if words else role for number, (role, words) in enumerate(messages)]
+        parts = [role + text + ends[number % 2] if text else role for number, (role, text) in enumerate(messages)]
         return self.system + self.sep + "".join(parts)
 
 
@@ -40,13 +40,13 @@ TEMPLATES = {
 
 @dataclasses.dataclass(frozen=True)
 class Transcript:
-    """A conversation as it is written down: what has been said and shown so far; every method returns a new one.
+    """The messages and images of a conversation; every method returns a new transcript.
 
         talk = Transcript(TEMPLATES["vicuna0"]).show(image).ask("What is this?")
         talk = talk.answer("A dog.").ask("Which color?")
 
-    messages: `(role, words)` pairs, the roles being the template's
-    images:   the images shown, one for each `<ImageHere>` of the messages
+    messages: `(role, text)` pairs with the template's roles
+    images:   the images, one for each `<ImageHere>` of the messages
     """
 
     template: Template
@@ -54,25 +54,25 @@ class Transcript:
     images: tuple[Any, ...] = ()
 
     def show(self, image: Any) -> "Transcript":
-        """The user uploads an image."""
+        """Adds an image of the user."""
         return dataclasses.replace(self._say(0, IMAGE), images=(*self.images, image))
 
     def ask(self, question: str) -> "Transcript":
-        """The user asks; right after an image the question joins its message."""
+        """Adds a question of the user, to the same message if it directly follows an image."""
         if self.messages:
-            *before, (role, words) = self.messages
-            if role == self.template.roles[0] and words.endswith("</Img>"):
-                return dataclasses.replace(self, messages=(*before, (role, f"{words} {question}")))
+            *previous, (role, text) = self.messages
+            if role == self.template.roles[0] and text.endswith("</Img>"):
+                return dataclasses.replace(self, messages=(*previous, (role, f"{text} {question}")))
         return self._say(0, question)
 
-    def answer(self, words: str) -> "Transcript":
-        """The assistant has answered."""
-        return self._say(1, words)
+    def answer(self, text: str) -> "Transcript":
+        """Adds an answer of the assistant."""
+        return self._say(1, text)
 
     def sample(self) -> Sample:
-        """What the model is to continue. Its prompt is complete: tokenise it without a prompt template."""
+        """Returns the sample for the model to continue, whose prompt needs no prompt template."""
         messages = (*self.messages, (self.template.roles[1], None))
         return Sample(images=list(self.images), prompt=self.template.prompt(messages))
 
-    def _say(self, who: int, words: str) -> "Transcript":
-        return dataclasses.replace(self, messages=(*self.messages, (self.template.roles[who], words)))
+    def _say(self, role: int, text: str) -> "Transcript":
+        return dataclasses.replace(self, messages=(*self.messages, (self.template.roles[role], text)))

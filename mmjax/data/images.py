@@ -1,13 +1,13 @@
-"""Images from wherever they are to what the towers take.
+"""Reads images and converts them to the input of the image towers.
 
-S side of the square that a tower sees
+S side of the square image that a tower reads
 
 MiniGPT-4 trains and evaluates with the same transform: bicubic resize to a square without keeping the aspect ratio
 (minigpt4/processors/blip_processors.py). ImageBind and LLaMA-Adapter v2 keep it: the short side is scaled to S and the
-middle cut out (CLIP's transform); in training a random part is scaled to the square (torchvision's RandomResizedCrop).
+image is cropped at the center (CLIP's transform), or at random in training (torchvision's RandomResizedCrop).
 
-Left out: LLaMA-Adapter v2's original reads files by OpenCV, which turns a photograph upright that says in its EXIF data
-how it was held; here, as in the other originals, no image is turned.
+Left out: LLaMA-Adapter v2's original reads files by OpenCV, which rotates photographs by their EXIF orientation; here,
+as in the other originals, images are not rotated.
 """
 
 import io
@@ -27,21 +27,21 @@ from mmjax.models import pixels
 
 MOST_SIDE = 2**20
 UNFOLDED = 32_000_000  # pixels that a file of any size may have
-RATIO = 128  # pixels for each byte of a larger one; photographs have 30 at most
-TILE, MOST_TILE = (322, 323), 2**22  # a TIFF's tags for the sides of its tiles, and pixels that each may have
-MARGIN = 4  # pixels; scaling up looks at two
-THIN = 64  # how many times an image's long side is its short one, from where it is cut before it is scaled
+RATIO = 128  # maximum pixels for each byte of an image with more; photographs have 30 at most
+TILE, MOST_TILE = (322, 323), 2**22  # a TIFF's tags for the sides of its tiles, and maximum pixels of a tile
+MARGIN = 4  # pixels; upscaling reads two
+THIN = 64  # ratio of an image's sides above which it is cropped before it is scaled
 KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 
 
 def load(source: Any, size: int, fit: str = "stretch", random: np.random.Generator | None = None,
          fill: tuple[float, ...] = pixels.MEAN) -> np.ndarray:
-    """uint8[S,S,3]; or of an image that comes normalised, float32[3,S,S] unchanged.
+    """Returns an image as uint8[S,S,3]; a normalised float32[3,S,S] is returned unchanged.
 
-    source: a path, something to `read()` the file's bytes from (a member of an archive), a PIL image, uint8[H,W,3] (or
-            [H,W]: grey), or float32[3,S,S]
+    source: a path, an object whose `read()` returns the file's bytes (a member of an archive), a PIL image,
+            uint8[H,W,3] (or [H,W]: grey), or float32[3,S,S]
     fit:    "stretch", "center_crop" or "pad", see `mmjax.families.base.ImageSpec`
-    random: with "center_crop", draws what is cut out instead, as in training
+    random: with "center_crop", draws the crop, as in training
     fill:   color of the padding, between 0 and 1
 
     Raises ValueError naming the file, or the shape and dtype, that cannot be used.
@@ -54,7 +54,7 @@ def load(source: Any, size: int, fit: str = "stretch", random: np.random.Generat
                                  f"{list(source.shape)}; give uint8[H,W,3] to have it resized.")
             return source.astype(np.float32)
         if source.dtype == np.uint8 and source.shape == (size, size, 3) and random is None:
-            return source  # nothing to scale or to cut away
+            return source  # nothing to scale or to crop
     image = rgb(source)
     if fit == "stretch":
         return _resized(image, size, size)
@@ -66,15 +66,16 @@ def load(source: Any, size: int, fit: str = "stretch", random: np.random.Generat
 
 
 def read(source: Any, spec: ImageSpec, random: np.random.Generator | None = None) -> np.ndarray:
-    """`load` for a model that takes images as `spec` says."""
+    """Returns an image as `load` does, with the options of `spec`."""
     return load(source, spec.size, spec.fit, random, spec.mean)
 
 
 def rgb(source: Any) -> Image.Image:
-    """The image in a file, a PIL image or an array; raises ValueError as `load` does.
+    """Returns the image in a file, a PIL image or an array; raises the errors of `load`.
 
-    Also for one of more pixels than Pillow's limit (`PIL.Image.MAX_IMAGE_PIXELS`): files of a few bytes can unfold to
-    fill the memory. Only the kinds of `KINDS` are tried, for Pillow hands others (EPS) to programs that execute them.
+    Also raises ValueError for more pixels than Pillow's limit (`PIL.Image.MAX_IMAGE_PIXELS`): a file of a few bytes can
+    decompress to fill the memory. Only the formats of `KINDS` are tried: Pillow passes others (EPS) to programs that
+    execute them.
     """
     if isinstance(source, Image.Image):
         return source.convert("RGB")
@@ -87,9 +88,9 @@ def rgb(source: Any) -> Image.Image:
         if hasattr(source, "read"):
             content = source.read()
             return _decoded(io.BytesIO(content), len(content))
-        if Path(source).is_file():  # neither a folder nor a pipe that would be waited for
+        if Path(source).is_file():  # neither a folder nor a pipe, which would block
             return _decoded(source, os.path.getsize(source))
-    except Exception as error:  # decoders raise whatever damaged bytes lead them to
+    except Exception as error:  # decoders raise any error for damaged bytes
         raise ValueError(f"{source} is not an image that can be read: {error}") from error
     raise ValueError(files.url_problem(source) or f"No image at {source}.")
 
@@ -101,7 +102,7 @@ def _decoded(file: Any, size: int) -> Image.Image:
 
 
 def padded(image: Image.Image, fill: tuple[float, ...]) -> Image.Image:
-    """The image in the middle of a square of one color (llava/mm_utils.py: expand2square)."""
+    """Returns the image centered in a square of one color (llava/mm_utils.py: expand2square)."""
     side = max(image.size)
     square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in fill))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -109,9 +110,9 @@ def padded(image: Image.Image, fill: tuple[float, ...]) -> Image.Image:
 
 
 def check_pixels(image: Image.Image, size: int) -> None:
-    """Raises ValueError for an opened file of `size` bytes that would take far more memory than it should.
+    """Raises ValueError for an opened file of `size` bytes that would take far too much memory.
 
-    Decoding and converting take up to ten bytes a pixel, and an array of pointers for each row.
+    Decoding and conversion take up to ten bytes for each pixel, and an array of pointers for each row.
     """
     width, height, most = image.width, image.height, Image.MAX_IMAGE_PIXELS
     if most is not None and width * height > most:
@@ -120,17 +121,17 @@ def check_pixels(image: Image.Image, size: int) -> None:
         raise ValueError(f"its {width} x {height} pixels have a side of more than {MOST_SIDE}")
     if width * height > UNFOLDED and width * height > RATIO * size:
         raise ValueError(f"its {size} bytes unfold to {width} x {height} pixels; above {UNFOLDED} pixels at most "
-                         f"{RATIO} a byte are read. If it is meant so, scale it down")
+                         f"{RATIO} for each byte are read. If that is intended, scale it down")
     tile = [int(getattr(image, "tag_v2", {}).get(tag, 1)) for tag in TILE]
     if tile[0] * tile[1] > max(MOST_TILE, 2 * width * height):
         raise ValueError(f"its tiles of {tile[0]} x {tile[1]} pixels are far larger than its {width} x {height} pixels")
 
 
 def middle(image: Image.Image, size: int) -> np.ndarray:
-    """uint8[S,S,3]: the short side scaled to S, then what is in the middle of the long one."""
+    """Returns uint8[S,S,3]: the short side scaled to S, cropped at the center of the long one."""
     short, long = sorted(image.size)
     long = int(size * long / short)
-    if long > THIN * size and short < size:  # otherwise it becomes smaller than it is
+    if long > THIN * size and short < size:  # otherwise the image becomes smaller
         return _thin_middle(image, long, size)
     pixels = _resized(image, *((size, long) if image.width <= image.height else (long, size)))
     top, left = (round((side - size) / 2) for side in pixels.shape[:2])
@@ -138,10 +139,9 @@ def middle(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _thin_middle(image: Image.Image, long: int, size: int) -> np.ndarray:
-    """The same of an image whose scaled whole, with a long side of `long`, would take much memory.
+    """Returns the result of `middle` for an image that, scaled to a long side of `long`, would take much memory.
 
-    What is needed and a margin are cut out first; then the width is scaled before the height, as Pillow does the
-    whole.
+    It is first cropped to the needed part and a margin; then the width is scaled before the height, as in Pillow.
     """
     first, (width, height) = round((long - size) / 2), image.size
     begin, end = (side * max(image.size) / long for side in (first, first + size))
@@ -155,15 +155,15 @@ def _thin_middle(image: Image.Image, long: int, size: int) -> np.ndarray:
 
 
 def crop(image: Image.Image, box: tuple[int, int, int, int], size: int) -> np.ndarray:
-    """uint8[S,S,3]: a box (top, left, height, width) scaled to the square."""
+    """Returns uint8[S,S,3]: a box (top, left, height, width) of an image, scaled to the square."""
     top, left, height, width = map(int, box)
     return _resized(image.crop((left, top, left + width, top + height)), size, size)
 
 
 def random_box(random: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of 90 to 100 % of an image's area and a ratio of sides between 3:4 and 4:3.
+    """Returns a random (top, left, height, width) of 90 to 100 % of an image's area, with a ratio between 3:4 and 4:3.
 
-    Ten draws that may not fit, then the largest such box in the middle (torchvision's RandomResizedCrop).
+    After ten draws that do not fit, it is the largest such box at the center (torchvision's RandomResizedCrop).
     """
     narrow, flat = 0.75, 1.3333
     for _ in range(10):
@@ -182,12 +182,12 @@ def _resized(image: Image.Image, width: int, height: int) -> np.ndarray:
 
 
 def stack(samples: Sequence[Sample], spec: ImageSpec) -> np.ndarray | None:
-    """`Batch.images` of these rows: uint8[B,F,S,S,3] or normalised float32[B,F,3,S,S]. None if no row has an image.
+    """Returns `Batch.images` of these rows: uint8[B,F,S,S,3] or normalised float32[B,F,3,S,S]; None without images.
 
-    Where images take slots of the text, F is the longest row's number of images, and the others are filled up with black
-    ones that no soft token refers to; pixels stay uint8 until they are on the device, unless an image came normalised.
-    Where images take no slots, every row has one: of text alone zeros, as in the originals. Those are zeros after
-    normalisation, so all of the batch is normalised here.
+    If images take slots, F is the largest number of images in a row, and other rows are padded with black images that
+    no soft token refers to; pixels stay uint8 until they are on the device, unless an image is already normalised.
+    If images take no slots, every row has one: zeros for text alone, as in the originals. These are zeros after the
+    normalisation, so the whole batch is normalised here.
 
     Raises ValueError naming the rows that have too many images, or the image that cannot be used.
     """
@@ -205,6 +205,6 @@ def stack(samples: Sequence[Sample], spec: ImageSpec) -> np.ndarray | None:
 
 
 def check_one_image(samples: Sequence[Sample], spec: ImageSpec) -> None:
-    """Raises ValueError naming the rows with several images, if a model reads one a row."""
-    if not spec.tokens and (many := [row for row, sample in enumerate(samples) if len(sample.images) > 1]):
-        raise ValueError(f"Rows {many} have more than one image, but this model reads one a row.")
+    """Raises ValueError naming the rows with several images, if a model reads one for each row."""
+    if not spec.tokens and (several := [row for row, sample in enumerate(samples) if len(sample.images) > 1]):
+        raise ValueError(f"Rows {several} have more than one image, but this model reads one a row.")

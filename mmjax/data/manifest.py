@@ -1,7 +1,7 @@
-"""The shards of a prepared data set: which there are, how they were made, and whether they are as they were written.
+"""The manifest of a prepared data set, which lists its shards, their origin and their checksums.
 
-A folder's manifest is a file of lines of JSON. The first says what the shards are made of. Every other one is of a
-shard, and is written when the shard lies there whole; a shard that is made again has a later line, which counts.
+It is a file of JSON lines. The first line describes the origin of the shards. Every other line describes a shard, and
+is written when the shard is complete; of several lines about one shard the last is valid.
 """
 
 import dataclasses
@@ -15,20 +15,20 @@ from typing import Any
 from mmjax import files
 
 FILE = "prepare.jsonl"
-PARTIAL = ".partial"  # ends the name of what is being written
-SHOWN = 20  # damaged shards that an error names
+PARTIAL = ".partial"  # suffix of files that are being written
+SHOWN = 20  # maximum number of damaged shards that an error names
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
     """A file of records.
 
-    number:      of the shard; it is made of the source's records from number · `Making.shard_size` on
-    records:     how many are in it
-    left_out:    how many of the source's are not, because they cannot be used
-    size:        bytes of the file
+    number:      index of the shard; it holds the source's records from number · `Making.shard_size` on
+    records:     number of records in it
+    left_out:    number of the source's records that are left out because they cannot be used
+    size:        of the file in bytes
     sha256:      of the file
-    first, last: names of the first and last record of the source that it is made of
+    first, last: names of the first and last record of the source
     """
 
     number: int
@@ -47,9 +47,9 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Making:
-    """What shards are made of, and how; see `mmjax.data.prepare.prepare`.
+    """The origin of the shards and their options; see `mmjax.data.prepare.prepare`.
 
-    records: how many the source has
+    records: number of records of the source
     """
 
     format: str
@@ -65,16 +65,16 @@ class Making:
         return -(-self.records // self.shard_size)
 
     def command(self, folder: str | Path) -> str:
-        """The command line that makes them in a folder."""
-        words = ["mmjax", "data", "prepare", self.format, self.source, "--out", str(folder), "--name", self.name,
+        """Returns the command line that makes the shards in a folder."""
+        args = ["mmjax", "data", "prepare", self.format, self.source, "--out", str(folder), "--name", self.name,
                  "--shard-size", str(self.shard_size)]
-        words += [] if self.root is None else ["--root", self.root]
-        return shlex.join(words + (["--decode"] if self.decode else []))
+        args += [] if self.root is None else ["--root", self.root]
+        return shlex.join(args + (["--decode"] if self.decode else []))
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """shards: by their numbers, as far as they are made"""
+    """The manifest of a folder. shards: the complete ones by number"""
 
     making: Making
     shards: dict[int, Shard]
@@ -93,9 +93,9 @@ class Manifest:
 
 
 def read(folder: str | Path) -> Manifest | None:
-    """A folder's manifest; None if it has none. Raises ValueError if a line of it is not as it was written.
+    """Returns a folder's manifest; None if it has none. Raises ValueError for a damaged line.
 
-    The last line may be half of one: whoever was to write it was stopped.
+    An incomplete last line is ignored: the process that wrote it was stopped.
     """
     path = Path(folder) / FILE
     if not path.is_file():
@@ -110,48 +110,49 @@ def read(folder: str | Path) -> Manifest | None:
 
 
 def write(folder: str | Path, manifest: Manifest) -> None:
-    """Puts a manifest in the place of the folder's, if it has one."""
+    """Writes a folder's manifest and replaces an existing one."""
     lines = [manifest.making, *manifest.shards.values()]
     files.replace(Path(folder) / FILE, (line_of(line) for line in lines))
 
 
 def line_of(line: Making | Shard | dict[str, Any]) -> str:
+    """Returns a line of JSON."""
     return json.dumps(line if isinstance(line, dict) else dataclasses.asdict(line)) + "\n"
 
 
 def append(path: Path, lines: Iterable[str]) -> None:
-    """Adds lines to the end of a file; they are on the disk when this returns."""
+    """Appends lines to a file and flushes them to the disk."""
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
 
 
-def trouble(folder: str | Path, shard: Shard, checksum: bool = False) -> str | None:
-    """What is wrong with a shard's file: that it is not there, or has another size, or, if wanted, checksum."""
+def shard_problem(folder: str | Path, shard: Shard, checksum: bool = False) -> str | None:
+    """Returns the problem of a shard's file: it is missing, or its size or, with `checksum`, its checksum differs."""
     path = Path(folder) / shard.file
     if not path.is_file():
-        return f"{shard.file} is not there"
+        return f"{shard.file} is missing"
     if (size := path.stat().st_size) != shard.size:
         return f"{shard.file} has {size} bytes, but was written with {shard.size}"
-    if checksum and (found := files.sha256(path)) != shard.sha256:
-        return f"{shard.file} has the SHA-256 {found}, but was written with {shard.sha256}"
+    if checksum and (digest := files.sha256(path)) != shard.sha256:
+        return f"{shard.file} has the SHA-256 {digest}, but was written with {shard.sha256}"
     return None
 
 
-def check(folder: str | Path, manifest: Manifest, looks: Iterable[str | None] | None = None) -> None:
-    """Raises ValueError naming the damaged shards and what to do about them, or saying that not all are made.
+def check(folder: str | Path, manifest: Manifest, problems: Iterable[str | None] | None = None) -> None:
+    """Raises ValueError naming the damaged shards and what to do, or if shards are not complete.
 
-    looks: what `trouble` found; None to look at the sizes of all
+    problems: results of `shard_problem`; None to check the sizes of all shards
     """
     again = manifest.making.command(folder)
     if not manifest.whole:
         raise ValueError(f"{folder} has {len(manifest.shards)} of {manifest.making.shards} shards: it was not prepared "
-                         f"to the end. The same command goes on: {again}")
-    if looks is None:
-        looks = (trouble(folder, shard) for shard in manifest.shards.values())
-    if wrong := list(filter(None, looks)):
-        shown = "\n  ".join(wrong[:SHOWN]) + (f"\n  and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else "")
-        raise ValueError(f"{len(wrong)} of the {len(manifest.shards)} shards of {folder} are damaged:\n  {shown}\n"
-                         f"Copy them again. Or delete them and repeat the command, which makes these anew and no "
-                         f"others: {again}")
+                         f"completely. The same command resumes: {again}")
+    if problems is None:
+        problems = (shard_problem(folder, shard) for shard in manifest.shards.values())
+    if damaged := list(filter(None, problems)):
+        shown = "\n  ".join(damaged[:SHOWN]) + (f"\n  and {len(damaged) - SHOWN} more" if len(damaged) > SHOWN else "")
+        raise ValueError(f"{len(damaged)} of the {len(manifest.shards)} shards of {folder} are damaged:\n  {shown}\n"
+                         f"Copy them again, or delete them and repeat the command, which makes only these again: "
+                         f"{again}")

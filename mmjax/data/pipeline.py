@@ -1,16 +1,16 @@
-"""From records on disk to batches: a fixed global order, read ahead by threads.
+"""Makes batches of records on disk, in a fixed global order, with prefetching threads.
 
-The samples of a run are one endless sequence. Which record stands at a position of it is a function of the
-configuration alone, and a batch holds the positions from where the one before it ended. So a run goes on where it
-stopped by asking for the next batch from the next position, on as many hosts as there are then. Grain gives the shuffle
-of each pass over a source, and the reading ahead.
+The samples of a run are one endless sequence. The record at a position depends only on the configuration, and a batch
+starts at the position where the previous one ended. So a run resumes by reading from the next position, on any number
+of hosts. Grain shuffles each pass over a source and prefetches.
 
-A batch is made in two stages. Its plan says which samples stand in which row and how long the rows are. That takes the
-samples' words alone, so every process makes the same plan of the whole batch. Then each process opens the images of
-its own rows.
+A batch is made in two stages. Its plan assigns samples to rows and sets the length of the rows. It needs only the text
+of the samples, so every process makes the same plan of the whole batch. Then each process opens the images of its own
+rows.
 
-A record that cannot be used never ends a run by itself: another one of its source takes its place, which one depends on
-the position too, and `Step.bad` names it. One whose image fails is replaced by one that fits where it stood.
+A record that cannot be used does not end a run: another record of its source, which also depends on the position,
+replaces it, and `PipelineBatch.bad` names it. A record whose image cannot be read is replaced by one that fits into the
+same slots.
 """
 
 import dataclasses
@@ -33,18 +33,17 @@ from mmjax.data.text import Tokenized
 
 ATTEMPTS = 20  # records tried for one position
 TRIED_FIRST = 16  # records of a source with which a configuration is tried before the first batch
-# What random numbers are drawn for, beside the seed and the position; 0 would be the same as nothing.
-CROP, REPLACEMENT = 1, 2
+CROP, REPLACEMENT = 1, 2  # purpose of random numbers, part of their seed; not 0, which would not change it
 BOUNDLESS = Size(sys.maxsize, sys.maxsize)
 
 
 class CollatorProtocol(Protocol):
-    """How samples become rows; `mmjax.data.collate.Collator` for a model.
+    """Makes rows of samples; `mmjax.data.collate.Collator` implements it.
 
-    tokenize: a sample with the slots of its row, by its text alone; raises ValueError if it can become none
-    image:    opens a record's image for a sample, cropped by what draws its crop (None where none is drawn)
-    blank:    what stands for an image where none can be opened
-    batch:    rows of tokenised samples, each one sample where rows are not packed, as rows of that length
+    tokenize: returns a sample with the slots of its row, from its text alone; raises ValueError if that fails
+    image:    opens a record's image; `random` draws its crop, None for no random crop
+    blank:    the image used where none can be opened
+    batch:    returns the batch of rows of tokenised samples (one a row if rows are not packed), of that length
 
     All of them run in the reading threads.
     """
@@ -60,11 +59,11 @@ class CollatorProtocol(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class BadRecord:
-    """A record that could not be used: where its turn came, and what is wrong with it.
+    """A record that could not be used, with its position and the problem.
 
-    attempt: 0 for the record of this position, from 1 on for those that were to take its place
-    source:  the path of its source
-    file:    its image's, or the archive that holds it; the source's path where that is not known
+    attempt: 0 for the record of this position, from 1 on for its replacements
+    source:  path of its source
+    file:    path of its image, or of the archive with it; the source's path if that is not known
     """
 
     position: int
@@ -77,11 +76,11 @@ class BadRecord:
 
 @dataclasses.dataclass(frozen=True)
 class PipelineBatch:
-    """A batch and where it came from; of several processes, this one's rows.
+    """This process's rows of a batch, and their origin.
 
     names: of the records, row by row
-    end:   the position behind the batch, of all processes: where the next one begins
-    bad:   what was replaced while it was made
+    end:   position after the whole batch, where the next one begins
+    bad:   records that were replaced
     """
 
     number: int
@@ -92,10 +91,10 @@ class PipelineBatch:
 
 
 class Order:
-    """Which record stands at a position of the global sequence: `order(position) -> (source, record)`, two numbers.
+    """Maps a position of the global sequence to the indices of a source and its record: `(source, record)`.
 
     Every source is shuffled anew for each pass over it, and the sources are interleaved as evenly as their ratios
-    allow. sizes: how many records each source has. The first source has the order that it has alone.
+    allow. The first source is in the same order as without the others. sizes: number of records of each source
     """
 
     def __init__(self, sizes: Sequence[int], cfg: DataConfig):
@@ -111,7 +110,7 @@ class Order:
                         for size, seed in zip(sizes, seeds, strict=True)]
 
     def __call__(self, position: int, attempt: int = 0) -> tuple[int, int]:
-        """attempt: above 0 for what takes the place of a record that cannot be used; it is of the same source."""
+        """attempt: above 0 for the replacement, of the same source, of a record that cannot be used"""
         source, turn = interleaved(position, self._shares)
         if attempt == 0:
             return source, int(self._orders[source][turn])
@@ -120,14 +119,14 @@ class Order:
 
 
 def interleaved(position: int, shares: Sequence[int]) -> tuple[int, int]:
-    """(which of several sequences gives the element at a position, how many it has given before), in exact shares.
+    """Returns (index of the sequence with the element at a position, number of its previous elements).
 
-    Grain's `MapDataset.mix` does the same after rounding the shares to a hundredth of the smallest.
+    The shares are exact; Grain's `MapDataset.mix` rounds them to a hundredth of the smallest.
     """
     rest = sum(shares)
-    for number, share in enumerate(shares[:-1]):  # this one's elements are taken out, the others' remain
+    for number, share in enumerate(shares[:-1]):  # removes the elements of this sequence
         rest -= share
-        before, after = (place * rest // (rest + share) for place in (position, position + 1))
+        before, after = (end * rest // (rest + share) for end in (position, position + 1))
         if before == after:
             return number, position - before
         position = before
@@ -135,7 +134,7 @@ def interleaved(position: int, shares: Sequence[int]) -> tuple[int, int]:
 
 
 def read(cfg: DataConfig) -> list[Sequence[Record]]:
-    """The records of each source; raises what its reader does, and ValueError for paths that cannot be URLs."""
+    """Returns the records of each source. Raises ValueError for unsupported URLs, and the errors of the readers."""
     files.refuse(cfg.url_problems())
     return [FORMATS[source.format](source.path, source.root) for source in cfg.sources]
 
@@ -148,16 +147,16 @@ def batches(
     position: int = 0,
     rows: Sequence[int] | None = None,
 ) -> Iterator[PipelineBatch]:
-    """Endless batches.
+    """Returns an endless iterator of batches.
 
     sources:         the records of each of `cfg.sources`
-    start, position: number of the first batch, and where in the sequence it begins
-    rows:            which of every batch this process makes; it opens no other's images. None: all
+    start, position: number of the first batch, and its position in the sequence
+    rows:            indices of the rows of every batch that this process makes and whose images it opens; None: all
 
-    Raises ValueError if there are fewer records than rows in a batch, and whatever `collator` raises for every one of a
-    source's first records, with one of the configuration's prompts: that is tried before the first batch, with blank
-    images. While iterating: ValueError when nothing usable is found for a position, and whatever `collator.batch`
-    raises.
+    Raises ValueError if there are fewer records than rows in a batch. Before the first batch, tries the first records
+    of each source with each of the configuration's prompts and blank images, and raises the error of `collator` if all
+    fail. While iterating, raises ValueError if no usable record is found for a position, and the errors of
+    `collator.batch`.
     """
     import grain
 
@@ -167,21 +166,21 @@ def batches(
     if (count := sum(map(len, sources))) < cfg.batch_size:
         raise ValueError(f"{', '.join(paths)} has {count} records: too few for a batch of {cfg.batch_size}.")
     _try_out(sources, cfg, collator)
-    own = range(cfg.batch_size) if rows is None else rows
-    steps = _Batches(_Records(sources, cfg, collator), start, position, own)
-    ahead = grain.ReadOptions(num_threads=cfg.threads, prefetch_buffer_size=cfg.threads + 2)
-    return iter(grain.MapDataset.source(steps).to_iter_dataset(ahead))
+    local_rows = range(cfg.batch_size) if rows is None else rows
+    dataset = _Batches(_Records(sources, cfg, collator), start, position, local_rows)
+    options = grain.ReadOptions(num_threads=cfg.threads, prefetch_buffer_size=cfg.threads + 2)
+    return iter(grain.MapDataset.source(dataset).to_iter_dataset(options))
 
 
 def sample(record: Record, prompt: str, cfg: DataConfig) -> Sample:
-    """What a record becomes, its image unopened; `prompt` is for those without one of their own.
+    """Returns the sample of a record, without opening its image. prompt: for records without a prompt
 
-    Raises ValueError if there is something wrong with the record, or an answer of it is empty.
+    Raises ValueError if the record has a problem, or an empty answer.
     """
     if record.problem is not None:
         raise ValueError(record.problem)
     answer = clean_caption(record.answer) if cfg.clean_captions else record.answer
-    if not all(words.strip() for words in ([words for _, words in record.turns] or [answer])):
+    if not all(text.strip() for text in ([text for _, text in record.turns] or [answer])):
         raise ValueError(f"an answer is empty: {(list(record.turns) or record.answer)!r}")
     return Sample(
         images=[] if record.image is None else [record.image],
@@ -193,7 +192,7 @@ def sample(record: Record, prompt: str, cfg: DataConfig) -> Sample:
 
 @dataclasses.dataclass(frozen=True)
 class _Position:
-    """A position of the sequence in a batch: the record that stands there, and those that could not."""
+    """A position of the sequence: its usable record, and those that could not be used."""
 
     position: int
     attempt: int
@@ -203,23 +202,23 @@ class _Position:
 
     @property
     def size(self) -> Size:
-        """What it takes of a row."""
+        """The size of the sample in a row."""
         return Size(self.tokenized.length, len(self.tokenized.sample.images))
 
     def with_images(self, images: list[Any], **changes: Any) -> "_Position":
-        """The same with its images opened."""
+        """Returns the position with opened images."""
         sample = dataclasses.replace(self.tokenized.sample, images=images)
         return dataclasses.replace(self, tokenized=dataclasses.replace(self.tokenized, sample=sample), **changes)
 
 
 class _NoneFits(Exception):
-    """Among the records drawn for a position were usable ones, but none that fits into its place.
+    """The records drawn for a position include usable ones, but none that fits into its slots.
 
     bad: those that are not usable
     """
 
     def __init__(self, bad: tuple[BadRecord, ...]):
-        super().__init__("no record drawn for this position fits into its place")
+        super().__init__("no record drawn for this position fits into its slots")
         self.bad = bad
 
 
@@ -232,63 +231,64 @@ class _Records:
 
     @property
     def row(self) -> Size:
-        """What an empty row has room for."""
+        """The size of an empty row."""
         if self.cfg.pack_length is None:
             return BOUNDLESS
         return Size(self.cfg.pack_length, self.cfg.pack_images)
 
     def usable(self, position: int, prompt: str, room: Size, attempt: int = 0,
                bad: tuple[BadRecord, ...] = ()) -> _Position:
-        """The first record from that attempt on whose words can become a sample that takes no more than `room`.
+        """Returns the first record, starting with that attempt, whose text makes a sample that fits into `room`.
 
-        bad: what was tried here before. Raises ValueError if none can be used, `_NoneFits` if none of those fits.
+        bad: records tried before. Raises ValueError if none can be used, `_NoneFits` if none that can be used fits.
         """
         for number in range(attempt, ATTEMPTS):
             source, index = self.order(position, number)
             record = None
             try:
                 record = self.sources[source][index]
-                place = _Position(position, number, record, self.collator.tokenize(sample(record, prompt, self.cfg)), bad)
-                size = place.size
+                tokenized = self.collator.tokenize(sample(record, prompt, self.cfg))
+                result = _Position(position, number, record, tokenized, bad)
+                size = result.size
                 if not size.within(self.row):
                     raise ValueError(f"{size.tokens} tokens and {size.images} images, but a packed row has room "
                                      f"for {self.row.tokens} and {self.row.images}")
             except (ValueError, OSError) as error:
-                bad = (*bad, self.named(position, number, record, error))
+                bad = (*bad, self.bad_record(position, number, record, error))
             else:
                 if size.within(room):
-                    return place
+                    return result
         if len(bad) < ATTEMPTS:
             raise _NoneFits(bad)
         path = self.cfg.sources[self.order(position)[0]].path
         wrong = [f"{each.name}: {each.problem}" for each in bad[:5]]
-        raise ValueError(f"None of {ATTEMPTS} records of {path} that were tried for one place of a batch can be used. "
-                         "The first of them:\n  " + "\n  ".join(wrong))
+        raise ValueError(f"None of {ATTEMPTS} records of {path} that were tried for one position of a batch can be "
+                         "used. The first of them:\n  " + "\n  ".join(wrong))
 
-    def opened(self, place: _Position, prompt: str, room: Size) -> tuple[_Position, bool]:
-        """A place with its images open, its record replaced where they cannot be opened; and whether it is learnt.
+    def open_images(self, position: _Position, prompt: str, room: Size) -> tuple[_Position, bool]:
+        """Returns a position with opened images, and whether it has targets. Replaces records whose images fail.
 
-        It is not where none of the records drawn to replace it fits: then its own words stand there, blank images
-        beside them, and no word is a target.
+        It has none if no replacement fits: then it keeps its text, with blank images, and no token is a target.
         """
-        first = place
+        first = position
         while True:
             random = None
             if self.cfg.random_crop:
-                random = np.random.default_rng([self.cfg.seed, place.position, CROP])
+                random = np.random.default_rng([self.cfg.seed, position.position, CROP])
             try:
-                images = [self.collator.image(image, random) for image in place.tokenized.sample.images]
+                images = [self.collator.image(image, random) for image in position.tokenized.sample.images]
             except (ValueError, OSError) as error:
-                bad = (*place.bad, self.named(place.position, place.attempt, place.record, error))
+                failed = self.bad_record(position.position, position.attempt, position.record, error)
+                bad = (*position.bad, failed)
             else:
-                return place.with_images(images), True
+                return position.with_images(images), True
             try:
-                place = self.usable(place.position, prompt, room, place.attempt + 1, bad)
+                position = self.usable(position.position, prompt, room, position.attempt + 1, bad)
             except _NoneFits as none:
                 blank = [self.collator.blank] * first.size.images
                 return first.with_images(blank, bad=none.bad), False
 
-    def named(self, position: int, attempt: int, record: Record | None, error: Exception) -> BadRecord:
+    def bad_record(self, position: int, attempt: int, record: Record | None, error: Exception) -> BadRecord:
         source, index = self.order(position, attempt)
         path = self.cfg.sources[source].path
         name, image = (str(index), None) if record is None else (record.name, record.image)
@@ -298,7 +298,7 @@ class _Records:
 
 @dataclasses.dataclass(frozen=True)
 class _BatchPlan:
-    """A whole batch before its images are opened: the places of each row, the rows' length, where it ends."""
+    """The plan of a whole batch before images are opened: prompt, rows and their length, end position."""
 
     prompt: str
     rows: list[list[_Position]]
@@ -307,9 +307,9 @@ class _BatchPlan:
 
 
 class _Batches(Sequence[PipelineBatch]):
-    """The batches from number `start` and `position` on, each to be asked for once and about in order, by any thread.
+    """The batches from number `start` and `position` on. Threads may each read any of them once, roughly in order.
 
-    rows: this process's, of every batch
+    rows: indices of this process's rows of every batch
     """
 
     def __init__(self, records: _Records, start: int, position: int, rows: Sequence[int]):
@@ -321,14 +321,14 @@ class _Batches(Sequence[PipelineBatch]):
         return np.iinfo(np.int32).max
 
     def __getitem__(self, ahead: Any) -> Any:
-        """Step number `start + ahead`."""
-        with self._lock:  # where a batch begins is known once the one before it is planned
+        """Returns batch number `start + ahead`."""
+        with self._lock:  # a batch begins where the planned previous one ends
             while self._planned <= ahead:
                 self._plans[self._planned] = self._plan(self._start + self._planned, self._end)
                 self._end = self._plans[self._planned].end
                 self._planned += 1
             plan = self._plans.pop(ahead)
-        return self._step(self._start + ahead, plan)
+        return self._batch(self._start + ahead, plan)
 
     def _plan(self, number: int, position: int) -> _BatchPlan:
         cfg, records = self._cfg, self._records
@@ -337,52 +337,53 @@ class _Batches(Sequence[PipelineBatch]):
         prompt = "" if choice is None else cfg.prompts[choice]
         following = (records.usable(at, prompt, BOUNDLESS) for at in itertools.count(position))
         if cfg.pack_length is None:
-            places = list(itertools.islice(following, cfg.batch_size))
-            longest = max(place.size.tokens for place in places)
+            positions = list(itertools.islice(following, cfg.batch_size))
+            longest = max(each.size.tokens for each in positions)
             length = -(-longest // cfg.length_multiple) * cfg.length_multiple
-            return _BatchPlan(prompt, [[place] for place in places], length, position + len(places))
-        places = []
-        sizes = (places.append(place) or place.size for place in following)
+            return _BatchPlan(prompt, [[each] for each in positions], length, position + len(positions))
+        positions = []
+        sizes = (positions.append(each) or each.size for each in following)
         rows = pack(sizes, records.row, cfg.batch_size)
-        return _BatchPlan(prompt, [[places[number] for number in row] for row in rows], cfg.pack_length,
-                     position + sum(map(len, rows)))
+        return _BatchPlan(prompt, [[positions[number] for number in row] for row in rows], cfg.pack_length,
+                          position + sum(map(len, rows)))
 
-    def _step(self, number: int, plan: _BatchPlan) -> PipelineBatch:
+    def _batch(self, number: int, plan: _BatchPlan) -> PipelineBatch:
         rows = [plan.rows[row] for row in self._rows]
         packed = self._cfg.pack_length is not None
 
-        def opened(place: _Position) -> tuple[_Position, bool]:
-            return self._records.opened(place, plan.prompt, place.size if packed else Size(plan.length, sys.maxsize))
+        def open_images(position: _Position) -> tuple[_Position, bool]:
+            room = position.size if packed else Size(plan.length, sys.maxsize)
+            return self._records.open_images(position, plan.prompt, room)
 
-        made = [[opened(place) for place in row] for row in rows]
-        batch = self._records.collator.batch([[place.tokenized for place, _ in row] for row in made], plan.length)
-        for row, places in enumerate(made):
-            for segment, (_, learnt) in enumerate(places):
-                if not learnt:
-                    here = batch.segments[row] == segment if packed else slice(None)
-                    batch.loss_mask[row, here] = False
-        places = [place for row in made for place, _ in row]
-        bad = sorted((each for place in places for each in place.bad), key=lambda each: (each.position, each.attempt))
-        return PipelineBatch(number, plan.end, tuple(place.record.name for place in places), batch, tuple(bad))
+        opened = [[open_images(position) for position in row] for row in rows]
+        batch = self._records.collator.batch([[each.tokenized for each, _ in row] for row in opened], plan.length)
+        for row, positions in enumerate(opened):
+            for segment, (_, has_targets) in enumerate(positions):
+                if not has_targets:
+                    slots = batch.segments[row] == segment if packed else slice(None)
+                    batch.loss_mask[row, slots] = False
+        positions = [each for row in opened for each, _ in row]
+        bad = sorted((bad for each in positions for bad in each.bad), key=lambda bad: (bad.position, bad.attempt))
+        return PipelineBatch(number, plan.end, tuple(each.record.name for each in positions), batch, tuple(bad))
 
 
 def _try_out(sources: Sequence[Sequence[Record]], cfg: DataConfig, collator: CollatorProtocol) -> None:
-    """Raises what `collator` raises for all of a source's first records: that is the configuration's fault.
+    """Raises the error of `collator` if all of a source's first records fail, because of the configuration.
 
-    Records without a prompt of their own are tried with each of the configuration's, the others once.
+    Records without a prompt are tried with each prompt of the configuration, the others once.
     """
     for records in sources:
-        first = list(_whole(records, cfg))
-        asked = [record for record in first if record.prompt is None]
-        asking = [record for record in first if record.prompt is not None]
-        for prompt, group in [*((prompt, asked) for prompt in cfg.prompts or ("",)), ("", asking)]:
+        first = list(_sound(records, cfg))
+        without_prompt = [record for record in first if record.prompt is None]
+        with_prompt = [record for record in first if record.prompt is not None]
+        for prompt, group in [*((prompt, without_prompt) for prompt in cfg.prompts or ("",)), ("", with_prompt)]:
             errors = []
             for record in group:
-                made = sample(record, prompt, cfg)
-                blank = [collator.blank] * len(made.images)
+                tried = sample(record, prompt, cfg)
+                blank = [collator.blank] * len(tried.images)
                 try:
-                    tokenized = collator.tokenize(made)
-                    opened = dataclasses.replace(tokenized, sample=dataclasses.replace(made, images=blank))
+                    tokenized = collator.tokenize(tried)
+                    opened = dataclasses.replace(tokenized, sample=dataclasses.replace(tried, images=blank))
                     collator.batch([[opened]], tokenized.length)
                 except ValueError as error:
                     errors.append(error)
@@ -393,8 +394,8 @@ def _try_out(sources: Sequence[Sequence[Record]], cfg: DataConfig, collator: Col
                     raise errors[0]
 
 
-def _whole(records: Sequence[Record], cfg: DataConfig) -> Iterator[Record]:
-    """The first records, without those that have something wrong with them (their images are not looked at)."""
+def _sound(records: Sequence[Record], cfg: DataConfig) -> Iterator[Record]:
+    """Yields those of the first records that have no problem; images are not checked."""
     for number in range(min(len(records), TRIED_FIRST)):
         try:
             sample(record := records[number], "", cfg)

@@ -1,9 +1,9 @@
-"""Samples to rows of token ids: which word, soft token or padding stands at each slot.
+"""Tokenises samples into rows whose slots hold a token, a soft token or padding.
 
-A row is `[BOS][prompt][answer][padding]`; an image's soft tokens take `image_tokens` slots of the prompt. The ids,
+A row is `[BOS][prompt][answer][padding]`; an image's soft tokens take `image_tokens` slots of the prompt. The tokens,
 targets and masks are those of minigpt4/models/minigpt_base.py (preparing_embedding, prompt_wrap,
-tokenize_conversation, get_context_emb), and where `TextConfig.joint` says so those of imagebind_LLM/data/dataset.py;
-where the originals drop what does not fit together, this raises.
+tokenize_conversation, get_context_emb), or with `TextConfig.joint` those of imagebind_LLM/data/dataset.py. Where the
+originals drop inconsistent inputs, errors are raised here.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ from mmjax.tokenizer import Tokenizer
 
 PLACEHOLDER = "<ImageHere>"
 MARKED = re.compile(rf"(?:<Img>)?{PLACEHOLDER}(?:</Img>)? ?")
-NO_TARGET = 0  # of joint rows: the original pads its labels with this id, and so never learns the unknown piece
+NO_TARGET = 0  # of joint rows: the original pads its labels with this token, so the unknown piece is never a target
 
 
 class Slot(NamedTuple):
-    """One place of a row: the fields of `Batch` of the same names."""
+    """One slot of a row: the fields of `Batch` of the same names."""
 
     token: int
     soft_index: int = -1
@@ -38,8 +38,8 @@ SOFT = Slot._fields.index("soft_index")
 class Tokenized:
     """A sample with the slots of its row, without BOS and padding.
 
-    prompt, answer: int32[n, fields of Slot], read-only. Where prompt and answer are tokenised as one text
-                    (`TextConfig.joint`), `answer` is the whole row, BOS first, and `prompt` is None
+    prompt, answer: int32[n, fields of Slot], read-only. If prompt and answer are tokenised as one text
+                    (`TextConfig.joint`), `answer` is the whole row with BOS, and `prompt` is None
     """
 
     sample: Sample
@@ -48,19 +48,20 @@ class Tokenized:
 
     @property
     def length(self) -> int:
-        """Tokens of the row."""
+        """The number of tokens of the row, without padding."""
         return len(self.answer) if self.prompt is None else 1 + len(self.prompt) + len(self.answer)
 
 
 def tokenize(samples: Sequence[Sample], tokenizer: Tokenizer, text: TextConfig, image_tokens: int) -> list[Tokenized]:
-    """Samples with the slots of their rows.
+    """Returns samples with the slots of their rows.
 
-    image_tokens: soft tokens of one image; the k-th image of a row has the indices from k·image_tokens on. With 0
-                  images take no slots: a prompt needs no `<ImageHere>`, and those that it has are left out (`bare`)
+    image_tokens: soft tokens of one image; image k of a row has the indices from k·image_tokens on. If 0, images take
+                  no slots: a prompt needs no `<ImageHere>`, and those that it has are removed
+                  (`without_placeholders`)
 
-    A sample with neither answer nor turns becomes a prompt to be continued, which no setting cuts. Raises ValueError,
-    naming every row concerned, if images and `<ImageHere>` do not agree, or a row does not fit the text settings; also
-    for no samples at all, and for a template without its `{}`.
+    A sample with neither answer nor turns becomes a prompt to be continued, which is never truncated. Raises
+    ValueError naming every row whose images do not match its `<ImageHere>`, or that does not fit the text settings;
+    also for no samples, and for a template without its `{}`.
     """
     _check(samples, text, image_tokens)
     if text.joint:
@@ -71,15 +72,15 @@ def tokenize(samples: Sequence[Sample], tokenizer: Tokenizer, text: TextConfig, 
 
 def rows(samples: Sequence[Sample | Tokenized], tokenizer: Tokenizer, text: TextConfig, image_tokens: int,
          length: int | None = None, multiple: int = 1) -> Batch:
-    """Samples as one batch of numpy arrays, with `images` left None.
+    """Returns samples as one batch of numpy arrays, without `images`.
 
-    samples: tokenised or not yet
-    length:  slots of every row; None for the longest row's, rounded up to a multiple of `multiple`
+    samples: tokenised or not
+    length:  slots of every row; None for that of the longest row, rounded up to a multiple of `multiple`
 
-    Raises ValueError as `tokenize` does, and if a row is longer than `length`.
+    Raises the errors of `tokenize`, and ValueError if a row is longer than `length`.
     """
-    made, padded_length = row_slots(samples, tokenizer, text, image_tokens)
-    lengths = [len(row) for row in made]
+    slots, padded_length = row_slots(samples, tokenizer, text, image_tokens)
+    lengths = [len(row) for row in slots]
     if length is None:
         length = -(-max(lengths) // multiple) * multiple
     if too_long := [f"row {row}: {n} tokens" for row, n in enumerate(lengths) if n > length]:
@@ -87,16 +88,16 @@ def rows(samples: Sequence[Sample | Tokenized], tokenizer: Tokenizer, text: Text
                          + "\n  ".join(too_long) + "\nRaise the row length, or lower max_txt_len or max_context_len.")
     grid = empty_grid(len(samples), length, tokenizer)
     for row, n in enumerate(lengths):
-        grid[row, :n] = made[row]
+        grid[row, :n] = slots[row]
     return batch(grid, np.tile(np.arange(length, dtype=np.int32), (len(samples), 1)), padded_length)
 
 
 def row_slots(samples: Sequence[Sample | Tokenized], tokenizer: Tokenizer, text: TextConfig,
               image_tokens: int) -> tuple[list[np.ndarray], int]:
-    """The slots of each row, int32[n, fields of Slot], BOS first, without padding; and the length to which the
+    """Returns the slots of each row, int32[n, fields of Slot] with BOS and without padding, and the length to which the
     original pads these rows.
 
-    Raises ValueError as `tokenize` does.
+    Raises the errors of `tokenize`.
     """
     tokenized = (list(samples) if samples and all(isinstance(sample, Tokenized) for sample in samples)
                  else tokenize(samples, tokenizer, text, image_tokens))
@@ -104,14 +105,14 @@ def row_slots(samples: Sequence[Sample | Tokenized], tokenizer: Tokenizer, text:
 
 
 def empty_grid(count: int, length: int, tokenizer: Tokenizer) -> np.ndarray:
-    """int32[count, length, fields of Slot]: nothing but padding."""
+    """Returns int32[count, length, fields of Slot] of padding."""
     grid = np.empty((count, length, len(Slot._fields)), np.int32)
     grid[:] = Slot(tokenizer.pad, valid=False)
     return grid
 
 
 def batch(grid: np.ndarray, positions: np.ndarray, padded_length: int, segments: np.ndarray | None = None) -> Batch:
-    """A grid of slots as a `Batch` without images."""
+    """Returns a grid of slots as a `Batch` without images."""
     tokens, soft_index, valid, loss_mask = np.moveaxis(grid, -1, 0).copy()
     return Batch(
         tokens=tokens, soft_index=soft_index, valid=valid.astype(bool), loss_mask=loss_mask.astype(bool),
@@ -119,45 +120,45 @@ def batch(grid: np.ndarray, positions: np.ndarray, padded_length: int, segments:
 
 
 def _array(slots: list[Slot]) -> np.ndarray:
-    """int32[n, fields of Slot], which is only read."""
+    """Returns int32[n, fields of Slot], read-only."""
     array = np.array(slots, np.int32).reshape(-1, len(Slot._fields))
     array.flags.writeable = False
     return array
 
 
 def _separate_rows(samples: Sequence[Tokenized], tokenizer: Tokenizer) -> tuple[list[np.ndarray], int]:
-    """The rows' slots, BOS first, and how long the original pads them; prompt and answer each tokenised alone."""
+    """Returns `row_slots` for prompts and answers that are tokenised separately."""
     prompts, answers = [row.prompt for row in samples], [row.answer for row in samples]
-    made = []
+    rows = []
     for row in samples:
-        # The original gives BOS the mask entry of the padded prompts' first slot, so the BOS of an empty prompt is
-        # hidden as soon as another row has a prompt. If none has one, there is no such slot (the original fails) and
-        # BOS is seen. A prompt to be continued keeps its BOS: get_context_emb masks nothing.
-        seen = len(row.prompt) > 0 or not _learns(row.sample) or not any(map(len, prompts))
-        made.append(np.concatenate([_array([Slot(tokenizer.bos, valid=seen)]), row.prompt, row.answer]))
-    return made, 1 + max(map(len, prompts)) + max(map(len, answers))
+        # The original gives BOS the mask of the padded prompts' first slot, so the BOS of an empty prompt is masked
+        # if another row has a prompt. If none has one, there is no such slot (the original fails) and BOS is visible.
+        # A prompt to be continued keeps its BOS: get_context_emb masks nothing.
+        visible = len(row.prompt) > 0 or not _has_answer(row.sample) or not any(map(len, prompts))
+        rows.append(np.concatenate([_array([Slot(tokenizer.bos, valid=visible)]), row.prompt, row.answer]))
+    return rows, 1 + max(map(len, prompts)) + max(map(len, answers))
 
 
 def _joint_rows(samples: Sequence[Tokenized], text: TextConfig) -> tuple[list[np.ndarray], int]:
-    """The same with prompt and answer as one text; the original pads what is learnt from to max_txt_len."""
-    made = [row.answer for row in samples]
-    learning = text.max_txt_len if any(_learns(row.sample) for row in samples) else 0
-    return made, max(learning, *map(len, made))
+    """Returns `row_slots` for prompts and answers tokenised as one text; training rows are padded to max_txt_len."""
+    rows = [row.answer for row in samples]
+    least = text.max_txt_len if any(_has_answer(row.sample) for row in samples) else 0
+    return rows, max(least, *map(len, rows))
 
 
 def joint_slots(sample: Sample, tokenizer: Tokenizer, text: TextConfig) -> list[Slot]:
-    """A whole row, BOS first: prompt and answer tokenised as one text without special tokens, the right end cut.
+    """Returns a row with BOS: prompt and answer tokenised as one text without special tokens, truncated on the right.
 
-    Targets begin where the prompt alone would end, so a piece that spans the border moves it. Where `end_sym` is EOS,
-    that is an id behind the text; anything else is part of the text.
+    Targets begin at the length of the tokenised prompt alone, so a token that spans the border shifts it. If `end_sym`
+    is EOS, it is a token after the text; otherwise it is part of the text.
     """
 
-    def encode(words: str) -> list[int]:
-        return [tokenizer.bos, *tokenizer.encode(words, special=False)]
+    def encode(string: str) -> list[int]:
+        return [tokenizer.bos, *tokenizer.encode(string, special=False)]
 
-    prompt = _wrap(bare(sample.prompt), text, bare(sample.input))
+    prompt = _wrap(without_placeholders(sample.prompt), text, without_placeholders(sample.input))
     known = encode(prompt)
-    if not _learns(sample):
+    if not _has_answer(sample):
         return [Slot(i) for i in known]
     if text.end_sym == tokenizer.eos_text:
         ids = [*encode(prompt + sample.answer), tokenizer.eos]
@@ -168,13 +169,13 @@ def joint_slots(sample: Sample, tokenizer: Tokenizer, text: TextConfig) -> list[
 
 
 def prompt_slots(sample: Sample, tokenizer: Tokenizer, text: TextConfig, image_tokens: int) -> list[Slot]:
-    """The prompt, or the first question of a conversation, behind BOS.
+    """Returns the slots of the prompt, or of the first question of a conversation, without BOS.
 
-    Segments between images are tokenised one by one, so each starts with its own space marker. Images without a
-    prompt stand alone (stage 1), without a template.
+    Segments between images are tokenised separately, so each starts with its own space marker. Images without a
+    prompt (stage 1) have no template.
     """
 
-    def words(segment: str) -> list[Slot]:
+    def encode(segment: str) -> list[Slot]:
         return [Slot(token) for token in tokenizer.encode(segment)]
 
     def image(k: int) -> list[Slot]:
@@ -183,21 +184,23 @@ def prompt_slots(sample: Sample, tokenizer: Tokenizer, text: TextConfig, image_t
     prompt, *_ = _questions(sample)
     if sample.images and image_tokens and not prompt + sample.input:
         return [slot for k in range(len(sample.images)) for slot in image(k)]
-    prompt, given = (prompt, sample.input) if image_tokens else (bare(prompt), bare(sample.input))
-    first, *others = _wrap(prompt, text, given).split(PLACEHOLDER)
-    slots = words(first)
-    for k, segment in enumerate(others):
-        slots += image(k) + words(segment)
-    return slots[:text.max_context_len] if sample.images and _learns(sample) else slots
+    input = sample.input
+    if not image_tokens:
+        prompt, input = without_placeholders(prompt), without_placeholders(input)
+    first, *segments = _wrap(prompt, text, input).split(PLACEHOLDER)
+    slots = encode(first)
+    for k, segment in enumerate(segments):
+        slots += image(k) + encode(segment)
+    return slots[:text.max_context_len] if sample.images and _has_answer(sample) else slots
 
 
 def answer_slots(sample: Sample, tokenizer: Tokenizer, text: TextConfig) -> list[Slot]:
-    """What follows the prompt: the answer, or a conversation from its first answer on; the right end may be cut.
+    """Returns the slots after the prompt: the answer, or a conversation from its first answer on; truncated.
 
-    The pad piece can come up in text, and the two forms differ there: in an answer it is seen but no target, in a
-    conversation it is a target but not seen.
+    The pad token can occur in text: in an answer it is visible but no target, in a conversation it is a target but not
+    visible, as in the original.
     """
-    if not _learns(sample):
+    if not _has_answer(sample):
         return []
     if not sample.turns:
         ids = tokenizer.encode(sample.answer + text.end_sym)
@@ -212,11 +215,11 @@ def answer_slots(sample: Sample, tokenizer: Tokenizer, text: TextConfig) -> list
     return slots[:text.max_txt_len]
 
 
-def bare(prompt: str) -> str:
-    """A prompt as a model reads it whose images take no slots among the words: the question alone.
+def without_placeholders(prompt: str) -> str:
+    """Returns a prompt without image placeholders, for models whose images take no slots.
 
-    `<Img><ImageHere></Img> What is it? `, as data for MiniGPT-4 have it, is `What is it?` here: with the marks go the
-    space behind them and those at both ends. A prompt without marks stays as it is.
+    `<Img><ImageHere></Img> What is it? `, from data for MiniGPT-4, becomes `What is it?`: the space after a placeholder
+    and those at both ends are removed, too. A prompt without placeholders is unchanged.
     """
     return MARKED.sub("", prompt).strip(" ") if PLACEHOLDER in prompt else prompt
 
@@ -225,15 +228,15 @@ def _questions(sample: Sample) -> list[str]:
     return [question for question, _ in sample.turns] or [sample.prompt]
 
 
-def _learns(sample: Sample) -> bool:
+def _has_answer(sample: Sample) -> bool:
     return bool(sample.turns) or sample.answer is not None
 
 
 def _wrap(prompt: str, text: TextConfig, input: str = "") -> str:
-    """The prompt, and the input if there is one, in its template."""
+    """Returns the prompt and a non-empty input in their template."""
     if input:
-        before, between, after = text.input_template.split("{}")
-        return before + prompt + between + input + after
+        start, middle, end = text.input_template.split("{}")
+        return start + prompt + middle + input + end
     return text.prompt_template.replace("{}", prompt) if text.prompt_template else prompt
 
 
@@ -241,36 +244,35 @@ def _check(samples: Sequence[Sample], text: TextConfig, image_tokens: int) -> No
     if not samples:
         raise ValueError("A batch needs at least one sample.")
     if text.prompt_template and text.prompt_template.count("{}") != 1:
-        raise ValueError(f"prompt_template {text.prompt_template!r} must have one '{{}}', where the prompt goes.")
+        raise ValueError(f"prompt_template {text.prompt_template!r} must have one '{{}}', for the prompt.")
     if text.input_template and text.input_template.count("{}") != 2:
         raise ValueError(f"input_template {text.input_template!r} must have two '{{}}', for the prompt and the input.")
     if text.joint and image_tokens:
-        raise ValueError("joint = True is for models whose images take no slots among the words; here an image "
-                         f"takes {image_tokens}.")
-    unfit, apart = [], []
+        raise ValueError("joint = True is for models whose images take no slots; an image of this model takes "
+                         f"{image_tokens}.")
+    unfit, mismatched = [], []
     for row, sample in enumerate(samples):
         if text.joint and sample.turns:
-            unfit.append(f"row {row}: a conversation, but with joint = True a row is one prompt and one answer; of "
-                         "LLaVA's files the format imagebind_llm_finetune takes the first pair, as the original does")
+            unfit.append(f"row {row}: a conversation, but with joint = True a row is one prompt and one answer; the "
+                         "format imagebind_llm_finetune reads the first pair of LLaVA's files, as the original does")
         if sample.input and sample.turns:
-            unfit.append(f"row {row}: an input beside a conversation; write it into the first question")
+            unfit.append(f"row {row}: an input and a conversation; write it into the first question")
         elif sample.input and not text.input_template:
             unfit.append(f"row {row}: an input, but the text settings have no input_template; write it into the prompt")
         prompt, *later = _questions(sample)
-        words = prompt + sample.input
-        shown = words.count(PLACEHOLDER)
-        if shown != len(sample.images) and (shown or image_tokens and words):  # without words: stage 1
-            apart.append(f"row {row}: {shown} {PLACEHOLDER} for {len(sample.images)} images in {words!r}")
-        apart += [f"row {row}: {PLACEHOLDER} in a later question, {question!r}"
+        whole = prompt + sample.input
+        count = whole.count(PLACEHOLDER)
+        if count != len(sample.images) and (count or image_tokens and whole):  # without a prompt: stage 1
+            mismatched.append(f"row {row}: {count} {PLACEHOLDER} for {len(sample.images)} images in {whole!r}")
+        mismatched += [f"row {row}: {PLACEHOLDER} in a later question, {question!r}"
                   for question in later if PLACEHOLDER in question]
     messages = []
     if unfit:
         messages.append("These rows do not fit the text settings:\n  " + "\n  ".join(unfit))
-    if apart:
-        messages.append("Images and placeholders do not agree:\n  " + "\n  ".join(apart))
-    if apart:
+    if mismatched:
+        messages.append("Images and placeholders do not match:\n  " + "\n  ".join(mismatched))
         messages.append(f"Write one {PLACEHOLDER} for each image, as in '<Img>{PLACEHOLDER}</Img> What is it?'; in a "
                         "conversation all of them into the first question."
-                        + ("" if image_tokens else " Or none at all: images of this model take no slots."))
+                        + ("" if image_tokens else " Or write none: images of this model take no slots."))
     if messages:
         raise ValueError("\n".join(messages))

@@ -33,7 +33,7 @@ def test_headers_of_other_writers(descr, shape, tmp_path):
 
 @pytest.mark.parametrize(("descr", "shape", "message"), [
     ("'<f4'", "(1000000, 1000000)", r"float32\[1000000, 1000000\], which takes 4,000,000,000,000 bytes, but 64 are"),
-    ("'<f4'", "(17,)", r"float32\[17\], which takes 68 bytes, but 64 are there"),
+    ("'<f4'", "(17,)", r"float32\[17\], which takes 68 bytes, but there are 64"),
     ("'<f8'", f"({10**20}, 1)", "which takes 8"), ("'<f8'", f"({10**2000},)", "which takes far too many bytes"),
     ("'<f4'", "(" + "9" * 5000 + ",)", "cannot be read"), ("'<f4'", "(-1, 4)", r"names the shape \[-1, 4\]"),
     ("'<f4'", f"(0, {2**62}, 4)", r"names the shape \[0, "), ("'<f4'", "(" + "1," * 33 + ")", "names the shape"),
@@ -92,5 +92,5 @@ def test_archives_that_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             read_npz(tmp_path / "a.npz")
     (tmp_path / "a.npz").write_bytes(b"no")
-    with pytest.raises(ValueError, match="not an archive of arrays"):
+    with pytest.raises(ValueError, match="not a readable archive of arrays"):
         read_npz(tmp_path / "a.npz")

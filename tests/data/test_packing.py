@@ -129,7 +129,7 @@ def test_a_stream_is_read_up_to_the_first_without_room():
 
 
 @pytest.mark.parametrize(("size", "message"), [
-    (Size(11), "Sample 1 .* 11 tokens and 0 images, a row has room for 10 and 2"),
+    (Size(11), "Sample 1 .* 11 tokens and 0 images, but a row has room for 10 and 2"),
     (Size(3, 3), "Sample 1 .* 3 tokens and 3 images"),
 ])
 def test_what_does_not_fit_into_an_empty_row_is_named(size, message):
@@ -342,7 +342,7 @@ def test_mask():
 
 
 @pytest.mark.parametrize(("sample", "message"), [
-    (Sample(images=[image(0)], prompt="What?", answer="x"), "(?s)placeholders do not agree:.*0 <ImageHere>"),
+    (Sample(images=[image(0)], prompt="What?", answer="x"), "(?s)placeholders do not match:.*0 <ImageHere>"),
     (Sample(prompt="word " * 99, answer="x"), "Sample 1 of the batch does not fit into a row: .* room for 80 and 3"),
     (Sample(images=[image(0)] * 4, prompt="<ImageHere>" * 4, answer="x"), "Sample 1 of the batch does not fit"),
     (Sample(prompt="a", answer="x", weights={"image": 1.0}), "have media or weights"),
@@ -357,14 +357,14 @@ def test_other_refusals():
         make([])
     with pytest.raises(ValueError, match="have images, but this is a language model"):
         make(config=llama.PRESETS["tiny"])
-    with pytest.raises(ValueError, match=r"(?s)1 of 1 packed rows do not fit into 20 places:\n  row 0: \d+ tokens"):
+    with pytest.raises(ValueError, match=r"(?s)1 of 1 packed rows do not fit into 20 slots:\n  row 0: \d+ tokens"):
         Collator(TOKENIZER, TEXT, CONFIG, IMAGES).batch([tokenize(STREAM[:2], TOKENIZER, TEXT, Q)], 20)
 
 
 @pytest.mark.parametrize("family", ["imagebind_llm", "llama_adapter"])
 def test_families_that_inject_are_refused(family):
     cfg = FAMILIES[family].presets["tiny"]
-    with pytest.raises(ValueError, match="injects into its layers is one a row"):
+    with pytest.raises(ValueError, match="one injection for each row"):
         make(config=cfg, most_images=0)
     example = FAMILIES[family].example(cfg)
     segments = np.zeros(example.tokens.shape, np.int32)

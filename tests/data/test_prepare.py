@@ -159,7 +159,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
         prepare.prepare("jsonl", source, tmp_path / "out", shard_size=2)
     written = shards(tmp_path / "out")
     assert len(written) == 3 and not list((tmp_path / "out").glob("*.partial"))
-    with pytest.raises(ValueError, match="has 3 of 6 shards: .* The same command goes on: mmjax data prepare jsonl"):
+    with pytest.raises(ValueError, match="has 3 of 6 shards: .* The same command resumes: mmjax data prepare jsonl"):
         tfds(str(tmp_path / "out"))
     times = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in written}
 
@@ -235,7 +235,7 @@ def test_killed_again_and_again(tmp_path):
                             cwd=ROOT, check=True)
     codes, done, messages = zip(*map(json.loads, killed.stdout.splitlines()), strict=True)
     assert codes == (-signal.SIGKILL,) * 4 and done == ([0, 1], [0, 1], [0, 1, 2], [0, 1, 2, 3, 4])
-    assert all("was not prepared to the end. The same command goes on" in message for message in messages)
+    assert all("was not prepared completely. The same command resumes" in message for message in messages)
     made = prepare.prepare("jsonl", source, tmp_path / "out", shard_size=2)
     assert shards(tmp_path / "out") == shards(tmp_path / "once")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
@@ -366,7 +366,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     try:
-        with pytest.raises(OSError, match="-00001-of-00003 cannot be written: .*What is done stays: once"):
+        with pytest.raises(OSError, match="-00001-of-00003 cannot be written: .*Complete shards are kept: once"):
             prepare.prepare("made", "here", tmp_path / "out", shard_size=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -410,7 +410,7 @@ def test_a_damaged_shard_is_named(prepared, monkeypatch, capsys):
     assert f"{damaged.name} is damaged" in found[4].problem and "mmjax data verify" in found[4].problem
 
     for spoil, message in ((lambda: damaged.write_bytes(damaged.read_bytes()[:-5]), r"has \d+ bytes, but was written"),
-                           (damaged.unlink, "is not there")):
+                           (damaged.unlink, "is missing")):
         spoil()
         with pytest.raises(ValueError, match=f"(?s)1 of the 3 shards .* are damaged:\n  {damaged.name} {message}"):
             tfds(str(folder))

@@ -240,7 +240,7 @@ def _builder(place: str) -> Any:
     if not os.path.isfile(os.path.join(place, "dataset_info.json")):
         if made := manifest.read(place):
             manifest.check(place, made)
-            raise ValueError(f"{place} was not prepared to the end. The same command goes on: "
+            raise ValueError(f"{place} was not prepared completely. The same command resumes: "
                              f"{made.making.command(place)}")
         raise FileNotFoundError(f"{place} is no data set: there is no dataset_info.json in it. Name the folder that "
                                 "has it, of one version (such as coco_captions/2014/1.1.0).")
