@@ -1,11 +1,11 @@
-"""The PyTorch side: what the original trains, put together from `transformers`, with mmjax's weights in it.
+"""The PyTorch baseline: the originals' models, built from `transformers`, with mmjax's weights.
 
-MiniGPT-4 (minigpt4/models/minigpt4.py): image tower and Q-Former are frozen and run without gradients, LLaMA is
-frozen and differentiated through, the projector is trained. ImageBind-LLM (imagebind_LLM/llama/llama_adapter.py): the
-bind network, the query and a gate a head are trained, its features are ready. Attention is torch's
-scaled_dot_product_attention, which both originals lack; layers are kept, not computed again.
+MiniGPT-4 (minigpt4/models/minigpt4.py): the image tower and the Q-Former are frozen and run without gradients, LLaMA
+is frozen and differentiated through, the projector is trained. ImageBind-LLM (imagebind_LLM/llama/llama_adapter.py):
+the bind network, the query and a gate per head are trained, the features are precomputed. Attention is torch's
+scaled_dot_product_attention, which the originals do not use; activations are saved, without checkpointing.
 
-B rows   T tokens   F images a row   Q soft tokens a image   E projector input   D language model
+B rows   T tokens   F images a row   Q soft tokens an image   E projector input   D language model
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from transformers.models.llama import modeling_llama
 from mmjax.convert import llama, minigpt4
 from mmjax.convert.tables import Entry, backward
 
-# The released names, as `mmjax.convert` writes them -> those of transformers' BLIP-2; in order, all that match.
+# The released names, as `mmjax.convert` writes them -> those of transformers' BLIP-2; all matches apply, in order.
 RENAMED = (
     (r"^(cls_token|pos_embed|patch_embed|blocks|ln_vision)", r"vision.\1"),
     (r"^vision\.cls_token", "vision.embeddings.class_embedding"),
@@ -49,12 +49,12 @@ def renamed(key: str) -> str:
 
 
 def released(entries: list[Entry], params: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """mmjax's parameters as tensors by transformers' names; those of no entry are left out."""
-    made = {key: torch.from_numpy(np.array(one.read())) for key, one in backward(entries, params).items()}
-    for key in [key for key in made if key.endswith("attn.q_bias")]:
-        q, v = made.pop(key), made.pop(key.replace("q_bias", "v_bias"))
-        made[key.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
-    return {renamed(key): tensor for key, tensor in made.items()}
+    """Returns mmjax's parameters as tensors by transformers' names; those without an entry are left out."""
+    tensors = {key: torch.from_numpy(np.array(one.read())) for key, one in backward(entries, params).items()}
+    for key in [key for key in tensors if key.endswith("attn.q_bias")]:
+        q, v = tensors.pop(key), tensors.pop(key.replace("q_bias", "v_bias"))
+        tensors[key.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
+    return {renamed(key): tensor for key, tensor in tensors.items()}
 
 
 def language_model(cfg: Any) -> transformers.LlamaForCausalLM:
@@ -74,7 +74,7 @@ def vision_config(cfg: Any) -> transformers.Blip2VisionConfig:
 
 
 def vision_block(cfg: Any, params: Mapping[str, Any], dtype: str, device: str) -> nn.Module:
-    """The first block of a image tower."""
+    """Returns the first block of an image tower."""
     prefix = "vision.encoder.layers.0."
     tensors = {key.removeprefix(prefix): tensor for key, tensor in released(minigpt4.vit_entries(cfg), params).items()
                if key.startswith(prefix)}
@@ -88,7 +88,7 @@ def labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 class MiniGPT4(nn.Module):
-    """A batch's tensors -> the loss."""
+    """MiniGPT-4: the tensors of a batch -> the loss."""
 
     def __init__(self, cfg: Any):
         super().__init__()
@@ -108,7 +108,7 @@ class MiniGPT4(nn.Module):
 
     @staticmethod
     def tensors(cfg: Any, params: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """The state of this module from mmjax's parameters by path."""
+        """Returns the state dict of this module for mmjax's parameters by path."""
         return released([*minigpt4.vit_entries(cfg.vit), *minigpt4.qformer_entries(cfg.qformer, cfg.vit.dim),
                          *minigpt4.projector_entries(cfg.soft_width, cfg.llm.dim), *llama.entries(cfg.llm)], params)
 
@@ -123,16 +123,16 @@ class MiniGPT4(nn.Module):
         feature = batch["feature"] if "feature" in batch else self.feature(batch["images"])
         soft = self.projector(feature.to(self.projector.weight.dtype)).reshape(len(batch["tokens"]), -1,
                                                                                self.llama.config.hidden_size)
-        words = self.llama.model.embed_tokens(batch["tokens"])
+        embedded = self.llama.model.embed_tokens(batch["tokens"])
         index = batch["soft_index"]
         chosen = soft.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, soft.shape[-1]))
-        x = torch.where(index[..., None] >= 0, chosen.to(words.dtype), words)
+        x = torch.where(index[..., None] >= 0, chosen.to(embedded.dtype), embedded)
         return self.llama(inputs_embeds=x, attention_mask=batch["valid"].long(), position_ids=batch["positions"],
                           labels=labels(batch)).loss
 
 
 class BindBlock(nn.Module):
-    """imagebind_LLM's FeedForward behind its norm, added to what it reads."""
+    """imagebind_LLM's norm and FeedForward, with a residual connection."""
 
     def __init__(self, dim: int, hidden: int, eps: float):
         super().__init__()
@@ -146,7 +146,7 @@ class BindBlock(nn.Module):
 
 
 class GatedAttention(modeling_llama.LlamaAttention):
-    """LLaMA's attention, and through a gate a head what a single prompt says (its softmax is 1)."""
+    """LLaMA's attention plus attention to a single prompt (whose softmax is 1), with a gate per head."""
 
     def __init__(self, config: Any, layer: int):
         super().__init__(config, layer)
@@ -170,7 +170,7 @@ class GatedAttention(modeling_llama.LlamaAttention):
 
 
 class ImageBindLLM(nn.Module):
-    """A batch's tensors, with ready features [B,E] of length 1 -> the loss."""
+    """ImageBind-LLM: the tensors of a batch, with features [B,E] of length 1 -> the loss."""
 
     def __init__(self, cfg: Any):
         super().__init__()
@@ -191,14 +191,14 @@ class ImageBindLLM(nn.Module):
         def tensor(path: str) -> torch.Tensor:
             return torch.from_numpy(np.array(params[path]))
 
-        made = released(llama.entries(dataclasses.replace(cfg.llm, injection="")), params)
-        made |= {"query": tensor("query"), "proj.weight": tensor("bind/proj/w").T, "proj.bias": tensor("bind/proj/b")}
+        state = released(llama.entries(dataclasses.replace(cfg.llm, injection="")), params)
+        state |= {"query": tensor("query"), "proj.weight": tensor("bind/proj/w").T, "proj.bias": tensor("bind/proj/b")}
         for number in range(cfg.bind.depth):
             ours, theirs = f"bind/block_{number + 1}", f"blocks.{number}"
-            made[f"{theirs}.norm.weight"] = tensor(f"{ours}/norm/scale")
-            made |= {f"{theirs}.{name}.weight": tensor(f"{ours}/{name}/w").T for name in ("gate", "up", "down")}
+            state[f"{theirs}.norm.weight"] = tensor(f"{ours}/norm/scale")
+            state |= {f"{theirs}.{name}.weight": tensor(f"{ours}/{name}/w").T for name in ("gate", "up", "down")}
         gates = tensor("llm/layers/attn/gate")
-        return made | {f"llama.model.layers.{layer}.self_attn.heads_gate": gate for layer, gate in enumerate(gates)}
+        return state | {f"llama.model.layers.{layer}.self_attn.heads_gate": gate for layer, gate in enumerate(gates)}
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         bound = self.proj(batch["feature"].to(self.proj.weight.dtype))[:, None]
@@ -211,9 +211,9 @@ class ImageBindLLM(nn.Module):
 
 
 def build(kind: type[nn.Module], cfg: Any, params: Mapping[str, Any], dtype: str, device: str) -> nn.Module:
-    """The module with mmjax's parameters by path: frozen ones of `dtype`, trained ones float32.
+    """Returns the module with mmjax's parameters by path, frozen ones in `dtype`, trained ones in float32.
 
-    Raises RuntimeError naming parameters that only one side has.
+    Raises RuntimeError listing parameters that only one side has.
     """
     with torch.device("meta"):
         module = kind(cfg)

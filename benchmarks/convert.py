@@ -1,13 +1,13 @@
-"""Memory and speed of the conversion, on a made-up language model in the released format.
+"""Memory and speed of the conversion of a random language model in the released format.
 
     python benchmarks/convert.py                  3.2 GB of .bin shards, 10 GB of disk while it runs, about two minutes
     python benchmarks/convert.py --layers 4       a quick look
 
-Prints the peak resident memory of the converting process (Python and JAX included) against what we promise, 1.5 x the
-largest parameter + 1 GB, and the time against copying the same files, which takes turns with it; figures are medians.
-Both read files that the system still has in memory, and both end when what they wrote is on the disk: the copy is
-`cp --reflink=never` and an fsync of every file, the conversion's files are synced by TensorStore as each is written.
-The conversion's time includes the SHA-256 of every source file, computed beside it, but not the start of Python.
+Prints the peak resident memory of the converting process (including Python and JAX) and its limit, 1.5 x the largest
+parameter + 1 GB, and the time compared with a copy of the same files. Conversion and copy alternate; figures are
+medians. Both read files from the page cache and end when the output is on the disk: the copy is `cp --reflink=never`
+and an fsync of every file, the conversion's files are synced by TensorStore. The conversion's time includes the
+SHA-256 of every source file, which is computed in parallel, but not the start of Python.
 """
 
 import argparse
@@ -29,7 +29,7 @@ SIZES = {"vocab_size": 32_000, "hidden_size": 2_048, "num_attention_heads": 16, 
 
 
 def make(folder: Path, layers: int, shards: int = 4) -> None:
-    """A folder as transformers saves it, filled with noise."""
+    """Writes a folder as transformers saves it, filled with noise."""
     from mmjax.convert import llama, torch_file
     from mmjax.convert.tables import Computed, Problems
 
@@ -55,7 +55,7 @@ def make(folder: Path, layers: int, shards: int = 4) -> None:
 
 
 def copy(source: Path, target: Path) -> float:
-    """Seconds until a folder's files are on the disk a second time."""
+    """Returns the seconds to copy a folder's files to the disk."""
     start = time.perf_counter()
     subprocess.run(["cp", "-r", "--reflink=never", source, target], check=True)
     for path in target.iterdir():
@@ -65,14 +65,14 @@ def copy(source: Path, target: Path) -> float:
 
 
 def convert(source: Path, out: Path) -> dict[str, float]:
-    """{"peak": bytes, "seconds"} of a conversion in a process of its own."""
+    """Returns {"peak": bytes, "seconds"} of a conversion in a new process."""
     done = subprocess.run([sys.executable, __file__, "--convert", source, out], check=True, stdout=subprocess.PIPE)
     return json.loads(done.stdout)
 
 
 def turns(work: Path, layers: int, rounds: int) -> dict[str, float]:
-    """What the benchmark finds: bytes of the source and of the largest parameter, the conversion's peak memory, and
-    the median seconds of the copy and of the conversion."""
+    """Returns the benchmark's figures: bytes of the source and of the largest parameter, the conversion's peak memory,
+    and the median seconds of the copy and of the conversion."""
     from mmjax.checkpoints import frozen as frozen_weights
 
     source, out, again = work / "llama", work / "out", work / "copy"

@@ -1,16 +1,16 @@
-"""Speed of the data pipeline, against the floor of the same work, and what of it a training step feels.
+"""Speed of the data pipeline compared with Pillow alone, and the time that a training step waits for batches.
 
     python benchmarks/data.py                     600 images, about two minutes
 
-Floor: Pillow alone decodes the same JPEG files and scales them (bicubic, 224 x 224) in as many threads. Pipeline: the
-batches of a MiniGPT-4 run, one sample a row and packed, from the records' order to the arrays. Floor and pipeline take
-turns in one process; the figures are medians of the turns.
+Floor: Pillow alone decodes the same JPEG files and resizes them (bicubic, 224 x 224) in as many threads. Pipeline: the
+batches of a MiniGPT-4 run, one sample per row and packed, from the records' order to the arrays. Floor and pipeline
+alternate in one process; the figures are medians.
 
-Python's own work: the same pipeline with images that are not opened. Only that keeps other threads waiting, so it
-says how many samples one process can feed to its devices, however many cores open images.
+Python's own work: the same pipeline without opening images. Only this part holds the GIL, so it gives the number of
+samples that one process can feed to its devices with any number of cores.
 
-Waiting: a run's loop with a device that takes a given time for each step, and leaves the host alone meanwhile; the
-share of its time that it waits for its batches.
+Waiting: a run's loop with a simulated device that takes a given time per step; the share of the time that the loop
+waits for batches.
 """
 
 import argparse
@@ -45,7 +45,7 @@ WORDS = ("a", "the", "dog", "red", "table", "on", "with", "near", "standing", "p
 
 
 def make(folder: Path, count: int) -> list[Path]:
-    """JPEG files of photographs' size and detail in the CC-SBU-align layout, captions of log-normal length."""
+    """Writes JPEG files in the CC-SBU-align layout, as detailed as photographs, with captions of log-normal length."""
     random = np.random.default_rng(0)
     (folder / "image").mkdir()
     annotations, files = [], []
@@ -63,7 +63,7 @@ def make(folder: Path, count: int) -> list[Path]:
 
 
 def floor(files: list[Path], threads: int) -> float:
-    """Samples a second."""
+    """Returns Pillow's samples per second."""
 
     def read(file: Path) -> np.ndarray:
         with Image.open(file) as image:
@@ -76,41 +76,40 @@ def floor(files: list[Path], threads: int) -> float:
 
 
 def speed(feed: Callable[[], Iterator[pipeline.PipelineBatch]], count: int) -> tuple[float, float]:
-    """Samples a second over about `count` of them, once nothing is left that was read ahead; and the share of real
-    tokens."""
+    """Returns (samples per second over about `count` samples, after the batches read ahead; share of valid slots)."""
     steps = feed()
     for _ in range(10):
         next(steps)
-    start, seen, real, places = time.perf_counter(), 0, 0, 0
+    start, seen, real, slots = time.perf_counter(), 0, 0, 0
     while seen < count:
         step = next(steps)
         seen += len(step.names)
         real += int(step.batch.valid.sum())
-        places += step.batch.valid.size
-    return seen / (time.perf_counter() - start), real / places
+        slots += step.batch.valid.size
+    return seen / (time.perf_counter() - start), real / slots
 
 
 class Unopened(Collator):
-    """Every image is black, and no file is read."""
+    """A collator whose images are all black; no file is read."""
 
     def image(self, image: Any, random: np.random.Generator | None) -> np.ndarray:
         return self.blank
 
 
 def waiting(feed: Callable[[], Iterator[pipeline.PipelineBatch]], seconds: float, rows: int, count: int) -> float:
-    """Share of a loop's time that it waits for its batches, if a step takes so long."""
+    """Returns the share of time that a loop waits for batches, if a step takes `seconds`."""
     mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     batches = itertools.islice(feed(), count)
     waited = total = 0.0
-    asked = time.perf_counter()
+    requested = time.perf_counter()
     for number, (_, batch) in enumerate(run.prefetch(batches, mesh, rows)):
         jax.block_until_ready(batch)
         ready = time.perf_counter()
         time.sleep(seconds)
         if number >= 2:  # the first ones fill the buffers
-            waited += ready - asked
-            total += time.perf_counter() - asked
-        asked = time.perf_counter()
+            waited += ready - requested
+            total += time.perf_counter() - requested
+        requested = time.perf_counter()
     return waited / total
 
 

@@ -1,14 +1,14 @@
-"""Faults done to runs on purpose, and what of them is lost: nothing.
+"""Injects faults into runs and checks that nothing is lost.
 
     python benchmarks/faults.py                  about 160 processes, a quarter of an hour on two busy cores
     python benchmarks/faults.py --series 50      seeded from 0 on; --seed begins elsewhere
 
 Each run is a fork of one process that has imported everything, and trains a small MiniGPT-4 for 24 steps with the real
-`mmjax train`. It is killed (SIGKILL) several times, by the clock or at a weak place of the program, goes on after each,
-and must end with the same arrays, metrics and errors in the data, bit for bit, as the run that was left alone; and no
-process may leave less saved than it found. Then: SIGTERM, storms of it, no room on the disk (by a limit on the size of
-files, and on a small file system in memory where mounting one is allowed), a read-only folder, and a changed or cut-off
-file in the newest checkpoint, each file in turn.
+`mmjax train`. It is killed (SIGKILL) several times, at random times or at critical points of the program, and resumed.
+It must end with the same arrays, metrics and data errors, bit for bit, as an undisturbed run, and no process may leave
+less saved than it started with. The other faults are: one and many SIGTERM, a full disk (by a limit on the size of
+files, and on a small tmpfs where mounting is allowed), a read-only folder, and a changed or truncated file in the
+newest checkpoint, each file in turn.
 """
 
 import argparse
@@ -26,27 +26,27 @@ from tests.faults import harness
 
 
 def small_disk(campaign: harness.Campaign) -> str:
-    """A run on a file system that becomes full, then read-only, then large enough."""
+    """Runs on a file system that is full, then read-only, then large enough; returns a summary."""
     out = campaign.new()
     out.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=220k", "none", str(out)]
     if subprocess.run(mount, capture_output=True).returncode:
         campaign.counts.runs -= 1
         return "not done: mounting is not allowed here"
-    said = []
+    results = []
     try:
         for options, expected in (("size=220k", "No space left on device"), ("remount,ro", "Read-only file system")):
             if "remount" in options:
                 subprocess.run(["mount", "-o", options, str(out)], check=True)
             end = campaign.bench.run(out, options=campaign.options)
-            said.append(f"status {end.status} at steps {harness.whole(out)}")
+            results.append(f"status {end.status} at steps {harness.whole(out)}")
             if end.status != 2 or expected not in end.log or "Traceback" in end.log:
                 campaign.counts.problems.append(f"{options}: status {end.status}\n{end.log}")
         subprocess.run(["mount", "-o", "remount,rw,size=50m", str(out)], check=True)
         campaign.finish(out)
     finally:
         subprocess.run(["umount", str(out)], check=True)
-    return ", ".join(said)
+    return ", ".join(results)
 
 
 def main() -> None:

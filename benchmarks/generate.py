@@ -1,19 +1,19 @@
-"""Speed of generation against `transformers`: tokens a second of the prefill and of every step after it.
+"""Speed of generation compared with `transformers`: tokens per second of the prefill and of the decoding steps.
 
     python benchmarks/generate.py                       a LLaMA of 134 million parameters, random, about two minutes
     python benchmarks/generate.py --llama smollm2       a folder of transformers, such as scripts/smollm2.py writes
     python benchmarks/generate.py --dtype bfloat16      both sides, from the same files
     python benchmarks/generate.py --json generate.json
 
-Needs the extra `bench`. The weights are written as transformers saves them and converted, so both sides read the same
-files; both work greedily, in as many threads as the machine has. Before anything is timed their ids are compared, in
-bfloat16 the logits after the prompts. Then `Loaded.generate` and `LlamaForCausalLM.generate` (torch.inference_mode,
-scaled_dot_product_attention, with its dynamic cache and with its static one, of which the faster counts) take turns in
-one process; medians of the turns. The prefill is a call for one new token, a step is what each further token adds.
+Needs the extra `bench`. The weights are saved by transformers and converted, so both sides read the same files. Both
+generate greedily with all cores. Before the timing their tokens are compared, in bfloat16 the logits after the
+prompts. Then `Loaded.generate` and `LlamaForCausalLM.generate` (torch.inference_mode,
+scaled_dot_product_attention, with its dynamic and its static cache, of which the faster counts) alternate in one
+process; figures are medians. The prefill is a call for one new token, a step is the time of each further token.
 
-Floor: a step reads every weight of the layers and of the head once. Their bytes, by the speed at which this machine
-reads an array that no cache holds, measured in the same run, is the least a step can take; the share of it is that
-time by the measured one.
+Floor: a step reads every weight of the layers and of the head once. The floor is their bytes divided by the speed at
+which this machine reads an array from memory, measured in the same run. The share of the floor is that time divided by
+the measured time.
 """
 
 import argparse
@@ -48,7 +48,7 @@ WORDS = ("the", "dog", "red", "table", "on", "with", "near", "people", "and", "s
 
 
 def make(folder: Path) -> None:
-    """A language model as transformers saves it, filled with noise."""
+    """Writes a language model as transformers saves it, filled with noise."""
     import torch
     import transformers
 
@@ -59,12 +59,12 @@ def make(folder: Path) -> None:
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copyfile(TOKENIZER / name, folder / name)
     pieces = Tokenizer.from_folder(folder).vocab_size
-    more = {f"[{number}]": number for number in range(pieces, config.vocab_size)}  # every id can be written
+    more = {f"[{number}]": number for number in range(pieces, config.vocab_size)}  # every token can be decoded
     (folder / "added_tokens.json").write_text(json.dumps(more))
 
 
 def samples(loaded: mmjax.Loaded, rows: int, count: int) -> list[Sample]:
-    """Prompts of `count` tokens, or one or two fewer where no word fits, another one in every row."""
+    """Returns different prompts of `count` tokens, or one or two fewer where no word fits."""
     random = np.random.default_rng(0)
 
     def longest(sample: Sample) -> Sample:
@@ -78,13 +78,13 @@ def samples(loaded: mmjax.Loaded, rows: int, count: int) -> list[Sample]:
 
 
 def endless(folder: Path, dtype: str) -> mmjax.Loaded:
-    """The converted model, with no id that ends a row."""
+    """Returns the converted model without an end token."""
     loaded = mmjax.load(folder, dtype=dtype)
     return dataclasses.replace(loaded, generation=loaded.generation | {"eos_token_id": -1})
 
 
 class Theirs:
-    """The same model in transformers, fed the same ids."""
+    """The same model in transformers, with the same tokens."""
 
     def __init__(self, folder: Path, dtype: str):
         import torch
@@ -96,25 +96,26 @@ class Theirs:
         self.model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
 
     def generate(self, batch: Any, count: int, cache: str) -> np.ndarray:
-        """New ids [B,count]; rows that are padded have their padding in front, as transformers wants it."""
+        """Returns the new tokens [B,count]; prompts are padded on the left, as transformers requires."""
         prompts = [self.torch.from_numpy(row[valid].astype(np.int64))
                    for row, valid in zip(np.asarray(batch.tokens), np.asarray(batch.valid), strict=True)]
         pad = self.torch.nn.utils.rnn.pad_sequence
         tokens = pad(prompts, batch_first=True, padding_side="left")
         seen = pad([self.torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left")
         with self.torch.inference_mode():
-            made = self.model.generate(tokens, attention_mask=seen, max_new_tokens=count, cache_implementation=cache)
-        return made[:, tokens.shape[1]:].numpy()
+            sequences = self.model.generate(tokens, attention_mask=seen, max_new_tokens=count,
+                                            cache_implementation=cache)
+        return sequences[:, tokens.shape[1]:].numpy()
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """float32[T,V] of the tokens of one row, int[T]."""
+        """Returns the logits of one row, int[T] -> float32[T,V]."""
         with self.torch.inference_mode():
             return self.model(self.torch.from_numpy(tokens[None].astype(np.int64))).logits[0].float().numpy()
 
 
 def reading_speed() -> float:
-    """Bytes a second at which this machine reads an array that no cache holds: the best of torch's sum and of XLA's
-    product of a matrix and a vector."""
+    """Returns the bytes per second at which this machine reads an array from memory: the best of torch's sum and of
+    XLA's product of a matrix and a vector."""
     import jax
     import jax.numpy as jnp
     import torch
@@ -126,40 +127,42 @@ def reading_speed() -> float:
 
 
 def read_bytes(loaded: mmjax.Loaded) -> int:
-    """Bytes of the weights that a step reads."""
-    llama = loaded.params["llm"]
-    size = sum(leaf.nbytes for leaf in trees.flatten(llama).values())
-    return size if loaded.config.llm.tied else size - llama["embedding"].nbytes
+    """Returns the bytes of the weights that a step reads."""
+    llm = loaded.params["llm"]
+    size = sum(leaf.nbytes for leaf in trees.flatten(llm).values())
+    return size if loaded.config.llm.tied else size - llm["embedding"].nbytes
 
 
 def compare(loaded: mmjax.Loaded, theirs: Theirs, prompts: list[Sample], count: int) -> None:
-    """Raises ValueError unless both sides write the same ids, and our words are those of the ids."""
+    """Raises ValueError unless both sides generate the same tokens, and our text is that of the tokens."""
     batch = loaded.batch(prompts)
     expected = theirs.generate(batch, count, "dynamic")
     config = GenerateConfig(max_new_tokens=count, eos=-1)
     found = np.asarray(generate(loaded.module, loaded.params, batch, config).sequences)[:, 1:]
-    words = loaded.generate(prompts, max_new_tokens=count)
-    if (found != expected).any() or words != [loaded.tokenizer.decode(row.tolist()).strip() for row in expected]:
-        raise ValueError(f"The two sides differ: {(found != expected).sum()} of {found.size} ids. Nothing is timed.")
+    text = loaded.generate(prompts, max_new_tokens=count)
+    if (found != expected).any() or text != [loaded.tokenizer.decode(row.tolist()).strip() for row in expected]:
+        raise ValueError(f"The two sides differ: {(found != expected).sum()} of {found.size} tokens. Nothing is timed.")
 
 
 def compare_logits(loaded: mmjax.Loaded, theirs: Theirs, prompts: list[Sample]) -> None:
-    """For bfloat16, where of two nearly equal words either may come out. Raises ValueError unless the logits after the
-    prompts agree within a twentieth of the largest."""
+    """Raises ValueError unless the logits after the prompts agree within 1/20 of the largest.
+
+    For bfloat16, where either of two tokens with nearly equal logits may be chosen.
+    """
     import jax
 
     batch = loaded.batch(prompts)
     tokens, valid = np.asarray(batch.tokens), np.asarray(batch.valid)
     ours = np.asarray(jax.jit(loaded.module.apply)({"params": loaded.params}, batch))
-    for mine, row, real in zip(ours, tokens, valid, strict=True):
+    for row_logits, row, real in zip(ours, tokens, valid, strict=True):
         expected = theirs.logits(row[real])[-1]
-        if (off := np.abs(mine[real][-1] - expected).max()) > 0.05 * np.abs(expected).max():
+        if (off := np.abs(row_logits[real][-1] - expected).max()) > 0.05 * np.abs(expected).max():
             raise ValueError(f"The two sides differ: logits by {off}. Nothing is timed.")
 
 
 def measure(loaded: mmjax.Loaded, theirs: Theirs, rows: int, prompt: int, count: int, turns: int,
             speed: float) -> dict[str, Any]:
-    """Tokens a second of both sides, and what follows from them, for one batch size."""
+    """Returns the tokens per second of both sides, their ratios and shares of the floor, for one batch size."""
     prompts = samples(loaded, rows, prompt)
     if loaded.module.dtype == np.float32:
         compare(loaded, theirs, prompts, count)
@@ -192,7 +195,7 @@ def measure(loaded: mmjax.Loaded, theirs: Theirs, rows: int, prompt: int, count:
 
 def table(results: list[dict[str, Any]]) -> Table:
     made = Table("rows", "phase", "mmjax", "transformers", "ratio", "mmjax / floor", "transformers / floor",
-                 title="tokens a second")
+                 title="tokens per second")
     for result in results:
         for phase in ("prefill", "decode"):
             part = result[phase]

@@ -1,11 +1,11 @@
-"""Small files that would take a machine down, and what reading each takes: an answer or one line, in little memory.
+"""Reads small malicious files and checks that each gives a result or a one-line error in little memory.
 
     python benchmarks/hostile.py                 about 40 files, made in a temporary folder; half a minute
     python benchmarks/hostile.py FILE ...        other files, read by their endings: .wav, .npy, .npz, .p, images
-    python benchmarks/hostile.py --most 500      fails above so many megabytes
+    python benchmarks/hostile.py --most 500      fails above this many megabytes
 
-Each is read in a forked process of its own, which prints its peak. Fails if a process dies, raises anything but a
-ValueError or an OSError, or takes more memory.
+Each file is read in a forked process, which reports its peak memory. Fails if a process dies, raises an error other
+than ValueError or OSError, or needs more memory.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from mmjax.data.formats import grounding
 
 
 def wav(rate: int, size: int = 128, channels: int = 1, bits: int = 16, claimed: int | None = None) -> bytes:
-    """A sound of `size` bytes, whose header says `claimed`."""
+    """Returns a WAV file of `size` bytes whose header says `claimed`."""
     width = max(1, bits // 8) * channels
     head = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + size, b"WAVE", b"fmt ", 16, 1, channels, rate,
                        rate * width & 0xFFFFFFFF, width & 0xFFFF, bits, b"data", size if claimed is None else claimed)
@@ -43,7 +43,7 @@ def wav(rate: int, size: int = 128, channels: int = 1, bits: int = 16, claimed: 
 
 
 def png(width: int, height: int, colour: int = 0, present: bool = True) -> bytes:
-    """A image of one colour (colour 0: grey, 2: RGB, 6: RGBA); without its pixels if they are not `present`."""
+    """Returns an image of one colour (0: grey, 2: RGB, 6: RGBA); without its pixels if they are not `present`."""
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
@@ -54,19 +54,19 @@ def png(width: int, height: int, colour: int = 0, present: bool = True) -> bytes
 
 
 def npy(descr: str, shape: str, content: bytes = bytes(64)) -> bytes:
-    """descr, shape: as the header writes them"""
+    """Returns a .npy file. descr, shape: the text of the header"""
     head = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head + content
 
 
 def nested(depth: int, around: bytes, key: bool = False) -> bytes:
-    """A pickled list of a dictionary that holds, as a value or as a key, an empty tuple within `depth` of `around`."""
+    """Returns a pickled list of a dictionary with, as a value or as a key, an empty tuple in `depth` of `around`."""
     inner = b")" + around * depth
     return b"\x80\x04](}(" + (inner + b"N" if key else b"N" + inner) + b"ue."
 
 
 def doubling(depth: int) -> bytes:
-    """A pickled list of itself twice, `depth` times over: 2 to the power of it in values."""
+    """Returns a pickled list that holds a list twice, and so on, `depth` times: 2 to the power of `depth` values."""
     program = b"]q\x00"
     for level in range(depth):
         program += b"](h" + bytes([level]) + b"h" + bytes([level]) + b"eq" + bytes([level + 1])
@@ -80,7 +80,7 @@ def npz(count: int, size: int) -> bytes:
 
 
 def tiff(side: int, tile: int) -> bytes:
-    """A image of side x side grey pixels in tiles of tile x tile, whose content is missing."""
+    """Returns an image of side x side grey pixels in tiles of tile x tile, whose content is missing."""
     tags = ((256, 4, side), (257, 4, side), (258, 3, 8), (259, 3, 5), (262, 3, 1), (277, 3, 1), (322, 4, tile),
             (323, 4, tile), (324, 4, 8), (325, 4, 100))
     return (b"II*\0" + struct.pack("<I", 108) + bytes(100) + struct.pack("<H", len(tags))
@@ -94,7 +94,7 @@ def encoded(kind: str, size: tuple[int, int], mode: str = "L", **options: object
 
 
 def cases() -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """(name, what makes its content) of each file."""
+    """Yields (name, function that returns the content) of each file."""
     for rate in (0, 1, 2, 7, 41, 4_001, 44_101, 48_001, 192_001, 999_983, 2**31 - 1):
         yield f"rate_{rate}.wav", partial(wav, rate)
         yield f"rate_{rate}_large.wav", partial(wav, rate, 256_000)
@@ -136,7 +136,7 @@ def cases() -> Iterator[tuple[str, Callable[[], bytes]]]:
 
 
 def read(path: Path) -> str:
-    """What reading a file gives. Raises ValueError or OSError for one that cannot be used."""
+    """Reads a file and returns a summary. Raises ValueError or OSError if it is invalid."""
     if path.suffix == ".wav":
         return f"float32{list(senses.sound(path).shape)}"
     if path.suffix == ".npy":
@@ -152,41 +152,41 @@ def read(path: Path) -> str:
 
 
 def measured(path: Path) -> tuple[str, int | None, float]:
-    """(what came of a file, bytes at the peak, seconds), in a process of its own; no bytes if that died or failed."""
-    begun, (ours, theirs) = time.monotonic(), os.pipe()
+    """Returns (result of reading a file, peak bytes, seconds), in a new process; None bytes if it died or failed."""
+    begun, (reading_end, writing_end) = time.monotonic(), os.pipe()
     if not (child := os.fork()):
         machine.forget_peak()
         try:
-            told = read(path), machine.peak()
+            result = read(path), machine.peak()
         except (ValueError, OSError) as error:
-            told = f"refused: {error}", machine.peak()
+            result = f"refused: {error}", machine.peak()
         except BaseException as error:
-            told = f"{type(error).__name__}: {error}", None
-        os.write(theirs, json.dumps(told).encode()[:60_000])
+            result = f"{type(error).__name__}: {error}", None
+        os.write(writing_end, json.dumps(result).encode()[:60_000])
         os._exit(0)
-    os.close(theirs)
-    with os.fdopen(ours, "rb") as pipe:
+    os.close(writing_end)
+    with os.fdopen(reading_end, "rb") as pipe:
         content = pipe.read()
     _, status = os.waitpid(child, 0)
-    told, peak = json.loads(content) if content else (f"the process died with status {status}", None)
-    return told, peak, time.monotonic() - begun
+    result, peak = json.loads(content) if content else (f"the process died with status {status}", None)
+    return result, peak, time.monotonic() - begun
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path)
-    parser.add_argument("--most", type=int, default=500, help="megabytes that a file may take")
+    parser.add_argument("--most", type=int, default=500, help="limit of a file in megabytes")
     options = parser.parse_args()
     failed = []
     with tempfile.TemporaryDirectory(prefix="mmjax-hostile-") as folder:
-        made = ((Path(folder) / name, content) for name, content in (() if options.files else cases()))
-        for path, content in [(path, None) for path in options.files] or made:
+        written = ((Path(folder) / name, content) for name, content in (() if options.files else cases()))
+        for path, content in [(path, None) for path in options.files] or written:
             if content is not None:
                 path.write_bytes(content())
-            told, peak, seconds = measured(path)
+            result, peak, seconds = measured(path)
             megabytes = "failed" if peak is None else f"{peak / 1e6:.0f} MB"
             print(f"{path.name:24} {path.stat().st_size:9,} bytes  {megabytes:>7} {seconds:5.1f} s  "
-                  f"{told.replace(folder + '/', '')}", flush=True)
+                  f"{result.replace(folder + '/', '')}", flush=True)
             if peak is None or peak > options.most * 1e6:
                 failed.append(path.name)
     if failed:

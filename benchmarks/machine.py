@@ -1,7 +1,7 @@
-"""What this machine can do at best, and how two programs are timed on it.
+"""Measures the machine's peak performance, and the time and memory of two programs.
 
-Both sides take turns in one process, so that whatever else the machine does meanwhile falls on both. Memory is told by
-processes of their own, as the largest resident set (Linux) or, on a GPU, what the allocator says.
+Both sides alternate in one process, so that other load on the machine affects both. Memory is measured in separate
+processes, as the largest resident set (Linux) or, on a GPU, by the allocator.
 """
 
 import ctypes
@@ -26,8 +26,10 @@ ROOT = Path(__file__).parents[1]
 
 @dataclasses.dataclass(frozen=True)
 class Ceiling:
-    """matmul: of one large product, operations a second, by side ("ours", "theirs")
-    copy, read: of an array that no cache holds, bytes a second
+    """The best speeds of this machine.
+
+    matmul:     operations per second of one large product, by side ("ours", "theirs")
+    copy, read: bytes per second of an array in memory
     """
 
     matmul: Mapping[str, float]
@@ -36,7 +38,7 @@ class Ceiling:
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -47,8 +49,8 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def turns(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call. The functions take turns, every other round in the opposite order; each is called once
-    before, for what happens only once."""
+    """Returns the seconds of every call. The functions alternate, every other round in the opposite order; each is
+    called once before the timing."""
     for function in functions.values():
         function()
     found: dict[str, list[float]] = {name: [] for name in functions}
@@ -63,12 +65,12 @@ def medians(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def ceiling(side: int, size: int, dtype: str, device: str, theirs: bool, rounds: int = 7) -> Ceiling:
-    """Measured now: the best of the rounds, as a ceiling is what can be reached.
+    """Returns the ceiling, the best of the rounds.
 
     side:   of the square matrices
     size:   bytes of the array that is copied and read
     device: "cpu" or "cuda", torch's name
-    theirs: whether torch is asked too
+    theirs: whether torch is measured too
     """
     found = turns(products(side, dtype, device, ("ours", "theirs") if theirs else ("ours",)), rounds)
     array = jnp.ones(size // 4, jnp.float32)
@@ -80,7 +82,7 @@ def ceiling(side: int, size: int, dtype: str, device: str, theirs: bool, rounds:
 
 
 def products(side: int, dtype: str, device: str, names: Sequence[str]) -> dict[str, Callable[[], Any]]:
-    """{"ours", "theirs"}, or one of them: each multiplies two square matrices."""
+    """Returns {"ours", "theirs"}, or one of them: functions that multiply two square matrices."""
     return {name: _product(side, dtype) if name == "ours" else _their_product(side, dtype, device) for name in names}
 
 
@@ -104,12 +106,12 @@ def _their_product(side: int, dtype: str, device: str) -> Callable[[], Any]:
     return multiply
 
 
-# ---- memory, told by a process of its own ----
+# ---- memory ----
 
 
 def forget_peak() -> None:
-    """From now on `peak` is of what comes now, without what has been freed but is still held. On systems without
-    /proc/self/clear_refs it stays that of the whole process."""
+    """Resets `peak`, after returning freed memory to the system. Without /proc/self/clear_refs `peak` stays that of the
+    whole process."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)  # of the GNU C library
@@ -122,16 +124,16 @@ def forget_peak() -> None:
 
 
 def peak() -> int:
-    """Bytes: the largest resident set of this process. Not `ru_maxrss`, which a process inherits from the one that
-    started it."""
+    """Returns the largest resident set of this process in bytes. `ru_maxrss` is not used because a process inherits it
+    from its parent."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
-def told_by(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """What `python -m module arguments` prints as its last line, which is JSON.
+def run_module(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Runs `python -m module arguments` and returns its last line, parsed as JSON.
 
-    Raises RuntimeError with what the process wrote if it failed.
+    Raises RuntimeError with the output of the process if it failed.
     """
     done = subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | dict(environment or {}))

@@ -1,12 +1,12 @@
-"""Models below folders of odd names: trained, resumed, loaded, converted and exported as below a plain one, or refused.
+"""Checks the commands in folders with unusual names: each works as in a plain folder, or refuses the name.
 
     python benchmarks/odd_paths.py           prints a line for each of 66 names; ten seconds each
     python benchmarks/odd_paths.py 'exp [1]' only these names
 
 Each name gets a new folder in which the reference set's tiny MiniGPT-4 is converted, trained for a step, resumed for
 another, loaded, and its projector exported, all with the commands of `mmjax`. The parameters and the exported file must
-be the same, bit for bit, as below a folder with a plain name; or each command that is given the name refuses it with
-status 2, one message, and nothing written. Status 1 if any name ends otherwise.
+be the same, bit for bit, as in a folder with a plain name; or each command with the name ends with status 2 and one
+message, and writes nothing. The status is 1 if any name ends otherwise.
 """
 
 import argparse

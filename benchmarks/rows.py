@@ -1,4 +1,4 @@
-"""What the benchmarks found, as lines of a table, as JSON, and as a image."""
+"""The results of the benchmarks as a table, as JSON, and as a chart."""
 
 import dataclasses
 import json
@@ -12,14 +12,14 @@ from rich.table import Table
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One thing that was measured.
+    """One measurement.
 
     unit:     of `ours` and `theirs`; with `lower`, less is better
-    theirs:   None where PyTorch has nothing of the kind
-    ceiling:  share of what the machine can do that each side reaches, measured in the same run: {"ours", "theirs"}
-    memory:   bytes that each side needs at most: {"ours", "theirs"}
-    target:   what the ratio is to be at least
-    note:     what else there is to know
+    theirs:   PyTorch's value; None without a counterpart
+    ceiling:  share of the machine's peak that each side reaches, measured in the same run: {"ours", "theirs"}
+    memory:   peak bytes of each side: {"ours", "theirs"}
+    target:   the minimum of the ratio
+    note:     a remark
     """
 
     name: str
@@ -34,7 +34,7 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """How many times better mmjax is; None with nothing to compare."""
+        """The speedup of mmjax over PyTorch; None without a counterpart."""
         if self.theirs is None:
             return None
         return self.theirs / self.ours if self.lower else self.ours / self.theirs
@@ -44,27 +44,27 @@ class Row:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    made = Table(box=None, padding=(0, 2, 0, 0))
+    result = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("", "unit", "mmjax", "PyTorch", "ratio", "of the ceiling", "peak memory", ""):
-        made.add_column(name, justify="left" if name in ("", "unit") else "right", no_wrap=bool(name))
+        result.add_column(name, justify="left" if name in ("", "unit") else "right", no_wrap=bool(name))
     for row in rows:
         style = "" if row.ratio is None or row.target is None else "green" if row.ratio >= row.target else "red"
-        made.add_row(row.name, row.unit, number(row.ours), number(row.theirs),
+        result.add_row(row.name, row.unit, number(row.ours), number(row.theirs),
                      "" if row.ratio is None else f"[{style or 'default'}]{row.ratio:.2f}[/]",
                      pair(row.ceiling, lambda share: f"{share:.0%}"),
                      pair(row.memory, lambda size: f"{size / 1e9:.2f} GB"), row.note)
-    return made
+    return result
 
 
 def number(value: float | None) -> str:
-    """Three digits."""
+    """Formats a value with three digits."""
     if value is None:
         return ""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def pair(sides: dict[str, Any], shown: Any) -> str:
-    """"ours / theirs", or what there is of it."""
+    """Formats "ours / theirs", or one of them."""
     return " / ".join(shown(sides[side]) for side in ("ours", "theirs") if side in sides)
 
 
@@ -73,15 +73,15 @@ def show(rows: Sequence[Row], console: Console) -> None:
 
 
 def write(rows: Sequence[Row], facts: dict[str, Any], folder: Path) -> None:
-    """`benchmarks.json` and `benchmarks.png` in a folder."""
+    """Writes `benchmarks.json` and `benchmarks.png` to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    told = {"facts": facts, "rows": [row.to_json() for row in rows]}
-    (folder / "benchmarks.json").write_text(json.dumps(told, indent=2) + "\n")
+    content = {"facts": facts, "rows": [row.to_json() for row in rows]}
+    (folder / "benchmarks.json").write_text(json.dumps(content, indent=2) + "\n")
     chart(rows, facts, folder / "benchmarks.png")
 
 
 def chart(rows: Sequence[Row], facts: dict[str, Any], path: Path) -> None:
-    """How many times PyTorch's speed each thing is; PyTorch is the line at 1. Nothing is drawn without such a row."""
+    """Draws the speedups of mmjax over PyTorch, with a line at 1. Writes nothing if no row has a counterpart."""
     compared = [row for row in rows if row.ratio is not None][::-1]
     if not compared:
         return
@@ -95,11 +95,11 @@ def chart(rows: Sequence[Row], facts: dict[str, Any], path: Path) -> None:
                           for row in compared], padding=4, fontsize=8.5,
                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
     axes.axvline(1, color="black", linewidth=1, zorder=0)
-    targets = [(place, row.target) for place, row in enumerate(compared) if row.target is not None]
-    for place, target in targets:
-        axes.plot([target, target], [place - 0.38, place + 0.38], color="#e09f3e", linewidth=2)
+    targets = [(index, row.target) for index, row in enumerate(compared) if row.target is not None]
+    for index, target in targets:
+        axes.plot([target, target], [index - 0.38, index + 0.38], color="#e09f3e", linewidth=2)
     axes.set_xlim(0, max(1.75 * max(row.ratio for row in compared), *(1.05 * target for _, target in targets), 0))
-    axes.set_xlabel("times PyTorch" + (" (orange: what it is to be)" if targets else ""))
+    axes.set_xlabel("times PyTorch" + (" (orange: target)" if targets else ""))
     axes.set_title(f"mmjax against PyTorch {facts.get('torch', '')} on {facts.get('device', 'this machine')}, "
                    f"size {facts.get('size', '')}", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,13 +1,13 @@
-"""All benchmarks, or some: mmjax against PyTorch, side by side.
+"""Runs all benchmarks or some of them, mmjax compared with PyTorch.
 
     python -m benchmarks.run                               on a CPU, ten minutes or so
     python -m benchmarks.run --only step captions          parts of it
     python -m benchmarks.run --size 7b                     at full size, in bfloat16, on one GPU
     python -m benchmarks.run --ours                        without PyTorch
 
-Needs the extra `bench`. Both sides compute the same from the same weights, which is looked at before anything is timed,
-and take turns in one process; figures are medians. Beside the table, `--out` gets benchmarks.json and benchmarks.png,
-which grow with every part.
+Needs the extra `bench`. Both sides compute the same from the same weights, which is checked before the timing, and
+alternate in one process; figures are medians. In addition to the table, benchmarks.json and benchmarks.png are written
+to `--out` after every part.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def images(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
 
 
 def _script(name: str, *arguments: str) -> dict[str, Any]:
-    """What a benchmark of its own writes as JSON."""
+    """Runs a benchmark script and returns its JSON."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
         done = subprocess.run([sys.executable, ROOT / "benchmarks" / name, *arguments, "--json", out],
@@ -75,13 +75,12 @@ def _script(name: str, *arguments: str) -> dict[str, Any]:
 PARTS: dict[str, Part] = {**training.PARTS, "generate": generation, "convert": conversion, "data": images,
                           **startup.PARTS}
 NEEDS_TORCH = ("generate",)
-LONG = ("convert", "data")  # minutes each: only when they are asked for
+LONG = ("convert", "data")  # minutes each: only with --only
 
 
 def run(size: Size, only: Sequence[str], names: Sequence[str], console: Console,
         out: Path) -> tuple[list[Row], dict[str, Any]]:
-    """(what was found, what about the machine and the run explains it); in the folder `out` too, after every part, so
-    that what is ended early has not been for nothing."""
+    """Returns (rows, facts about the machine and the run), and writes them to the folder `out` after every part."""
     begun = time.monotonic()
     facts = about(size, names)
     found: list[Row] = []
@@ -94,7 +93,7 @@ def run(size: Size, only: Sequence[str], names: Sequence[str], console: Console,
 
 
 def about(size: Size, names: Sequence[str]) -> dict[str, Any]:
-    """What the figures depend on: versions, the device, and what it can do at best."""
+    """Returns what the figures depend on: versions, the device and its peak performance."""
     top = machine.ceiling(size.matmul, size.stream, size.dtype, training.device(), "theirs" in names)
     packages = ("mmjax", "jax", "flax", *(("torch", "transformers") if "theirs" in names else ()))
     return {

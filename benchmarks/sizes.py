@@ -1,4 +1,4 @@
-"""The models that are timed, and what they are fed.
+"""The models that are timed, and their batches.
 
 `small` is for a CPU. `7b` is the released MiniGPT-4 and ImageBind-LLM, in bfloat16 on one GPU. `toy` is for the tests
 of the benchmarks.
@@ -20,12 +20,14 @@ from mmjax.models import bind, eva_vit, imagebind, llama, qformer
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """name:          as it is asked for
-    rows, length:  of a batch of equal rows
-    dtype:         of activations and frozen weights
-    pack_...:      of packed rows
-    matmul, stream: side of the matrices and bytes of the array that the ceilings are measured with
-    turns:         that each side takes
+    """A set of model sizes.
+
+    name:           value of --size
+    rows, length:   of a batch of equal rows
+    dtype:          of activations and frozen weights
+    pack_...:       of packed rows
+    matmul, stream: side of the matrices and bytes of the array that measure the ceilings
+    turns:          number of repetitions
     """
 
     name: str
@@ -43,7 +45,7 @@ class Size:
 
 
 def _bound(cfg: Any, feature: int) -> imagebind_llm.ImageBindLLMConfig:
-    """ImageBind-LLM whose features are ready: no tower but the smallest, and gates on every layer."""
+    """Returns an ImageBind-LLM config for cached features: only the smallest tower, and gates on every layer."""
     towers = imagebind.ImageBindConfig(imagebind.TINY.vision, None, None, None, None, None, feature)
     return imagebind_llm.ImageBindLLMConfig(towers, bind.BindConfig(feature, cfg.dim, 4 * cfg.dim),
                                 dataclasses.replace(cfg, injection="head"), query_layers=cfg.depth)
@@ -67,7 +69,7 @@ SIZES = {size.name: size for size in (
 
 
 def params(family: str, cfg: Any, dtype: str, rules: tuple[str, ...], seed: int = 0) -> dict[str, np.ndarray]:
-    """Random weights by path: norms' scales near 1, everything else small; the trained ones float32."""
+    """Returns random weights by path: norm scales near 1, all others small; trained ones in float32."""
     random = np.random.default_rng(seed)
 
     def drawn(path: str, shape: Any) -> np.ndarray:
@@ -80,16 +82,16 @@ def params(family: str, cfg: Any, dtype: str, rules: tuple[str, ...], seed: int 
     return {path: drawn(path, shape) for path, shape in shapes(family, cfg).items()}
 
 
-BEFORE, PROMPT = 6, 16  # words before the image, and between it and the answer
+BEFORE, PROMPT = 6, 16  # tokens before the image, and between it and the answer
 PAD = 2
 
 
 def batch(cfg: Any, rows: Sequence[Sequence[int]], length: int, image_count: int | None = None, seed: int = 0) -> Batch:
-    """Random words around random images: `[words][soft tokens][words][answer]` of the given lengths, one after the
-    other in each row, then padding to `length`.
+    """Returns a batch of samples `[tokens][soft tokens][tokens][answer]` of the given lengths, packed in rows that are
+    padded to `length`. Tokens and images are random.
 
-    cfg:      a family's; without `image_tokens` there is no image
-    image_count: images that a row has places for; None for one sample a row, which is then not packed
+    cfg:         a family's; without `image_tokens` there are no images
+    image_count: maximum of images in a row; None: one sample per row, not packed
     """
     random, Q = np.random.default_rng(seed), cfg.image_tokens
     shape, most = (len(rows), length), image_count or 1
@@ -115,8 +117,8 @@ def batch(cfg: Any, rows: Sequence[Sequence[int]], length: int, image_count: int
 
 
 def lengths(cfg: Any, count: int, seed: int = 0) -> list[int]:
-    """Tokens of samples whose captions are as long as those that docs/decisions/0011-packing.md packs: log-normal with
-    median 80 and deviation 0.6, 8 to 400. A few are as varied as many: each stands for an equal share of them."""
+    """Returns the numbers of tokens of samples, with captions as in docs/decisions/0011-packing.md: log-normal with
+    median 80 and deviation 0.6, 8 to 400. The lengths are quantiles, so a few vary as much as many."""
     normal = statistics.NormalDist(np.log(80), 0.6)
     captions = np.exp([normal.inv_cdf((number + 0.5) / count) for number in range(count)]).clip(8, 400).astype(int)
     return [int(caption) + BEFORE + PROMPT + cfg.image_tokens

@@ -3,8 +3,8 @@
     python -m benchmarks.run --only step captions imagebind vit
 
 mmjax trains as `mmjax train` does: `mmjax.training.steps.train_step` and its AdamW. PyTorch trains as the original
-(`baseline.py`), with torch's AdamW. Before anything is timed, both give the loss of the same batch, and must agree.
-`python -m benchmarks.training --peak ours` is the process whose memory is told.
+(`baseline.py`), with torch's AdamW. Before the timing both compute the loss of the same batch, and must agree.
+`python -m benchmarks.training --peak ours` is the process whose memory is measured.
 """
 
 import argparse
@@ -57,11 +57,11 @@ class Model:
 
 
 class Ours:
-    """mmjax's training: a batch -> the loss before its update."""
+    """mmjax's training step: a batch -> the loss before the update."""
 
     def __init__(self, model: Model, params: Mapping[str, np.ndarray]):
-        held = trees.unflatten({path: jnp.asarray(leaf) for path, leaf in params.items()})
-        self.trained, self.frozen = trees.split(held, trees.mask(held, model.rules))
+        tree = trees.unflatten({path: jnp.asarray(leaf) for path, leaf in params.items()})
+        self.trained, self.frozen = trees.split(tree, trees.mask(tree, model.rules))
         self.model, optimizer = model, optim.optimizer(OPTIM)
         self.state = steps.start(jax.tree.map(jnp.copy, self.trained), optimizer, seed=0)
         self.step = steps.train_step(model.module, optimizer)
@@ -71,13 +71,13 @@ class Ours:
         return float(metrics["loss"])
 
     def flops(self, batch: Batch) -> int:
-        """Operations of a step, the head's only where there are targets."""
+        """Returns the operations of a step, those of the head only where there are targets."""
         count = flops.train_step(self.model.module, self.trained, self.frozen, batch)
         return count.useful(int(batch.loss_mask[:, 1:].sum()))
 
 
 class Theirs:
-    """PyTorch's training: the same."""
+    """PyTorch's training step: a batch -> the loss before the update."""
 
     def __init__(self, model: Model, params: Mapping[str, np.ndarray]):
         import torch
@@ -100,7 +100,7 @@ class Theirs:
         return loss.item()
 
     def tensors(self, batch: Batch) -> dict[str, Any]:
-        """What the module takes; images normalised, which its data loader does."""
+        """Returns the module's inputs; images are normalised, as in the original's data loader."""
         found = {name: np.array(getattr(batch, name), np.int64) for name in ("tokens", "soft_index", "positions")}
         found |= {"valid": np.array(batch.valid), "loss_mask": np.array(batch.loss_mask)}
         if batch.images is not None:
@@ -111,7 +111,7 @@ class Theirs:
 
 
 def device() -> str:
-    """torch's name of what JAX computes on."""
+    """Returns torch's name of JAX's device."""
     return "cpu" if jax.default_backend() == "cpu" else "cuda"
 
 
@@ -125,7 +125,7 @@ def agree(model: Model, sides: Mapping[str, Any], batch: Batch) -> None:
 
 
 def sides(model: Model, names: Sequence[str]) -> dict[str, Any]:
-    """{"ours", "theirs"}, or one of them, with the same weights."""
+    """Returns {"ours", "theirs"}, or one of them, with the same weights."""
     params, kinds = model.params(), {"ours": Ours, "theirs": Theirs}
     return {name: kinds[name](model, params) for name in names}
 
@@ -134,8 +134,8 @@ PRODUCTS = 5  # one after the other, in each turn
 
 
 def race(size: Size, calls: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """(median seconds of each call, by side the operations a second of the best of the products that took turns with
-    them: a machine that others use too is not always equally fast). The calls of PyTorch are named "theirs"."""
+    """Returns (median seconds of each call, operations per second of the best product by side). The products alternate
+    with the calls, because a shared machine is not always equally fast. PyTorch's call is named "theirs"."""
     names = ("ours", "theirs") if "theirs" in calls else ("ours",)
     single = machine.products(size.matmul, size.dtype, device(), names)
     best = dict.fromkeys(names, float("inf"))
@@ -152,8 +152,8 @@ def race(size: Size, calls: Mapping[str, Callable[[], Any]], rounds: int) -> tup
 
 def train(size: Size, model: Model, ours: Mapping[str, Batch], theirs: Sequence[Batch], names: Sequence[str],
           rounds: int, count: int, **further: Any) -> list[Row]:
-    """A row for each batch of `ours`, by its name, all against PyTorch's batches, which hold the same `count` samples.
-    Both sides gave the loss of the first of those before.
+    """Returns a row for each batch of `ours`, by its name, compared with PyTorch's batches of the same `count` samples.
+    First checks that both sides compute the same loss.
 
     further: fields of the rows, by the row's name
     """
@@ -181,45 +181,44 @@ def train(size: Size, model: Model, ours: Mapping[str, Batch], theirs: Sequence[
             for name, batch in ours.items()]
 
 
-# ---- what is timed ----
+# ---- the benchmarks ----
 
 
 def equal_rows(size: Size, cfg: Any) -> Batch:
-    """Full rows, as long as each other."""
+    """Returns a batch of full rows of equal length."""
     return sizes.batch(cfg, [[size.length]] * size.rows, size.length)
 
 
 def with_features(batch: Batch, cfg: Any, seed: int = 0) -> Batch:
-    """What the encoder makes of the images in place of them: random here."""
+    """Returns the batch with random features instead of images."""
     shape = (*batch.images.shape[:2], cfg.image_tokens, cfg.soft_width)
     feature = np.random.default_rng(seed).standard_normal(shape, np.float32)
     return dataclasses.replace(batch, images=None, features=feature)
 
 
 def step(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
-    """MiniGPT-4, equal rows: the encoder included, and with features that were encoded once; the original encodes in
-    every step."""
+    """MiniGPT-4, equal rows, with the encoder and with cached features; the original encodes in every step."""
     model = Model("minigpt4", size.minigpt4, size.dtype)
     batch = equal_rows(size, model.cfg)
-    memory = {name: machine.told_by("benchmarks.training", "--peak", name, "--size", size.name)["peak"]
+    memory = {name: machine.run_module("benchmarks.training", "--peak", name, "--size", size.name)["peak"]
               for name in names}
     whole, cached = "training step", "training step, cached features"
     return train(size, model, {whole: batch, cached: with_features(batch, model.cfg)}, [batch], names, rounds,
                  size.rows, target={whole: 1.0, cached: None}, memory={whole: memory, cached: {}})
 
 
-MEAN = 160  # tokens of a sample of natural length, and what stays free of a packed row for each
+MEAN = 160  # tokens of a sample of natural length, including its share of a packed row's padding
 
 
 def natural(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
-    """Captions of natural lengths: packed rows, with images and with cached features, against one a row, padded to
-    the longest of the batch."""
+    """Captions of natural lengths: packed rows, with images and with cached features, compared with one sample per row,
+    padded to the longest of the batch."""
     model = Model("minigpt4", size.minigpt4, size.dtype)
     cfg, taken = model.cfg, sizes.lengths(model.cfg, size.pack_rows * size.pack_length // MEAN)
     room = packing.Size(size.pack_length, size.pack_images)
-    placed = packing.pack([packing.Size(length, 1) for length in taken], room, size.pack_rows)
-    taken = taken[:sum(map(len, placed))]
-    packed = sizes.batch(cfg, [[taken[number] for number in row] for row in placed], size.pack_length,
+    packed_rows = packing.pack([packing.Size(length, 1) for length in taken], room, size.pack_rows)
+    taken = taken[:sum(map(len, packed_rows))]
+    packed = sizes.batch(cfg, [[taken[number] for number in row] for row in packed_rows], size.pack_length,
                          size.pack_images)
     padded = [sizes.batch(cfg, [[length] for length in group], max(group))
               for group in (taken[start:start + size.rows] for start in range(0, len(taken), size.rows))]
@@ -231,18 +230,18 @@ def natural(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
 
 
 def bound(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
-    """ImageBind-LLM: bind network, query and gates trained, features ready."""
+    """ImageBind-LLM: bind network, query and gates trained, with cached features."""
     model = Model("imagebind_llm", size.imagebind, size.dtype)
-    words = equal_rows(size, model.cfg)
+    batch = equal_rows(size, model.cfg)
     feature = np.random.default_rng(0).standard_normal((size.rows, model.cfg.bind.inputs), np.float32)
     feature /= np.linalg.norm(feature, axis=-1, keepdims=True)
-    batch = dataclasses.replace(words, features=feature)
+    batch = dataclasses.replace(batch, features=feature)
     name = "ImageBind-LLM step"
     return train(size, model, {name: batch}, [batch], names, rounds, size.rows, target={name: 1.0})
 
 
 def block(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
-    """One block of EVA ViT-G, forward: what the encoder is made of at full size."""
+    """The forward pass of one block of EVA ViT-G at full size."""
     cfg = dataclasses.replace(eva_vit.EVA_VIT_G if size.name != "toy" else eva_vit.TINY, depth=1)
     random = np.random.default_rng(0)
     params = {path: leaf for path, leaf in sizes.params(
@@ -256,19 +255,19 @@ def block(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
         if (off := np.abs(ours - theirs).max()) > allowed * np.abs(theirs).max():
             raise ValueError(f"A block of ViT-G gives other numbers in PyTorch: they differ by {off}.")
     took, top = race(size, calls, rounds)
-    places = x.shape[0] * x.shape[1]
-    count = 2 * places * (4 * cfg.dim**2 + 2 * cfg.dim * cfg.hidden) + 4 * places * x.shape[1] * cfg.dim
+    tokens = x.shape[0] * x.shape[1]
+    count = 2 * tokens * (4 * cfg.dim**2 + 2 * cfg.dim * cfg.hidden) + 4 * tokens * x.shape[1] * cfg.dim
     ceiling = {name: count / seconds / top[name] for name, seconds in took.items()}
     return [Row("ViT-G block, forward", "images/s", size.rows / took["ours"],
                 size.rows / took["theirs"] if "theirs" in names else None, ceiling=ceiling)]
 
 
 def _our_block(cfg: Any, params: Mapping[str, np.ndarray], x: np.ndarray, dtype: str) -> Callable[[], Any]:
-    held = {"params": trees.unflatten({path.removeprefix("vit/blocks/"): jnp.asarray(leaf[0])
-                                       for path, leaf in params.items() if "/blocks/" in path})}
+    variables = {"params": trees.unflatten({path.removeprefix("vit/blocks/"): jnp.asarray(leaf[0])
+                                            for path, leaf in params.items() if "/blocks/" in path})}
     module, x = eva_vit.VitBlock(cfg), jnp.asarray(x, dtype)
-    forward = jax.jit(lambda held, x: module.apply(held, x, jnp.float32(0))[0])
-    return lambda: forward(held, x).block_until_ready()
+    forward = jax.jit(lambda variables, x: module.apply(variables, x, jnp.float32(0))[0])
+    return lambda: forward(variables, x).block_until_ready()
 
 
 def _their_block(cfg: Any, params: Mapping[str, np.ndarray], x: np.ndarray, dtype: str) -> Callable[[], Any]:
@@ -277,12 +276,12 @@ def _their_block(cfg: Any, params: Mapping[str, np.ndarray], x: np.ndarray, dtyp
     from benchmarks import baseline
 
     torch.set_num_threads(machine.cores())
-    module, there = baseline.vision_block(cfg, params, dtype, device()), torch.from_numpy(x).to(device())
-    there = there.to(getattr(torch, dtype))
+    module, tensor = baseline.vision_block(cfg, params, dtype, device()), torch.from_numpy(x).to(device())
+    tensor = tensor.to(getattr(torch, dtype))
 
     @torch.no_grad()
     def forward() -> np.ndarray:
-        return module(there).float().cpu().numpy()
+        return module(tensor).float().cpu().numpy()
 
     return forward
 
@@ -291,7 +290,7 @@ PARTS = {"step": step, "captions": natural, "imagebind": bound, "vit": block}
 
 
 def peak(size: Size, name: str) -> int:
-    """Bytes that a process needs at most for two steps of a side, after a first one, in which mmjax compiles."""
+    """Returns the peak bytes of two steps of a side, after a first one, in which mmjax compiles."""
     model = Model("minigpt4", size.minigpt4, size.dtype)
     batch = equal_rows(size, model.cfg)
     side = sides(model, [name])[name]

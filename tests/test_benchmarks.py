@@ -43,7 +43,7 @@ def test_peak_of_a_process_sees_what_it_holds():
 
 def test_a_process_that_fails_is_told_with_its_words():
     with pytest.raises(RuntimeError, match="-m json.tool absent ended with status [12]:(.|\n)*No such file"):
-        machine.told_by("json.tool", "absent")
+        machine.run_module("json.tool", "absent")
 
 
 def test_batches_are_as_the_pipeline_makes_them():
@@ -88,7 +88,7 @@ def test_what_was_found_before_a_part_fails_is_kept(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_memory_is_told_by_a_process_of_its_own():
+def test_memory_is_measured_in_a_process_of_its_own():
     row, cached = training.step(TOY, 1, ["ours"])
     assert cached.ours > 0 and cached.theirs is None and not cached.memory
     assert 1e8 < row.memory["ours"] < 4e9 and row.ours > 0

@@ -100,7 +100,7 @@ def leave_to_aria2(path):
 
 DAMAGE = {
     cut: "Download it again", dangle: "is a link to ../blobs/0123, which does not exist",
-    turn_into_a_folder: "is a folder", leave_to_aria2: "aria2 leaves it until a download has ended",
+    turn_into_a_folder: "is a folder", leave_to_aria2: "aria2 deletes at the end of the download",
     lambda path: path.write_bytes(b""): "is empty",
     lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"): "git-lfs pointer",
 }
