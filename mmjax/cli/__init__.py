@@ -1,6 +1,6 @@
-"""The command line: the same functions as from Python, behind typed options; a file for each command.
+"""The command line: typed options for the functions of the package; one file for each command.
 
-A mistake in what the user gave ends with one message and exit status 2, without a traceback.
+An error in the user's input ends with one message and exit status 2, without a traceback.
 """
 
 import gc
@@ -24,16 +24,16 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def main(command: str | None = None) -> None:
-    """The entry point; `command` is given by the scripts that stand for one."""
-    gc.freeze()  # what was imported stays: to look through it for garbage is a fifteenth of a start
+    """The entry point. Scripts for one command pass `command`."""
+    gc.freeze()  # imported objects are never freed; collecting them takes 7 % of the start-up time
     args = sys.argv[1:]
     if command is None:
         command, args = (args[0], args[1:]) if args else ("--help", [])
     if command not in COMMANDS:
         print("usage: mmjax {" + ",".join(COMMANDS) + "} ...\n")
-        for name, what in COMMANDS.items():
-            print(f"  {name:9} {what.__doc__.splitlines()[0]}")
-        print("\nmmjax COMMAND --help tells more.")
+        for name, function in COMMANDS.items():
+            print(f"  {name:9} {function.__doc__.splitlines()[0]}")
+        print("\nmmjax COMMAND --help lists the options.")
         sys.exit(0 if command in ("--help", "-h") else 2)
     from mmjax.training.run import TrainingStopped
 
@@ -43,6 +43,6 @@ def main(command: str | None = None) -> None:
         print(f"mmjax {command}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("Interrupted. The same command goes on: a run from its last checkpoint, answers behind their last line.",
+        print("Interrupted. The same command continues: a run from its last checkpoint, answers after their last line.",
               file=sys.stderr)
         sys.exit(130)

@@ -48,16 +48,16 @@ def converse(
 
     Args:
         checkpoint: converted checkpoint or run folder
-        image: image files to begin with
-        media: other senses of ImageBind-LLM to begin with, by name: audio FILE.wav, text WORDS, or an array in a
-            FILE.npy (video, depth, thermal, imu)
-        template: how the conversation is written down (default: what fits the model's training; docs/chat.md)
-        settings: how answers are written
-        dtype: float32 or bfloat16 (default: what suits the device)
-        frozen_dtype: int8 holds the large matrices in half the memory of bfloat16
+        image: image files to start with
+        media: inputs of other senses of ImageBind-LLM to start with, by name: audio FILE.wav, text TEXT, or an array
+            in a FILE.npy (video, depth, thermal, imu)
+        template: template of the conversation (default: depends on the model's training; docs/chat.md)
+        settings: settings of generation
+        dtype: float32 or bfloat16 (default: depends on the device)
+        frozen_dtype: int8 stores the large matrices in half the memory of bfloat16
         web: serve a page for the browser; needs the extra `demo`
-        host: with --web, the address to listen at; 0.0.0.0 lets everyone in who reaches this machine
-        port: with --web, where to listen; 0 for a free one
+        host: with --web, the address to listen at; 0.0.0.0 gives access to all who can reach this machine
+        port: with --web, the port to listen at; 0 for a free one
     """
     from mmjax import compilation
     from mmjax.inference.loaded import load
@@ -80,21 +80,21 @@ def converse(
 
 
 class Terminal:
-    """Reads lines until they end: questions, and commands that begin with "/".
+    """Reads lines to the end of stdin: questions, and commands that begin with "/".
 
-    Answers go to stdout, everything else to stderr. Where stdin is no terminal there is no prompt and no greeting, so
-    that a file of questions makes a file of answers.
+    Answers go to stdout, everything else to stderr. If stdin is not a terminal, there is no prompt and no greeting, so
+    a file of questions gives a file of answers.
     """
 
     def __init__(self, model: Loaded, talk: Conversation, settings: ChatSettings):
         self.model, self.talk, self.settings = model, talk, settings
         self.interactive = sys.stdin.isatty()
         self.commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
-            f"/{sense}": ("WORDS" if sense == "text" else "PATH", f"show the model: {sense}", self._giver(sense))
+            f"/{sense}": ("TEXT" if sense == "text" else "PATH", f"add an input: {sense}", self._giver(sense))
             for sense in supported_inputs(model)}
         self.commands |= {
-            "/reset": ("", "forget all that was said and shown", self._reset),
-            "/settings": ("[NAME VALUE]", "how answers are written; change one", self._set),
+            "/reset": ("", "clear the conversation", self._reset),
+            "/settings": ("[NAME VALUE]", "show or change the settings of generation", self._set),
             "/help": ("", "this list", self._help),
         }
 
@@ -104,7 +104,7 @@ class Terminal:
             tell(f"{self.model.family}, template {self.talk.template}. Ask, or /help. Ctrl-C stops an answer, "
                  "Ctrl-D leaves.")
             if not self.talk.remembers:
-                tell("This template knows what was shown, not what was said: each question stands alone.")
+                tell("This template keeps inputs but not the conversation: each question is answered separately.")
         while (line := self._line()) is not None:
             if line == "/quit":
                 break
@@ -138,7 +138,7 @@ class Terminal:
             tell("")
 
     def _ask(self, question: str) -> None:
-        """Prints the answer as it is written. Ctrl-C ends it; the conversation keeps what was said."""
+        """Prints the answer as it is generated. Ctrl-C ends it; the conversation keeps the text so far."""
         self.talk.ask(question)
         begun = False
         try:
@@ -165,7 +165,7 @@ class Terminal:
 
     def _reset(self, _: str) -> None:
         self.talk.reset()
-        tell("All forgotten.")
+        tell("The conversation is empty.")
 
     def _set(self, rest: str) -> None:
         if rest:
@@ -179,20 +179,20 @@ class Terminal:
             tell(f"{usage:24}{what}")
 
 
-def tell(words: str) -> None:
-    """A line for the person, not for the file of answers."""
-    print(words, file=sys.stderr, flush=True)
+def tell(message: str) -> None:
+    """Prints a line to stderr, apart from the answers."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def _unquoted(source: str) -> str:
-    """Without the quotes that a terminal puts around a file dropped into it; ~ is the home folder."""
+    """Removes the quotes that a terminal puts around a dropped file, and expands ~."""
     if len(source) > 1 and source[0] == source[-1] and source[0] in "\"'":
         source = source[1:-1]
     return os.path.expanduser(source) if source.startswith("~") else source
 
 
 def _remember_lines() -> None:
-    """Arrow keys and the lines of earlier sessions, kept in the user's state folder where it can be written."""
+    """Turns on line editing, with a history in the user's state folder if it is writable."""
     try:
         import readline
     except ImportError:  # Windows

@@ -8,7 +8,7 @@ from mmjax.cli import options
 
 
 def convert(args: Sequence[str]) -> None:
-    """Convert released PyTorch files into a checkpoint, with a subcommand for each family."""
+    """Convert released PyTorch files to a checkpoint, with a subcommand for each family."""
     from mmjax.convert import write
     from mmjax.families import FAMILIES
 

@@ -1,4 +1,4 @@
-"""`mmjax data check | prepare | verify | features`: look at what a run is to be trained on, and prepare it."""
+"""`mmjax data check | prepare | verify | features`: check and prepare the data of a run."""
 
 import dataclasses
 import sys
@@ -15,7 +15,7 @@ from mmjax.config import load as load_config
 
 
 def data(args: Sequence[str]) -> None:
-    """Look at what a run is to be trained on, and prepare it: data check, prepare, verify, features."""
+    """Check and prepare the data of a run: data check, prepare, verify, features."""
     commands = {"check": data_check, "prepare": data_prepare, "verify": data_verify, "features": data_features}
     if not args or args[0] not in commands:
         print("usage: mmjax data {" + ",".join(commands) + "} ...\n")
@@ -35,18 +35,18 @@ def data_check(
     max_bad_share: float | None = None,
     out: Path = Path("."),
 ) -> None:
-    """Count what is in the data and what is wrong with them, before a run; exit status 1 if too much is wrong.
+    """Count the records and problems of the data before a run; exit status 1 if there are too many problems.
 
     Args:
-        config: config file of the run; what follows takes the place of what it says. Its phases are checked in turn
-        format: how the data lie on disk, if not as the config says
+        config: config file of the run; the options below override it. All of its phases are checked
+        format: layout of the data on disk (default: the config's)
         path: the folder or file of that format
-        root: folder that the images lie below, where that is not the data file's own
-        tokenizer: folder of a tokenizer, to count captions in tokens where there is no config with its checkpoint;
-            otherwise they are counted in words
-        sample: records of each source to look at, drawn at random; all of them if this is not given
-        max_bad_share: share of records with something wrong above which the exit status is 1
-        out: folder for data_check.json and data_check.png, by phase where there are several
+        root: folder of the images, if it is not the folder of the data file
+        tokenizer: folder of a tokenizer, to count captions in tokens without a config and its checkpoint; otherwise
+            they are counted in words
+        sample: number of random records of each source to check (default: all)
+        max_bad_share: largest share of records with problems for exit status 0
+        out: folder for data_check.json and data_check.png; has a folder for each phase if there are several
     """
     from rich.console import Console
 
@@ -87,40 +87,40 @@ def data_prepare(
     shard_size: int = 4_096,
     decode: bool = False,
 ) -> None:
-    """Put data of any format into a few large files with checksums, read from then on by the format `tfds`.
+    """Write data of any format as a few large files with checksums, which the format `tfds` reads.
 
-    Stopped, the same command goes on. Records that cannot be used are left out and named in prepare_errors.jsonl.
+    After an interruption the same command continues. Records that cannot be used are listed in prepare_errors.jsonl.
 
     Args:
-        format: how the data lie on disk, one of mmjax.data.formats.FORMATS
+        format: layout of the data on disk, one of mmjax.data.formats.FORMATS
         source: the folder or file of that format
         out: the folder to write; FOLDER/NAME/1.0.0 is also found by TensorFlow Datasets as NAME, below data_dir=FOLDER
-        name: of the data set (default: the format's)
-        root: folder that the images lie below, where that is not the data file's own
-        shard_size: records of the source that go into a file
-        decode: decode every image, to find those that are cut off; otherwise a file's head tells whether it is one
+        name: name of the data set (default: the format's)
+        root: folder of the images, if it is not the folder of the data file
+        shard_size: records of the source in each file
+        decode: decode every image, to find truncated ones; otherwise only its header is checked
     """
     from rich.console import Console
 
     from mmjax.data import prepare
 
     files.refuse(Source(format, source, root=root).url_problems("SOURCE", "--root"))
-    made = prepare.prepare(format, source, out, name, root, shard_size, decode, Console())
-    print(*prepare.summary(made, out), sep="\n")
+    info = prepare.prepare(format, source, out, name, root, shard_size, decode, Console())
+    print(*prepare.summary(info, out), sep="\n")
 
 
 def data_verify(folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]) -> None:
-    """Compare the checksums of a prepared folder with what was written.
+    """Verify the checksums of a prepared folder.
 
     Args:
-        folder: made by data prepare
+        folder: output of data prepare
     """
     from rich.console import Console
 
     from mmjax.data import prepare
 
-    made = prepare.verify(folder, Console())
-    print(f"All {len(made.shards):,} shards of {folder} are as they were written: {made.records:,} records.")
+    info = prepare.verify(folder, Console())
+    print(f"All {len(info.shards):,} shards of {folder} are as they were written: {info.records:,} records.")
 
 
 def data_features(
@@ -131,18 +131,18 @@ def data_features(
     phase: str | None = None,
     batch_size: int = 64,
 ) -> None:
-    """Run a run's frozen encoder over its images once; with data.features = OUT training reads what came out.
+    """Compute the features of a run's images once; with data.features = OUT training reads them.
 
-    Stopped, the same command goes on; it also adds the images that are new. Those that cannot be read are left out
-    and named in features_errors.jsonl.
+    After an interruption the same command continues; it also adds new images. Images that cannot be read are listed
+    in features_errors.jsonl.
 
     Args:
         config: config file of the run
-        out: folder for the features, by phase where the file has several and none is named
-        crops: of every image, if the run crops them at random (data.random_crop); 4 if this is not given
-        dtype: of the stored numbers; that in which the run's frozen parts compute if this is not given
-        phase: of those in the file
-        batch_size: images that the encoder gets at once
+        out: folder for the features; has a folder for each phase if the config has several and `phase` is not given
+        crops: random crops of every image, if the run uses data.random_crop (default: 4)
+        dtype: dtype of the stored features (default: that of the run's frozen parameters)
+        phase: name of a phase of the config
+        batch_size: images in a batch
     """
     from mmjax.checkpoints.converted import ConvertedCheckpoint
     from mmjax.training import encode_features, run
@@ -157,12 +157,12 @@ def data_features(
         run.prepare(chosen)
         source = ConvertedCheckpoint.open(chosen.weights.checkpoint)
         source = source.of(run.architecture(source, chosen))
-        made = encode_features.make(chosen, source, out / name if phase is None else out, crops, dtype, batch_size)
-        print(*encode_features.summary(made), sep="\n")
+        manifest = encode_features.make(chosen, source, out / name if phase is None else out, crops, dtype, batch_size)
+        print(*encode_features.summary(manifest), sep="\n")
 
 
 def _rows(config: RunConfig, tokenizer: Path | None, console: Any) -> Any:
-    """How a run makes rows, as `mmjax.data.check` wants to know it; None without a tokenizer."""
+    """Returns the settings of a run's rows for `mmjax.data.check`; None without a tokenizer."""
     from mmjax.checkpoints.converted import ConvertedCheckpoint
     from mmjax.data.check import RowSettings
     from mmjax.tokenizer import Tokenizer

@@ -1,4 +1,4 @@
-"""`mmjax doctor`: what is wrong with a checkpoint."""
+"""`mmjax doctor`: diagnose a checkpoint."""
 
 import sys
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from mmjax.cli import options
 
 
 def doctor(args: Sequence[str]) -> None:
-    """Say in words what is wrong with a checkpoint or a run, after a minute of self-tests; then exit status 1."""
+    """Explain what is wrong with a checkpoint or a run, after a minute of self-tests; exit status 1 if something is."""
     tyro.cli(options.local(examine), args=args, prog="mmjax doctor")
 
 
@@ -22,31 +22,31 @@ def examine(
     dtype: str | None = None,
     frozen_dtype: str | None = None,
 ) -> None:
-    """Say in words what is wrong with a checkpoint or a run, after a minute of self-tests; then exit status 1.
+    """Explain what is wrong with a checkpoint or a run, after a minute of self-tests; exit status 1 if something is.
 
     Args:
         checkpoint: converted checkpoint or run folder
-        quick: look at the files and the stored numbers alone, in little memory; the model is not loaded
+        quick: check only the files and the stored numbers, in little memory; the model is not loaded
         json: a file for all findings and figures
-        text: a file with sentences, one a line, of what the model was trained on (default: plain English)
-        dtype: float32 or bfloat16 (default: what suits the device)
-        frozen_dtype: int8 holds the large matrices in half the memory of bfloat16
+        text: a file with sentences like the training data, one a line (default: plain English)
+        dtype: float32 or bfloat16 (default: depends on the device)
+        frozen_dtype: int8 stores the large matrices in half the memory of bfloat16
     """
     from rich.console import Console
 
     from mmjax import compilation
-    from mmjax import doctor as at_work
+    from mmjax import doctor as checks
 
     compilation.enable()
-    texts = at_work.TEXTS
+    texts = checks.TEXTS
     if text:
         texts = tuple(line for line in text.read_text(encoding="utf-8").splitlines() if line.strip())
         if not texts:
-            raise ValueError(f"{text} holds no sentence.")
+            raise ValueError(f"{text} has no sentence.")
     with Console(stderr=True).status("Opening") as status:
-        found = at_work.examine(checkpoint, quick, dtype, frozen_dtype, texts, status.update)
-    at_work.show(found, Console())
+        findings = checks.examine(checkpoint, quick, dtype, frozen_dtype, texts, status.update)
+    checks.show(findings, Console())
     if json:
-        json.write_text(at_work.to_json(checkpoint, found))
-    if at_work.worst(found) == "wrong":
+        json.write_text(checks.to_json(checkpoint, findings))
+    if checks.worst(findings) == "wrong":
         sys.exit(1)

@@ -14,8 +14,8 @@ from mmjax.config import MeshConfig
 from mmjax.inference.predictions import Decoding
 
 SCENES = "scenes"
-AT_ONCE = 16  # items, unless told another number
-# What has no use where scenes are scored, and where the answers are there already.
+AT_ONCE = 16  # default batch size
+# Options that do not apply to scenes, and those that do not apply to stored answers.
 NOT_OF_SCENES = ("data", "root", "prompt", "limit", "rank_by", "in_words", "score_only", "recall", "prompt_template")
 NOT_OF_ANSWERS = ("checkpoint", *(field.name for field in dataclasses.fields(Decoding)), "recall", "prompt_template",
                   "batch_size", "mesh", "dtype", "frozen_dtype")
@@ -23,9 +23,9 @@ NOT_OF_ANSWERS = ("checkpoint", *(field.name for field in dataclasses.fields(Dec
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateOptions:
-    """Score a model on a benchmark: answers kept, figures with intervals, and a page of the worst and best images.
+    """Score a model on a benchmark: stored answers, figures with intervals, and a page of the worst and best images.
 
-    Every item is asked in a conversation of its own. Stopped, the same command goes on. An item that could not be
+    Every item is a separate conversation. After an interruption the same command continues. An item that could not be
     answered counts as wrong; then the exit status is 1.
 
     Args:
@@ -34,19 +34,19 @@ class EvaluateOptions:
         out: the folder for predictions.jsonl, scores.json and report.html
         checkpoint: converted checkpoint or run folder
         data: the benchmark's folder or file
-        root: the folder below which the images lie (default: beside the data)
-        prompt: put around what an item asks at its {} (default: the benchmark's own)
-        limit: ask so many items only, evenly spread over all
-        rank_by: of choices, the loss that ranks them: sum over the answer, mean of its tokens, or the original's
+        root: the folder of the images (default: the folder of the data)
+        prompt: template with {} for the question (default: the benchmark's own)
+        limit: number of items, evenly spread over all (default: all)
+        rank_by: the loss that ranks choices: sum over the answer, mean of its tokens, or the original's
             multi_select, where it depends on the other rows of the batch
-        in_words: have choices answered in words, too, instead of ranking them
-        score_only: score the answers that out has, without a model
-        recall: vectors that ImageBind-LLM's senses are drawn towards (its visual cache): .npy or a flat faiss index
-        prompt_template: put around the prompt at its {} (default: the checkpoint's)
-        batch_size: items at once (default: 16, of scenes 100)
-        mesh: the devices; all of them share the items unless this says otherwise
-        dtype: float32 or bfloat16 (default: what suits the device)
-        frozen_dtype: int8 holds the large matrices in half the memory of bfloat16
+        in_words: generate answers and read the choices from them, instead of ranking
+        score_only: score the answers in out, without a model
+        recall: ImageBind-LLM's visual cache: vectors in a .npy file or a flat faiss index
+        prompt_template: template with {} for the prompt (default: the checkpoint's)
+        batch_size: items in a batch (default: 16; 100 for scenes)
+        mesh: the devices; by default all of them share the items
+        dtype: float32 or bfloat16 (default: depends on the device)
+        frozen_dtype: int8 stores the large matrices in half the memory of bfloat16
     """
 
     benchmark: str
@@ -68,19 +68,19 @@ class EvaluateOptions:
     frozen_dtype: Literal["int8"] | None = None
 
     def given(self, names: Iterable[str]) -> list[str]:
-        """Those of the options, by name, that say something else than what they say unless given."""
-        every = {field.name: getattr(owner, field.name) != field.default for owner in (self, self.decoding)
+        """Returns the names of those options whose values are not the defaults."""
+        changed = {field.name: getattr(owner, field.name) != field.default for owner in (self, self.decoding)
                  for field in dataclasses.fields(owner)}
-        return [name for name in names if every[name]]
+        return [name for name in names if changed[name]]
 
 
 def evaluate(args: Sequence[str]) -> None:
-    """Score a model on a benchmark: answers kept, figures with intervals, and a page of the worst and best images."""
+    """Score a model on a benchmark: stored answers, figures with intervals, and a page of the worst and best images."""
     score(tyro.cli(EvaluateOptions, args=args, prog="mmjax evaluate"))
 
 
 def score(options: EvaluateOptions) -> None:
-    """What the command does. Raises ValueError naming all options that are missing or have no use."""
+    """Runs the command. Raises ValueError naming all options that are missing or do not apply."""
     from rich.console import Console
 
     from mmjax.evaluate import benchmark as benchmarks
@@ -114,7 +114,7 @@ def score(options: EvaluateOptions) -> None:
 
 
 def _check(options: EvaluateOptions, test: Any) -> None:
-    """Raises ValueError naming what a `mmjax.evaluate.benchmark.Test` lacks, and what was given that it cannot use."""
+    """Raises ValueError naming the options that a `mmjax.evaluate.benchmark.Test` lacks or cannot use."""
     from mmjax.evaluate import benchmark as benchmarks
 
     wrong = []
@@ -126,8 +126,8 @@ def _check(options: EvaluateOptions, test: Any) -> None:
     if unused:
         wrong.append(f"{_written(unused)}: {why}")
     if options.score_only and (unused := options.given(NOT_OF_ANSWERS)):
-        wrong.append(f"{_written(unused)}: --score-only scores answers that are there; leave that out, or have them "
-                     "answered anew into another folder")
+        wrong.append(f"{_written(unused)}: --score-only scores answers that are there; leave that out, or answer "
+                     "again into another folder")
     _refuse(options, wrong)
 
 
@@ -150,7 +150,7 @@ def _load(options: EvaluateOptions) -> Any:
 
 
 def _scenes(options: EvaluateOptions) -> None:
-    """What training does at its end, for a run that is there: `evaluate.report_scenes`."""
+    """Runs the evaluation that training ends with, for an existing run: `evaluate.report_scenes`."""
     from mmjax import trees
     from mmjax.checkpoints import converted
     from mmjax.checkpoints.restore import ModelSpec
@@ -158,20 +158,20 @@ def _scenes(options: EvaluateOptions) -> None:
     from mmjax.evaluate import scenes
     from mmjax.models.int8 import Int8
 
-    made, run = _config_of_scenes(options), options.checkpoint
+    config, run = _config_of_scenes(options), options.checkpoint
     model = _load(options)
     exact = [path for path, leaf in trees.flatten(model.params).items() if not isinstance(leaf, Int8)]
     spec = ModelSpec(converted.read_run(run), model.mesh, model.module.dtype, options.frozen_dtype, exact=exact)
-    untrained = dataclasses.replace(model, params=spec.restore(made["seed"]))
-    facts = {"run": run.name, "steps": f"{made['optim']['epochs'] * made['optim']['steps_per_epoch']:,}"}
+    untrained = dataclasses.replace(model, params=spec.restore(config["seed"]))
+    facts = {"run": run.name, "steps": f"{config['optim']['epochs'] * config['optim']['steps_per_epoch']:,}"}
     options.out.mkdir(parents=True, exist_ok=True)
-    scenes.report_scenes(model, untrained, ScenesConfig(**made["data"]["scenes"]), options.out, converted.lineage(run),
-                         facts, options.decoding,
+    scenes.report_scenes(model, untrained, ScenesConfig(**config["data"]["scenes"]), options.out,
+                         converted.lineage(run), facts, options.decoding,
                          scenes.AT_ONCE if options.batch_size is None else options.batch_size)
 
 
 def _config_of_scenes(options: EvaluateOptions) -> dict[str, Any]:
-    """The config of the run to score. Raises ValueError if it is none on scenes, and for options that have no use."""
+    """Returns the config of the run to score. Raises ValueError for other runs, and options that do not apply."""
     from mmjax.checkpoints import converted
 
     run, wrong = options.checkpoint, []
@@ -183,7 +183,7 @@ def _config_of_scenes(options: EvaluateOptions) -> dict[str, Any]:
     elif not (run / converted.RUN_CARD).is_file():
         wrong.append(f"--checkpoint: it is for runs, which {run} is not: it has no {converted.RUN_CARD}")
     _refuse(options, wrong)
-    made = converted.read_run_card(run)["config"]
-    if not made["data"].get("scenes"):
-        raise ValueError(f"The run {run} was not trained on scenes. Other benchmarks are for it.")
-    return made
+    config = converted.read_run_card(run)["config"]
+    if not config["data"].get("scenes"):
+        raise ValueError(f"The run {run} was not trained on scenes. Use another benchmark for it.")
+    return config

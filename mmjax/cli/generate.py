@@ -1,4 +1,4 @@
-"""`mmjax generate`: the words of a model, for one prompt or for many samples."""
+"""`mmjax generate`: generated text, for one prompt or for many samples."""
 
 import dataclasses
 import sys
@@ -23,26 +23,26 @@ class GenerateOptions:
     Many samples:   --samples in.jsonl --out out.jsonl        A line: {"image": "a.jpg", "prompt": "What is this?"}
     Many images:    --images FOLDER --prompt "Describe this image." --out out.jsonl
 
-    Of many, the same command goes on where it was stopped. A sample that cannot be used has an "error" in its line;
-    then the exit status is 1.
+    With many samples the same command continues after an interruption. The line of a sample that cannot be used has an
+    "error"; then the exit status is 1.
 
     Args:
         checkpoint: converted checkpoint or run folder
-        prompt: the question; MiniGPT-4's images are put in front of it unless it says where with <ImageHere>
+        prompt: the question; MiniGPT-4's images come first unless <ImageHere> marks their positions
         image: image files
-        media: other senses of ImageBind-LLM by name: audio FILE.wav, text WORDS, or an array in a FILE.npy (video,
+        media: other senses of ImageBind-LLM by name: audio FILE.wav, text TEXT, or an array in a FILE.npy (video,
             depth, thermal, imu)
-        weights: of the senses in their mix, by name: image 1.0 audio 0.5
+        weights: weights of the senses in the mix, by name: image 1.0 audio 0.5
         samples: a file with one JSON object a line: image or images, prompt; where needed media, weights, id
-        images: a folder, all of whose images get the prompt
+        images: a folder of images; the prompt is used for each
         out: the answers to samples or images, one JSON object a line, in their order
-        root: the folder below which the files of samples lie (default: that of the samples)
-        recall: vectors that ImageBind-LLM's senses are drawn towards (its visual cache): .npy or a flat faiss index
-        prompt_template: put around the prompt at its {} (default: the checkpoint's)
-        batch_size: of many, samples at once
-        mesh: of many, the devices; all of them share the samples unless this says otherwise
-        dtype: float32 or bfloat16 (default: what suits the device)
-        frozen_dtype: int8 holds the large matrices in half the memory of bfloat16
+        root: the folder of the files in samples (default: the folder of samples)
+        recall: ImageBind-LLM's visual cache: vectors in a .npy file or a flat faiss index
+        prompt_template: template with {} for the prompt (default: the checkpoint's)
+        batch_size: samples in a batch, for many samples
+        mesh: the devices, for many samples; by default all of them share the samples
+        dtype: float32 or bfloat16 (default: depends on the device)
+        frozen_dtype: int8 stores the large matrices in half the memory of bfloat16
     """
 
     checkpoint: Path
@@ -74,17 +74,17 @@ def generate(args: Sequence[str]) -> None:
 
 
 def answer(options: GenerateOptions) -> None:
-    """What the command does. Raises ValueError naming all options that do not go together."""
+    """Runs the command. Raises ValueError naming all options that cannot be combined."""
     from mmjax import compilation, sharding
     from mmjax.inference import loaded, requests
 
     require_local(GenerateOptions, vars(options), "media")
     _check_form(options)
-    asks: list[requests.Request] = []
+    samples: list[requests.Request] = []
     if options.samples is not None:
-        asks = requests.read_jsonl(options.samples, options.root)
+        samples = requests.read_jsonl(options.samples, options.root)
     elif options.images is not None:
-        asks = requests.images(options.images, options.prompt)
+        samples = requests.images(options.images, options.prompt)
     compilation.enable()
     recall = visual_cache(options.recall)
     mesh = sharding.make_mesh(options.mesh) if options.out else None
@@ -92,25 +92,25 @@ def answer(options: GenerateOptions) -> None:
     if options.out is None:
         print(_one(model, options, recall))
     else:
-        _many(model, options, asks, recall)
+        _many(model, options, samples, recall)
 
 
 def visual_cache(recall: Path | None) -> Any:
-    """The `mmjax.data.neighbours.Recall` of a file of vectors; None without one."""
+    """Returns the `mmjax.data.neighbours.Recall` of a file of vectors; None without one."""
     from mmjax.data import neighbours
 
     return None if recall is None else neighbours.Recall(neighbours.read(recall))
 
 
 def _check_form(options: GenerateOptions) -> None:
-    """Raises ValueError naming what does not go together."""
+    """Raises ValueError naming the options that cannot be combined."""
     samples, images, out = (value is not None for value in (options.samples, options.images, options.out))
-    asked, many, wrong = options.prompt is not None, samples or images, []
+    prompt, many, wrong = options.prompt is not None, samples or images, []
     if samples and images:
         wrong.append("--samples and --images: name one of them")
-    if samples and asked:
+    if samples and prompt:
         wrong.append("--prompt: every line of --samples has its own")
-    if not samples and not asked:
+    if not samples and not prompt:
         wrong.append("--prompt is missing; or name a file of --samples")
     if not samples and options.root is not None:
         wrong.append("--root is for --samples")
@@ -123,7 +123,7 @@ def _check_form(options: GenerateOptions) -> None:
     if not many and (options.batch_size, options.mesh) != (GenerateOptions.batch_size, EVERY_DEVICE):
         wrong.append("--batch-size and --mesh are for --samples or --images; one prompt is answered on one device")
     if wrong:
-        raise ValueError("These do not go together:\n  " + "\n  ".join(wrong))
+        raise ValueError("These options cannot be combined:\n  " + "\n  ".join(wrong))
 
 
 def _one(model: Any, options: GenerateOptions, recall: Any) -> str:
@@ -136,15 +136,15 @@ def _one(model: Any, options: GenerateOptions, recall: Any) -> str:
     return model.generate([sample], **options.decoding.settings(model), recall=recall, **options.text)[0]
 
 
-def _many(model: Any, options: GenerateOptions, asks: Sequence[Any], recall: Any) -> None:
+def _many(model: Any, options: GenerateOptions, samples: Sequence[Any], recall: Any) -> None:
     from rich.console import Console
 
     from mmjax.inference import predictions
 
     console = Console(stderr=True)
-    words = predictions.TextAnswerer(model, options.decoding, options.batch_size, recall, options.text)
-    made = predictions.card(asks, words, predictions.identity(options.checkpoint))
-    done = predictions.predict(options.out, asks, words, made, console)
+    answerer = predictions.TextAnswerer(model, options.decoding, options.batch_size, recall, options.text)
+    card = predictions.card(samples, answerer, predictions.identity(options.checkpoint))
+    done = predictions.predict(options.out, samples, answerer, card, console)
     for line in predictions.summary(done):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if done.errors:

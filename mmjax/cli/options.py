@@ -1,4 +1,4 @@
-"""What all commands ask of their options: a path is local."""
+"""Checks that the paths in a command's options are local."""
 
 import functools
 import inspect
@@ -13,7 +13,7 @@ from mmjax import files
 
 
 def local(command: Callable[..., Any], *texts: str) -> Callable[..., Any]:
-    """The command, which first raises ValueError naming every option that is a URL and has to be a local path.
+    """Wraps a command to first raise ValueError naming every option that is a URL but must be a local path.
 
     texts: the options that are paths but not annotated as `Path`
     """
@@ -36,7 +36,7 @@ def require_local(command: Callable[..., Any], values: Mapping[str, Any], *texts
     for name, hint in hints.items():
         if name not in values or not (name in texts or _holds_path(hint)):
             continue
-        option, value = _written(name, hint), values[name]
+        option, value = _option_name(name, hint), values[name]
         if isinstance(value, Mapping):  # --media audio FILE text WORDS
             paths |= {f"{option} {key}": path for key, path in value.items() if key != "text"}
         else:
@@ -48,7 +48,7 @@ def _holds_path(hint: Any) -> bool:
     return hint is Path or any(map(_holds_path, typing.get_args(hint)))
 
 
-def _written(name: str, hint: Any) -> str:
-    """As on the command line: `--the-name`, or `THE-NAME` of one that is known by its place."""
-    written = name.replace("_", "-")
-    return written.upper() if tyro.conf.Positional in typing.get_args(hint) else f"--{written}"
+def _option_name(name: str, hint: Any) -> str:
+    """Returns the option as on the command line: `--the-name`, or `THE-NAME` for a positional one."""
+    option = name.replace("_", "-")
+    return option.upper() if tyro.conf.Positional in typing.get_args(hint) else f"--{option}"

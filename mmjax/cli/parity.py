@@ -1,4 +1,4 @@
-"""`mmjax parity`: a model against activations of its PyTorch original."""
+"""`mmjax parity`: compare a model with activations of its PyTorch original."""
 
 import sys
 from collections.abc import Sequence
@@ -10,24 +10,24 @@ from mmjax.cli import options
 
 
 def parity(args: Sequence[str]) -> None:
-    """Compare a model stage by stage with its PyTorch original, and say where they first part; then exit status 1."""
-    tyro.cli(options.local(hold_against), args=args, prog="mmjax parity")
+    """Compare a model stage by stage with its PyTorch original; exit status 1 if a stage differs."""
+    tyro.cli(options.local(compare), args=args, prog="mmjax parity")
 
 
-def hold_against(
+def compare(
     checkpoint: tyro.conf.Positional[Path],
     reference: Path,
     dtype: str = "float32",
     tolerance: float | None = None,
     json: Path | None = None,
 ) -> None:
-    """Compare a model stage by stage with its PyTorch original, and say where they first part; then exit status 1.
+    """Compare a model stage by stage with its PyTorch original; exit status 1 if a stage differs.
 
     Args:
         checkpoint: converted checkpoint or run folder
         reference: npz file with inputs and stages of the original; docs/parity.md has the format and a recipe
-        dtype: that the model computes in here, float32 or bfloat16
-        tolerance: largest relative difference of what agrees (default: what suits the coarser dtype of both)
+        dtype: compute dtype, float32 or bfloat16
+        tolerance: largest relative difference (default: depends on the coarser dtype of both)
         json: a file for all figures
     """
     import dataclasses
@@ -36,15 +36,15 @@ def hold_against(
     from rich.console import Console
 
     from mmjax import compilation
-    from mmjax import parity as comparing
+    from mmjax import parity as stages
     from mmjax.inference.loaded import load
 
     compilation.enable()
-    rows = comparing.parity(load(checkpoint, dtype=dtype), reference, tolerance)
-    comparing.show(rows, Console())
+    rows = stages.parity(load(checkpoint, dtype=dtype), reference, tolerance)
+    stages.show(rows, Console())
     if json:
-        told = [{name: None if value != value else value for name, value in dataclasses.asdict(row).items()}
-                | {"stage": row.stage.name} for row in rows]  # JSON has no NaN
-        json.write_text(dumps({"verdict": comparing.verdict(rows), "stages": told}, indent=2) + "\n")
-    if not comparing.all_agree(rows):
+        results = [{name: None if value != value else value for name, value in dataclasses.asdict(row).items()}
+                   | {"stage": row.stage.name} for row in rows]  # JSON has no NaN
+        json.write_text(dumps({"verdict": stages.verdict(rows), "stages": results}, indent=2) + "\n")
+    if not stages.all_agree(rows):
         sys.exit(1)

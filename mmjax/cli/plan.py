@@ -1,4 +1,4 @@
-"""`mmjax plan`: what a run needs of devices."""
+"""`mmjax plan`: memory, operations and time of a run on given devices."""
 
 import argparse
 import inspect
@@ -12,14 +12,14 @@ from mmjax.config import RunConfig
 
 
 def plan(args: Sequence[str]) -> None:
-    """Say what a run needs of devices that nobody has rented yet, and whether it fits; exit status 1 if it does not.
+    """Report what a run needs on devices that need not be present, and whether it fits; exit status 1 if it does not.
 
     plan --config FILE --topology NAME [--preset NAME] [--length TOKENS] [--json FILE] [--FIELD VALUE ...]
 
     --topology  a TPU slice, chip:grid, such as v5e:4x4 or v5p:2x2x2; or local, the devices of this machine
-    --preset    an architecture of the config's family (minigpt4-13b) in place of the checkpoint's, which need not exist
-    --length    tokens of a row; otherwise the longest that the text settings allow
-    --json      a file for everything that was found
+    --preset    an architecture of the config's family (minigpt4-13b) instead of the checkpoint's, which need not exist
+    --length    tokens of a row (default: the largest number that the text settings allow)
+    --json      a file for all results
     Every field of the config can be overridden, as in `train`.
     """
     import json
@@ -41,21 +41,21 @@ def plan(args: Sequence[str]) -> None:
     files.require_local({"--json": options.json})
     built = overridden(options.config, rest, "plan")
     if options.topology != "local":
-        jax.config.update("jax_enable_compilation_cache", False)  # a program for devices elsewhere is never read back
+        jax.config.update("jax_enable_compilation_cache", False)  # programs for other devices cannot be loaded
         if not jax.config.jax_platforms:
             jax.config.update("jax_platforms", "cpu")  # else JAX looks for a TPU because libtpu is there
 
     from mmjax.cost import plan as planning
 
-    console, made = Console(markup=False), {}
+    console, plans = Console(markup=False), {}
     for name, config in ({"": built} if isinstance(built, RunConfig) else built).items():
         if name:
             console.rule(name)
         with Console(stderr=True).status(f"Compiling for {options.topology}"):
-            made[name] = planning.plan(config, options.topology, options.preset, options.length)
-        planning.show(made[name], console)
+            plans[name] = planning.plan(config, options.topology, options.preset, options.length)
+        planning.show(plans[name], console)
     if options.json:
-        told = {name: one.to_json() for name, one in made.items()}
-        options.json.write_text(json.dumps(told.get("", told), indent=2) + "\n")
-    if not all(one.memory.fits for one in made.values()):
+        results = {name: one.to_json() for name, one in plans.items()}
+        options.json.write_text(json.dumps(results.get("", results), indent=2) + "\n")
+    if not all(one.memory.fits for one in plans.values()):
         sys.exit(1)

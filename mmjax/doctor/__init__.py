@@ -1,8 +1,8 @@
-"""What is wrong with a checkpoint, in words: a minute of self-tests on a converted checkpoint or a run.
+"""Self-tests that explain what is wrong with a converted checkpoint or a run; they take about a minute.
 
-Every check gives `Finding`s. Those of the stored numbers read tensor by tensor, a slice at a time, so that a model of
-any size is looked through in little memory; `quick` stops there. The others load the model, let it read plain English
-and look at two images. docs/doctor.md says what each finding means.
+Every check returns `Finding`s. The checks of stored numbers read tensor by tensor, one slice at a time, so a model of
+any size needs little memory; `quick` stops after them. The others load the model and run it on English sentences and
+on two images. docs/doctor.md explains each finding.
 """
 
 import dataclasses
@@ -19,43 +19,43 @@ __all__ = ["TEXTS", "Finding", "examine", "show", "to_json", "worst"]
 
 
 def examine(folder: str | Path, quick: bool = False, dtype: str | None = None, frozen_dtype: str | None = None,
-            texts: Sequence[str] = TEXTS, tell: Callable[[str], None] = lambda doing: None) -> list[Finding]:
-    """All findings about a converted checkpoint or a run folder.
+            texts: Sequence[str] = TEXTS, progress: Callable[[str], None] = lambda step: None) -> list[Finding]:
+    """Returns all findings about a converted checkpoint or a run folder.
 
-    quick:  the files and the stored numbers alone; no model is loaded
+    quick:    checks only the files and the stored numbers; no model is loaded
     dtype, frozen_dtype: as in `loaded.load`
-    texts:  sentences that the model should know, for one that was trained on something else than English
-    tell:   called with what is being done
+    texts:    sentences like those the model was trained on, for models that were not trained on English
+    progress: called with the name of each step
 
     Raises FileNotFoundError or ValueError if the folder holds no checkpoint at all, or its config.json is damaged.
     """
-    tell("Opening")
-    patient, found = inspect_folder(Path(folder))
-    if "files" in [finding.name for finding in found]:
-        return found
-    tell("Reading every tensor")
+    progress("Opening")
+    inspection, findings = inspect_folder(Path(folder))
+    if "files" in [finding.name for finding in findings]:
+        return findings
+    progress("Reading every tensor")
     try:
-        patient = dataclasses.replace(patient, tensors={
-            path: statistics(path, rows) for path, rows in patient.read.items()})
+        inspection = dataclasses.replace(inspection, tensors={
+            path: statistics(path, rows) for path, rows in inspection.read.items()})
     except Exception as error:
-        return [*found, damaged(patient.source.folder, error)]
+        return [*findings, damaged(inspection.source.folder, error)]
     for check in weights.CHECKS:
-        found += check(patient)
-    tell("Trying the tokenizer")
-    found += tokenizer.check(patient)
+        findings += check(inspection)
+    progress("Trying the tokenizer")
+    findings += tokenizer.check(inspection)
     if quick:
-        return found
-    if blocked := [finding.name for finding in found
+        return findings
+    if blocked := [finding.name for finding in findings
                    if finding.verdict == "wrong" and finding.name in ("run", "parameters", "tokenizer")]:
-        return [*found, Finding("outputs", "warning", f"The model was not tried: see to {', '.join(blocked)} first.")]
-    if patient.run:
-        tell("Comparing the base weights with those the run was trained on")
-        found += outputs.base_weights(patient)
-    tell("Loading the model")
+        return [*findings, Finding("outputs", "warning", f"The model was not run: repair {', '.join(blocked)} first.")]
+    if inspection.run:
+        progress("Comparing the base weights with those the run was trained on")
+        findings += outputs.base_weights(inspection)
+    progress("Loading the model")
     model = loaded.load(folder, dtype=dtype, frozen_dtype=frozen_dtype, init_fresh=0)
-    found += outputs.beginning(model)
-    tell("Reading plain text")
-    found += outputs.plain_text(model, texts, found)
-    tell("Looking at images")
-    found += outputs.images(model, patient)
-    return found
+    findings += outputs.beginning(model)
+    progress("Reading plain text")
+    findings += outputs.plain_text(model, texts, findings)
+    progress("Looking at images")
+    findings += outputs.images(model, inspection)
+    return findings

@@ -1,4 +1,4 @@
-"""What a check found, and how it is told."""
+"""Findings of the checks, and their output as a table or JSON."""
 
 import dataclasses
 import json
@@ -14,11 +14,11 @@ Verdict = Literal["ok", "warning", "wrong"]
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What one check found.
+    """The result of one check.
 
-    name:    of the check
-    words:   what is so, and where something is wrong, what to do
-    figures: numbers and names behind it
+    name:    name of the check
+    words:   message: the result, and what to do if something is wrong
+    figures: numbers and names that the message is based on
     """
 
     name: str
@@ -28,12 +28,13 @@ class Finding:
 
 
 def some(names: Iterable[Any], most: int = 4) -> str:
-    """A few names for a sentence."""
+    """Returns the first few names as text, for a message."""
     names = [str(name) for name in names]
     return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "")
 
 
 def worst(findings: Sequence[Finding]) -> Verdict:
+    """Returns the worst verdict; "ok" for no findings."""
     return max((finding.verdict for finding in findings), key=("ok", "warning", "wrong").index, default="ok")
 
 
@@ -49,6 +50,6 @@ def show(findings: Sequence[Finding], console: Console) -> None:
 
 
 def to_json(folder: Path, findings: Sequence[Finding]) -> str:
-    told = {"checkpoint": str(folder), "verdict": worst(findings),
-            "findings": [dataclasses.asdict(finding) for finding in findings]}
-    return json.dumps(told, indent=2) + "\n"
+    result = {"checkpoint": str(folder), "verdict": worst(findings),
+              "findings": [dataclasses.asdict(finding) for finding in findings]}
+    return json.dumps(result, indent=2) + "\n"

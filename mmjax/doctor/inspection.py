@@ -1,4 +1,4 @@
-"""What is examined: a checkpoint or run, opened, and the statistics of every stored tensor."""
+"""An opened checkpoint or run, and the statistics of every stored tensor."""
 
 import dataclasses
 import functools
@@ -19,12 +19,12 @@ from mmjax.convert.adapter import REPLACED
 from mmjax.doctor.finding import Finding, some
 from mmjax.families import shapes
 
-SLICE_BYTES = 16 * 2**20  # of a tensor, read at once
+SLICE_BYTES = 16 * 2**20  # read at once from a tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Of the finite values of a tensor or a layer; `bad` counts the others."""
+    """Moments of the finite values of a tensor or a layer; `bad` counts the values that are not finite."""
 
     count: int = 0
     bad: int = 0
@@ -69,7 +69,7 @@ class Moments:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A parameter and its numbers. `layers`: of each one of a stacked parameter; empty for others."""
+    """Statistics of a parameter. `layers` has those of each layer of a stacked parameter; it is empty for others."""
 
     path: str
     shape: tuple[int, ...]
@@ -79,14 +79,14 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What is examined.
+    """An opened checkpoint or run.
 
     source:  the checkpoint, with the run's architecture if it is a run
     card:    the checkpoint's config.json
-    read:    `{path: its rows}`, of every parameter that is there
-    tensors: their statistics
-    run:     the run's folder, if it is one
-    fresh:   parameters that no file held and no run has trained
+    read:    `{path: rows}` of every stored parameter
+    tensors: `{path: statistics}`
+    run:     the run's folder, or None
+    fresh:   parameters that were in no file and that no run has trained
     """
 
     source: ConvertedCheckpoint
@@ -103,12 +103,12 @@ class Inspection:
         return {path: tensor for path, tensor in self.tensors.items() if re.fullmatch(pattern, path)}
 
     def comes_from(self, path: str) -> str:
-        """Which file it came from, for the end of a sentence."""
-        held = self.card.get("sources", {})
+        """Returns the file that a parameter came from, for a message."""
+        sources = self.card.get("sources", {})
         conversion = self.source.family.conversion
         for pattern, option in conversion.origins if conversion else ():
-            if re.fullmatch(pattern, path) and option in held:
-                files = held[option] if isinstance(held[option], list) else [held[option]]
+            if re.fullmatch(pattern, path) and option in sources:
+                files = sources[option] if isinstance(sources[option], list) else [sources[option]]
                 names = [file["file"] for file in files]
                 return f"--{option}: {', '.join(names[:2])}{', …' if len(names) > 2 else ''}"
         return f"the run {self.run}" if self.run else "a file that config.json does not name"
@@ -116,7 +116,7 @@ class Inspection:
 
 @dataclasses.dataclass(frozen=True)
 class StoredRows:
-    """A parameter's rows along the first axis, read as float32 when they are asked for. `layered`: those are layers."""
+    """Reads rows of a parameter along its first axis, as float32. `layered`: that axis is the layers."""
 
     shape: tuple[int, ...]
     get: Callable[[int, int], np.ndarray]
@@ -126,14 +126,14 @@ class StoredRows:
         return np.asarray(self.get(first, end)).astype(np.float32)
 
     def ranges(self) -> Iterator[tuple[int, int]]:
-        """Of a stacked parameter its layers one by one, of others as many rows as a slice has room for."""
+        """Yields (first, end) of slices: layers of a stacked parameter, or as many rows as `SLICE_BYTES` allow."""
         row = 4 * math.prod(self.shape[1:])
         step = 1 if self.layered else max(1, SLICE_BYTES // max(row, 1))
         return ((first, min(first + step, self.shape[0])) for first in range(0, self.shape[0], step))
 
 
 def inspect_folder(folder: Path) -> tuple[Inspection, list[Finding]]:
-    """The patient, without statistics; and what can be said of its files.
+    """Returns the inspection, without statistics, and the findings about its files.
 
     Raises FileNotFoundError or ValueError if there is no checkpoint at all, or its config.json is damaged.
     """
@@ -141,35 +141,39 @@ def inspect_folder(folder: Path) -> tuple[Inspection, list[Finding]]:
     source = converted.read_run(folder) if run else ConvertedCheckpoint.open(folder)
     card = converted.read_checkpoint_card(source.folder)
     wanted = shapes(source.family, source.config)
-    trained, found = _trained(run) if run else ({}, [])
+    trained, findings = _trained(run) if run else ({}, [])
     try:
-        held = frozen_weights.arrays(source.folder / "weights")
+        stored = frozen_weights.arrays(source.folder / "weights")
     except FileNotFoundError:
         raise
     except Exception as error:
-        return Inspection(source, card, {}, {}, run), [*found, damaged(source.folder, error)]
+        return Inspection(source, card, {}, {}, run), [*findings, damaged(source.folder, error)]
     axes = source.family.all_axes(source.config)
-    read = {path: StoredRows(tuple(array.shape), functools.partial(_stored, array), trees.lookup(path, axes)[0] == "layer")
-            for path, array in held.items() if path in wanted and path not in trained}
-    read |= {path: StoredRows(leaf.shape, functools.partial(_rows, np.asarray(leaf)), trees.lookup(path, axes)[0] == "layer")
+
+    def rows(path: str, shape: tuple[int, ...], get: Callable[[int, int], np.ndarray]) -> StoredRows:
+        return StoredRows(shape, get, trees.lookup(path, axes)[0] == "layer")
+
+    read = {path: rows(path, tuple(array.shape), functools.partial(_stored, array))
+            for path, array in stored.items() if path in wanted and path not in trained}
+    read |= {path: rows(path, leaf.shape, functools.partial(_rows, np.asarray(leaf)))
              for path, leaf in trained.items() if path in wanted}
     fresh = tuple(path for path in source.fresh if path not in trained)
-    there = {path: rows for path, rows in (held | trained).items() if not path.startswith(REPLACED)}
-    missing = {path: shape for path, shape in wanted.items() if path not in fresh}
-    if wrong := trees.compare(missing, there):
-        found.append(Finding(
+    present = {path: value for path, value in (stored | trained).items() if not path.startswith(REPLACED)}
+    expected = {path: shape for path, shape in wanted.items() if path not in fresh}
+    if wrong := trees.compare(expected, present):
+        findings.append(Finding(
             "parameters", "wrong", f"{len(wrong)} parameters are not those of the architecture in config.json: "
             f"{some(wrong)}. Convert the files that belong together again.", {"parameters": wrong}))
     else:
-        count = sum(math.prod(rows.shape) for rows in read.values())
-        found.append(Finding("parameters", "ok", f"{len(read)} tensors, {count:,} numbers, as the architecture wants "
-                             "them.", {"tensors": len(read), "numbers": count}))
-    unreadable = any(finding.verdict == "wrong" for finding in found if finding.name == "run")
-    return Inspection(source, card, read, {}, run, () if unreadable else fresh), found
+        count = sum(math.prod(values.shape) for values in read.values())
+        findings.append(Finding("parameters", "ok", f"{len(read)} tensors, {count:,} numbers, which match the "
+                                "architecture.", {"tensors": len(read), "numbers": count}))
+    unreadable = any(finding.verdict == "wrong" for finding in findings if finding.name == "run")
+    return Inspection(source, card, read, {}, run, () if unreadable else fresh), findings
 
 
 def damaged(folder: Path, error: Exception) -> Finding:
-    """What could not be read: TensorStore, Orbax and the file system each have their own errors."""
+    """Returns the finding for weights that cannot be read; the errors of TensorStore, Orbax and files differ."""
     return Finding("files", "wrong", f"{folder / 'weights'} cannot be read, it is damaged: "
                    f"{str(error).splitlines()[0][:300]}. Convert or copy the checkpoint again.")
 
@@ -183,18 +187,18 @@ def _rows(array: np.ndarray, first: int, end: int) -> np.ndarray:
 
 
 def _trained(run: Path) -> tuple[dict[str, Any], list[Finding]]:
-    """(what a run has trained, what can be said of its checkpoints)"""
+    """Returns (the trained parameters of a run, findings about its checkpoints)."""
     try:
         trained = converted.trained_params(run)
     except (ValueError, OSError) as error:
         return {}, [Finding("run", "wrong", str(error))]
     step = training_checkpoints.saved(run / "checkpoints")[-1]
-    return trained, [Finding("run", "ok", f"The checkpoint of step {step} is as it was saved; {len(trained)} tensors "
-                             "are trained.", {"step": step, "trained": sorted(trained)})]
+    return trained, [Finding("run", "ok", f"The checkpoint of step {step} is unchanged since it was saved; "
+                             f"{len(trained)} tensors are trained.", {"step": step, "trained": sorted(trained)})]
 
 
 def statistics(path: str, rows: StoredRows) -> Tensor:
-    """Reads a tensor slice by slice."""
+    """Returns the statistics of a tensor, which is read slice by slice."""
     parts = [Moments.of(rows(*bounds)) for bounds in rows.ranges()]
     return Tensor(path, rows.shape, functools.reduce(Moments.__add__, parts, Moments()),
                   tuple(parts) if rows.layered else ())

@@ -10,61 +10,65 @@ from mmjax.tokenizer import Tokenizer
 STRINGS = ("The sun rises in the east.", "3.14 is less than 4; isn't it?", "Wie geht es dir? Ça va bien.")
 
 
-def check(patient: Inspection) -> list[Finding]:
-    """Does the vocabulary fit the embedding table, and do its special ids?"""
+def check(inspection: Inspection) -> list[Finding]:
+    """Checks the vocabulary and its special ids against the embedding table, and encodes and decodes strings."""
     try:
-        words = patient.source.tokenizer
+        tokenizer = inspection.source.tokenizer
     except (ValueError, OSError) as error:
         return [Finding("tokenizer", "wrong", str(error))]
-    rows = patient.source.config.llm.vocab
-    return [_vocabulary(words, rows), _special(patient, words, rows), *_round_trip(words)]
+    rows = inspection.source.config.llm.vocab
+    return [_vocabulary(tokenizer, rows), _special(inspection, tokenizer, rows), *_round_trip(tokenizer)]
 
 
-def _vocabulary(words: Tokenizer, rows: int) -> Finding:
-    figures = {"words": words.vocab_size, "rows": rows}
-    padded = -(-words.vocab_size // PADDED_VOCABULARY) * PADDED_VOCABULARY
-    if rows in (words.vocab_size, padded):
-        return Finding("tokenizer", "ok", f"{words.vocab_size} words, {rows} rows in the embedding table.", figures)
-    return Finding("tokenizer", "wrong", f"The tokenizer has {words.vocab_size} words (added ones included), the "
+def _vocabulary(tokenizer: Tokenizer, rows: int) -> Finding:
+    figures = {"words": tokenizer.vocab_size, "rows": rows}
+    padded = -(-tokenizer.vocab_size // PADDED_VOCABULARY) * PADDED_VOCABULARY
+    if rows in (tokenizer.vocab_size, padded):
+        return Finding("tokenizer", "ok", f"{tokenizer.vocab_size} tokens, {rows} rows in the embedding table.",
+                       figures)
+    return Finding("tokenizer", "wrong", f"The tokenizer has {tokenizer.vocab_size} tokens (added ones included), the "
                    f"embedding table {rows} rows: they are of different releases (LLaMA and Vicuna v1.1 have 32000, "
                    "Vicuna v0 32001). Take the tokenizer files from the folder of the weights.", figures)
 
 
-def _special(patient: Inspection, words: Tokenizer, rows: int) -> Finding:
-    told = patient.source.generation
-    ends = told["eos_token_id"] if isinstance(told["eos_token_id"], list) else [told["eos_token_id"]]
-    own = {"bos": words.bos, "eos": words.eos, "unk": words.unk, "pad": words.pad}
-    figures = {"tokenizer": own, "generation": told}
-    ids = [*((f"the tokenizer's {name}", i) for name, i in own.items()), ("bos_token_id", told["bos_token_id"]),
-           ("pad_token_id", told["pad_token_id"]), *(("eos_token_id", end) for end in ends)]
+def _special(inspection: Inspection, tokenizer: Tokenizer, rows: int) -> Finding:
+    generation = inspection.source.generation
+    bos, pad, eos = (generation[f"{name}_token_id"] for name in ("bos", "pad", "eos"))
+    ends = eos if isinstance(eos, list) else [eos]
+    special = {"bos": tokenizer.bos, "eos": tokenizer.eos, "unk": tokenizer.unk, "pad": tokenizer.pad}
+    figures = {"tokenizer": special, "generation": generation}
+    ids = [*((f"the tokenizer's {name}", i) for name, i in special.items()), ("bos_token_id", bos),
+           ("pad_token_id", pad), *(("eos_token_id", end) for end in ends)]
     if outside := [f"{name} {i}" for name, i in ids if not 0 <= i < rows]:
         return Finding("special ids", "wrong", f"{', '.join(outside)} have no row in the embedding table of {rows}. "
                        "Take tokenizer and generation_config.json from the folder of the weights.", figures)
-    if words.bos in (words.eos, words.unk) and words.bos != told["bos_token_id"]:
+    if tokenizer.bos in (tokenizer.eos, tokenizer.unk) and tokenizer.bos != bos:
+        kind = "end" if tokenizer.bos == tokenizer.eos else "unknown token"
         return Finding(
-            "special ids", "wrong", f"There is no BOS: to the tokenizer a text begins with {words.bos_text!r} (id "
-            f"{words.bos}), which is its {'end' if words.bos == words.eos else 'unknown word'}; the model's own is "
-            f"{told['bos_token_id']}. Every answer suffers: correct bos_token in special_tokens_map.json or "
+            "special ids", "wrong", f"There is no BOS: the tokenizer begins a text with {tokenizer.bos_text!r} (id "
+            f"{tokenizer.bos}), which is its {kind}; the model's own is {bos}. Every answer suffers: "
+            "correct bos_token in special_tokens_map.json or "
             "tokenizer_config.json.", figures)
-    apart = [f"{name} {own[name]} (generation: {told[f'{name}_token_id']})" for name, same in (
-        ("bos", words.bos == told["bos_token_id"]), ("eos", words.eos in ends)) if not same]
-    if apart:
+    different = [f"{name} {special[name]} (generation: {generation[f'{name}_token_id']})" for name, same in (
+        ("bos", tokenizer.bos == bos), ("eos", tokenizer.eos in ends)) if not same]
+    if different:
         return Finding("special ids", "warning", "Tokenizer and generation_config.json do not agree: "
-                       f"{', '.join(apart)}. Answers may begin or end wrongly; one of the files is of another release.",
+                       f"{', '.join(different)}. Answers may begin or end wrongly; one of the files is of another "
+                       "release.",
                        figures)
-    return Finding("special ids", "ok", ", ".join(f"{name} {i}" for name, i in own.items()) + "; generation agrees.",
-                   figures)
+    return Finding("special ids", "ok", ", ".join(f"{name} {i}" for name, i in special.items()) + "; generation "
+                   "agrees.", figures)
 
 
-def _round_trip(words: Tokenizer) -> Iterator[Finding]:
+def _round_trip(tokenizer: Tokenizer) -> Iterator[Finding]:
     unknown, changed = [], []
     for text in STRINGS:
-        ids = words.encode(text)
-        back = words.decode(ids)
-        if words.unk in ids and words.unk != words.eos:
+        tokens = tokenizer.encode(text)
+        decoded = tokenizer.decode(tokens)
+        if tokenizer.unk in tokens and tokenizer.unk != tokenizer.eos:
             unknown.append(text)
-        elif back.strip() != text:
-            changed.append((text, back))
+        elif decoded.strip() != text:
+            changed.append((text, decoded))
     figures = {"changed": changed, "unknown": unknown}
     if changed:
         yield Finding("round trip", "wrong", f"Encoded and decoded, {changed[0][0]!r} becomes {changed[0][1]!r}: the "

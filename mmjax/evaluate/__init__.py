@@ -1,4 +1,4 @@
-"""Scores of a model: on published benchmarks, on choices ranked by their loss, and on the embedded default's scenes."""
+"""Evaluation of a model: published benchmarks, choices ranked by their loss, and the embedded default's scenes."""
 
 from mmjax.evaluate.rank import Choices
 from mmjax.evaluate.scenes import ROWS, ScenesScore, report_scenes, score_job, score_scenes

@@ -1,12 +1,12 @@
-"""A benchmark from its files to its scores: items are asked one by one, their answers kept, and scored from the file.
+"""Runs a benchmark from its files to its scores: answers are stored in a file and scored from it.
 
-    OUT/predictions.jsonl            the answers, see `mmjax.inference.predictions`
-    OUT/predictions.jsonl.card.json  of which model and with which settings
-    OUT/scores.json                  the figures with their intervals, and what they are of
+    OUT/predictions.jsonl            the answers; see `mmjax.inference.predictions`
+    OUT/predictions.jsonl.card.json  the model and the settings of the answers
+    OUT/scores.json                  the figures with their intervals, the model and the settings
     OUT/report.html                  the figures, and the worst and the best images
 
-Every item is a conversation of its own, so the answers do not depend on the order of the items or on what else is
-asked. An item that could not be answered counts as wrong, and is counted.
+Every item is a separate conversation, so the answers do not depend on the order of the items or on other items. An
+item that could not be answered counts as wrong; the errors are counted.
 """
 
 import collections
@@ -25,7 +25,7 @@ from rich.table import Table
 from mmjax import files
 from mmjax.checkpoints import converted
 from mmjax.data import boxes, images
-from mmjax.data.text import bare
+from mmjax.data.text import without_placeholders
 from mmjax.evaluate import report
 from mmjax.evaluate.benchmarks import BENCHMARKS, Figure, Item, Scores
 from mmjax.evaluate.metrics.grounding import answered_box
@@ -36,21 +36,21 @@ from mmjax.inference.loaded import Loaded
 from mmjax.inference.requests import Request, digest
 
 PREDICTIONS, SCORES = "predictions.jsonl", "scores.json"
-TOP = 24  # worst images of a page, and best ones
-SIDE = 480  # pixels of the long side of a image on a page, at most
+TOP = 24  # number of the worst and of the best items on a page
+SIDE = 480  # largest side of an image on a page, in pixels
 PACKAGES = ("mmjax", "jax", "flax", "numpy", "pillow")
 
 
 @dataclasses.dataclass(frozen=True)
 class Test:
-    """What is asked of which benchmark, and how it is scored.
+    """A benchmark, its prompt, and how it is scored.
 
     name:     one of BENCHMARKS
     data:     the folder or file of that benchmark
-    root:     the folder below which its images lie, where that is not the data file's own
-    prompt:   put around what an item asks at its {}; None for the benchmark's own
-    limit:    items to ask, evenly spread over all of them; None for all
-    in_words: have choices answered in words, too, and read from them, in place of ranking them by their loss
+    root:     the folder of the images, if it is not the folder of the data file
+    prompt:   template with {} for the question; None for the benchmark's own
+    limit:    number of items, evenly spread over all of them; None for all
+    in_words: generate text and read the choice from it, instead of ranking the choices by their loss
     rank_by:  the rule by which choices are ranked; see `mmjax.evaluate.rank.chosen`
     """
 
@@ -74,23 +74,23 @@ class Test:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the answers depend on, for the card; how they are scored may change."""
+        """Returns the settings that the answers depend on, for the card; those of scoring may change."""
         return {"benchmark": self.name, "prompt": self.prompt, "limit": self.limit, "in_words": self.in_words}
 
     def items(self) -> list[Item]:
-        """Raises FileNotFoundError or ValueError naming what of the benchmark cannot be used."""
+        """Returns the items. Raises FileNotFoundError or ValueError naming what cannot be used."""
         items = BENCHMARKS[self.name].read(self.data, self.root, self.prompt)
         count = len(items) if self.limit is None else min(self.limit, len(items))
         return [items[number * len(items) // count] for number in range(count)]
 
 
-def asks(items: Sequence[Item]) -> list[Request]:
+def requests(items: Sequence[Item]) -> list[Request]:
     return [Request(item.id, item.sample, item.choices) for item in items]
 
 
 def answerer(test: Test, model: Loaded, decoding: predictions.Decoding, batch_size: int, recall: Any = None,
              text: Mapping[str, Any] | None = None) -> Choices | predictions.TextAnswerer:
-    """What answers a benchmark's items: by rank, or in words of the length that the benchmark says unless told another.
+    """Returns the answerer of a test: by rank, or text of the benchmark's length unless `decoding` sets another.
 
     Raises ValueError naming the `unused` settings.
     """
@@ -100,47 +100,46 @@ def answerer(test: Test, model: Loaded, decoding: predictions.Decoding, batch_si
     if test.ranked:
         return Choices(model, batch_size, text or {})
     return predictions.TextAnswerer(model, decoding.at_most(BENCHMARKS[test.name].max_new_tokens), batch_size, recall,
-                             text or {})
+                                    text or {})
 
 
 def unused(test: Test, decoding: predictions.Decoding, recall: Any = None) -> tuple[list[str], str]:
-    """(the settings given that this test cannot use, by name; why not and what to do)"""
+    """Returns (names of the settings that this test cannot use, the reason and what to do)."""
     if test.ranked:
         return (decoding.changed + ["recall"] * (recall is not None),
                 f"the choices of {test.name} are ranked by their loss and nothing is generated; leave that out, or "
-                "have the answers in words (in_words)")
+                "generate the answers (in_words)")
     ranking = ["rank_by"] * (test.rank_by != "sum")
     if BENCHMARKS[test.name].kind == "choice":
-        return ranking, "the answers are in words (in_words) and not ranked; leave that out"
+        return ranking, "the answers are generated (in_words) and not ranked; leave that out"
     return (ranking + ["in_words"] * test.in_words,
-            f"{test.name} has no choices and is always answered in words; leave that out")
+            f"{test.name} has no choices and its answers are always generated; leave that out")
 
 
 def evaluate(test: Test, items: Sequence[Item], answers: Choices | predictions.TextAnswerer, checkpoint: str | Path,
              out: str | Path, console: Console | None = None) -> predictions.Done:
-    """Answers what OUT/predictions.jsonl does not hold yet. Raises what `predictions.predict` does."""
-    made = predictions.card(asks(items), answers, predictions.identity(checkpoint), **test.settings)
-    made |= {"checkpoint": str(checkpoint), "data": test.data, "root": test.root}
-    return predictions.predict(Path(out) / PREDICTIONS, asks(items), answers, made, console)
+    """Answers the items that are not in OUT/predictions.jsonl yet. Raises the errors of `predictions.predict`."""
+    card = predictions.card(requests(items), answers, predictions.identity(checkpoint), **test.settings)
+    card |= {"checkpoint": str(checkpoint), "data": test.data, "root": test.root}
+    return predictions.predict(Path(out) / PREDICTIONS, requests(items), answers, card, console)
 
 
 def begun(out: str | Path, test: Test) -> Test:
-    """The test whose answers lie in OUT, scored by the rule of the given one.
+    """Returns the test of the answers in OUT, with the scoring rule of the given one.
 
-    Raises FileNotFoundError if there are none, ValueError if they are of another benchmark, or to what was asked in
-    another way.
+    Raises FileNotFoundError if there are no answers, ValueError if their benchmark or settings are others.
     """
     settings = _card(Path(out))["settings"]
     if settings.get("benchmark") != test.name:
         raise ValueError(f"{Path(out) / PREDICTIONS} has the answers to {settings.get('benchmark')}, not to "
                          f"{test.name}.")
-    then = {name: settings[name] for name in test.settings if name != "benchmark"}
-    other = [f"{name} = {getattr(test, name)!r}, but the answers are with {value!r}" for name, value in then.items()
+    stored = {name: settings[name] for name in test.settings if name != "benchmark"}
+    other = [f"{name} = {getattr(test, name)!r}, but the answers are with {value!r}" for name, value in stored.items()
              if getattr(test, name) not in (None, False, value)]
     if other:
         raise ValueError(f"{Path(out) / PREDICTIONS} has answers to other questions:\n  " + "\n  ".join(other)
-                         + "\nLeave that out, or have it answered anew into another folder.")
-    return dataclasses.replace(test, **then)
+                         + "\nLeave that out, or answer again into another folder.")
+    return dataclasses.replace(test, **stored)
 
 
 def _card(out: Path) -> dict[str, Any]:
@@ -154,10 +153,10 @@ def _card(out: Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """What the answers in a folder are worth.
+    """The scores of the answers in a folder.
 
     answers: the line of each item
-    taken:   what of each was scored: words, or the place of a choice; of an item without an answer something wrong
+    taken:   the value of each that was scored: text, or the index of a choice; a wrong one for items with an error
     """
 
     test: Test
@@ -173,15 +172,15 @@ class Scored:
 
 
 def scored(test: Test, items: Sequence[Item], out: str | Path) -> Scored:
-    """The scores of the answers in OUT/predictions.jsonl.
+    """Returns the scores of the answers in OUT/predictions.jsonl.
 
-    Raises FileNotFoundError or ValueError if they are not there, not all there, or of other items.
+    Raises FileNotFoundError or ValueError if answers are missing, or belong to other items.
     """
     out, path = Path(out), Path(out) / PREDICTIONS
     card = _card(out)
-    if card["samples"].get("sha256") != digest(asks(items)):
+    if card["samples"].get("sha256") != digest(requests(items)):
         raise ValueError(f"{path} has answers to {card['samples'].get('count')} items, but not to the {len(items)} of "
-                         f"{test.data}: the data, or how they are asked, have changed since.")
+                         f"{test.data}: the data, or the prompts, have changed since.")
     lines, _ = predictions.read_answers(path.read_bytes(), [item.id for item in items], path)
     if len(lines) < len(items):
         raise ValueError(f"{path} has {len(lines)} of {len(items)} answers. Without score_only the same command makes "
@@ -191,20 +190,20 @@ def scored(test: Test, items: Sequence[Item], out: str | Path) -> Scored:
 
 
 def _taken(item: Item, line: Mapping[str, Any], test: Test) -> str | int:
-    """What of a line is scored."""
+    """Returns the value of a line that is scored."""
     if "error" not in line:
         return chosen(line, test.rank_by) if test.ranked else line["answer"]
     if not item.choices:
         return ""
-    wrong = next(place for place in range(len(item.choices)) if place != item.right)
+    wrong = next(index for index in range(len(item.choices)) if index != item.right)
     return wrong if test.ranked else item.choices[wrong]
 
 
-# ---- what people read ----
+# ---- output ----
 
 
 def show(result: Scored, console: Console) -> None:
-    """The figures as a table."""
+    """Prints the figures as a table."""
     test = result.test
     table = Table(title=f"{test.name}, {len(result.items):,} items")
     for heading in ("", "score", "95 % interval"):
@@ -226,10 +225,10 @@ def _interval(figure: Figure) -> str:
 
 
 def write(result: Scored, out: str | Path) -> Path:
-    """Writes scores.json and report.html into OUT; the path of the page."""
+    """Writes scores.json and report.html into OUT; returns the path of the page."""
     out, test, card = Path(out), result.test, result.card
     empty = sum(line.get("answer") == "" for line in result.answers)
-    told = {
+    content = {
         "benchmark": test.name,
         "figures": {name: dataclasses.asdict(figure) for name, figure in result.scores.figures.items()},
         "groups": {name: dataclasses.asdict(figure) for name, figure in result.scores.groups.items()},
@@ -240,7 +239,7 @@ def write(result: Scored, out: str | Path) -> Path:
         "scored_with": {name: importlib.metadata.version(name) for name in PACKAGES}
         | {"python": platform.python_version()},
     }
-    files.replace(out / SCORES, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+    files.replace(out / SCORES, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return _page(result, out, empty)
 
 
@@ -248,62 +247,62 @@ def _page(result: Scored, out: Path, empty: int) -> Path:
     test, card, scores = result.test, result.card, result.scores
     table = [["", "score", "95 % from", "to"], *([name, figure.value, figure.low, figure.high]
              for name, figure in [*scores.figures.items(), *scores.groups.items()])]
-    how = f"choices ranked by loss ({test.rank_by})" if test.ranked else "in words"
+    how = f"choices ranked by loss ({test.rank_by})" if test.ranked else "generated"
     first, figure = next(iter(scores.figures.items()))
     facts = {first: f"{figure.value:.3f}", "items": f"{len(result.items):,}", "answers": how,
              "not answered": f"{len(result.errors):,}"}
     if not test.ranked:
-        facts["said nothing"] = f"{empty:,}"
+        facts["empty answers"] = f"{empty:,}"
     worst, best = _ends(scores.each, [n for n, line in enumerate(result.answers) if "error" not in line])
-    sections = {"Worst answers": [example(result, place) for place in worst],
-                "Best answers": [example(result, place) for place in best]}
+    sections = {"Worst answers": [example(result, index) for index in worst],
+                "Best answers": [example(result, index) for index in best]}
     notes = [f"{line['id']}: {line['error']}" for line in result.errors]
-    named = Path(str(card.get("checkpoint", ""))).name
-    return report.write_scores(out, f"{named} on {test.name}" if named else test.name, table, sections, facts,
+    name = Path(str(card.get("checkpoint", ""))).name
+    return report.write_scores(out, f"{name} on {test.name}" if name else test.name, table, sections, facts,
                                {"Not answered, counted as wrong": notes} if notes else {})
 
 
-def _ends(each: Sequence[float], places: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Items with the lowest and with the highest scores, no item twice. Those that are equally good are drawn."""
-    order = list(places)
+def _ends(each: Sequence[float], indices: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Returns the items with the lowest and with the highest scores, no item twice. Ties are broken at random."""
+    order = list(indices)
     random.Random(0).shuffle(order)
-    order.sort(key=lambda place: each[place])
+    order.sort(key=lambda index: each[index])
     count = min(TOP, (len(order) + 1) // 2)
     return order[:count], order[count:][-TOP:][::-1]
 
 
-def example(result: Scored, place: int) -> Example:
-    """One item with what was said about it."""
-    item, line, taken, each = (column[place] for column in
+def example(result: Scored, index: int) -> Example:
+    """Returns an item and its answer, for the page."""
+    item, line, taken, each = (column[index] for column in
                                (result.items, result.answers, result.taken, result.scores.each))
     said = item.choices[taken] if isinstance(taken, int) else taken
     note = f"{item.id} · score {each:.3f}" + (f" · {item.group}" if item.group else "")
     right = {0.0: False, 1.0: True}.get(float(each))
     truth, image = _truth(item), _image(item)
     if item.box is not None:
-        found = answered_box(said, item.size)
-        drawn = {"truth": item.box} | ({} if found is None else {"said": found})
+        box = answered_box(said, item.size)
+        drawn = {"truth": item.box} | ({} if box is None else {"said": box})
         image, right = report.boxed(image, item.size, drawn), each > 0.5
     options = []
     if isinstance(taken, int):
         options = zip(item.choices, line["losses"], strict=True)
-    return Example(image, bare(item.sample.prompt), said, truth, right, note, tuple(options))
+    return Example(image, without_placeholders(item.sample.prompt), said, truth, right, note, tuple(options))
 
 
 def _truth(item: Item) -> str:
     if item.right is not None:
         return item.choices[item.right]
     if item.box is not None:
-        width, height = item.size  # some boxes lie over the edge of their image
+        width, height = item.size  # some boxes extend beyond their image
         x1, x2 = (min(max(x, 0), width) for x in item.box[::2])
         y1, y2 = (min(max(y, 0), height) for y in item.box[1::2])
         return boxes.box_text((x1, y1, x2 - x1, y2 - y1), width, height)
     counts = collections.Counter(item.references)
-    return " · ".join(words if times == 1 else f"{words} × {times}" for words, times in counts.most_common())
+    return " · ".join(text if times == 1 else f"{text} × {times}" for text, times in counts.most_common())
 
 
 def _image(item: Item) -> Any:
-    """uint8[H,W,3] of the item's first image, at most SIDE long; None without one."""
+    """Returns the item's first image, uint8[H,W,3] with sides of at most SIDE; None without one."""
     if not item.sample.images:
         return None
     return report.thumbnail(images.rgb(item.sample.images[0]), SIDE)

@@ -1,6 +1,6 @@
-"""Pages about a model: scores, and images with its words under them; of a finished run the loss curve as well.
+"""HTML pages about a model: scores, images with its answers, and for a finished run the loss curve.
 
-Plain inputs only (arrays, texts, numbers); what they are about is the caller's business.
+The inputs are arrays, text and numbers; nothing here depends on a model.
 """
 
 import base64
@@ -18,10 +18,10 @@ from mmjax import files
 
 
 class Example(NamedTuple):
-    """One image and what was said about it. `right` None leaves the mark out.
+    """An image with a question and its answer. `right` None leaves the mark out.
 
-    note:    stands small below, such as the name and the score of the item
-    choices: (words, loss in nats) of the answers that were ranked
+    note:    small print, such as the id and the score of the item
+    choices: (text, loss in nats) of the answers that were ranked
     """
 
     image: np.ndarray | None  # uint8[H,W,3]; None where there is none
@@ -43,10 +43,10 @@ PHOTO = 128  # pixels; images with a longer side are photographs, smaller ones s
 
 
 class Curves(NamedTuple):
-    """What a run and those before it have measured; their steps are counted on.
+    """Metrics of a run and of the runs it started from; the steps are counted across them.
 
     starts: the steps at which the second and later runs begin
-    gates:  (step, how far each layer's gate is open), where it was measured
+    gates:  (step, opening of each layer's gate), if it was measured
     """
 
     steps: list[float]
@@ -60,9 +60,9 @@ def write(folder: str | Path, title: str, metrics: Sequence[str | Path], example
     """Writes `report.html` (self-contained), `loss.png`, `images.png` and, if gates were measured, `gates.png`;
     returns the path of the page.
 
-    metrics: JSON lines of the run, those of the runs it started from before them; those with "step" and "loss" make
-             the curve, those with "gates" (a number a layer) a plot of their own
-    table:   rows of texts and numbers, the first row is the heading; a float is shown with three digits, None as a dash
+    metrics: JSON lines of the run, after those of the runs it started from; lines with "step" and "loss" make the
+             curve, those with "gates" (a number for each layer) a second plot
+    table:   rows of text and numbers, the first is the heading; floats have three digits, None is a dash
     facts:   short figures for the top of the page, such as {"trained parameters": "9,312"}
 
     Raises ValueError if the metrics hold no loss or a row of the table has another length than the heading.
@@ -76,24 +76,24 @@ def write(folder: str | Path, title: str, metrics: Sequence[str | Path], example
     if curves.gates:
         plots["Gates"] = ("gates", "how far each layer's gate is open, by step and by depth", _draw_gates)
     images = []
-    for heading, (name, words, draw) in plots.items():
+    for heading, (name, description, draw) in plots.items():
         light, dark = (draw(curves, colors) for colors in (LIGHT, DARK))
         (folder / f"{name}.png").write_bytes(light)
-        images.append((heading, words, light, dark))
+        images.append((heading, description, light, dark))
     (folder / "images.png").write_bytes(_draw_sheet(title, examples))
     page = folder / "report.html"
-    page.write_text(_page(title, images, {"Images and words": examples}, table, facts or {}, {}), encoding="utf-8")
+    page.write_text(_page(title, images, {"Images and answers": examples}, table, facts or {}, {}), encoding="utf-8")
     return page
 
 
 def write_scores(folder: str | Path, title: str, table: Sequence[Sequence[str | float | None]],
                  sections: Mapping[str, Sequence[Example]], facts: Mapping[str, str] | None = None,
                  notes: Mapping[str, Sequence[str]] | None = None) -> Path:
-    """Writes `report.html` (self-contained) about a model that was tested; its path.
+    """Writes `report.html` (self-contained) with the scores of a benchmark; returns its path.
 
-    sections: images and words by their heading
-    notes:    lines of text by their heading, below everything else
-    The others as in `write`, which raises the same for the table.
+    sections: examples by heading
+    notes:    lines of text by heading, at the end of the page
+    The other arguments are as in `write`, which raises the same errors for the table.
     """
     _check_table(table)
     folder = Path(folder)
@@ -104,7 +104,7 @@ def write_scores(folder: str | Path, title: str, table: Sequence[Sequence[str | 
 
 
 def thumbnail(image: Any, side: int) -> np.ndarray:
-    """uint8[H,W,3] of a PIL image, its long side no longer than that."""
+    """Returns uint8[H,W,3] of a PIL image, reduced to sides of at most `side`."""
     small = image.convert("RGB")
     small.thumbnail((side, side))
     return np.asarray(small)
@@ -112,9 +112,9 @@ def thumbnail(image: Any, side: int) -> np.ndarray:
 
 def boxed(pixels: np.ndarray, size: tuple[int, int],
           boxes: Mapping[str, tuple[float, float, float, float]]) -> np.ndarray:
-    """A pixels uint8[H,W,3] with boxes drawn on it, each with its name: "truth" in green, others in blue.
+    """Returns an image uint8[H,W,3] with boxes drawn on it, each with its name: "truth" in green, others in blue.
 
-    size:  (width, height) of the pixels that the boxes' pixels (x1, y1, x2, y2) are of
+    size:  (width, height) of the original image; boxes are (x1, y1, x2, y2) in its pixels
     """
     from PIL import Image, ImageDraw
 
@@ -124,14 +124,14 @@ def boxed(pixels: np.ndarray, size: tuple[int, int],
     labels = []
     for name, (x1, y1, x2, y2) in boxes.items():
         color = LIGHT["good" if name == "truth" else "line"]
-        left, right = sorted((x1 * across, x2 * across))  # what a model says may have its ends in the wrong order
+        left, right = sorted((x1 * across, x2 * across))  # a predicted box may have its ends in the wrong order
         top, bottom = sorted((y1 * down, y2 * down))
         draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline="white")
         draw.rectangle((left, top, right, bottom), outline=color, width=wide)
         labels.append((f" {name} ", (left, top if name == "truth" else max(top, bottom - 14)), color))
-    for words, corner, color in labels:  # over all boxes
-        draw.rectangle(draw.textbbox(corner, words, font_size=12), fill=color)
-        draw.text(corner, words, fill="white", font_size=12)
+    for label, corner, color in labels:  # on top of all boxes
+        draw.rectangle(draw.textbbox(corner, label, font_size=12), fill=color)
+        draw.text(corner, label, fill="white", font_size=12)
     return np.asarray(image)
 
 
@@ -160,14 +160,14 @@ def _curves(paths: Sequence[Path]) -> Curves:
 
 
 def _smooth(values: Sequence[float]) -> np.ndarray:
-    """A centred mean over about a twentieth of the run; shorter windows at the ends."""
+    """Returns a centred mean over about 5 % of the run; the windows are shorter at the ends."""
     half = max(1, len(values) // 40)
     return np.array([np.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
 
 def _figure_of(count: int, colors: Mapping[str, str], widths: Sequence[float]):
-    """A bare figure and its plots side by side."""
-    from matplotlib.figure import Figure  # a Figure of its own needs neither pyplot nor a display
+    """Returns an empty figure and its plots side by side."""
+    from matplotlib.figure import Figure  # needs neither pyplot nor a display
 
     figure = Figure(figsize=(7.6, 3.0), dpi=160, facecolor="none", layout="constrained")
     plots = figure.subplots(1, count, squeeze=False, width_ratios=widths)[0]
@@ -260,7 +260,7 @@ def _draw_sheet(title: str, examples: Sequence[Example]) -> bytes:
 
 
 def _sheet_lines(example: Example) -> list[tuple[list[str], str, str]]:
-    """(lines, colour, weight) of what stands below a image."""
+    """(lines, colour, weight) of what stands below an image."""
 
     def wrap(words: str, width: int) -> list[str]:
         return textwrap.wrap(words, width, max_lines=5, placeholder=" …", break_on_hyphens=False) or [""]
@@ -326,13 +326,13 @@ def _page(title: str, plots: Sequence[tuple[str, str, bytes, bytes]], sections: 
     heading, *rows = table or [[]]
     head = "".join(f'<th scope="col">{text(_cell(cell))}</th>' for cell in heading)
     body = "\n".join("<tr>" + "".join(f"<td>{text(_cell(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    drawn = "\n".join(f'''<h2>{heading}</h2>
+    curves = "\n".join(f'''<h2>{heading}</h2>
 <div class="card curve"><picture><source media="(prefers-color-scheme: dark)" srcset="{_inline(dark)}">
-<img src="{_inline(light)}" alt="{words}"></picture></div>''' for heading, words, light, dark in plots)
-    shown = "\n".join(f"""<h2>{text(name)}</h2>
+<img src="{_inline(light)}" alt="{description}"></picture></div>''' for heading, description, light, dark in plots)
+    figures = "\n".join(f"""<h2>{text(name)}</h2>
 <div class="images">
 {"".join(map(_figure, examples))}</div>""" for name, examples in sections.items())
-    told = "\n".join(f"""<h2>{text(name)}</h2>
+    lists = "\n".join(f"""<h2>{text(name)}</h2>
 <ul class="card lines">{"".join(f"<li>{text(line)}</li>" for line in lines)}</ul>""" for name, lines in notes.items())
     tiles = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in facts.items())
     return f"""<!doctype html>
@@ -351,9 +351,9 @@ def _page(title: str, plots: Sequence[tuple[str, str, bytes, bytes]], sections: 
 <div class="card wide"><table><thead><tr>{head}</tr></thead><tbody>
 {body}
 </tbody></table></div>
-{drawn}
-{shown}
-{told}
+{curves}
+{figures}
+{lists}
 </main>
 </body>
 </html>
@@ -365,8 +365,8 @@ def _figure(example: Example) -> str:
     kind = {True: "good", False: "bad", None: ""}[example.right]
     mark = f'<span class="mark {kind}">{MARKS[example.right]}</span> ' if kind else ""
     truth = "" if example.right else f'<p class="truth">truth: {text(example.truth)}</p>'
-    options = "".join(f'<li{" class=taken" if words == example.said else ""}><span>{text(words)}</span>'
-                      f'<span title="loss in nats">{loss:.2f}</span></li>' for words, loss in example.choices)
+    options = "".join(f'<li{" class=taken" if choice == example.said else ""}><span>{text(choice)}</span>'
+                      f'<span title="loss in nats">{loss:.2f}</span></li>' for choice, loss in example.choices)
     below = (f'<ul class="choices">{options}</ul>' if options else "") + (
         f'<p class="note">{text(example.note)}</p>' if example.note else "")
     return f"""<figure class="card">{_image(example)}

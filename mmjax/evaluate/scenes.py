@@ -1,4 +1,4 @@
-"""What a model says about the scenes of the embedded default, held against what they show."""
+"""Evaluation of a model on the scenes of the embedded default."""
 
 import dataclasses
 import functools
@@ -25,94 +25,93 @@ from mmjax.inference.predictions import Decoding
 from mmjax.training.run import Job
 
 GREEDY = Decoding()
-AT_ONCE = 100  # scenes, unless told another number
-LONGEST = 48  # answer in tokens, unless told another
+AT_ONCE = 100  # default batch size
+LONGEST = 48  # default of max_new_tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class ScenesScore:
-    """Shares that are right: by attribute, their "mean", the "whole" caption, questions about scenes of "one shape" and
-    of "several"."""
+    """Shares that are right: by attribute, their "mean", the "whole" caption, questions about scenes with "one shape"
+    and with "several"."""
 
     shares: dict[str, float]
     examples: list[Example]
 
 
-def scene_sample(model: Loaded, scene: scenes.Scene, sense: str, words: str) -> Sample:
-    """A scene as one of the senses gives it, and words about it."""
+def scene_sample(model: Loaded, scene: scenes.Scene, sense: str, prompt: str) -> Sample:
+    """Returns a sample with a scene as the input of one sense, and a prompt."""
     if sense != "image":
-        return Sample(media={sense: scenes.MEDIA[sense](scene)}, prompt=words)
-    return Sample(images=[scenes.draw(scene)], prompt=model.family.prompt.with_images(words, 1))
+        return Sample(media={sense: scenes.MEDIA[sense](scene)}, prompt=prompt)
+    return Sample(images=[scenes.draw(scene)], prompt=model.family.prompt.with_images(prompt, 1))
 
 
 def score_scenes(
     model: Loaded, shown: Sequence[scenes.Scene], truth: Sequence[scenes.Scene] | None = None, sense: str = "image",
     recall: Recall | None = None, decoding: Decoding = GREEDY, batch_size: int = AT_ONCE,
 ) -> ScenesScore:
-    """Describes `shown` scenes and answers one question about each; holds the words against `truth`.
+    """Generates a caption of each of the `shown` scenes and an answer to one question; scores both against `truth`.
 
-    truth:      the scenes to score by; None for the ones shown. Other ones give the blind baseline: what a model gets
-                right that does not look.
-    sense:      what it is shown of them: "image", or one of `scenes.MEDIA`
-    recall:     draws that towards known images
-    decoding:   how it answers
-    batch_size: scenes at once
+    truth:      the scenes to score with; None for the ones shown. Other scenes give the baseline of a model that does
+                not use its input.
+    sense:      the input: "image", or one of `scenes.MEDIA`
+    recall:     the visual cache, or None
+    decoding:   settings of generation
+    batch_size: scenes in a batch
     """
     truth = shown if truth is None else truth
-    asked = [scenes.questions(scene)[index % len(scenes.questions(scene))] for index, scene in enumerate(truth)]
+    questions = [scenes.questions(scene)[index % len(scenes.questions(scene))] for index, scene in enumerate(truth)]
 
     def answers(prompts: Sequence[str]) -> list[str]:
-        samples = [scene_sample(model, scene, sense, words) for scene, words in zip(shown, prompts, strict=True)]
+        samples = [scene_sample(model, scene, sense, prompt) for scene, prompt in zip(shown, prompts, strict=True)]
         return model.generate(samples, **decoding.at_most(LONGEST).settings(model),
                               batch_size=min(batch_size, len(samples)), recall=recall)
 
     captions = answers([scenes.PROMPTS[0]] * len(shown))
-    replies = answers([question.text for question in asked])
-    right = [reply.strip(" .").lower() == question.answer for reply, question in zip(replies, asked, strict=True)]
+    replies = answers([question.text for question in questions])
+    right = [reply.strip(" .").lower() == question.answer for reply, question in zip(replies, questions, strict=True)]
     shares = scenes.total(scenes.score(*pair) for pair in zip(captions, truth, strict=True))
     examples = []
-    for imaged, caption, scene, reply, question, is_right in zip(
-            shown, captions, truth, replies, asked, right, strict=True):
-        image = scenes.draw(imaged) if sense == "image" else scenes.as_image(scenes.MEDIA[sense](imaged))
+    for source, caption, scene, reply, question, is_right in zip(
+            shown, captions, truth, replies, questions, right, strict=True):
+        image = scenes.draw(source) if sense == "image" else scenes.as_image(scenes.MEDIA[sense](source))
         whole = scenes.score(caption, scene)["whole"][0] == 1
         examples.append(Example(image, scenes.PROMPTS[0], caption, scenes.caption(scene), whole))
         examples.append(Example(image, question.text, reply, question.answer, is_right))
-    alone = np.array([len(scene.things) == 1 for scene in truth])
-    for name, chosen in (("one shape", alone), ("several", ~alone)):
-        if chosen.any():
-            shares[name] = float(np.mean(np.array(right)[chosen]))
+    single = np.array([len(scene.things) == 1 for scene in truth])
+    for name, subset in (("one shape", single), ("several", ~single)):
+        if subset.any():
+            shares[name] = float(np.mean(np.array(right)[subset]))
     return ScenesScore(shares, examples)
 
 
 def image_cache(model: Loaded, shown: Sequence[scenes.Scene], batch_size: int = AT_ONCE) -> Recall:
-    """The features of these scenes' images, for other senses to be drawn towards (ImageBind-LLM's visual cache)."""
+    """Returns the features of these scenes' images, as ImageBind-LLM's visual cache for other senses."""
     feature = jax.jit(lambda params, batch: model.module.apply({"params": params}, batch, method="feature"))
     samples = [scene_sample(model, scene, "image", "") for scene in shown]
     return Recall(np.concatenate([feature(model.params, model.batch(samples[first : first + batch_size]))
                                   for first in range(0, len(samples), batch_size)]))
 
 
-CACHED = 1000  # images that other senses are drawn towards
+CACHED = 1000  # images of the visual cache
 ROWS = {**{name: name for name in scenes.ATTRIBUTES}, "mean": "mean of the four", "whole": "whole caption",
         "one shape": "questions, one shape", "several": "questions, several"}
 
 
 def scenes_table(model: Loaded, cfg: ScenesConfig, untrained: Loaded, decoding: Decoding = GREEDY,
                  batch_size: int = AT_ONCE) -> tuple[list[list[Any]], list[Example]]:
-    """(table, heading first; examples of the held-out scenes).
+    """Returns (table with its heading first, examples of the held-out scenes).
 
-    Rows: the four attributes in captions and their mean, captions that are wholly right, answers to one question a
-    scene. Columns: held-out scenes; scenes with colour-shape pairs that no image ever showed, to the job or to the
-    towers; held-out scenes through each further sense that the model has, which no training showed it, as it is and
-    drawn towards the images of the training; all also "blind", with what belongs to another scene; and the model
-    before training.
+    Rows: the four attributes in captions and their mean, captions that are entirely right, answers to one question a
+    scene. Columns: held-out scenes; scenes with colour-shape pairs that were in no training image of the run or of the
+    towers; held-out scenes through each other sense of the model, which was not trained, without and with
+    the visual cache; all also "blind", with the input of another scene; and the model before training.
     """
     train, held_out, new_pairs = (scenes.scenes(split, count, cfg.seed, most=cfg.most) for split, count in (
         ("train", CACHED), ("held_out", cfg.held_out), ("new_pairs", cfg.held_out)))
     tests = [("held-out", held_out, "image", None), ("new pairs", new_pairs, "image", None)]
-    if further := [sense for sense in scenes.MEDIA if sense in model.config.senses]:
+    if senses := [sense for sense in scenes.MEDIA if sense in model.config.senses]:
         cache = image_cache(model, train, batch_size)
-        tests += [test for sense in further for test in (
+        tests += [test for sense in senses for test in (
             (sense, held_out, sense, None), (f"{sense}, cache", held_out, sense, cache))]
     score = functools.partial(score_scenes, decoding=decoding, batch_size=batch_size)
     columns, examples = {}, []
@@ -130,11 +129,11 @@ def scenes_table(model: Loaded, cfg: ScenesConfig, untrained: Loaded, decoding: 
 
 def report_scenes(model: Loaded, untrained: Loaded, cfg: ScenesConfig, folder: Path, runs: Sequence[Path],
                   facts: dict[str, str], decoding: Decoding = GREEDY, batch_size: int = AT_ONCE) -> list[list[Any]]:
-    """Prints `scenes_table` and writes it into `folder`: scores.json, and a page with curves, images and words.
+    """Prints `scenes_table` and writes it into `folder`: scores.json, and a page with curves, images and answers.
 
     runs:       the run folders whose metrics make the curves, in order
-    facts:      short figures for the top of the page, where what `decoding` changes is put too
-    batch_size: scenes at once
+    facts:      short figures for the top of the page; the options that `decoding` changes are added
+    batch_size: scenes in a batch
     """
     console = Console(markup=False)
     console.print("Scoring held-out scenes, with the right and with the wrong image")
@@ -156,9 +155,9 @@ def report_scenes(model: Loaded, untrained: Loaded, cfg: ScenesConfig, folder: P
 
 
 def score_job(job: Job, params: dict[str, Any]) -> list[list[Any]]:
-    """Scores what a run has trained, beside the same model before any training; see `report_scenes`.
+    """Scores the model of a run, and the same model before training; see `report_scenes`.
 
-    params: those that the run loaded; the others are read now
+    params: the parameters that the run loaded; the others are read here
     """
     config, source = job.config, job.source
     if job.stored:

@@ -221,7 +221,7 @@ def test_problems_of_scienceqa(tmp_path):
     assert without.sample == Sample(prompt="[vqa] Question: Which one? Answer:")
     assert with_image == Item(
         "2", shown(tmp_path, "images/test/2/image.png", "[vqa] Question: Which one? Context: Look. Answer:"),
-        choices=("a cat", "a dog", "none"), right=1, group="with a image")
+        choices=("a cat", "a dog", "none"), right=1, group="with an image")
     (tmp_path / "pid_splits.json").unlink()
     assert [item.id for item in BENCHMARKS["scienceqa"].read(str(tmp_path))] == ["2", "4"]
 

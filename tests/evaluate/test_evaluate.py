@@ -197,7 +197,7 @@ def test_settings_of_words_are_refused_where_choices_are_ranked(model, data):
 def test_settings_of_ranking_are_refused_where_answers_are_in_words(model, data):
     with pytest.raises(ValueError, match="rank_by, in_words: vqa has no choices"):
         benchmark.answerer(asked_of(data, "vqa", in_words=True, rank_by="mean"), model, predictions.Decoding(), 2)
-    with pytest.raises(ValueError, match=r"^rank_by: the answers are in words"):
+    with pytest.raises(ValueError, match=r"^rank_by: the answers are generated"):
         benchmark.answerer(asked_of(data, "pope", in_words=True, rank_by="mean"), model, predictions.Decoding(), 2)
 
 

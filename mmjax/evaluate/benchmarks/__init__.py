@@ -1,7 +1,7 @@
-"""Published benchmarks as they lie on disk, what is asked, and how answers are scored; `BENCHMARKS` has them by name.
+"""Published benchmarks: their layouts on disk, prompts and scores; `BENCHMARKS` has them by name.
 
-A benchmark is read into `Item`s; whoever holds the model answers them, in words or by ranking the choices, and
-`Benchmark.score` says what the answers are worth.
+A benchmark is read into `Item`s. The caller answers them, with text or by ranking the choices, and `Benchmark.score`
+returns the scores of the answers.
 """
 
 import dataclasses
@@ -19,15 +19,15 @@ __all__ = ["BENCHMARKS", "Benchmark", "Figure", "Item", "Scores"]
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """A layout on disk, how its items are asked, and its scores.
+    """A layout on disk, the prompt of its items, and its scores.
 
-    read:           (path, root=None, prompt=None) to items; collects what cannot be used into one error. root is the
-                    folder that images lie below, prompt takes the place of the benchmark's own
-    kind:           "words" where answers are generated, "choice" where choices are ranked by their loss
-    max_new_tokens: enough for an answer in words; also where a choice is to be read from words
-    prompt:         the default, with {} for what an item asks
-    score:          (items, answers) to scores. answers are words, or for "choice" the places of the chosen ones; there
-                    words are taken too. Raises ValueError if there is not one answer for each item
+    read:           (path, root=None, prompt=None) to items; one error lists all that cannot be used. root is the folder
+                    of the images, prompt replaces the benchmark's own
+    kind:           "words" if answers are generated, "choice" if choices are ranked by their loss
+    max_new_tokens: enough for a generated answer, also if a choice is read from it
+    prompt:         the default, with {} for the question
+    score:          (items, answers) to scores. answers are text, or for "choice" the indices of the choices, or text
+                    too. Raises ValueError if there is not one answer for each item
     """
 
     name: str
@@ -42,7 +42,7 @@ _SHORT = 20  # MiniGPT-v2's evaluation
 
 
 def _captions_by(name: str) -> Benchmark:
-    """Captions scored by METEOR or SPICE too, which need the extra `captions` and Java."""
+    """Returns captions scored with METEOR or SPICE too, which need the extra `captions` and Java."""
     return Benchmark(f"captions_{name.lower()}", functools.partial(captioning.captions_too, name), "words", 40,
                      captioning.PROMPT, functools.partial(scores.described_too, name))
 

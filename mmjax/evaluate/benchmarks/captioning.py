@@ -7,7 +7,7 @@ from typing import Any
 
 from mmjax.data.formats.coco import by_id
 from mmjax.data.formats.rows import caption_text, field, image_root, read_json, the_file
-from mmjax.evaluate.benchmarks.items import Item, asked, check_images, items, there
+from mmjax.evaluate.benchmarks.items import Item, check_images, find_image, items, to_sample
 from mmjax.evaluate.metrics import java
 
 PROMPT = "[caption] Briefly describe this image."  # coco_caption.py: instruction_pool
@@ -15,13 +15,13 @@ KARPATHY_SPLIT = "test"
 
 
 def captions(path: str, root: str | None = None, prompt: str | None = None) -> list[Item]:
-    """Every image with all its captions.
+    """Reads every image with all its captions.
 
     path: `annotations/captions_SPLIT.json` beside the folder SPLIT of images (COCO's own), any other file of that
           layout beside its images (NoCaps, whose domains become groups), Karpathy's `dataset_coco.json`, of which the
           5000 images of the split `test` are taken, or a list of {"image", "caption": [...]}
           (coco_karpathy_test.json)
-    root: the folder that the images lie below; None for the file's, or for the one above where that is `annotations`
+    root: the folder of the images; None for the file's, or for its parent if that is `annotations`
 
     Raises FileNotFoundError, or ValueError naming what cannot be used.
     """
@@ -43,13 +43,13 @@ def captions(path: str, root: str | None = None, prompt: str | None = None) -> l
 
 
 def captions_too(name: str, path: str, root: str | None = None, prompt: str | None = None) -> list[Item]:
-    """`captions`, to be scored by METEOR or SPICE too: raises ValueError at once if those cannot be computed here."""
+    """`captions`, scored with METEOR or SPICE too. Raises ValueError if those cannot be computed on this machine."""
     java.scorer(name)
     return captions(path, root, prompt)
 
 
 def _by_image(images: dict[int, Any], annotations: Sequence[Any]) -> list[tuple[Any, list[Any]]]:
-    """(image, its annotations); annotations of no image that is known make rows of their own, to be named."""
+    """Returns (image, its annotations); annotations of unknown images are rows of their own, which become errors."""
     grouped: dict[Any, list[Any]] = {key: [] for key in images}
     lost = []
     for row in annotations:
@@ -67,13 +67,14 @@ def _released(root: str, prompt: str, folder: str, number: int, row: tuple[Any, 
         raise ValueError(f"there is no image with the id {field(annotations[0], 'image_id', int)}")
     if not annotations:
         raise ValueError(f"the image {field(image, 'id', int)} has no caption")
-    path = there(root, str(Path(folder, field(image, "file_name", str))))
-    return Item(str(image["id"]), asked(prompt, "", path), tuple(caption_text(each, "caption") for each in annotations),
+    path = find_image(root, str(Path(folder, field(image, "file_name", str))))
+    captions = tuple(caption_text(each, "caption") for each in annotations)
+    return Item(str(image["id"]), to_sample(prompt, "", path), captions,
                 group=field(image, "domain", str) if "domain" in image else "")
 
 
 def _karpathy(root: str, prompt: str, number: int, row: Any) -> Item:
-    path = there(root, str(Path(field(row, "filepath", str), field(row, "filename", str))))
+    path = find_image(root, str(Path(field(row, "filepath", str), field(row, "filename", str))))
     said = tuple(caption_text(each, "raw") for each in field(row, "sentences", list))
     return _described(str(field(row, "cocoid", int)), prompt, path, said)
 
@@ -81,10 +82,10 @@ def _karpathy(root: str, prompt: str, number: int, row: Any) -> Item:
 def _listed(root: str, prompt: str, number: int, row: Any) -> Item:
     name, given = field(row, "image", str), field(row, "caption", str, list)
     said = tuple(caption_text({"caption": each}, "caption") for each in ([given] if isinstance(given, str) else given))
-    return _described(name, prompt, there(root, name), said)
+    return _described(name, prompt, find_image(root, name), said)
 
 
 def _described(name: str, prompt: str, path: str, said: tuple[str, ...]) -> Item:
     if not said:
         raise ValueError(f"the image {name} has no caption")
-    return Item(name, asked(prompt, "", path), said)
+    return Item(name, to_sample(prompt, "", path), said)

@@ -1,29 +1,29 @@
-"""Questions with answers to choose from: ScienceQA, IconQA, and POPE's yes or no."""
+"""Multiple-choice questions: ScienceQA, IconQA, and POPE's yes or no."""
 
 import functools
 from pathlib import Path
 from typing import Any
 
 from mmjax.data.formats.rows import caption_text, field, image_root, parse_json, read_json, shown, text, the_file
-from mmjax.evaluate.benchmarks.items import Item, asked, check_template, items, json_lines, there
+from mmjax.evaluate.benchmarks.items import Item, check_template, find_image, items, json_lines, to_sample
 from mmjax.evaluate.benchmarks.questions import SHORT
 
 SCIENCE = "[vqa] Question: {} Answer:"  # eval_sciencevqa.py: instruction_pool
 SCIENCE_SPLIT = "test"
-WITH_IMAGE, WITHOUT = "with a image", "without"
+WITH_IMAGE, WITHOUT = "with an image", "without"
 YES_NO = ("yes", "no")
 SETTINGS = ("random", "popular", "adversarial")
 
 
 def scienceqa(path: str, root: str | None = None, prompt: str | None = None) -> list[Item]:
-    """ScienceQA's `problems.json`, the problems of the split `test`, images in `SPLIT/ID/image.png`.
+    """Reads ScienceQA's `problems.json`, the problems of the split `test`, images in `SPLIT/ID/image.png`.
 
-    path: the file, or its folder. With `pid_splits.json` beside it the split and its order are taken from there, else
-          from the problems' own `split`
-    root: the folder of the splits' folders; None for `images` beside the file, or the file's own where there is none
+    path: the file, or its folder. The split and its order come from `pid_splits.json` in the same folder, or from
+          the `split` of the problems
+    root: the folder of the splits' folders; None for `images` in the file's folder, or that folder if there is none
 
-    The context that a problem gives (`hint`) follows its question; problems without a image are asked too. Groups are
-    the problems with a image and those without. Raises FileNotFoundError, or ValueError naming what cannot be used.
+    The context of a problem (`hint`) follows its question. Groups are the problems with an image and those without.
+    Raises FileNotFoundError, or ValueError naming what cannot be used.
     """
     file = the_file(path, "problems.json", "ScienceQA's problems.json")
     problems = read_json(file, dict, expected='{ID: {"question", "choices", "answer", "hint", "image", "split"}}')
@@ -36,12 +36,12 @@ def scienceqa(path: str, root: str | None = None, prompt: str | None = None) -> 
 
 
 def iconqa(path: str, root: str | None = None, prompt: str | None = None) -> list[Item]:
-    """IconQA as MiniGPT-v2 is evaluated with it: a list of {"image_id", "question", "choices", "answer"}.
+    """Reads IconQA as in MiniGPT-v2's evaluation: a list of {"image_id", "question", "choices", "answer"}.
 
     path: the file, or the folder that has exactly one *.json
-    root: the folder with `IMAGE_ID/image.png`; None for the file's, or for the one above where that is `annotations`
+    root: the folder with `IMAGE_ID/image.png`; None for the file's folder, or its parent if that is `annotations`
 
-    `answer` is the place of the right choice, or its words. Raises FileNotFoundError, or ValueError naming what cannot
+    `answer` is the index of the right choice, or its text. Raises FileNotFoundError, or ValueError naming what cannot
     be used.
     """
     file = the_file(path, "*.json", "IconQA's list of questions")
@@ -51,32 +51,32 @@ def iconqa(path: str, root: str | None = None, prompt: str | None = None) -> lis
 
 
 def pope(path: str, root: str | None = None, prompt: str | None = None) -> list[Item]:
-    """POPE's lines {"question_id", "image", "text", "label": "yes" or "no"}, images in `val2014` or in `root` itself.
+    """Reads POPE's lines {"question_id", "image", "text", "label": "yes" or "no"}, images in `val2014` or `root`.
 
     path: a file, or the folder of `..._random.json`, `..._popular.json` and `..._adversarial.json`, of which all that
-          are there are read; groups are those settings, by the files' names
+          exist are read; groups are those settings, by the files' names
     root: the folder of the images, or with the folder `val2014`; None for the file's
 
     Raises FileNotFoundError, or ValueError naming what cannot be used.
     """
-    place, prompt = Path(path), check_template(SHORT if prompt is None else prompt, "question")
-    files = [place]
-    if place.is_dir():
-        files = [file for setting in SETTINGS for file in sorted(place.glob(f"*_{setting}.json*"))]
+    source, prompt = Path(path), check_template(SHORT if prompt is None else prompt, "question")
+    files = [source]
+    if source.is_dir():
+        files = [file for setting in SETTINGS for file in sorted(source.glob(f"*_{setting}.json*"))]
     if not files or not files[0].is_file():
-        raise FileNotFoundError(f"There is no {place}, or no file ..._random.json, ..._popular.json or "
+        raise FileNotFoundError(f"There is no {source}, or no file ..._random.json, ..._popular.json or "
                                 "..._adversarial.json in it: POPE's lines of questions.")
-    found: list[Item] = []
+    result: list[Item] = []
     for file in files:
         folder = image_root(file, root)
         inside = "val2014/" if (Path(folder) / "val2014").is_dir() else ""
         setting = next((name for name in SETTINGS if file.stem.endswith(name)), "")
-        found += items(file, folder, json_lines(file), functools.partial(_pope, folder, inside, setting, prompt))
-    return found
+        result += items(file, folder, json_lines(file), functools.partial(_pope, folder, inside, setting, prompt))
+    return result
 
 
 def right_choice(row: Any, choices: tuple[str, ...]) -> int:
-    """The place that `answer` gives, or of the words that it gives; raises ValueError if it is none of the choices."""
+    """Returns the index that `answer` is, or whose text it is; raises ValueError if it is none of the choices."""
     answer = field(row, "answer", int, str)
     if isinstance(answer, str) and answer in choices:
         return choices.index(answer)
@@ -86,7 +86,7 @@ def right_choice(row: Any, choices: tuple[str, ...]) -> int:
 
 
 def read_choices(row: Any) -> tuple[str, ...]:
-    """Two or more; raises ValueError for fewer, and for what is no text."""
+    """Returns two or more choices; raises ValueError for fewer, and for values that are not text."""
     choices = tuple(caption_text({"choices": each}, "choices") for each in field(row, "choices", list))
     if len(choices) < 2:
         raise ValueError(f"'choices' must be two or more, got {shown(choices)}")
@@ -110,23 +110,23 @@ def _problem(root: str, prompt: str, number: int, entry: tuple[str, Any]) -> Ite
     question = f"{caption_text(row, 'question')} Context: {hint}" if hint else caption_text(row, "question")
     image = None
     if row.get("image") is not None:
-        image = there(root, f"{SCIENCE_SPLIT}/{name}/{field(row, 'image', str)}")
-    return Item(name, asked(prompt, question, image), choices=choices, right=right_choice(row, choices),
+        image = find_image(root, f"{SCIENCE_SPLIT}/{name}/{field(row, 'image', str)}")
+    return Item(name, to_sample(prompt, question, image), choices=choices, right=right_choice(row, choices),
                 group=WITHOUT if image is None else WITH_IMAGE)
 
 
 def _icons(root: str, prompt: str, number: int, row: Any) -> Item:
-    image = there(root, f"{field(row, 'image_id', str, int)}/image.png")
+    image = find_image(root, f"{field(row, 'image_id', str, int)}/image.png")
     choices = read_choices(row)
-    return Item(str(number), asked(prompt, caption_text(row, "question"), image), choices=choices,
+    return Item(str(number), to_sample(prompt, caption_text(row, "question"), image), choices=choices,
                 right=right_choice(row, choices))
 
 
 def _pope(root: str, folder: str, setting: str, prompt: str, number: int, line: bytes) -> Item:
     row = parse_json(line)
-    image, label = there(root, folder + field(row, "image", str)), field(row, "label", str)
+    image, label = find_image(root, folder + field(row, "image", str)), field(row, "label", str)
     if label not in YES_NO:
         raise ValueError(f"'label' must be yes or no, got {shown(label)}")
     name = f"{setting or 'pope'}:{field(row, 'question_id', int, str)}"
-    return Item(name, asked(prompt, caption_text(row, "text"), image), choices=YES_NO, right=YES_NO.index(label),
+    return Item(name, to_sample(prompt, caption_text(row, "text"), image), choices=YES_NO, right=YES_NO.index(label),
                 group=setting)

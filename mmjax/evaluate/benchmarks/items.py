@@ -1,7 +1,7 @@
-"""What a benchmark asks, one item at a time, and the checks that its readers share.
+"""Items of benchmarks, and the checks that the readers share.
 
-An answer that is missing from a score changes it, so unlike a training set a benchmark has no broken rows: all of them
-are named in one error. Of the images only that they are there is looked at; they are opened when they are needed.
+A missing answer changes a score, so a benchmark, unlike a training set, must not have broken rows: one error lists all
+of them. Readers check that images exist; images are opened when they are needed.
 """
 
 import dataclasses
@@ -22,16 +22,16 @@ SHOWN = 20  # broken entries that an error names
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One question and what is right.
+    """A question and the right answer.
 
-    id:         its name in stored predictions, unlike any other of the benchmark
-    sample:     what the model is asked, in a conversation of its own; the images are paths
+    id:         its name in stored predictions, unique in the benchmark
+    sample:     the input of the model, a separate conversation; the images are paths
     references: the answers of people
     choices:    the answers to choose from
-    right:      which of the choices is right
-    box:        (x1, y1, x2, y2), the right place in pixels
+    right:      index of the right choice
+    box:        (x1, y1, x2, y2), the right box in pixels
     size:       (width, height) of the image that `box` is in
-    group:      what is scored for itself too: the type of the answer, a split, POPE's setting; empty for none
+    group:      a group that is also scored separately: the type of the answer, a split, POPE's setting; empty for none
     """
 
     id: str
@@ -45,74 +45,73 @@ class Item:
 
     @property
     def image(self) -> str:
-        """What items share that are about the same image; the item's own id where it has none."""
+        """The key that items about the same image share; the id of an item without an image."""
         return str(self.sample.images[0]) if self.sample.images else self.id
 
 
 def items(file: Path, root: str, rows: Iterable[Any] | Mapping[int, Any], make: Callable[[int, Any], Item]
           ) -> list[Item]:
-    """The items that `make(number, row)` makes of a file's rows, which count from 0, or of numbered rows.
+    """Returns the items that `make(number, row)` makes from a file's rows, which count from 0, or from numbered rows.
 
-    Raises ValueError if there are none, naming the rows for which `make` raises ValueError, and those whose id an
-    earlier one has.
+    Raises ValueError if there are none, and naming the rows for which `make` raises ValueError or whose id is repeated.
     """
-    made, problems = [], []
+    result, problems = [], []
     for number, row in rows.items() if isinstance(rows, Mapping) else enumerate(rows):
         try:
-            made.append(make(number, row))
+            result.append(make(number, row))
         except ValueError as error:
             problems.append(f"{file.name}:{number}: {error}")
     problems += [f"{times} entries have the id {shown(name)}"
-                 for name, times in Counter(item.id for item in made).items() if times > 1]
+                 for name, times in Counter(item.id for item in result).items() if times > 1]
     if problems:
         more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise ValueError(
             f"{len(problems)} entries of {file} cannot be used:\n  " + "\n  ".join(problems[:SHOWN]) + more
-            + f"\nImages are expected below {root}; if they lie elsewhere, name that folder as `root`. A score "
-            "leaves nothing out: mend these entries, or take them from the file.")
-    if not made:
+            + f"\nImages are expected below {root}; if they are elsewhere, name that folder as `root`. No item "
+            "may be left out of a score: correct these entries, or remove them from the file.")
+    if not result:
         raise ValueError(f"{file} has nothing to score.")
-    return made
+    return result
 
 
 def json_lines(file: Path) -> dict[int, bytes]:
-    """The lines of a file that are not blank by their numbers, the first being 1; not yet read as JSON."""
+    """Returns `{number: line}` of the lines of a file that are not blank, counted from 1 and not yet parsed."""
     return {number: line for number, line in enumerate(file.read_bytes().split(b"\n"), 1) if line.strip()}
 
 
 @functools.lru_cache(maxsize=4096)
-def there(root: str, name: str) -> str:
-    """The path of a image below a root; raises ValueError if it is not there, or leads out of the root."""
+def find_image(root: str, name: str) -> str:
+    """Returns the path of an image below a root; raises ValueError if it does not exist, or is outside the root."""
     path = image_path(root, name)
     if not os.path.isfile(path):
         raise ValueError(f"there is no image {shown(path)}")
     return path
 
 
-def asked(template: str, question: str, image: str | None) -> Sample:
-    """A question in its template, in a fresh conversation.
+def to_sample(template: str, question: str, image: str | None) -> Sample:
+    """Returns a sample with a question in its template.
 
-    The image stands in front, as in MiniGPT-v2's evaluation (`<Img><ImageHere></Img> QUESTION`), or where the
-    template or the question shows it. Without a image the template's mark is left out. Raises ValueError if the
-    question shows a image that is not there, or both show it.
+    The image comes first, as in MiniGPT-v2's evaluation (`<Img><ImageHere></Img> QUESTION`), or where the
+    template or the question marks it. Without an image the template's mark is removed. Raises ValueError if the
+    question marks an image that does not exist, or both mark it.
     """
     if image is None:
         return Sample(prompt=MARKED.sub("", template).replace("{}", without_image(question)))
-    words = template.replace("{}", question)
-    if words.count(PLACEHOLDER) > 1:
-        raise ValueError(f"{shown(words)} has {words.count(PLACEHOLDER)} {PLACEHOLDER}, but there is one image")
-    return Sample(images=[image], prompt=words if PLACEHOLDER in words else f"{IMAGE} {words}")
+    text = template.replace("{}", question)
+    if text.count(PLACEHOLDER) > 1:
+        raise ValueError(f"{shown(text)} has {text.count(PLACEHOLDER)} {PLACEHOLDER}, but there is one image")
+    return Sample(images=[image], prompt=text if PLACEHOLDER in text else f"{IMAGE} {text}")
 
 
 def check_template(template: str, about: str) -> str:
-    """A template of the user. Raises ValueError if it has no place for what is asked, or for several images."""
+    """Returns a user's template. Raises ValueError if it lacks {} for the question, or marks more than one image."""
     if "{}" not in template:
         raise ValueError(f"the prompt {shown(template)} has no {{}}, where the {about} goes")
     return check_images(template)
 
 
 def check_images(template: str) -> str:
-    """A template of the user. Raises ValueError if it shows more than one image."""
+    """Returns a user's template. Raises ValueError if it marks more than one image."""
     if template.count(PLACEHOLDER) > 1:
         raise ValueError(f"the prompt {shown(template)} has {template.count(PLACEHOLDER)} {PLACEHOLDER}, but there is "
                          "one image")

@@ -1,32 +1,32 @@
-"""Your own questions: one JSON object a line, answered in words or by choosing."""
+"""Your own questions: one JSON object a line, with generated answers or with choices."""
 
 import functools
 from typing import Any
 
 from mmjax.data.formats.rows import caption_text, field, image_root, parse_json, text, the_file
 from mmjax.evaluate.benchmarks.choosing import read_choices, right_choice
-from mmjax.evaluate.benchmarks.items import Item, asked, check_template, items, json_lines, there
+from mmjax.evaluate.benchmarks.items import Item, check_template, find_image, items, json_lines, to_sample
 
 PROMPT = "{}"
 
 
 def jsonl(path: str, root: str | None = None, prompt: str | None = None) -> list[Item]:
-    """Lines of {"id", "image", "prompt", "references": [text, ...]}, or with "answer": text for a single reference.
+    """Reads lines of {"id", "image", "prompt", "references": [text, ...]}, or with "answer": text for one reference.
 
     path: the file, or the folder that has exactly one *.jsonl
-    root: the folder that `image` is below; None for the file's, or for the one above where that is `annotations`
+    root: the folder of `image`; None for the file's folder, or its parent if that is `annotations`
 
-    `id` may be left out (the line's number, from 1 on), so may `image` (a question about nothing shown) and `group`
-    (what is scored for itself too). The image stands in front of the prompt, or at its one `<ImageHere>`. Raises
+    `id` is optional (default: the line number, from 1), and so are `image` and `group` (items that are also scored
+    separately). The image comes before the prompt, or at its one `<ImageHere>`. Raises
     FileNotFoundError, or ValueError naming every line that cannot be used.
     """
     return _lines(path, root, prompt, _in_words)
 
 
 def jsonl_choices(path: str, root: str | None = None, prompt: str | None = None) -> list[Item]:
-    """Lines of {"id", "image", "prompt", "choices": [text, ...], "answer": the place of the right one, or its text}.
+    """Reads lines of {"id", "image", "prompt", "choices": [text, ...], "answer": index of the right one, or its text}.
 
-    The rest is as in `jsonl`.
+    Everything else is as in `jsonl`.
     """
     return _lines(path, root, prompt, _choosing)
 
@@ -43,10 +43,10 @@ def _line(root: str, prompt: str, make: Any, number: int, line: bytes) -> Item:
     except ValueError as error:
         raise ValueError(f"the line is not JSON: {error}") from error
     question = caption_text(row, "prompt")
-    image = there(root, field(row, "image", str)) if row.get("image") is not None else None
+    image = find_image(root, field(row, "image", str)) if row.get("image") is not None else None
     name = str(field(row, "id", str, int)) if "id" in row else str(number)
     group = text(row, "group") if "group" in row else ""
-    return make(name, asked(prompt, question, image), group, row)
+    return make(name, to_sample(prompt, question, image), group, row)
 
 
 def _in_words(name: str, sample: Any, group: str, row: Any) -> Item:

@@ -1,4 +1,4 @@
-"""Where is it? RefCOCO, RefCOCO+ and RefCOCOg, every expression an item."""
+"""Referring expressions: RefCOCO, RefCOCO+ and RefCOCOg; every expression is an item."""
 
 import functools
 import math
@@ -8,21 +8,20 @@ from typing import Any
 from mmjax.data.formats.grounding import SPLIT, instances, plain_pickle
 from mmjax.data.formats.record import clean_caption
 from mmjax.data.formats.rows import caption_text, coco_name, field, image_root, read_json, shown, the_file
-from mmjax.evaluate.benchmarks.items import Item, asked, check_template, items, there
+from mmjax.evaluate.benchmarks.items import Item, check_template, find_image, items, to_sample
 
 PROMPT = "[refer] give me the location of {}"  # coco_caption.py: RefCOCOEvalData
 
 
 def refer(path: str, root: str | None = None, prompt: str | None = None) -> list[Item]:
-    """A JSON list of {"img_id", "sents", "bbox", "height", "width"}, or `refs(SPLITTER).p` beside `instances.json`.
+    """Reads a JSON list of {"img_id", "sents", "bbox", "height", "width"}, or `refs(SPLITTER).p` and `instances.json`.
 
-    path: the file, or the folder that has exactly one refs(*).p; images lie in `train2014`
-    root: the folder with `train2014`; None for the list's, or for the one above the folder of the references
+    path: the file, or the folder that has exactly one refs(*).p; images are in `train2014`
+    root: the folder with `train2014`; None for the list's folder, or the parent of the folder of the references
 
-    The lists are what MiniGPT-v2 is evaluated with, one for each split. Of the references all are taken that are not of
-    the split `train`; the splits are groups, and the expressions go through the caption cleaning as they do in
-    training. Raises FileNotFoundError or ValueError naming what cannot be used, also if the pickle holds anything but
-    plain values: it is never executed.
+    The lists are those of MiniGPT-v2's evaluation, one for each split. References of the split `train` are left out;
+    the splits are groups, and the expressions are cleaned as captions are in training. Raises FileNotFoundError or
+    ValueError naming what cannot be used, also if the pickle has anything but plain values: it is never executed.
     """
     file = the_file(path, "refs(*).p", "RefCOCO's refs(SPLITTER).p")
     prompt = check_template(PROMPT if prompt is None else prompt, "expression")
@@ -51,16 +50,16 @@ def _reference(root: str, images: dict[int, Any], boxes: dict[int, Any], prompt:
     expression = clean_caption(caption_text(sentence, "raw"))
     if not expression:
         raise ValueError("nothing but punctuation in the expression")
-    image = there(root, coco_name(SPLIT, key))
-    return _found(f"{field(ref, 'ref_id', int)}:{field(sentence, 'sent_id', int)}", asked(prompt, expression, image),
-                  boxes[box], images[key], field(ref, "split", str))
+    image = find_image(root, coco_name(SPLIT, key))
+    return _found(f"{field(ref, 'ref_id', int)}:{field(sentence, 'sent_id', int)}",
+                  to_sample(prompt, expression, image), boxes[box], images[key], field(ref, "split", str))
 
 
 def _evaluation(root: str, prompt: str, number: int, row: Any) -> Item:
     # eval_ref.py: the id of the image, then that of the box; several expressions have the same
     name = field(row, "img_id", str)
-    image = there(root, f"{SPLIT}/{name[:len('COCO_train2014_000000000000')]}.jpg")
-    return _found(f"{name}:{number}", asked(prompt, caption_text(row, "sents"), image), row, row, "")
+    image = find_image(root, f"{SPLIT}/{name[:len('COCO_train2014_000000000000')]}.jpg")
+    return _found(f"{name}:{number}", to_sample(prompt, caption_text(row, "sents"), image), row, row, "")
 
 
 def _found(name: str, sample: Any, boxed: Any, sized: Any, group: str) -> Item:
@@ -69,13 +68,13 @@ def _found(name: str, sample: Any, boxed: Any, sized: Any, group: str) -> Item:
 
 
 def _ends(box: Sequence[Any], width: int, height: int) -> tuple[float, float, float, float]:
-    """(left, top, width, height) to (x1, y1, x2, y2); raises ValueError if it is no box or outside its image."""
+    """Converts (left, top, width, height) to (x1, y1, x2, y2); raises ValueError unless it is a box in its image."""
     try:
         left, top, wide, high = map(float, box)
     except (TypeError, ValueError) as error:
         raise ValueError(f"'bbox' must be four numbers, got {shown(box)}") from error
     ends = left, top, left + wide, top + high
-    inside = left < width and top < height and min(ends[2:]) > 0  # a part of it: some boxes lie over the edge
+    inside = left < width and top < height and min(ends[2:]) > 0  # partly: some boxes extend beyond their image
     if not (all(map(math.isfinite, ends)) and min(wide, high) > 0 and inside):
         raise ValueError(f"the box {shown(box)} is not in its image of {width} x {height}")
     return ends

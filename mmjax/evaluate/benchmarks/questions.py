@@ -1,11 +1,11 @@
-"""Questions with short answers: VQAv2, OK-VQA, GQA, VizWiz and VSR, asked in MiniGPT-v2's words."""
+"""Questions with short answers: VQAv2, OK-VQA, GQA, VizWiz and VSR, with MiniGPT-v2's prompts."""
 
 import functools
 from typing import Any
 
 from mmjax.data.formats.rows import caption_text, coco_name, field, image_root, parse_json, read_json, the_file
 from mmjax.data.formats.vqa import with_answers
-from mmjax.evaluate.benchmarks.items import Item, asked, check_template, items, json_lines, there
+from mmjax.evaluate.benchmarks.items import Item, check_template, find_image, items, json_lines, to_sample
 
 # vqa_datasets.py: OKVQAEvalData and GQAEvalData, VizWizEvalData, VSREvalData
 SHORT = "[vqa] Based on the image, respond to this question with a short answer: {}"
@@ -15,11 +15,11 @@ VSR = "[vqa] Based on the image, is this statement true or false? {}"
 
 
 def vqa(path: str, root: str | None = None, prompt: str | None = None) -> list[Item]:
-    """VQAv2 and OK-VQA: `..._questions.json` with its `..._annotations.json` beside it, images in `val2014`.
+    """VQAv2 and OK-VQA: `..._questions.json` with its `..._annotations.json` in the same folder, images in `val2014`.
 
     path: the file of questions, or the folder that has exactly one; or a list of {"image", "question", "answer": [...]}
           (LAVIS's vqa_val.json)
-    root: the folder with the folder of COCO's images; None for the file's, or the one above if that is `annotations`
+    root: the folder with the folder of COCO's images; None for the file's, or its parent if that is `annotations`
 
     All ten answers are kept; groups are the types of the answers. Raises FileNotFoundError, or ValueError naming what
     cannot be used.
@@ -37,7 +37,7 @@ def gqa(path: str, root: str | None = None, prompt: str | None = None) -> list[I
     """`testdev_balanced_questions.json`, {ID: {"imageId", "question", "answer"}}, beside `images/IMAGEID.jpg`.
 
     path: the file, or the folder that has exactly one *questions*.json; or a list of {"image", "question", "answer"}
-          (what MiniGPT-v2 is evaluated with), whose images also lie in `images`
+          (as in MiniGPT-v2's evaluation), whose images are in `images` too
     root: the folder with the folder `images`; None for the file's
 
     Groups are the structures of the questions (verify, query, choose, logical, compare), where the file has them.
@@ -55,7 +55,7 @@ def vizwiz(path: str, root: str | None = None, prompt: str | None = None) -> lis
     """`val.json`, a list of {"image", "question", "answers": [{"answer"}, ...]}, images in `root`.
 
     path: the file
-    root: the folder of the images; None for the file's, or for the one above where that is `annotations`
+    root: the folder of the images; None for the file's folder, or its parent if that is `annotations`
 
     Groups are the types of the answers. Raises FileNotFoundError, or ValueError naming what cannot be used.
     """
@@ -69,7 +69,7 @@ def vsr(path: str, root: str | None = None, prompt: str | None = None) -> list[I
     """VSR's statements that are true or false: JSON lines {"image", "caption", "label": 1 or 0}, images in `root`.
 
     path: the file, or the folder that has exactly one *.jsonl
-    root: the folder of the images; None for the file's, or for the one above where that is `annotations`
+    root: the folder of the images; None for the file's folder, or its parent if that is `annotations`
 
     Groups are the relations. Raises FileNotFoundError, or ValueError naming what cannot be used.
     """
@@ -82,50 +82,52 @@ def _question(root: str, split: str, answers: dict[Any, Any], prompt: str, numbe
     key = field(row, "question_id", int, str)
     if key not in answers:
         raise ValueError(f"there is no answer to question {key}")
-    image = there(root, coco_name(split, field(row, "image_id", int)))
+    image = find_image(root, coco_name(split, field(row, "image_id", int)))
     kind = answers[key].get("answer_type", "")
-    return Item(str(key), asked(prompt, caption_text(row, "question"), image), _answers(answers[key]),
+    return Item(str(key), to_sample(prompt, caption_text(row, "question"), image), _answers(answers[key]),
                 group=kind if isinstance(kind, str) else "")
 
 
 def _listed(root: str, folder: str, prompt: str, number: int, row: Any) -> Item:
     given = field(row, "answer", str, list)
-    references = tuple(caption_text({"answer": each}, "answer") for each in ([given] if isinstance(given, str) else given))
+    given = [given] if isinstance(given, str) else given
+    references = tuple(caption_text({"answer": each}, "answer") for each in given)
     if not references:
         raise ValueError("there is no answer")
     name = str(field(row, "question_id", int, str)) if "question_id" in row else str(number)
-    return Item(name, asked(prompt, caption_text(row, "question"), there(root, folder + field(row, "image", str))), references)
+    image = find_image(root, folder + field(row, "image", str))
+    return Item(name, to_sample(prompt, caption_text(row, "question"), image), references)
 
 
 def _gqa(root: str, prompt: str, number: int, entry: tuple[str, Any]) -> Item:
     name, row = entry
-    image = there(root, f"images/{field(row, 'imageId', str, int)}.jpg")
+    image = find_image(root, f"images/{field(row, 'imageId', str, int)}.jpg")
     types = row.get("types")
     group = types.get("structural", "") if isinstance(types, dict) else ""
-    return Item(name, asked(prompt, caption_text(row, "question"), image), (caption_text(row, "answer"),),
+    return Item(name, to_sample(prompt, caption_text(row, "question"), image), (caption_text(row, "answer"),),
                 group=group if isinstance(group, str) else "")
 
 
 def _vizwiz(root: str, prompt: str, number: int, row: Any) -> Item:
     name = field(row, "image", str)
     kind = row.get("answer_type", "")
-    return Item(name, asked(prompt, caption_text(row, "question"), there(root, name)), _answers(row),
+    return Item(name, to_sample(prompt, caption_text(row, "question"), find_image(root, name)), _answers(row),
                 group=kind if isinstance(kind, str) else "")
 
 
 def _vsr(root: str, prompt: str, number: int, line: bytes) -> Item:
     row = parse_json(line)
-    image = there(root, field(row, "image", str))
+    image = find_image(root, field(row, "image", str))
     label = field(row, "label", int)
     if label not in (0, 1):
         raise ValueError(f"'label' must be 0 or 1, got {label}")
     relation = row.get("relation", "")
-    return Item(str(number), asked(prompt, caption_text(row, "caption"), image), ("true" if label else "false",),
+    return Item(str(number), to_sample(prompt, caption_text(row, "caption"), image), ("true" if label else "false",),
                 group=relation if isinstance(relation, str) else "")
 
 
 def _answers(row: Any) -> tuple[str, ...]:
-    """What people answered, in words that may be empty."""
+    """Returns the answers of people, which may be empty text."""
     given = tuple(field(each, "answer", str) for each in field(row, "answers", list))
     if not given:
         raise ValueError("there is no answer")

@@ -6,8 +6,8 @@ A score of a whole data set is seen as a function of column sums over its items:
 ten counts. Drawing the items anew then means weighing rows of a matrix, so that 1000 rounds over 40,000 items take
 seconds, and corpus scores are computed from the counts of every draw, not averaged over items.
 
-Where several items share a image the images are drawn and all items of a image come with it: a model that
-misreads a image is wrong about it several times, and items drawn one by one would count that as independent evidence
+Where several items share an image the images are drawn and all items of an image come with it: a model that
+misreads an image is wrong about it several times, and items drawn one by one would count that as independent evidence
 and make the interval too narrow.
 """
 

@@ -15,14 +15,14 @@ Box = tuple[float, float, float, float]
 
 
 def pixels(box: Sequence[float], size: tuple[int, int]) -> Box:
-    """A box (x1, y1, x2, y2) on the grid in pixels of a image of (width, height)."""
+    """A box (x1, y1, x2, y2) on the grid in pixels of an image of (width, height)."""
     width, height = size
     x1, y1, x2, y2 = box
     return x1 / GRID * width, y1 / GRID * height, x2 / GRID * width, y2 / GRID * height
 
 
 def answered_box(answer: str, size: tuple[int, int]) -> Box | None:
-    """The box in pixels that an answer about a image of (width, height) begins with; None if it begins with none."""
+    """The box in pixels that an answer about an image of (width, height) begins with; None if it begins with none."""
     box = read_box(answer)
     return None if box is None else pixels(box, size)
 
