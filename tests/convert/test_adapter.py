@@ -231,7 +231,8 @@ def test_everything_wrong_is_said_at_once(tmp_path):
 def test_lora_without_its_rank(tmp_path):
     changes = {f"llama__layers__{n}__attention__lora_wq_l1__weight": None for n in range(4)}
     bad = edited(ADAPTER, tmp_path / "bad.pth", **changes)
-    assert "without it the rank is unknown" in refused(tmp_path, write.command("imagebind_llm"), **IMAGEBIND_LLM, adapter=bad)
+    message = refused(tmp_path, write.command("imagebind_llm"), **IMAGEBIND_LLM, adapter=bad)
+    assert "without it the rank is unknown" in message
 
 
 def test_files_that_do_not_belong_together(tmp_path):
@@ -253,12 +254,16 @@ def test_files_that_do_not_belong_together(tmp_path):
 
 
 @pytest.mark.parametrize("function, arguments, said", [
-    (write.command("imagebind_llm"), IMAGEBIND_LLM | {"adapter": ADAPTER_V2["adapter"]}, "it is LLaMA-Adapter's. Convert it"),
-    (write.command("llama_adapter"), ADAPTER_V1 | {"adapter": ADAPTER}, "It is ImageBind-LLM's: convert it with imagebind-llm"),
+    (write.command("imagebind_llm"), IMAGEBIND_LLM | {"adapter": ADAPTER_V2["adapter"]},
+     "it is LLaMA-Adapter's. Convert it"),
+    (write.command("llama_adapter"), ADAPTER_V1 | {"adapter": ADAPTER},
+     "It is ImageBind-LLM's: convert it with imagebind-llm"),
     (write.command("llama_adapter"), ADAPTER_V2 | {"adapter": ADAPTER_V1["adapter"]}, "v1's, which reads no images"),
     (write.command("llama_adapter"), ADAPTER_V2 | {"clip": None}, "v2's, which reads images: give its CLIP as --clip"),
-    (write.command("imagebind_llm"), IMAGEBIND_LLM | {"adapter": IMAGEBIND / "imagebind.pth"}, "f1_1.weight is missing"),
-    (write.command("imagebind_llm"), IMAGEBIND_LLM | {"injection": "tokens"}, "expected one of released, token, token-shared"),
+    (write.command("imagebind_llm"), IMAGEBIND_LLM | {"adapter": IMAGEBIND / "imagebind.pth"},
+     "f1_1.weight is missing"),
+    (write.command("imagebind_llm"), IMAGEBIND_LLM | {"injection": "tokens"},
+     "expected one of released, token, token-shared"),
     (write.command("llama_adapter"), ADAPTER_V1 | {"llm": IMAGEBIND}, "is it a LLaMA's config.json?"),
 ])
 def test_the_wrong_file(tmp_path, function, arguments, said):

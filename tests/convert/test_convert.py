@@ -221,7 +221,8 @@ def test_delta_must_fit(tmp_path, delta):
     del delta["model.norm.weight"]
     delta["model.extra"] = np.zeros(3, np.float16)
     delta["model.layers.1.mlp.up_proj.weight"] = np.zeros((7, 64), np.float16)
-    message = refused(tmp_path, write.command("llama"), llm=CKPT / "llama_hf", delta=llama_folder(tmp_path / "delta", delta))
+    folder = llama_folder(tmp_path / "delta", delta)
+    message = refused(tmp_path, write.command("llama"), llm=CKPT / "llama_hf", delta=folder)
     assert "model.norm.weight is in llama_hf but not in the delta" in message
     assert "model.extra is in the delta delta but not in llama_hf" in message
     assert "model.layers.1.mlp.up_proj.weight has shape [172, 64] in llama_hf but [7, 64] in the delta" in message

@@ -152,7 +152,8 @@ def test_token_form_there_and_back(adapted, tmp_path):
     np.testing.assert_array_equal(written.pop("gate"), gate[:, 0])
     assert_same(written, {key: value for key, value in original.items()
                           if key != "prefix_query.weight" and not key.endswith(".gate")})
-    write.command("imagebind_llm")(out=tmp_path / "out", **IMAGEBIND_LLM, adapter=tmp_path / "token.pth", injection="token")
+    write.command("imagebind_llm")(
+        out=tmp_path / "out", **IMAGEBIND_LLM, adapter=tmp_path / "token.pth", injection="token")
     assert described(tmp_path / "out")["fresh"] == []
     assert_same(params(tmp_path / "out"), params(adapted / "token") | {"llm/layers/gate": gate})
 

@@ -190,7 +190,8 @@ def test_params_that_are_none(tmp_path, text):
 def test_missing_files(tmp_path):
     folder = meta_folder(tmp_path / "llama", TWO)
     (folder / "consolidated.00.pth").unlink()
-    assert "has consolidated.01.pth, but not consolidated.00.pth" in refused(tmp_path, write.command("llama"), llm=folder)
+    message = refused(tmp_path, write.command("llama"), llm=folder)
+    assert "has consolidated.01.pth, but not consolidated.00.pth" in message
     (folder / "consolidated.01.pth").unlink()
     assert "has no consolidated.00.pth. Give a folder" in refused(tmp_path, write.command("llama"), llm=folder)
     shutil.copyfile(TWO / "consolidated.00.pth", folder / "consolidated.00.pth")
@@ -222,9 +223,11 @@ def test_shards_that_do_not_belong_together(tmp_path):
            layers__1__attention__wq__weight=np.zeros((8, 32), np.float16), layers__0__ffn_norm__weight=None,
            norm__weight=np.full(32, 7, np.float16), output__weight=np.zeros((300, 32), np.float32))
     message = refused(tmp_path, write.command("llama"), llm=folder)
-    for line in ("layers.1.attention.wq.weight has different dtypes or shapes in the shards: float16 [8, 32], float16 [16, 32]",
+    for line in ("layers.1.attention.wq.weight has different dtypes or shapes in the shards: "
+                 "float16 [8, 32], float16 [16, 32]",
                  "layers.0.ffn_norm.weight is missing in the shards [1]", "norm.weight differs between the shards",
-                 "output.weight has different dtypes or shapes in the shards: float16 [300, 32], float32 [300, 32]", "4 problems"):
+                 "output.weight has different dtypes or shapes in the shards: float16 [300, 32], float32 [300, 32]",
+                 "4 problems"):
         assert line in message
 
 
@@ -243,7 +246,8 @@ def test_a_damaged_shard(tmp_path):
 
 
 def test_a_delta_needs_a_transformers_folder(tmp_path):
-    assert "is in Meta's format. Convert it with" in refused(tmp_path, write.command("llama"), llm=ONE, delta=CKPT / "llama_hf")
+    message = refused(tmp_path, write.command("llama"), llm=ONE, delta=CKPT / "llama_hf")
+    assert "is in Meta's format. Convert it with" in message
 
 
 def test_a_folder_with_both_is_read_as_transformers(tmp_path, converted):
