@@ -263,7 +263,8 @@ def test_one_that_cannot_be_read_is_not_sealed_and_the_others_stay(saved, monkey
     monkeypatch.setattr(storage.LocalPath, "glob", lambda *_: iter(()))  # as etils' below a folder `[1]`
     checkpoints.save(30, state(), Progress())
     with pytest.raises(NotSaved, match=r"step 30 could not be saved in .*: The checkpoint just written to .*"
-                                       r"30\.orbax.* cannot be read back: [^\n]*\nThose of steps \[10, 20\] are complete"):
+                                       r"30\.orbax.* cannot be read back: [^\n]*\n"
+                                       r"Those of steps \[10, 20\] are complete"):
         checkpoints.wait()
     checkpoints.close()
     assert sorted(path.name for path in saved.iterdir()) == ["10", "20"]

@@ -16,7 +16,7 @@ from mmjax.config import DataConfig, RunConfig, TextConfig, WeightsConfig, load
 from mmjax.cost import plan
 from mmjax.data import features, pipeline
 from mmjax.data.collate import Collator, batch_spec, collate
-from mmjax.data.features import Card, Features, Held, Writer
+from mmjax.data.features import Card, Features, ImageBytes, Writer
 from mmjax.data.formats import Record
 from mmjax.data.pipeline import Order
 from mmjax.data.text import rows, tokenize
@@ -72,7 +72,7 @@ def store(folder, shape, data, dtype):
         for record in records[0]:
             vector = np.random.default_rng(0).normal(size=(crops, *shape))
             key = features.key(names(record.image))
-            writer.add(key, features.content_hash(Held.of(record.image).content), vector)
+            writer.add(key, features.content_hash(ImageBytes.of(record.image).content), vector)
     return Features(folder).of(data.sources, records)
 
 

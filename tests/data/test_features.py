@@ -15,7 +15,7 @@ from array_record.python import array_record_module
 from mmjax.batch import Sample
 from mmjax.config import Source
 from mmjax.data import features
-from mmjax.data.features import Card, Features, Held, ImageNames, Writer
+from mmjax.data.features import Card, Features, ImageBytes, ImageNames, Writer
 from mmjax.data.formats import FORMATS
 from mmjax.data.formats.record import Member
 from tests import small
@@ -50,7 +50,7 @@ def fill(folder, image_folder, numbers=range(8), card=CARD):
         keys = np.stack([features.key(names(records[number].image)) for number in numbers])
         for place in features.missing(writer.keys, keys):
             number = numbers[place]
-            content = features.content_hash(Held.of(records[number].image).content)
+            content = features.content_hash(ImageBytes.of(records[number].image).content)
             writer.add(keys[place], content, vector(number, card))
     return folder
 
@@ -125,7 +125,7 @@ def test_missing():
 def test_keys_that_begin_alike_are_told_apart(tmp_path, image_folder, monkeypatch):
     real = features.key
     monkeypatch.setattr(features, "key", lambda name: np.array([7, real(name)[1]], np.uint64))
-    found, images = opened(fill(tmp_path / "features", image_folder, range(7)), images=images_but(image_folder, 7))
+    found, images = opened(fill(tmp_path / "features", image_folder, range(7)), image_folder=images_but(image_folder, 7))
     for number, image in enumerate(images[:7]):
         np.testing.assert_array_equal(found.find(image), vector(number)[0])
     with pytest.raises(ValueError, match="has no feature"):
@@ -163,7 +163,7 @@ def test_killed_and_gone_on_with(tmp_path, image_folder, monkeypatch):
     monkeypatch.setattr(Writer, "_close", close)
     assert sorted(path.name for path in folder.glob("0*")) == [
         "00000.array_record", "00000.npy", "00001.array_record.partial"]
-    with pytest.raises(ValueError, match="were not all made: `mmjax data features` with the same folder adds"):
+    with pytest.raises(ValueError, match="are incomplete: `mmjax data features` with the same folder adds"):
         Features(folder)
 
     monkeypatch.setattr(Writer, "add", lambda self, *rest: (written.append(rest[1]), add(self, *rest)))
@@ -192,7 +192,7 @@ def test_interrupted_shard_is_kept(tmp_path, image_folder, monkeypatch):
 
 def test_one_process_at_a_time(tmp_path, image_folder):
     folder = fill(tmp_path / "features", image_folder)
-    with Writer(folder, CARD), pytest.raises(BlockingIOError, match=f"Another process is at work in {folder}"):
+    with Writer(folder, CARD), pytest.raises(BlockingIOError, match=f"Another process is writing in {folder}"):
         Writer(folder, CARD)
     fill(folder, image_folder)
 
@@ -297,7 +297,7 @@ def test_other_images_of_the_same_names_are_not_taken_for_the_same(tmp_path, ima
     fill(folder, other)  # both may be in one folder
     assert len(Features(folder).index) == 16
     shutil.copytree(other, image_folder, dirs_exist_ok=True)
-    with pytest.raises(ValueError, match="is another image than the one of which .* holds a feature"):
+    with pytest.raises(ValueError, match="has changed since its feature in .* was made"):
         opened(folder, image_folder)
 
 
@@ -316,7 +316,7 @@ def test_two_folders_in_one(tmp_path, image_folder):
             assert names.folders == {str(image_folder): 0, str(other): 1}
             for number, image in enumerate(shown):
                 if not known or number:
-                    content = features.content_hash(Held.of(image).content)
+                    content = features.content_hash(ImageBytes.of(image).content)
                     writer.add(features.key(names(image)), content, vector(number))
         found = Features(folder, names)
         for number, image in enumerate(shown):
@@ -337,7 +337,7 @@ def test_members_of_an_archive(tmp_path, image_folder):
     with Writer(tmp_path / "features", CARD) as writer:
         names = writer.names([source], [records])
         for number, record in enumerate(records):
-            content = features.content_hash(Held.of(record.image).content)
+            content = features.content_hash(ImageBytes.of(record.image).content)
             writer.add(features.key(names(record.image)), content, vector(number))
     (tmp_path / "tars").rename(tmp_path / "moved")
     source = Source("webdataset", str(tmp_path / "moved"))
@@ -359,7 +359,7 @@ def test_full_disk(tmp_path, monkeypatch):
             pass
 
     monkeypatch.setattr(array_record_module, "ArrayRecordWriter", Full)
-    with pytest.raises(OSError, match=r"cannot be written .*No space left on device\. What is finished stays"):
+    with pytest.raises(OSError, match=r"cannot be written .*No space left on device\. Complete shards are kept"):
         with Writer(tmp_path / "features", CARD) as writer:
             writer.add(features.key("a"), 0, vector(0))
 
@@ -387,15 +387,15 @@ def rows(images, *counts):
 def test_stacked_among_words(tmp_path, image_folder):
     found, images = opened(fill(tmp_path / "features", image_folder), image_folder)
     shown = [found.feature_of(image, None) for image in images]
-    stacked = found.stack(rows(shown, 1, 0, 2), placed=True)
+    stacked = found.stack(rows(shown, 1, 0, 2), in_slots=True)
     assert stacked.shape == (3, 2, 3, 4)
     np.testing.assert_array_equal(stacked[2], shown[1:3])
     np.testing.assert_array_equal(stacked[0, 0], shown[0])
     assert not stacked[0, 1].any() and not stacked[1].any()
     together = [[sample for row in rows(shown, 1, 2) for sample in row]]  # packed
-    np.testing.assert_array_equal(found.stack(together, placed=True, most=4)[0, :3], shown[:3])
-    assert found.stack(rows(shown, 0, 0), placed=True, most=4).shape == (2, 4, 3, 4)
-    assert found.stack(rows(shown, 0, 0), placed=True) is None
+    np.testing.assert_array_equal(found.stack(together, in_slots=True, most=4)[0, :3], shown[:3])
+    assert found.stack(rows(shown, 0, 0), in_slots=True, most=4).shape == (2, 4, 3, 4)
+    assert found.stack(rows(shown, 0, 0), in_slots=True) is None
 
 
 def test_stacked_one_a_row(tmp_path, image_folder):
@@ -404,7 +404,7 @@ def test_stacked_one_a_row(tmp_path, image_folder):
         writer.add(features.key(ImageNames({})(None)), 0, vector(100))
     found, images = opened(folder, image_folder)
     shown = [found.feature_of(image, None) for image in images]
-    stacked = found.stack(rows(shown, 1, 0, 1), placed=False)
+    stacked = found.stack(rows(shown, 1, 0, 1), in_slots=False)
     np.testing.assert_array_equal(stacked, [shown[0], vector(100)[0], shown[1]])
     with pytest.raises(ValueError, match=r"Rows \[1\] have more than one image"):
-        found.stack(rows(shown, 1, 2), placed=False)
+        found.stack(rows(shown, 1, 2), in_slots=False)
