@@ -30,7 +30,7 @@ from mmjax.config import RunConfig, WeightsConfig
 from mmjax.data import features as stored
 from mmjax.data import images, pipeline
 from mmjax.data.collate import inputs
-from mmjax.data.features import Card, Features, Held, ImageNames, Writer
+from mmjax.data.features import Card, Features, ImageBytes, ImageNames, Writer
 from mmjax.data.formats import Record
 from mmjax.families import shapes
 from mmjax.families.base import ImageSpec
@@ -302,7 +302,7 @@ class _ImageReader:
         name = self.names(record.image)
         opened = _OpenedImage(record.name, str(record.image), stored.key(name))
         try:
-            held = Held.of(record.image)
+            held = ImageBytes.of(record.image)
             whole = images.rgb(held)
         except (ValueError, OSError) as error:
             return dataclasses.replace(opened, problem=str(error))
