@@ -154,7 +154,7 @@ DAMAGES = [  # name of the check, what is said, how
     ("empty", "llm/layers/mlp/up/w is nothing but zeros in layer 2", {"llm__layers__mlp__up__w": with_(2, 0)}),
     ("empty", "vit/pos is nothing but zeros. It came from --vit: eva_vit.pth", {"vit__pos": np.zeros_like}),
     ("word vectors", "llm/head/w looks like fresh random numbers", {"llm__head__w": random_like}),
-    ("word vectors", "llm/embedding: 256 of 512 words are zeros", {"llm__embedding": with_(slice(256, None), 0)}),
+    ("word vectors", "llm/embedding: 256 of 512 tokens are zeros", {"llm__embedding": with_(slice(256, None), 0)}),
     ("layers", "Layers 0 and 2 of llm are bit for bit the same in 1 of 7 matrices (llm/layers/attn/v/w)",
      {"llm__layers__attn__v__w": lambda x: x[[0, 1, 0]]}),
     ("layers", "of qformer are bit for bit the same",
@@ -223,7 +223,7 @@ def test_missing_and_damaged_files(tmp_path):
     (out / "config.json").write_text(json.dumps(card))
     found = doctor.examine(out)
     assert "llm/embedding" in wrong(found)["parameters"]
-    assert "see to parameters first" in wrong(found, "warning")["outputs"]
+    assert "repair parameters first" in wrong(found, "warning")["outputs"]
 
     out = tmp_path / "cut"
     shutil.copytree(scenes(), out)
@@ -244,7 +244,7 @@ def retokenised(out: Path, name: str, change) -> Path:
 
 
 @pytest.mark.parametrize(("file", "change", "name", "words"), [
-    ("added_tokens.json", {"<new>": 600}, "tokenizer", "601 words (added ones included), the embedding table 512 rows"),
+    ("added_tokens.json", {"<new>": 600}, "tokenizer", "601 tokens (added ones included), the embedding table 512 rows"),
     ("special_tokens_map.json", {"bos_token": "</s>"}, "special ids",
      "There is no BOS: to the tokenizer a text begins with '</s>' (id 2), which is its end"),
     ("special_tokens_map.json", {"bos_token": "nowhere"}, "tokenizer", "bos_token 'nowhere' is neither in"),
