@@ -31,7 +31,7 @@ from mmjax.training import steps
 
 INPUTS = {
     "images": "images as the original takes them, normalised: [B,3,H,W], or several a row [B,F,3,H,W]",
-    "tokens": "int[B,T]: ids, the beginning's included; -1 where a soft token of a image stands",
+    "tokens": "int[B,T]: ids, the beginning's included; -1 where a soft token of an image stands",
     "valid": "bool or int[B,T]: what attention sees (the original's attention_mask); without it, everything",
     "targets": "int[B,T]: the ids to be predicted, -100 where there is none (the original's labels); for `loss`",
     "positions": "int[B,T]: rotary positions; without it, 0, 1, 2, ... in every row",

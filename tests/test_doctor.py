@@ -246,7 +246,7 @@ def retokenised(out: Path, name: str, change) -> Path:
 @pytest.mark.parametrize(("file", "change", "name", "words"), [
     ("added_tokens.json", {"<new>": 600}, "tokenizer", "601 tokens (added ones included), the embedding table 512 rows"),
     ("special_tokens_map.json", {"bos_token": "</s>"}, "special ids",
-     "There is no BOS: to the tokenizer a text begins with '</s>' (id 2), which is its end"),
+     "There is no BOS: the tokenizer begins a text with '</s>' (id 2), which is its end"),
     ("special_tokens_map.json", {"bos_token": "nowhere"}, "tokenizer", "bos_token 'nowhere' is neither in"),
 ])
 def test_tokenizer_is_judged(file, change, name, words, tmp_path):

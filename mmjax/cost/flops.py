@@ -3,7 +3,7 @@
 A product of `[m, k]` and `[k, n]` is 2·m·k·n operations; nothing else is counted. JAX differentiates only what leads
 to a trained parameter, so with N parameters a token the usual figures come out by themselves:
 
-    2N  a frozen part below everything trained, such as a image tower: forward alone
+    2N  a frozen part below everything trained, such as an image tower: forward alone
     4N  a frozen part above something trained, such as the language model: forward, and the gradient of its inputs
     4N  a trained part with nothing trained below it, such as a projector: forward, and the gradient of its weights
     6N  any other trained part

@@ -86,7 +86,7 @@ PROMPT = "<Img><ImageHere></Img> Hi"  # 4 tokens of images in the tiny model
 
 
 @pytest.mark.parametrize(("changes", "length"), [
-    ({}, 16),  # 1 + a image's 4 + 6 is 11
+    ({}, 16),  # 1 + an image's 4 + 6 is 11
     ({"data_prompts": (PROMPT,), "text_prompt_template": "### {}"}, 32),  # 1 + (1 + 9) + 4 + (1 + 9) + 6 is 31
     ({"data_prompts": (PROMPT,), "text_max_context_len": 9}, 16),
     ({"data_prompts": (PROMPT,), "text_max_context_len": 9, "data_length_multiple": 5}, 20),
@@ -164,7 +164,7 @@ FAMILY_PRESETS = [(name, preset) for name, family in FAMILIES.items() for preset
 
 
 def fed(settings, model):
-    """The first batch that the pipeline makes for a run of a model, of records with a image each if it reads any."""
+    """The first batch that the pipeline makes for a run of a model, of records with an image each if it reads any."""
     image = str(small.images() / "image" / "0.jpg") if model.images else None
     records = [Record(str(number), image, "a red star") for number in range(4)]
     collator = Collator.of(settings, small_tokenizer(), model)
