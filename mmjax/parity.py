@@ -92,8 +92,10 @@ def parity(model: Loaded, reference: str | Path, tolerance: float | None = None)
     kind = jnp.dtype(model.module.dtype).name
     ordered = [name for name in possible if name in wanted and not (given is not None and name == embedding)]
     if not ordered:
-        raise ValueError(f"{reference} holds `{embedding}` without `tokens`: then it is an input, and there is no other "
-                         "stage to compare.")
+        raise ValueError(
+            f"{reference} holds `{embedding}` without `tokens`: then it is an input, and there is no other "
+            "stage to compare."
+        )
     return [compare(possible[name], found[name], held[name], np.asarray(batch.valid),
                     tolerance or max(TOLERANCES[kind], TOLERANCES.get(held[name].dtype.name, 0.0)))
             for name in ordered]

@@ -24,7 +24,9 @@ ASKS = [predictions.Ask(str(n), mmjax.Sample(images=[scenes.draw(scene)], prompt
 
 def answers(mesh, out, ranked):
     model = mmjax.load(small.checkpoint(), mesh, dtype="float32")
-    answerer = Choices(model, 3) if ranked else predictions.TextAnswerer(model, predictions.Decoding(max_new_tokens=4), 3)
+    answerer = (
+        Choices(model, 3) if ranked else predictions.TextAnswerer(model, predictions.Decoding(max_new_tokens=4), 3)
+    )
     assert answerer.rows % sharding.num_shards(mesh, "batch") == 0
     predictions.predict(out, ASKS, answerer, {part: {} for part in predictions.COMPARED}, Console(quiet=True))
     return [json.loads(line) for line in out.read_text().splitlines()]

@@ -243,12 +243,24 @@ def retokenised(out: Path, name: str, change) -> Path:
     return out
 
 
-@pytest.mark.parametrize(("file", "change", "name", "words"), [
-    ("added_tokens.json", {"<new>": 600}, "tokenizer", "601 tokens (added ones included), the embedding table 512 rows"),
-    ("special_tokens_map.json", {"bos_token": "</s>"}, "special ids",
-     "There is no BOS: the tokenizer begins a text with '</s>' (id 2), which is its end"),
-    ("special_tokens_map.json", {"bos_token": "nowhere"}, "tokenizer", "bos_token 'nowhere' is neither in"),
-])
+@pytest.mark.parametrize(
+    ("file", "change", "name", "words"),
+    [
+        (
+            "added_tokens.json",
+            {"<new>": 600},
+            "tokenizer",
+            "601 tokens (added ones included), the embedding table 512 rows",
+        ),
+        (
+            "special_tokens_map.json",
+            {"bos_token": "</s>"},
+            "special ids",
+            "There is no BOS: the tokenizer begins a text with '</s>' (id 2), which is its end",
+        ),
+        ("special_tokens_map.json", {"bos_token": "nowhere"}, "tokenizer", "bos_token 'nowhere' is neither in"),
+    ],
+)
 def test_tokenizer_is_judged(file, change, name, words, tmp_path):
     found = wrong(doctor.examine(retokenised(tmp_path / "other", file, change), quick=True))
     assert words in found[name] and set(found) == {name}
@@ -282,7 +294,9 @@ def test_runs(tmp_path):
     patient, _ = inspect_folder(tmp_path / "run")
     numbers = {path: statistics(path, rows) for path, rows in patient.read.items()}
     patient = dataclasses.replace(patient, tensors=numbers)
-    assert "not those that the run was trained with: llm/head/w." in wrong(outputs.base_weights(patient))["base weights"]
+    assert (
+        "not those that the run was trained with: llm/head/w." in wrong(outputs.base_weights(patient))["base weights"]
+    )
 
     seal = next((tmp_path / "run" / "checkpoints").glob("2/seal.json"))
     seal.write_text(seal.read_text().replace('"position"', '"Position"'))

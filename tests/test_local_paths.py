@@ -197,11 +197,18 @@ def test_a_data_set_by_its_name_is_no_url():
 
 SHIPPED = ("minigpt4", "imagebind_llm", "llama_adapter", "llama")
 COMMANDS = {  # those whose options are made of a function or a dataclass, and the names of paths that are text there
-    "chat": (chat.converse, "media"), "doctor": (doctor.examine,), "parity": (parity.compare,),
-    "export": (export.export,), **{family: (write.command(family),) for family in SHIPPED},
+    "chat": (chat.converse, "media"),
+    "doctor": (doctor.examine,),
+    "parity": (parity.compare,),
+    "export": (export.export,),
+    **{family: (write.command(family),) for family in SHIPPED},
     "generate": (generate.GenerateOptions, "media"),
-    "evaluate": (evaluate.EvaluateOptions, "data", "root"), "check": (data.data_check,), "prepare": (data.data_prepare,),
-    "verify": (data.data_verify,), "features": (data.data_features,)}
+    "evaluate": (evaluate.EvaluateOptions, "data", "root"),
+    "check": (data.data_check,),
+    "prepare": (data.data_prepare,),
+    "verify": (data.data_verify,),
+    "features": (data.data_features,),
+}
 OPTIONS = [(command, name) for command, (made_of, *texts) in COMMANDS.items()
            for name, hint in typing.get_type_hints(made_of).items() if "Path" in str(hint) or name in texts]
 

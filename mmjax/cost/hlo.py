@@ -236,14 +236,6 @@ def collectives(text: str, mesh: Any) -> list[Collective]:
     return [one for parts in found.values() for one in parts]
 
 
-def summary(found: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]], int]:
-    """`{(kind, axes): bytes a device sends in one run}`, the most first."""
-    total: dict[tuple[str, tuple[str, ...]], int] = {}
-    for one in found:
-        total[one.kind, one.axes] = total.get((one.kind, one.axes), 0) + one.sent
-    return dict(sorted(total.items(), key=lambda item: -item[1]))
-
-
 def crossed(groups: Iterable[Iterable[int]], mesh: Any) -> tuple[str, ...]:
     """The axes of a mesh along which the positions within any of the groups differ."""
     axes = set()

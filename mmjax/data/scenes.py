@@ -1,14 +1,14 @@
-"""Scenes: a small made-up world of pictures with captions and questions, for the embedded default.
+"""Scenes: small procedural images with captions and questions, for the embedded default.
 
-A picture holds one to three shapes on a 3x3 grid; each has a size, a colour, a shape and a place. Everything follows
-from a seed, so nothing is downloaded and every run draws the same pictures. `depth` gives the same scene to another
-sense. Scenes go on disk in the layouts of MiniGPT-4's second stage (`write`: CC-SBU-align) and of ImageBind-LLM's two
-phases (`write_pretrain`, `write_finetune`).
+An image shows one to three shapes on a 3x3 grid; each has a size, a colour, a shape and a place. Everything is drawn
+from a seed, so nothing is downloaded and every run draws the same images. `depth` draws the depth map of a scene.
+Scenes are written in the layouts of MiniGPT-4's second stage (`write`: CC-SBU-align) and of ImageBind-LLM's two phases
+(`write_pretrain`, `write_finetune`).
 
-Splits keep evaluation honest:
-  train      what a job may learn from
-  held_out   captions that `train` never holds (a hash of the caption decides), made of familiar colour-shape pairs
-  new_pairs  at least one shape in a colour that `train` never shows on it
+Splits:
+  train      training data
+  held_out   captions that are not in `train` (chosen by a hash of the caption), with colour-shape pairs of `train`
+  new_pairs  at least one colour-shape pair that is not in `train`
 """
 
 import csv
@@ -23,10 +23,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Towers that scripts/pretrain_{scenes,senses}.py trained on this world, in the released PyTorch formats.
+# Towers that scripts/pretrain_{scenes,senses}.py trained on scenes, in the released PyTorch formats.
 ASSETS = Path(__file__).parents[1] / "assets" / "scenes"
 
-SIDE = 48  # pixels of a picture
+SIDE = 48  # pixels of an image
 CELL = SIDE // 3
 
 SIZES = {"small": 4.6, "large": 7.4}  # radius in pixels
@@ -63,15 +63,15 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What a picture shows, in raster order of the places, and the random key of everything a caption leaves out
-    (background, shades, small shifts and turns, noise)."""
+    """The shapes of an image, in raster order of the grid, and the random key of everything that the caption does not
+    name (background, shades, small shifts and rotations, noise)."""
 
     things: tuple[Thing, ...]
     key: tuple[int, ...]
 
 
 class Question(NamedTuple):
-    """`kind` is the attribute that is asked for, or "count"."""
+    """A question. `kind` is the attribute in question, or "count"."""
 
     text: str
     answer: str
@@ -80,12 +80,12 @@ class Question(NamedTuple):
 
 def scenes(split: str, count: int, seed: int = 0, new_pairs: Sequence[tuple[str, str]] = NEW_PAIRS,
            most: int = 3) -> list[Scene]:
-    """The first `count` scenes of a split; scene i does not depend on `count`.
+    """Returns the first `count` scenes of a split; scene i does not depend on `count`.
 
-    new_pairs: (colour, shape) pairs that are kept for the split of that name
-    most:      things in a scene at most, 1 to 3
+    new_pairs: (colour, shape) pairs that are reserved for the split of that name
+    most:      maximum number of shapes in a scene, 1 to 3
 
-    Raises ValueError for a split or a pair that does not exist, or another `most`.
+    Raises ValueError for an unknown split or pair, or another `most`.
     """
     if split not in SPLITS:
         raise ValueError(f"There is no split {split!r} of scenes; choose one of {', '.join(SPLITS)}.")
@@ -128,29 +128,29 @@ def where(place: str) -> str:
 
 
 def questions(scene: Scene) -> list[Question]:
-    """What can be asked so that there is exactly one answer. A lone shape is not counted: that would be no question."""
-    asked = []
+    """Returns all questions with exactly one answer. A single shape is not counted."""
+    result = []
     shapes = [thing.shape for thing in scene.things]
     for thing in scene.things:
         spot = where(thing.place)
-        asked.append(Question(f"What shape is {spot}?", thing.shape, "shape"))
-        asked.append(Question(f"What color is the shape {spot}?", thing.color, "color"))
+        result.append(Question(f"What shape is {spot}?", thing.shape, "shape"))
+        result.append(Question(f"What color is the shape {spot}?", thing.color, "color"))
         if shapes.count(thing.shape) == 1:
-            asked.append(Question(f"What color is the {thing.shape}?", thing.color, "color"))
-            asked.append(Question(f"What size is the {thing.shape}?", thing.size, "size"))
-            asked.append(Question(f"Where is the {thing.shape}?", spot, "place"))
+            result.append(Question(f"What color is the {thing.shape}?", thing.color, "color"))
+            result.append(Question(f"What size is the {thing.shape}?", thing.size, "size"))
+            result.append(Question(f"Where is the {thing.shape}?", spot, "place"))
     if len(shapes) > 1:
-        asked.append(Question("How many shapes are there?", COUNTS[len(shapes)], "count"))
-    return asked
+        result.append(Question("How many shapes are there?", COUNTS[len(shapes)], "count"))
+    return result
 
 
 def instructions(scene: Scene) -> list[tuple[str, str]]:
-    """(prompt, answer): every way to ask for the caption, and every question."""
+    """Returns (prompt, answer) pairs: the caption with every prompt, and every question."""
     return [*((prompt, caption(scene)) for prompt in PROMPTS), *(question[:2] for question in questions(scene))]
 
 
 def parse(text: str) -> list[Thing]:
-    """The things that a caption names, in its order; a phrase without any attribute word is left out."""
+    """Returns the shapes that a caption names, in order; phrases without an attribute are left out."""
     things = []
     for phrase in re.split(r",|\band\b", text.lower()):
         words = re.findall(r"[a-z]+(?:-[a-z]+)?", phrase)
@@ -161,34 +161,34 @@ def parse(text: str) -> list[Thing]:
 
 
 def score(text: str, scene: Scene) -> dict[str, tuple[int, int]]:
-    """(right, total) for each attribute and for "whole", the caption as one.
+    """Returns (correct, total) for each attribute and for "whole", the complete caption.
 
-    The n-th thing said is held against the n-th thing shown; things too few or too many count as wrong.
+    The n-th shape of the text is compared with the n-th shape of the scene; missing and extra shapes count as wrong.
     """
-    said = parse(text)
-    pairs = list(zip_longest(said, scene.things))
+    parsed = parse(text)
+    pairs = list(zip_longest(parsed, scene.things))
     points = {name: (sum(getattr(a, name, None) == getattr(b, name, "") for a, b in pairs), len(pairs))
               for name in ATTRIBUTES}
-    return {**points, "whole": (int(tuple(said) == scene.things), 1)}
+    return {**points, "whole": (int(tuple(parsed) == scene.things), 1)}
 
 
 def total(scores: Iterable[dict[str, tuple[int, int]]]) -> dict[str, float]:
-    """Share that is right in many `score`s, by attribute, for "whole", and as "mean" of the four attributes."""
+    """Returns the correct share over `score`s by attribute, for "whole", and as "mean" of the four attributes."""
     scores = list(scores)
     shares = {name: sum(s[name][0] for s in scores) / sum(s[name][1] for s in scores) for name in scores[0]}
     return {**shares, "mean": float(np.mean([shares[name] for name in ATTRIBUTES]))}
 
 
 def write(folder: str | Path, scenes: Sequence[Scene]) -> None:
-    """Draw scenes into `folder/image/ID.jpg` and write `folder/filter_cap.json`; the id is the place in the list."""
+    """Draws scenes into `folder/image/ID.jpg` and writes `folder/filter_cap.json`; the id is the index in the list."""
     _write_images(folder, scenes)
     annotations = [{"image_id": str(number), "caption": caption(scene)} for number, scene in enumerate(scenes)]
     (Path(folder) / "filter_cap.json").write_text(json.dumps({"annotations": annotations}, indent=1))
 
 
 def write_pretrain(folder: str | Path, scenes: Sequence[Scene]) -> None:
-    """The layout of ImageBind-LLM's pretraining: `folder/pretrain.yaml` names `pretrain.csv`, tab-separated lines of
-    a picture's path and its caption. All paths are absolute, as the original takes others from where it is started."""
+    """Writes the layout of ImageBind-LLM's pretraining: `folder/pretrain.yaml` names `pretrain.csv`, with tab-separated
+    paths and captions. Paths are absolute, since the original resolves others from the working directory."""
     images = _write_images(folder, scenes)
     with open(Path(folder) / "pretrain.csv", "w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file, delimiter="\t", lineterminator="\n")
@@ -198,31 +198,31 @@ def write_pretrain(folder: str | Path, scenes: Sequence[Scene]) -> None:
 
 
 def write_finetune(folder: str | Path, scenes: Sequence[Scene]) -> None:
-    """The layout of ImageBind-LLM's fine-tuning: `folder/finetune.yaml` names `finetune.json`, in LLaVA's manner a row
-    for each of `instructions` with its answer. All paths are absolute."""
-    asked = [(image, *asked) for image, scene in zip(_write_images(folder, scenes), scenes, strict=True)
-             for asked in instructions(scene)]
+    """Writes the layout of ImageBind-LLM's fine-tuning: `folder/finetune.yaml` names `finetune.json`, in LLaVA's format
+    with a row for each of `instructions`. Paths are absolute."""
+    triples = [(image, *pair) for image, scene in zip(_write_images(folder, scenes), scenes, strict=True)
+               for pair in instructions(scene)]
     rows = [{"id": str(number), "image": image,
              "conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]}
-            for number, (image, prompt, answer) in enumerate(asked)]
+            for number, (image, prompt, answer) in enumerate(triples)]
     (Path(folder) / "finetune.json").write_text(json.dumps(rows, indent=1))
     _write_meta(folder, "finetune", "finetune.json")
 
 
-# By `DataConfig.format`: the file that is written last, and what writes the layout.
+# By `DataConfig.format`: the file that is written last, and the function that writes the layout.
 LAYOUTS = {"cc_sbu_align": ("filter_cap.json", write), "imagebind_llm_pretrain": ("pretrain.yaml", write_pretrain),
            "imagebind_llm_finetune": ("finetune.yaml", write_finetune)}
 
 
 def _write_images(folder: str | Path, scenes: Sequence[Scene]) -> list[str]:
-    """Their absolute paths."""
+    """Draws the images and returns their absolute paths."""
     from PIL import Image
 
     images = (Path(folder) / "image").resolve()
     images.mkdir(parents=True, exist_ok=True)
     paths = [str(images / f"{number}.jpg") for number in range(len(scenes))]
     for path, scene in zip(paths, scenes, strict=True):
-        # Full colour resolution: the usual halved one would smear the colour of a 9-pixel shape.
+        # Full colour resolution: chroma subsampling would blur the colour of a 9-pixel shape.
         Image.fromarray(draw(scene)).save(path, quality=95, subsampling=0)
     return paths
 
@@ -233,14 +233,14 @@ def _write_meta(folder: str | Path, phase: str, file: str) -> None:
     (Path(folder) / f"{phase}.yaml").write_text(f"META:\n  - {path}\n", encoding="utf-8")
 
 
-# Drawing. Pixels are points of a plane; a shape is its signed distance in pixels, negative inside, and the share of a
-# pixel that it covers is 1/2 - distance, cut to 0..1: that is the anti-aliasing.
+# Drawing. Pixels are points of a plane; a shape is its signed distance in pixels, negative inside. For anti-aliasing it
+# covers a share of 1/2 - distance of a pixel, clipped to 0..1.
 
 _Y, _X = np.mgrid[:SIDE, :SIDE].astype(np.float32) + 0.5
 
 
 def draw(scene: Scene) -> np.ndarray:
-    """The picture, uint8[48,48,3]."""
+    """Returns the image of a scene, uint8[48,48,3]."""
     rng = np.random.default_rng((*scene.key, 1))
     image = _background(rng)
     for thing, (cover, shade) in zip(scene.things, _layers(scene, rng), strict=True):
@@ -250,13 +250,13 @@ def draw(scene: Scene) -> np.ndarray:
 
 
 def depth(scene: Scene) -> np.ndarray:
-    """The depth map of the picture that `draw` gives, float32[1,48,48] of about 0 to 1; larger is nearer.
+    """Returns the depth map of the image of `draw`, float32[1,48,48] of about 0 to 1; larger is nearer.
 
-    A slanted, slightly uneven wall, and every thing as a flat plate in front of it at a distance of its own, where and
-    as the picture has it. Neither colours nor the background's pattern leave a trace.
+    It shows a slanted, slightly uneven wall, and every shape as a flat plate in front of it at a random distance.
+    Colours and the pattern of the background are not visible.
     """
     rng = np.random.default_rng((*scene.key, 1))
-    _background(rng)  # whatever it draws comes before the things
+    _background(rng)  # consumes the random numbers that are drawn before those of the shapes
     layers = list(_layers(scene, rng))
     rng = np.random.default_rng((*scene.key, 2))
     slope = rng.uniform(-0.1, 0.1, 2)
@@ -267,16 +267,16 @@ def depth(scene: Scene) -> np.ndarray:
     return wall.astype(np.float32)[None]
 
 
-MEDIA = {"depth": depth}  # what gives a scene to the senses beside pictures, by the name of the sense
+MEDIA = {"depth": depth}  # functions that draw a scene for other senses, by name
 
 
 def as_image(channel: np.ndarray) -> np.ndarray:
-    """float32[1,48,48] of about 0 to 1 for the eye: uint8[48,48,3], grey."""
+    """Returns float32[1,48,48] of about 0 to 1 as a grey image, uint8[48,48,3]."""
     return np.repeat((np.clip(channel[0], 0, 1) * 255).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def _layers(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Of each thing the share of each pixel that it covers, and the factor of its colour there: float32[48,48] both."""
+    """Yields the share of each pixel that a shape covers, and the factor of its colour there: float32[48,48] both."""
     for thing in scene.things:
         row, column = divmod(PLACES.index(thing.place), 3)
         x, y = (_X - CELL * (column + 0.5) - rng.uniform(-1, 1), _Y - CELL * (row + 0.5) - rng.uniform(-1, 1))
@@ -288,7 +288,7 @@ def _layers(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[np.ndarray
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
-    """A greyish gradient, wave or checker; float32[48,48,3]."""
+    """Returns a greyish gradient, wave or checkerboard; float32[48,48,3]."""
     ends = rng.uniform(0.3, 0.7, 2)[:, None] + rng.uniform(-0.05, 0.05, (2, 3))
     angle = rng.uniform(0, 2 * np.pi)
     along = (np.cos(angle) * (_X - SIDE / 2) + np.sin(angle) * (_Y - SIDE / 2)) / SIDE  # about -0.7..0.7
@@ -317,7 +317,7 @@ def _triangle(x, y, r):
 
 
 def _star(x, y, r):
-    """Five points: the plane folded onto half a point, where one straight edge is left."""
+    """A star of five points: the plane is folded onto half a point, which has one straight edge."""
     fifth = 2 * np.pi / 5
     angle = abs((np.arctan2(x, -y) + fifth / 2) % fifth - fifth / 2)  # 0 at a tip, 36 degrees at a notch
     u, v = np.hypot(x, y) * np.cos(angle), np.hypot(x, y) * np.sin(angle)

@@ -1,10 +1,10 @@
-"""Inputs of ImageBind's towers from files and arrays (imagebind/data.py, imagebind/models/multimodal_preprocessors.py),
-and the rows of a batch made of them.
+"""Preprocesses inputs of ImageBind's towers (imagebind/data.py, imagebind/models/multimodal_preprocessors.py), and
+stacks them into batches.
 
 C channels   S side of an image   M mel bins   T frames of a spectrogram
 
-Numpy on the host. Images keep their proportions here, unlike MiniGPT-4's. Depth, heat and motion come as arrays:
-the original has no transform for them. Video files are not decoded; a video is given as its frames.
+Numpy on the host. Images keep their aspect ratio, unlike MiniGPT-4's. Depth, thermal and imu are given as arrays: the
+original has no transform for them. Video files are not decoded; a video is given as its frames.
 """
 
 import functools
@@ -33,12 +33,12 @@ from mmjax.tokenizer import WORDS
 
 
 def image(source: Any, size: int = 224, random: np.random.Generator | None = None) -> np.ndarray:
-    """float32[3,S,S]: the middle of an image whose short side was scaled to S, or a random part of it; normalised.
+    """Returns float32[3,S,S]: the center crop of an image whose short side is scaled to S, or a random crop; normalised.
 
-    source: as `mmjax.data.images.load` takes it; one that comes normalised is unchanged
-    random: draws the part, as in training
+    source: as for `mmjax.data.images.load`; a normalised image is unchanged
+    random: draws a random crop, as in training
 
-    Raises ValueError naming what cannot be used.
+    Raises ValueError naming an input that cannot be used.
     """
     return normalise(load(source, size, "center_crop", random))
 
@@ -47,9 +47,9 @@ def image(source: Any, size: int = 224, random: np.random.Generator | None = Non
 
 
 def clip_times(duration: float, clips: int, seconds: float) -> list[tuple[Fraction, Fraction]]:
-    """(start, end) of each clip, evenly from the start to the end of a recording; all start at 0 in one too short.
+    """Returns (start, end) of each clip, evenly spaced over a recording; all start at 0 if it is too short.
 
-    Fractions, as in the pytorchvideo commit that the original pins: the samples that a float 0.6 names depend on it.
+    Fractions, as in the pytorchvideo commit that the original pins: the samples of a float such as 0.6 depend on it.
     """
     step = Fraction(max(duration - seconds, 0.0)) / max(clips - 1, 1)
     return [(step * i, step * i + Fraction(seconds)) for i in range(clips)]
@@ -57,7 +57,7 @@ def clip_times(duration: float, clips: int, seconds: float) -> list[tuple[Fracti
 
 def video(frames: np.ndarray, fps: float, size: int = 224, clips: int = 5, seconds: float = 2.0,
           shown: int = 2) -> np.ndarray:
-    """float32[3·clips, 3, shown, S, S]: of each clip its three crops along the long side, `shown` frames each.
+    """Returns float32[3·clips, 3, shown, S, S]: three crops of each clip along the long side, `shown` frames each.
 
     frames: uint8[N,H,W,3], all frames of the video. Raises ValueError if a clip has none.
     """
@@ -67,7 +67,7 @@ def video(frames: np.ndarray, fps: float, size: int = 224, clips: int = 5, secon
         raise ValueError(f"A video must have a number of frames a second above 0, got {fps}.")
     sides = _scaled_sides(*frames.shape[1:3], size)
     thin = max(sides) > THIN * size
-    made = []
+    crops = []
     for start, end in clip_times(len(frames) / fps, clips, seconds):
         inside = [i for i in range(len(frames)) if start <= i / fps < end]
         if not inside:
@@ -83,34 +83,34 @@ def video(frames: np.ndarray, fps: float, size: int = 224, clips: int = 5, secon
                 top = (0, top, height - size)[third]
             else:
                 left = (0, left, width - size)[third]
-            if thin:  # the whole would take much memory
+            if thin:  # the whole frame would take much memory
                 part = _scaled(chosen, sides, range(top, top + size), range(left, left + size))
-                made.append(_normalised(part))
+                crops.append(_normalised(part))
             else:
-                made.append(pixels[:, :, top:top + size, left:left + size])
-    return np.stack(made)
+                crops.append(pixels[:, :, top:top + size, left:left + size])
+    return np.stack(crops)
 
 
 def _normalised(pixels: np.ndarray) -> np.ndarray:
-    """[C,N,H,W] of [N,H,W,C]."""
+    """Returns normalised [C,N,H,W] of [N,H,W,C]."""
     return ((pixels - np.float32(MEAN)) / np.float32(STD)).transpose(3, 0, 1, 2)
 
 
 def _scaled_sides(height: int, width: int, size: int) -> tuple[int, int]:
-    """(height, width) with the short side S."""
+    """Returns (height, width) with the short side S."""
     if width < height:
         return math.floor(height / width * size), size
     return size, math.floor(width / height * size)
 
 
 def _scaled(frames: np.ndarray, sides: tuple[int, int], rows: range, columns: range) -> np.ndarray:
-    """Some rows and columns of [N,H,W,C] scaled to `sides`: bilinear, half-pixel centres, not antialiased."""
+    """Returns rows and columns of [N,H,W,C] scaled to `sides`: bilinear, half-pixel centres, not antialiased."""
     return np.einsum("hp,wq,npqc->nhwc", _bilinear(frames.shape[1], sides[0], rows),
                      _bilinear(frames.shape[2], sides[1], columns), frames, optimize=True)
 
 
 def _bilinear(source: int, target: int, wanted: range) -> np.ndarray:
-    """float32[wanted, source], the rows of a [target, source]."""
+    """Returns float32[wanted, source]: the wanted rows of the interpolation matrix [target, source]."""
     centre = ((np.arange(wanted.start, wanted.stop) + 0.5) * source / target - 0.5).clip(0, source - 1)
     return np.maximum(1 - np.abs(centre[:, None] - np.arange(source)), 0).astype(np.float32)
 
@@ -118,24 +118,24 @@ def _bilinear(source: int, target: int, wanted: range) -> np.ndarray:
 # ---- sound ----
 
 RATE = 16_000
-LEAST_RATE, MOST_RATE = 40, 1_000_000  # samples a second; below, there is nothing as high as the lowest mel filter
+LEAST_RATE, MOST_RATE = 40, 1_000_000  # samples a second; lower rates do not reach the lowest mel filter
 MOST_CHANNELS = 64
-UNKNOWN_LENGTH = 0x7FFF0000  # bytes from which on a header's length is that of a program that wrote into a pipe
-KERNEL = 2**23  # taps of all the kernels of a resampling, above which they are made in parts
-WHOLE = 2**24  # samples that a sound recorded more slowly may become before its clips alone are made
+UNKNOWN_LENGTH = 0x7FFF0000  # bytes; lengths from here on are those of programs that write to a pipe
+KERNEL = 2**23  # taps of all kernels of a resampling, above which samples are resampled in parts
+WHOLE = 2**24  # samples of an upsampled recording, above which only its clips are resampled
 PART = 2**19  # taps at once
-CROSSINGS, CUTOFF = 6, 0.99  # of the sinc that resamples: zero crossings, and how much of the lower Nyquist frequency
+CROSSINGS, CUTOFF = 6, 0.99  # of the sinc kernel: zero crossings, and cutoff relative to the lower Nyquist frequency
 SOUND_MEAN, SOUND_STD = -4.268, 9.138
 LOWEST = 20.0  # hertz, of the mel filters
 
 
 def read_wav(path: str | Path) -> tuple[np.ndarray, int]:
-    """(float32[C,samples] between -1 and 1, samples a second) of a PCM .wav file.
+    """Returns (float32[C,samples] between -1 and 1, samples a second) of a PCM .wav file.
 
-    Raises ValueError naming the file if it is something else, or is cut off. A length as large as programs write that
-    do not know it yet (ffmpeg into a pipe) means all that is there.
+    Raises ValueError naming the file if it is something else, or is truncated. The very large length that programs
+    write when they do not know it (ffmpeg into a pipe) means the rest of the file.
     """
-    if not Path(path).is_file():  # neither a folder nor a pipe that would be waited for
+    if not Path(path).is_file():  # neither a folder nor a pipe, which would block
         raise ValueError(files.url_problem(path) or f"No sound at {path}.")
     try:
         with wave.open(str(path), "rb") as file:
@@ -148,8 +148,8 @@ def read_wav(path: str | Path) -> tuple[np.ndarray, int]:
     except FileNotFoundError as error:
         raise ValueError(files.url_problem(path) or f"No sound at {path}.") from error
     except (wave.Error, EOFError, OSError, RuntimeError) as error:  # the last for damaged lengths of chunks
-        why = str(error) or "its chunks are damaged"
-        raise ValueError(f"{path} is not a PCM .wav file ({why}). Convert it: ffmpeg -i FILE -c:a pcm_s16le NEW.wav"
+        reason = str(error) or "its chunks are damaged"
+        raise ValueError(f"{path} is not a PCM .wav file ({reason}). Convert it: ffmpeg -i FILE -c:a pcm_s16le NEW.wav"
                          ) from error
     try:
         _check_sound(channels, rate)
@@ -168,7 +168,7 @@ def read_wav(path: str | Path) -> tuple[np.ndarray, int]:
 
 
 def _check_sound(channels: int, rate: int) -> None:
-    """Raises ValueError for what is no sound that anybody records, but takes much memory."""
+    """Raises ValueError for unusual rates and numbers of channels, which could take much memory."""
     if not LEAST_RATE <= rate <= MOST_RATE or rate != int(rate):
         raise ValueError(f"it says {rate} samples a second; whole numbers from {LEAST_RATE} to {MOST_RATE} are read")
     if channels > MOST_CHANNELS:
@@ -176,8 +176,8 @@ def _check_sound(channels: int, rate: int) -> None:
 
 
 def resample(waveform: np.ndarray, rate: int, target: int) -> np.ndarray:
-    """float32[C,samples] at another rate: a sinc of six zero crossings under a Hann window, cut off at 99 % of the
-    lower Nyquist frequency (torchaudio.functional.resample)."""
+    """Returns float32[C,samples] at another rate, with a Hann-windowed sinc of six zero crossings and a cutoff at 99 % of
+    the lower Nyquist frequency (torchaudio.functional.resample)."""
     if rate == target:
         return waveform
     common = math.gcd(rate, target)
@@ -197,9 +197,9 @@ def resample(waveform: np.ndarray, rate: int, target: int) -> np.ndarray:
 
 
 def resampled_part(waveform: np.ndarray, rate: int, target: int, start: int, stop: int) -> np.ndarray:
-    """float32[C,stop-start]: some samples of what `resample` gives, to 1e-4, in memory that no rate makes large.
+    """Returns float32[C,stop-start]: a part of the result of `resample`, to 1e-4, with little memory at any rate.
 
-    The taps of each sample are computed for itself, those alone that are not zero.
+    The nonzero taps of each sample are computed separately.
     """
     length, crossings = waveform.shape[1], CROSSINGS
     if not length:
@@ -207,21 +207,21 @@ def resampled_part(waveform: np.ndarray, rate: int, target: int, start: int, sto
     cutoff = min(rate, target) * CUTOFF  # zero crossings a second
     reach = math.ceil(crossings * rate / cutoff)
     taps = np.arange(min(2 * reach + 1, length))
-    made = np.empty((len(waveform), stop - start), np.float32)
+    out = np.empty((len(waveform), stop - start), np.float32)
     rows = max(1, PART // (len(taps) * len(waveform)))
     for first in range(start, stop, rows):
-        place = np.arange(first, min(first + rows, stop), dtype=np.int64) * rate  # in samples, times `target`
-        begin = np.clip(place // target - reach, 0, length - len(taps))
+        time = np.arange(first, min(first + rows, stop), dtype=np.int64) * rate  # in samples, times `target`
+        begin = np.clip(time // target - reach, 0, length - len(taps))
         inputs = begin[:, None] + taps
-        t = (inputs * target - place[:, None]) * (cutoff / (rate * target))
+        t = (inputs * target - time[:, None]) * (cutoff / (rate * target))
         kernels = np.sinc(t) * np.cos(t * (np.pi / crossings / 2)) ** 2 * (np.abs(t) < crossings) * (cutoff / rate)
-        found = np.einsum("cnk,nk->cn", waveform[:, inputs], kernels.astype(np.float32))
-        made[:, first - start:first - start + len(place)] = found
-    return made
+        samples = np.einsum("cnk,nk->cn", waveform[:, inputs], kernels.astype(np.float32))
+        out[:, first - start:first - start + len(time)] = samples
+    return out
 
 
 def mel_filters(bins: int, rate: int = RATE) -> np.ndarray:
-    """float64[M, fft/2]: triangles, evenly spaced in mel from 20 Hz to the Nyquist frequency (Kaldi's)."""
+    """Returns float64[M, fft/2]: triangles, evenly spaced in mel from 20 Hz to the Nyquist frequency (Kaldi's)."""
     half = _fft_size(rate) // 2
     low, high = _mel(LOWEST), _mel(rate / 2)
     step = (high - low) / (bins + 1)
@@ -234,7 +234,7 @@ def _mel(hertz):
 
 
 def log_mel(waveform: np.ndarray, bins: int, rate: int = RATE) -> np.ndarray:
-    """float32[M,T] of float[samples]: Kaldi's filter bank (torchaudio.compliance.kaldi.fbank).
+    """Returns float32[M,T] of float[samples]: Kaldi's filter bank (torchaudio.compliance.kaldi.fbank).
 
     Frames of 25 ms every 10 ms, as many as fit; their mean removed, pre-emphasis 0.97, Hann window, log of the power.
     """
@@ -255,12 +255,12 @@ def _fft_size(rate: int) -> int:
 
 def sound(source: str | Path | tuple[np.ndarray, int], bins: int = 128, frames: int = 204, clips: int = 3,
           seconds: float = 2.0) -> np.ndarray:
-    """float32[clips,1,M,T]: normalised log-mel spectrograms of evenly spread clips; what is missing of T is 0 before
+    """Returns float32[clips,1,M,T]: normalised log-mel spectrograms of evenly spaced clips, padded to T with 0 before
     the normalisation.
 
     source: a PCM .wav file, or (float[C,samples], samples a second)
-    The mean over all channels is taken out of each clip, the first channel is used. As in the original, clips that
-    overlap share their samples, so that a later one sees what an earlier one's mean has shifted.
+    The mean over all channels is subtracted from each clip, and the first channel is used. As in the original,
+    overlapping clips share their samples, so a clip includes the subtracted means of earlier ones.
     """
     waveform, rate = source if isinstance(source, tuple) else read_wav(source)
     if waveform.ndim != 2 or waveform.size == 0 or not np.issubdtype(waveform.dtype, np.floating):
@@ -268,19 +268,18 @@ def sound(source: str | Path | tuple[np.ndarray, int], bins: int = 128, frames: 
                          f"{waveform.dtype}{list(waveform.shape)}.")
     _check_sound(len(waveform), rate)
     parts = _parts(waveform.astype(np.float32), int(rate), clips, seconds)
-    made = np.zeros((clips, 1, bins, frames), np.float32)
+    out = np.zeros((clips, 1, bins, frames), np.float32)
     for i, clip in enumerate(parts):
         clip -= clip.mean(dtype=np.float64).astype(np.float32)
         mels = log_mel(clip[0], bins)[:, :frames]
-        made[i, 0, :, :mels.shape[1]] = mels
-    return (made - np.float32(SOUND_MEAN)) / np.float32(SOUND_STD)
+        out[i, 0, :, :mels.shape[1]] = mels
+    return (out - np.float32(SOUND_MEAN)) / np.float32(SOUND_STD)
 
 
 def _parts(waveform: np.ndarray, rate: int, clips: int, seconds: float) -> Iterator[np.ndarray]:
-    """float32[C,samples] of each clip, at 16 kHz; those that overlap share their memory.
+    """Yields float32[C,samples] of each clip, at 16 kHz; overlapping clips share their memory.
 
-    Of a sound recorded so slowly that the whole would take much memory, each clip is made for itself; none overlap
-    then.
+    If the whole sound would take much memory after upsampling, each clip is resampled separately; none overlap then.
     """
     length = -(-RATE * waveform.shape[1] // rate)
     slow = rate < RATE // 4 and length * len(waveform) > WHOLE and length >= clips * seconds * RATE
@@ -290,16 +289,16 @@ def _parts(waveform: np.ndarray, rate: int, clips: int, seconds: float) -> Itera
         yield resampled_part(waveform, rate, RATE, first, last) if slow else whole[:, first:last]
 
 
-# ---- words ----
+# ---- text ----
 
 
 class WordTokenizer:
-    """CLIP's byte pairs: lower case, merges within words, a mark on each word's last piece.
+    """CLIP's byte pair encoding: lower case, merges within words, a suffix on each word's last piece.
 
-    path:  the merges (`bpe_simple_vocab_16e6.txt.gz`), a header first
-    vocab: how many ids there are, which says how many merges are used
+    path:  the merges (`bpe_simple_vocab_16e6.txt.gz`), after a header line
+    vocab: size of the vocabulary, which determines the number of merges
 
-    The original also repairs wrongly decoded text (ftfy) first; here text has to come as it is meant.
+    Left out: the original first repairs wrongly decoded text (ftfy).
     """
 
     def __init__(self, path: str | Path, vocab: int = 49_408):
@@ -312,7 +311,7 @@ class WordTokenizer:
         merges = [tuple(line.split()) for line in lines]
         if len(merges) < count or any(len(merge) != 2 for merge in merges):
             usable = sum(len(merge) == 2 for merge in merges)
-            raise ValueError(f"{path} holds {usable} merges, but a vocabulary of {vocab} needs {count}.")
+            raise ValueError(f"{path} has {usable} merges, but a vocabulary of {vocab} needs {count}.")
         self._ranks = {merge: rank for rank, merge in enumerate(merges)}
         pieces = [*single, *(letter + "</w>" for letter in single), *("".join(merge) for merge in merges),
                   "<|startoftext|>", "<|endoftext|>"]
@@ -321,15 +320,15 @@ class WordTokenizer:
         self._word = functools.lru_cache(maxsize=None)(self._word)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the words, without the start and the end."""
+        """Returns the tokens of a text, without the start and end tokens."""
         text = re.sub(r"\s+", " ", html.unescape(html.unescape(text)).strip()).strip().lower()
         return [i for word in _words(text) for i in self._word(word)]
 
     def rows(self, texts: Sequence[str], context: int = 77, keep_end: bool = False) -> np.ndarray:
-        """int32[B,context]: start, words, end, zeros.
+        """Returns int32[B,context]: start, tokens, end, zeros.
 
-        A text that is too long is cut, its end with it, as ImageBind-LLM does; with `keep_end` the last id is the end,
-        as ImageBind itself does.
+        A text that is too long is truncated together with its end token, as in ImageBind-LLM; with `keep_end` the last
+        token is the end token, as in ImageBind.
         """
         out = np.zeros((len(texts), context), np.int32)
         for row, text in zip(out, texts, strict=True):
@@ -362,46 +361,46 @@ _RUN = re.compile(r"L+|N|x+")
 
 
 def _words(text: str) -> list[str]:
-    """The original's split: endings such as 's, runs of letters, single digits, runs of anything else but space."""
+    """Splits text as the original: endings such as 's, runs of letters, single digits, runs of other non-spaces."""
     kinds = "".join(
         " " if char.isspace() else {"L": "L", "N": "N"}.get(unicodedata.category(char)[0], "x") for char in text)
-    words, place = [], 0
-    while place < len(text):
-        found = _SHORT.match(text, place) or _RUN.match(kinds, place)
-        if found:
-            words.append(text[place:found.end()])
-        place = found.end() if found else place + 1
+    words, position = [], 0
+    while position < len(text):
+        match = _SHORT.match(text, position) or _RUN.match(kinds, position)
+        if match:
+            words.append(text[position:match.end()])
+        position = match.end() if match else position + 1
     return words
 
 
-# ---- rows ----
+# ---- batches ----
 
 NAMES = ("video", "audio", "depth", "thermal", "imu", "text")  # of `Sample.media`
 
 
-def stack(samples: Sequence[Sample], cfg: Any, words: Path | None = None) -> dict[str, Any]:
-    """The fields `images`, `image_valid`, `media` and `weights` of the `Batch` of these rows.
+def stack(samples: Sequence[Sample], cfg: Any, merges: Path | None = None) -> dict[str, Any]:
+    """Returns the fields `images`, `image_valid`, `media` and `weights` of the `Batch` of these rows.
 
-    cfg:   `FamilyConfig.media`; its towers say how large inputs are
-    words: the text tower's merges, needed for text that is not yet ids
+    cfg:    `FamilyConfig.media`, whose towers have the sizes of the inputs
+    merges: file of the text tower's merges, needed for text that is not tokenised
 
-    What a sample may give, always with the weight it names or 1:
+    Inputs of a sample, each with its weight, by default 1:
         image    `images`, at most one: a path, a PIL image, uint8[H,W,3], or normalised float32[3,S,S]
         video    (uint8[N,H,W,3], frames a second), or normalised float32[clips,3,frames,S,S]
         audio    a .wav file, (float[C,samples], samples a second), or spectrograms float32[clips,1,M,T]
-        depth, thermal   float32[1,H,W]         imu   float32[6,steps]        text   a string, or ids int[77]
-    A row without one of the senses of another row has zeros there, and the weight 0. A sample that gives nothing gets
-    an image of zeros with the weight 1, as the original's rows of text alone do. These are zeros after the
-    normalisation. That is left to the model, pixels being a quarter of the bytes, and `image_valid` says which rows have
-    an image; only if one of them came normalised, all are normalised here, and `image_valid` is None.
+        depth, thermal   float32[1,H,W]         imu   float32[6,steps]        text   a string, or tokens int[77]
+    A row without a sense that another row has gets zeros with the weight 0. A sample without inputs gets an image of
+    zeros with the weight 1, as the original's rows of text alone. These are zeros after the normalisation, which the
+    model does, since pixels take a quarter of the bytes; `image_valid` marks the rows with an image. If one image is
+    already normalised, all are normalised here, and `image_valid` is None.
 
     Raises ValueError naming the rows and senses that cannot be used, and the senses of this model.
     """
     read, problems = [], []
     for row, sample in enumerate(samples):
-        inputs, wrong = _inputs(sample, cfg, words)
+        inputs, messages = _inputs(sample, cfg, merges)
         read.append(inputs)
-        problems += [f"row {row}, {message}" for message in wrong]
+        problems += [f"row {row}, {message}" for message in messages]
     if any("image" in inputs and inputs["image"].dtype == np.float32 for inputs in read):
         for sample, inputs in zip(samples, read, strict=True):
             if "image" in inputs:
@@ -412,7 +411,7 @@ def stack(samples: Sequence[Sample], cfg: Any, words: Path | None = None) -> dic
                  if array.shape != first[name][1].shape]
     if problems:
         senses = [name for name in ("image", *NAMES) if sense_of(name) in cfg.towers]
-        raise ValueError("What these rows give to the senses cannot be used:\n  " + "\n  ".join(problems)
+        raise ValueError("The senses of these rows cannot be used:\n  " + "\n  ".join(problems)
                          + f"\nThe senses of this model are {', '.join(senses)}.")
     media = {name: np.stack([inputs.get(name, np.zeros_like(like)) for inputs in read])
              for name, (_, like) in first.items()}
@@ -425,37 +424,37 @@ def stack(samples: Sequence[Sample], cfg: Any, words: Path | None = None) -> dic
             "weights": weights}
 
 
-def _inputs(sample: Sample, cfg: Any, words: Path | None) -> tuple[dict[str, np.ndarray], list[str]]:
-    """What a sample gives to the towers by name, and what is wrong with it."""
-    wrong = [f"{name}: there is no such sense (images go into `images`)" for name in sample.media
-             if name not in NAMES]
+def _inputs(sample: Sample, cfg: Any, merges: Path | None) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Returns a sample's inputs of the towers by sense, and messages about its problems."""
+    problems = [f"{name}: there is no such sense (images go into `images`)" for name in sample.media
+                if name not in NAMES]
     given = {name: source for name, source in sample.media.items() if name in NAMES}
     if sample.images:
         given["image"] = sample.images
     inputs = {}
     for name, source in given.items():
         try:
-            inputs[name] = _input(name, source, cfg, words)
+            inputs[name] = _input(name, source, cfg, merges)
         except ValueError as error:
-            wrong.append(f"{name}: {error}")
+            problems.append(f"{name}: {error}")
     for name, weight in sample.weights.items():
         if name not in given:
-            wrong.append(f"{name}: a weight of {weight!r}, but nothing to weigh")
+            problems.append(f"{name}: a weight of {weight!r}, but no input")
         elif not (math.isfinite(weight) and weight >= 0):
-            wrong.append(f"{name}: a weight of {weight!r}, but weights are finite and not negative")
-    if not given and not wrong:
+            problems.append(f"{name}: a weight of {weight!r}, but weights are finite and not negative")
+    if not given and not problems:
         if cfg.vision is None:
-            wrong.append("nothing: an image of zeros would stand for it, but this model has no tower for images")
+            problems.append("no input: an image of zeros is needed, but this model has no tower for images")
         else:
             inputs["image"] = np.zeros((cfg.vision.image_size, cfg.vision.image_size, 3), np.uint8)
-    return inputs, wrong
+    return inputs, problems
 
 
-def _input(name: str, source: Any, cfg: Any, words: Path | None) -> np.ndarray:
-    """What one sense takes; raises ValueError saying what is expected instead."""
+def _input(name: str, source: Any, cfg: Any, merges: Path | None) -> np.ndarray:
+    """Returns the input of one sense; raises ValueError saying what is expected instead."""
     tower = cfg.towers.get(sense_of(name))
     if tower is None:
-        raise ValueError("this model has no tower for it")
+        raise ValueError("this model has no tower for this sense")
     if name == "image":
         if len(source) > 1:
             raise ValueError(f"{len(source)} images, but a row takes one")
@@ -473,12 +472,12 @@ def _input(name: str, source: Any, cfg: Any, words: Path | None) -> np.ndarray:
     if name == "audio":
         return _floats(source, (None, *tower.input_shape))
     if name == "text":
-        return _words_row(source, tower, words)
+        return _text_row(source, tower, merges)
     return _floats(source, tower.input_shape)
 
 
 def _floats(source: Any, shape: tuple[int | None, ...]) -> np.ndarray:
-    """float32 of that shape, where None is any number but 0."""
+    """Returns float32 of that shape, where None is any size but 0."""
     array = np.asarray(source)
     fits = len(array.shape) == len(shape) and all(
         size == wanted if wanted else size for size, wanted in zip(array.shape, shape, strict=True))
@@ -488,21 +487,21 @@ def _floats(source: Any, shape: tuple[int | None, ...]) -> np.ndarray:
     return array.astype(np.float32)
 
 
-def _words_row(source: Any, tower: Any, words: Path | None) -> np.ndarray:
+def _text_row(source: Any, tower: Any, merges: Path | None) -> np.ndarray:
     if isinstance(source, str):
-        if words is None or not words.is_file():
+        if merges is None or not merges.is_file():
             raise ValueError(f"the text tower's merges, {WORDS}, are not among the checkpoint's tokenizer files; put "
-                             "the file there (or convert again with `words`), or give ids")
-        return word_tokenizer(words, tower.vocab).rows([source], tower.context)[0]
+                             "the file there (or convert again with `words`), or give tokens")
+        return word_tokenizer(merges, tower.vocab).rows([source], tower.context)[0]
     ids = np.asarray(source)
     if ids.shape != tower.input_shape or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"must be a string or int[{tower.context}], got {ids.dtype}{list(ids.shape)}")
     if not ((ids >= 0) & (ids < tower.vocab)).all():
-        raise ValueError(f"ids must be from 0 to {tower.vocab - 1}, got {ids.min()} to {ids.max()}")
+        raise ValueError(f"tokens must be from 0 to {tower.vocab - 1}, got {ids.min()} to {ids.max()}")
     return ids.astype(np.int32)
 
 
 @functools.lru_cache(maxsize=4)
 def word_tokenizer(path: Path, vocab: int) -> WordTokenizer:
-    """A `WordTokenizer`, read once."""
+    """Returns a `WordTokenizer`, read once."""
     return WordTokenizer(path, vocab)

@@ -19,7 +19,7 @@ from mmjax.checkpoints.restore import ModelSpec
 from mmjax.config import MeshConfig, TextConfig
 from mmjax.data.collate import collate
 from mmjax.data.neighbours import Recall
-from mmjax.data.text import row_slots
+from mmjax.data.text import Tokenized, tokenize
 from mmjax.families import Family
 from mmjax.inference.generate import GenerateConfig, Generation, row_keys
 from mmjax.inference.layouts import unstack
@@ -187,8 +187,9 @@ class Loaded:
         """Starts the generation of samples, of which the first has the number `first`."""
         samples = [dataclasses.replace(sample, answer=None) for sample in samples]
         samples += [samples[-1]] * (-len(samples) % sharding.num_shards(self.mesh, "batch"))
-        longest = max(self.prompt_lengths(samples, config.max_new_tokens, **settings))
-        batch = self.batch(samples, common_length(longest), **settings)
+        prompts = self._tokenize_prompts(samples, config.max_new_tokens, settings)
+        length = common_length(max(prompt.length for prompt in prompts))
+        batch = collate(prompts, self.tokenizer, self._text(settings), self.config, length)
         keys = row_keys(jax.random.key(seed), np.arange(first, first + len(samples))) if config.sampling else None
         module, params = self._decoder
         with sharding.use_mesh(self.mesh):
@@ -199,16 +200,22 @@ class Loaded:
     def prompt_lengths(self, samples: Sequence[Sample], max_new_tokens: int = 1, **settings: Any) -> list[int]:
         """Returns the number of tokens of each sample's prompt, soft tokens included. Raises ValueError naming prompts
         that are not valid text, or that exceed the model's positions together with `max_new_tokens`."""
+        return [prompt.length for prompt in self._tokenize_prompts(samples, max_new_tokens, settings)]
+
+    def _tokenize_prompts(self, samples: Sequence[Sample], max_new_tokens: int,
+                          settings: dict[str, Any]) -> list[Tokenized]:
+        """Tokenises samples. Raises the errors of `prompt_lengths`."""
         if invalid := [row for row, sample in enumerate(samples) if not is_text(sample.prompt + sample.input)]:
             raise ValueError(f"The prompts of the rows {invalid} have characters that are not text (unpaired "
                              "surrogates). Decode them with their own encoding, such as UTF-8.")
-        slots, _ = row_slots(samples, self.tokenizer, self._text(settings), self.config.image_tokens)
-        lengths, limit = [len(row) for row in slots], self.config.llm.max_positions
-        if long := [f"row {row}: {n} tokens" for row, n in enumerate(lengths) if n + max_new_tokens > limit]:
+        prompts = tokenize(samples, self.tokenizer, self._text(settings), self.config.image_tokens)
+        limit = self.config.llm.max_positions
+        if long := [f"row {row}: {prompt.length} tokens" for row, prompt in enumerate(prompts)
+                    if prompt.length + max_new_tokens > limit]:
             raise ValueError(f"With max_new_tokens = {max_new_tokens} these prompts need more than the {limit} "
                              "positions of this model:\n  " + "\n  ".join(long)
                              + "\nShorten the prompts, or decrease max_new_tokens.")
-        return lengths
+        return prompts
 
     def _finish(self, generation: Generation, stop: Sequence[str]) -> list[str]:
         """Generates every row to its end and returns the texts."""

@@ -69,7 +69,9 @@ def test_rows_are_cut_as_the_run_cuts_them(folder, tokenizer):
 
 
 def test_rows_that_a_run_cannot_make_are_unfit(folder, tokenizer):
-    (found,), _ = check(data(folder, prompts=("No place for it",)), folder, RowSettings(tokenizer, TEXT, 4), console=QUIET)
+    (found,), _ = check(
+        data(folder, prompts=("No place for it",)), folder, RowSettings(tokenizer, TEXT, 4), console=QUIET
+    )
     assert found.count(UNFIT) == 8 and "0 <ImageHere> for 1 images" in found.problems[0].problem
 
 

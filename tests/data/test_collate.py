@@ -161,8 +161,11 @@ def test_a_sample_is_tokenised_once(text, model, texts, packed):
     assert sum(len(step.names) for step in steps) > (20 if packed else 11)
 
 
-@pytest.mark.parametrize(("text", "model"), [(SEPARATE, minigpt4.PRESETS["tiny"]), (JOINT, llama_adapter.PRESETS["tiny"])],
-                         ids=["separate", "joint"])
+@pytest.mark.parametrize(
+    ("text", "model"),
+    [(SEPARATE, minigpt4.PRESETS["tiny"]), (JOINT, llama_adapter.PRESETS["tiny"])],
+    ids=["separate", "joint"],
+)
 def test_rows_of_tokenised_samples_are_rows_of_samples(text, model):
     mark = "<Img><ImageHere></Img> " if model.image_tokens else ""
     image = np.zeros((9, 9, 3), np.uint8)

@@ -125,7 +125,9 @@ def test_missing():
 def test_keys_that_begin_alike_are_told_apart(tmp_path, image_folder, monkeypatch):
     real = features.key
     monkeypatch.setattr(features, "key", lambda name: np.array([7, real(name)[1]], np.uint64))
-    found, images = opened(fill(tmp_path / "features", image_folder, range(7)), image_folder=images_but(image_folder, 7))
+    found, images = opened(
+        fill(tmp_path / "features", image_folder, range(7)), image_folder=images_but(image_folder, 7)
+    )
     for number, image in enumerate(images[:7]):
         np.testing.assert_array_equal(found.find(image), vector(number)[0])
     with pytest.raises(ValueError, match="has no feature"):

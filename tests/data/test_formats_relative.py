@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from mmjax.data import images
 from mmjax.data.formats import FORMATS, rows
 from tests.data import layouts
 

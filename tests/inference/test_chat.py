@@ -42,8 +42,16 @@ def mixing(model):
     config = dataclasses.replace(config, llm=dataclasses.replace(
         config.llm, vocab=model.tokenizer.vocab_size, max_positions=2048))
     words = TextConfig(prompt_template=ALPACA, end_sym="</s>", joint=True)
-    return Loaded(imagebind_llm.FAMILY, imagebind_llm.ImageBindLLM(config), tiny.params("imagebind_llm", config), config,
-                  model.tokenizer, words, model.generation, model.mesh)
+    return Loaded(
+        imagebind_llm.FAMILY,
+        imagebind_llm.ImageBindLLM(config),
+        tiny.params("imagebind_llm", config),
+        config,
+        model.tokenizer,
+        words,
+        model.generation,
+        model.mesh,
+    )
 
 
 def show(model, talk, *images):

@@ -313,14 +313,20 @@ def test_every_wrong_setting_is_named_at_once():
     for name in ("max_new_tokens = 0", "num_beams = 0", "temperature = -1.0", "top_k = -1", "top_p = 0.0",
                  "repetition_penalty = 0.0", "min_length = -1", "stop = ((),)"):
         assert name in str(error.value)
-    for wrong, words in (({"top_p": 1.5}, "top_p = 1.5"), ({"stop": [[1]]}, "stop"), ({"stop": (1,)}, "stop"),
-                         ({"temperature": 1e-40}, "temperature = 1e-40"), ({"temperature": math.inf}, "temperature"),
-                         ({"length_penalty": math.nan}, "length_penalty"), ({"repetition_penalty": math.inf}, "repet"),
-                         ({"bos": None}, "bos = None, but must be a token id"),
-                         ({"eos": None}, "eos = None, but must be a token id .*-1: nothing ends a row"),
-                         ({"eos": [2, 3]}, r"eos = \[2, 3\], but must be a token id .of several give the others as `stop`"),
-                         ({"pad": None}, "pad = None, but must be a token id .a model without one takes `eos`"),
-                         ({"do_sample": True, "num_beams": 2}, "beam sampling is not supported")):
+    for wrong, words in (
+        ({"top_p": 1.5}, "top_p = 1.5"),
+        ({"stop": [[1]]}, "stop"),
+        ({"stop": (1,)}, "stop"),
+        ({"temperature": 1e-40}, "temperature = 1e-40"),
+        ({"temperature": math.inf}, "temperature"),
+        ({"length_penalty": math.nan}, "length_penalty"),
+        ({"repetition_penalty": math.inf}, "repet"),
+        ({"bos": None}, "bos = None, but must be a token id"),
+        ({"eos": None}, "eos = None, but must be a token id .*-1: nothing ends a row"),
+        ({"eos": [2, 3]}, r"eos = \[2, 3\], but must be a token id .of several give the others as `stop`"),
+        ({"pad": None}, "pad = None, but must be a token id .a model without one takes `eos`"),
+        ({"do_sample": True, "num_beams": 2}, "beam sampling is not supported"),
+    ):
         with pytest.raises(ValueError, match=words):
             GenerateConfig(**wrong)
     assert not GenerateConfig(do_sample=True, temperature=0.0, num_beams=2).sampling

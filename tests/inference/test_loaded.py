@@ -170,6 +170,16 @@ def test_what_cannot_be_generated_is_refused(model, samples, settings, words):
         model.generate(samples[:2], **settings)
 
 
+def test_a_prompt_is_tokenised_once(model, samples, monkeypatch):
+    seen, encode = [], model.tokenizer.encode
+    monkeypatch.setattr(
+        model.tokenizer, "encode", lambda text, special=True: seen.append(text) or encode(text, special)
+    )
+    asked = [dataclasses.replace(samples[0], prompt=f"<Img><ImageHere></Img> Is it {n}?") for n in range(3)]
+    model.generate(asked, 5)
+    assert [sum(f" {n}?" in text for text in seen) for n in range(3)] == [1, 1, 1]
+
+
 def test_prompts_that_hold_no_text_are_named(model, samples):
     with pytest.raises(ValueError, match=r"rows \[1\] have characters that are not text"):
         model.generate([samples[0], mmjax.Sample(prompt="caf\udce9?")])

@@ -1,4 +1,7 @@
-"""The chat page over HTTP, where Gradio is installed: which files it opens. The check alone: tests/inference/test_uploads.py."""
+"""The chat page over HTTP, where Gradio is installed: which files it opens.
+
+The check alone: tests/inference/test_uploads.py.
+"""
 
 import os
 import subprocess

@@ -109,7 +109,9 @@ def test_drop_path_drops_whole_samples_and_keeps_the_expectation():
     branch = np.random.default_rng(0).normal(size=(2000, 2, 3)).astype(np.float32)
 
     def drop(rate):
-        return VitBlock(DROPPING).apply({}, branch, jnp.float32(rate), method="drop_path", rngs={"vit": jax.random.key(0)})
+        return VitBlock(DROPPING).apply(
+            {}, branch, jnp.float32(rate), method="drop_path", rngs={"vit": jax.random.key(0)}
+        )
 
     np.testing.assert_array_equal(drop(0.0), branch)
     dropped = drop(0.25)

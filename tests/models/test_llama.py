@@ -148,7 +148,9 @@ def test_merged_lora_equals_unmerged():
     inputs = vectors(), POSITIONS, ALL
     found, expected = forward(LORA)(params(LORA), *inputs), forward(TINY)(merged, *inputs)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
-    assert np.abs(expected - forward(TINY)(tiny.params("llama", family.TextLlamaConfig(TINY))["llm"], *inputs)).max() > 0.1
+    assert (
+        np.abs(expected - forward(TINY)(tiny.params("llama", family.TextLlamaConfig(TINY))["llm"], *inputs)).max() > 0.1
+    )
 
 
 def test_lora_dropout_acts_when_given_randomness():
@@ -332,7 +334,9 @@ def test_unrolled_layers_equal_scanned_ones(cfg, count):
     injection = injected(count) if count else None
     expected = in_steps(Llama(cfg), params(cfg), injection)
     for transposed in (False, True):
-        found = in_steps(Llama(cfg, scan_layers=False, transposed_weights=transposed), apart(params(cfg), transposed), injection)
+        found = in_steps(
+            Llama(cfg, scan_layers=False, transposed_weights=transposed), apart(params(cfg), transposed), injection
+        )
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -392,4 +396,6 @@ def test_layers_that_cannot_be_looked_into_are_refused():
 
 def test_a_form_that_there_is_not_is_refused():
     with pytest.raises(ValueError, match="transposed_weights is for unstacked layers"):
-        Llama(TINY, transposed_weights=True).init(jax.random.key(0), jnp.zeros((1, 2, TINY.dim)), jnp.zeros((1, 2), int), None)
+        Llama(TINY, transposed_weights=True).init(
+            jax.random.key(0), jnp.zeros((1, 2, TINY.dim)), jnp.zeros((1, 2), int), None
+        )

@@ -50,7 +50,10 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError, match="folder"), JsonlLog(tmp_path / "folder", "step", 0):
         pass
-    with pytest.raises(OSError, match="No space left on device: .*full"), JsonlLog(tmp_path / "full", "step", 0) as lines:
+    with (
+        pytest.raises(OSError, match="No space left on device: .*full"),
+        JsonlLog(tmp_path / "full", "step", 0) as lines,
+    ):
         lines._file.close()
         lines._file = open("/dev/full", "ab", buffering=0)
         lines.write({"step": 0})

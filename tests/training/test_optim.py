@@ -28,7 +28,9 @@ def test_weight_decay_acts_on_what_has_two_axes_in_the_original(preset):
     cfg = family.presets[preset]
     decays = optim.decay_mask(trees.unflatten(shapes(family, cfg)))
     for path, found in trees.flatten(decays).items():
-        axes = {"heads" if "heads" in name or name == "head" else name for name in trees.lookup(path, family.all_axes(cfg))}
+        axes = {
+            "heads" if "heads" in name or name == "head" else name for name in trees.lookup(path, family.all_axes(cfg))
+        }
         assert found == (len(axes - {"layer"}) >= 2 or path == "vit/cls"), path
 
 

@@ -91,8 +91,13 @@ def test_finetuned_run_is_exported_as_an_adapter(folder, tmp_path):
     keys = torch_file.load(GOLDEN / "adapter.pth")["model"].keys()
     assert written.keys() == keys
     out = tmp_path / "again"
-    write.command("imagebind_llm")(GOLDEN / "imagebind.pth", GOLDEN / "llama_meta", out, adapter=tmp_path / "adapter.pth",
-                          arch=GOLDEN / "config.json")
+    write.command("imagebind_llm")(
+        GOLDEN / "imagebind.pth",
+        GOLDEN / "llama_meta",
+        out,
+        adapter=tmp_path / "adapter.pth",
+        arch=GOLDEN / "config.json",
+    )
     before, after = (trees.flatten(mmjax.load(path, dtype="float32").params) for path in (folder / "finetune", out))
     assert before.keys() == after.keys()
     for path in before:

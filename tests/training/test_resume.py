@@ -117,7 +117,9 @@ def test_frozen_parameters_have_fingerprints_by_name():
 
 def test_other_frozen_parameters_or_data_are_refused(tmp_path):
     saved = Progress(records=(8, 3), frozen={"vit/a": 1, "vit/b": 2, "llm/c": 3})
-    resume.check_unchanged(saved, dataclasses.replace(saved, frozen={"llm/c": 3, "new": 9}), tmp_path)  # without the encoder
+    resume.check_unchanged(
+        saved, dataclasses.replace(saved, frozen={"llm/c": 3, "new": 9}), tmp_path
+    )  # without the encoder
     with pytest.raises(ValueError, match="1 of the 3 frozen parameters are not those .*: vit/b. Name its checkpoint"):
         resume.check_unchanged(saved, dataclasses.replace(saved, frozen=saved.frozen | {"vit/b": 7}), tmp_path)
     with pytest.raises(ValueError, match="sources of 8, 3 records; now they have 8, 2, so its position"):

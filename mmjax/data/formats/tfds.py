@@ -123,7 +123,9 @@ class Examples(Lazy):
         texts = _values(stored, self._text)
         if image is None or not texts:
             raise ValueError(f"there is nothing in the feature {self._text if image else self._image}")
-        return Record(self.name(number), image, caption_text({self._text: texts[text % len(texts)].decode()}, self._text))
+        return Record(
+            self.name(number), image, caption_text({self._text: texts[text % len(texts)].decode()}, self._text)
+        )
 
     def image(self, number: int) -> bytes:
         """The first image of an example; raises OSError or ValueError as `Stored.read` does."""
