@@ -33,7 +33,7 @@ from mmjax.tokenizer import WORDS
 
 
 def image(source: Any, size: int = 224, random: np.random.Generator | None = None) -> np.ndarray:
-    """Returns float32[3,S,S]: the center crop of an image whose short side is scaled to S, or a random crop; normalised.
+    """Returns float32[3,S,S]: the center or a random crop of an image whose short side is scaled to S; normalised.
 
     source: as for `mmjax.data.images.load`; a normalised image is unchanged
     random: draws a random crop, as in training
@@ -176,7 +176,7 @@ def _check_sound(channels: int, rate: int) -> None:
 
 
 def resample(waveform: np.ndarray, rate: int, target: int) -> np.ndarray:
-    """Returns float32[C,samples] at another rate, with a Hann-windowed sinc of six zero crossings and a cutoff at 99 % of
+    """Returns float32[C,samples] at another rate, by a Hann-windowed sinc of six zero crossings with a cutoff at 99 % of
     the lower Nyquist frequency (torchaudio.functional.resample)."""
     if rate == target:
         return waveform

@@ -243,7 +243,7 @@ def test_rows_are_cut_with_or_without_their_end(tokenizer):
 def test_merges_that_do_not_fit_the_vocabulary(tmp_path):
     path = tmp_path / "bpe.txt.gz"
     path.write_bytes(gzip.compress(b"header\nt h\n"))
-    with pytest.raises(ValueError, match="holds 1 merges, but a vocabulary of 517 needs 3"):
+    with pytest.raises(ValueError, match="has 1 merges, but a vocabulary of 517 needs 3"):
         WordTokenizer(path, 517)
 
 
@@ -355,19 +355,19 @@ def test_everything_that_cannot_be_used_is_named(tmp_path):
         "row 0, smell: there is no such sense",
         f"row 0, depth: must be float32[1,32,32], got int64{list(CFG.depth.input_shape)}",
         f"row 1, image: No image at {tmp_path / 'none.png'}",
-        "row 1, thermal: this model has no tower for it",
+        "row 1, thermal: this model has no tower for this sense",
         "row 2, audio: [3, 1, 26, 36], but row 1 has [2, 1, 26, 36]",
         "row 2, video: A video must be uint8[N,H,W,3]",
         "row 2, imu: must be float32[6,32], got float32[6, 31]",
         f"row 3, text: the text tower's merges, {WORDS}, are not among",
         "row 3, video: must be float32[clips,3,2,28,28], got float32[0, 3, 2, 28, 28]",
         "row 3, text: a weight of -1.0, but weights are finite and not negative",
-        "row 3, depth: a weight of 1.0, but nothing to weigh",
+        "row 3, depth: a weight of 1.0, but no input",
         "row 4, image: A normalised image must be float32[3,28,28], got float32[3, 5, 5]",
-        "row 4, text: ids must be from 0 to 39, got 40 to 40",
+        "row 4, text: tokens must be from 0 to 39, got 40 to 40",
         "row 5, text: must be a string or int[12], got int64[3]",
         "row 5, image: there is no such sense (images go into `images`)",
-        "row 5, image: a weight of nan, but nothing to weigh",
+        "row 5, image: a weight of nan, but no input",
         f"row 6, audio: No sound at {tmp_path / 'none.wav'}",
         "The senses of this model are image, video, audio, depth, imu, text.",
     ):
@@ -376,5 +376,5 @@ def test_everything_that_cannot_be_used_is_named(tmp_path):
 
 
 def test_nothing_given_to_a_model_without_images():
-    with pytest.raises(ValueError, match="row 0, nothing: an image of zeros would stand for it"):
+    with pytest.raises(ValueError, match="row 0, no input: an image of zeros is needed"):
         senses.stack([Sample(prompt="Words")], dataclasses.replace(CFG, vision=None))
