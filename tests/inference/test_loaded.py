@@ -163,7 +163,7 @@ def test_no_samples_make_no_words(model):
 @pytest.mark.parametrize(("settings", "words"), [
     ({"batch_size": 0}, "batch_size = 0: at least 1"), ({"batch_size": -1}, "batch_size = -1: at least 1"),
     ({"stop": "###"}, "a list of strings"), ({"stop": [3]}, "a list of strings"),
-    ({"max_new_tokens": 2_048}, "row 0: .* tokens\n.*row 1: .* tokens\n.*lower max_new_tokens"),
+    ({"max_new_tokens": 2_048}, "row 0: .* tokens\n.*row 1: .* tokens\n.*decrease max_new_tokens"),
 ])
 def test_what_cannot_be_generated_is_refused(model, samples, settings, words):
     with pytest.raises(ValueError, match=f"(?s){words}"):
