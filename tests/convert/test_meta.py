@@ -259,6 +259,6 @@ def test_a_folder_with_both_is_read_as_transformers(tmp_path, converted):
 def test_export_to_metas_format_needs_its_tokenizer(tmp_path, converted):
     shutil.copytree(converted, tmp_path / "model")
     (tmp_path / "model" / "tokenizer" / "tokenizer.model").unlink()
-    with pytest.raises(ValueError, match="has no tokenizer.model, without which"):
+    with pytest.raises(ValueError, match="has no tokenizer.model, which"):
         export(tmp_path / "model", "llama-meta", tmp_path / "meta")
     assert not (tmp_path / "meta").exists()
