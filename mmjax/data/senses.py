@@ -176,8 +176,8 @@ def _check_sound(channels: int, rate: int) -> None:
 
 
 def resample(waveform: np.ndarray, rate: int, target: int) -> np.ndarray:
-    """Returns float32[C,samples] at another rate, by a Hann-windowed sinc of six zero crossings with a cutoff at 99 % of
-    the lower Nyquist frequency (torchaudio.functional.resample)."""
+    """Returns float32[C,samples] at another rate, by a Hann-windowed sinc of six zero crossings with a cutoff at 99 %
+    of the lower Nyquist frequency (torchaudio.functional.resample)."""
     if rate == target:
         return waveform
     common = math.gcd(rate, target)

@@ -152,17 +152,17 @@ def test_killed_and_gone_on_with(tmp_path, image_folder, monkeypatch):
 
     def until_killed(self, key, content, found):
         if len(written) == 5:
-            monkeypatch.setattr(Writer, "_close", lambda self: None)  # no time for anything
+            monkeypatch.setattr(Writer, "_close_shard", lambda self: None)  # no time for anything
             raise Killed
         written.append(content)
         add(self, key, content, found)
 
     with monkeypatch.context() as patch:
         patch.setattr(Writer, "add", until_killed)
-        close = Writer._close
+        close = Writer._close_shard
         with pytest.raises(Killed):
             fill(folder, image_folder)
-    monkeypatch.setattr(Writer, "_close", close)
+    monkeypatch.setattr(Writer, "_close_shard", close)
     assert sorted(path.name for path in folder.glob("0*")) == [
         "00000.array_record", "00000.npy", "00001.array_record.partial"]
     with pytest.raises(ValueError, match="are incomplete: `mmjax data features` with the same folder adds"):

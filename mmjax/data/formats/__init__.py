@@ -1,4 +1,4 @@
-"""The released datasets' layouts on disk, each read into `Record`s; `FORMATS` has the readers by name."""
+"""Readers of the released datasets' layouts, which return `Record`s; `FORMATS` has them by name."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,7 +18,7 @@ __all__ = [
     "vqa", "webdataset",
 ]
 
-# (path, root) -> records; root: the folder that images lie below, None for the data file's own
+# (path, root) -> records; root: the folder of the images, None for that of the data file
 FORMATS: dict[str, Callable[[str, str | None], Sequence[Record]]] = {
     "cc_sbu_align": cc_sbu_align,
     "webdataset": webdataset,

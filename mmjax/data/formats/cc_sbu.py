@@ -9,12 +9,12 @@ from mmjax.data.formats.rows import RowRecords, caption_text, field, image_path,
 
 
 def cc_sbu_align(path: str, root: str | None = None) -> Sequence[Record]:
-    """`filter_cap.json` ({"annotations": [{"image_id", "caption"}, ...]}) beside `image/IMAGE_ID.jpg` (stage 2).
+    """Reads `filter_cap.json` ({"annotations": [{"image_id", "caption"}, ...]}) and `image/IMAGE_ID.jpg` (stage 2).
 
     path: the folder with the file
     root: the folder with the folder `image`; None for the same
 
-    A record is named by its `image_id`. Raises FileNotFoundError or ValueError if the file cannot be used.
+    The name of a record is its `image_id`. Raises FileNotFoundError or ValueError if the file cannot be used.
     """
     file = Path(path) / "filter_cap.json"
     if not file.is_file():

@@ -10,13 +10,13 @@ from mmjax.data.formats.rows import RowRecords, caption_text, field, image_path,
 
 
 def coco_captions(path: str, root: str | None = None) -> Sequence[Record]:
-    """`annotations/captions_SPLIT.json` beside the folder SPLIT of images; each caption is a record.
+    """Reads `annotations/captions_SPLIT.json` and the images in the folder SPLIT; each caption is a record.
 
-    path: the file, or the folder that has exactly one such
-    root: the folder with the folder SPLIT; None for the file's, or for the one above where that is `annotations`
+    path: the file, or a folder with exactly one such file
+    root: the folder with the folder SPLIT; None for the file's, or its parent if that is `annotations`
 
-    A file with a list of {"image", "caption"} (coco_karpathy_train.json, which MiniGPT-v2 learns from) is read too; its
-    `image` is a path below `root`. Raises FileNotFoundError or ValueError if the file cannot be used.
+    A file with a list of {"image", "caption"} (coco_karpathy_train.json, the training data of MiniGPT-v2) is read too;
+    its `image` is a path below `root`. Raises FileNotFoundError or ValueError if the file cannot be used.
     """
     file = the_file(path, "captions_*.json", "COCO's captions_SPLIT.json")
     expected = '{"images": [...], "annotations": [...]}, or a list of {"image", "caption"}'
@@ -32,7 +32,7 @@ def coco_captions(path: str, root: str | None = None) -> Sequence[Record]:
 
 
 def by_id(rows: Sequence[Any]) -> dict[int, Any]:
-    """The rows that have an id, by it."""
+    """Returns the rows with an id by id."""
     return {row["id"]: row for row in rows if isinstance(row, dict) and isinstance(row.get("id"), int)}
 
 

@@ -1,7 +1,7 @@
-"""Things in images and where they are: RefCOCO, RefCOCO+ and RefCOCOg in MiniGPT-v2's words.
+"""Referring expressions and boxes: RefCOCO, RefCOCO+ and RefCOCOg with MiniGPT-v2's instructions.
 
 The original draws a sentence and an instruction anew in every pass. Here every sentence is a record, and record n has
-instruction n modulo their number.
+instruction n modulo the number of instructions.
 """
 
 import functools
@@ -49,36 +49,36 @@ IDENTIFY = (  # coco_dataset.py: InvReferCOCODataset
 
 
 def refcoco(path: str, root: str | None = None) -> Sequence[Record]:
-    """Where is it? `refs(SPLITTER).p` beside `instances.json`; images in `train2014` beside their folder.
+    """Reads `refs(SPLITTER).p` and `instances.json` of the same folder: sentences are prompts, boxes are answers.
 
-    path: the file of references, or the folder that has exactly one
-    root: the folder with `train2014`; None for the one above the files' folder
+    path: the file of references, or a folder with exactly one
+    root: the folder with `train2014`; None for the parent of the files' folder
 
-    The references of the split `train` are taken. A JSON list of {"img_id", "sents", "bbox", "height", "width"} (the
-    files MiniGPT-v2 is evaluated with) is read too, all of it. Raises FileNotFoundError or ValueError if the files
-    cannot be used, also if the pickle holds anything but plain values: it is never executed.
+    The references of the split `train` are read. A JSON list of {"img_id", "sents", "bbox", "height", "width"} (the
+    files MiniGPT-v2 is evaluated with) is read too, completely. Raises FileNotFoundError or ValueError if the files
+    cannot be used, also for a pickle with anything but plain values, which is never executed.
     """
     return _references(path, root, inverse=False)
 
 
 def invrefcoco(path: str, root: str | None = None) -> Sequence[Record]:
-    """What is there? The same data with the box in the question and the sentence as the answer."""
+    """Reads the data of `refcoco` with boxes in the prompts and sentences as answers."""
     return _references(path, root, inverse=True)
 
 
 def instances(file: Path) -> tuple[dict[int, Any], dict[int, Any]]:
-    """(images, boxes) by their ids, from `instances.json` beside a file of references.
+    """Returns (images, boxes) by id from the `instances.json` of a file of references.
 
     Raises FileNotFoundError or ValueError if it cannot be used.
     """
-    beside = file.with_name("instances.json")
-    if not beside.is_file():
-        raise FileNotFoundError(f"{file} has references; their boxes are expected in {beside.name} beside it, which is "
-                                "not there.")
-    instances = read_json(beside, dict, expected='{"images": [...], "annotations": [...]}')
+    boxes_file = file.with_name("instances.json")
+    if not boxes_file.is_file():
+        raise FileNotFoundError(f"{file} has references; their boxes are expected in {boxes_file}, which does not "
+                                "exist.")
+    instances = read_json(boxes_file, dict, expected='{"images": [...], "annotations": [...]}')
     parts = [instances.get(key) for key in ("images", "annotations")]
     if not all(isinstance(part, list) for part in parts):
-        raise ValueError(f'{beside} must hold {{"images": [...], "annotations": [...]}}.')
+        raise ValueError(f'{boxes_file} must hold {{"images": [...], "annotations": [...]}}.')
     images, boxes = map(by_id, parts)
     return images, boxes
 
@@ -90,7 +90,7 @@ def _references(path: str, root: str | None, inverse: bool) -> Sequence[Record]:
         return RowRecords(file, image_root(file, root), rows, functools.partial(_evaluation, inverse))
     root = str(file.absolute().parent.parent) if root is None else root
     images, boxes = instances(file)
-    rows = []  # a reference that is not as expected stays one row, so that it is named
+    rows = []  # an invalid reference is kept as one row, whose problem names it
     for ref in plain_pickle(file):
         if isinstance(ref, dict) and isinstance(ref.get("sentences"), list) and ref["sentences"]:
             if ref.get("split") == "train":
@@ -107,39 +107,39 @@ def _reference(images: dict[int, Any], boxes: dict[int, Any], inverse: bool, roo
     key, box = field(ref, "image_id", int), field(ref, "ann_id", int)
     if key not in images or box not in boxes:
         raise ValueError(f"instances.json has no image {key}, or no box {box}")
-    size, place = images[key], field(boxes[box], "bbox", list)
-    where = box_text(place, field(size, "width", int, float), field(size, "height", int, float))
-    return _asked(name, number, image_path(root, coco_name(SPLIT, key)), caption_text(sentence, "raw"), where, inverse)
+    size, bbox = images[key], field(boxes[box], "bbox", list)
+    box = box_text(bbox, field(size, "width", int, float), field(size, "height", int, float))
+    return _record(name, number, image_path(root, coco_name(SPLIT, key)), caption_text(sentence, "raw"), box, inverse)
 
 
 def _evaluation(inverse: bool, root: str, name: str, number: int, row: Any) -> Record:
     # eval_ref.py: the id of the image, then that of the box
     image = image_path(root, f"{SPLIT}/{field(row, 'img_id', str)[:len('COCO_train2014_000000000000')]}.jpg")
-    where = box_text(field(row, "bbox", list), field(row, "width", int, float), field(row, "height", int, float))
-    return _asked(name, number, image, caption_text(row, "sents"), where, inverse)
+    box = box_text(field(row, "bbox", list), field(row, "width", int, float), field(row, "height", int, float))
+    return _record(name, number, image, caption_text(row, "sents"), box, inverse)
 
 
-def _asked(name: str, number: int, image: str, sentence: str, where: str, inverse: bool) -> Record:
-    """The sentence goes through the caption cleaning, as in the original."""
+def _record(name: str, number: int, image: str, sentence: str, box: str, inverse: bool) -> Record:
+    """Returns a record with the sentence after the caption cleaning, as in the original."""
     sentence = clean_caption(sentence)
     if not sentence:
         raise ValueError("nothing but punctuation in the sentence")
-    pool, asked, answer = (IDENTIFY, where, sentence) if inverse else (REFER, sentence, where)
-    return Record(name, image, answer, about_image(pool[number % len(pool)].replace("{}", asked)))
+    pool, question, answer = (IDENTIFY, box, sentence) if inverse else (REFER, sentence, box)
+    return Record(name, image, answer, about_image(pool[number % len(pool)].replace("{}", question)))
 
 
-DEEPEST = 16  # lists and dictionaries within each other; RefCOCO's are four
-UNFOLDED = 4  # values for each byte of a pickle; RefCOCO's have one for five
-_NOT_PLAIN = frozenset((  # what runs programs, and sets
+DEEPEST = 16  # maximum nesting of lists and dictionaries; RefCOCO's is four
+UNFOLDED = 4  # maximum values for each byte of a pickle; RefCOCO's have one for five bytes
+_NOT_PLAIN = frozenset((  # opcodes that run programs, and those of sets
     "GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD", "PERSID", "BINPERSID", "EXT1",
     "EXT2", "EXT4", "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "EMPTY_SET", "ADDITEMS", "FROZENSET"))
 _KEYS = (str, bytes, int, float, bool, type(None))
 
 
 class _Plain(pickle._Unpickler):
-    """Python's own unpickler in Python, without the opcodes of `_NOT_PLAIN`, whose dictionaries have plain keys.
+    """Python's unpickler in Python without the opcodes of `_NOT_PLAIN`, with plain keys of dictionaries only.
 
-    The one in C hashes whatever stands as a key, and a tuple that is nested deeply enough overflows its stack.
+    The one in C hashes any key, and a deeply nested tuple overflows its stack.
     """
 
     dispatch = dict(pickle._Unpickler.dispatch)
@@ -181,18 +181,18 @@ def _check_keys(keys: Sequence[Any]) -> None:
         raise pickle.UnpicklingError(f"a {type(wrong[0]).__name__} is a key of one of its dictionaries")
 
 
-def _check_nesting(found: Any, size: int) -> None:
-    """Raises ValueError for what is nested so deeply that showing or comparing it would fail, for what holds itself,
-    and for what stands in so many places that it unfolds to far more values than the `size` bytes of its file."""
-    level, values = {id(found): (found, 1)}, 1
+def _check_nesting(value: Any, size: int) -> None:
+    """Raises ValueError for values that are nested too deeply to print or compare, that contain themselves, or whose
+    shared parts expand to far more values than the `size` bytes of the file."""
+    level, values = {id(value): (value, 1)}, 1
     for _ in range(DEEPEST):
-        parts: dict[int, tuple[Any, int]] = {}  # what stands in many places is looked into once, and counted
-        for each, places in level.values():
-            held = each.values() if isinstance(each, dict) else each if isinstance(each, (list, tuple)) else ()
-            values += places * len(held)
-            for part in held:
+        parts: dict[int, tuple[Any, int]] = {}  # a shared part is visited once, with the number of its references
+        for each, count in level.values():
+            items = each.values() if isinstance(each, dict) else each if isinstance(each, (list, tuple)) else ()
+            values += count * len(items)
+            for part in items:
                 if isinstance(part, (list, tuple, dict)):
-                    parts[id(part)] = part, places + parts.get(id(part), (part, 0))[1]
+                    parts[id(part)] = part, count + parts.get(id(part), (part, 0))[1]
         if not parts:
             break
         level = parts
@@ -203,20 +203,20 @@ def _check_nesting(found: Any, size: int) -> None:
 
 
 def plain_pickle(file: Path) -> list[Any]:
-    """The list in a pickle of plain values. Raises ValueError for any other; nothing of it is ever executed.
+    """Returns the list in a pickle of plain values. Raises ValueError for any other pickle; none is executed.
 
-    Pickles can run programs and ask for any amount of memory; RefCOCO's are lists of dictionaries of text and numbers.
+    Pickles can run programs and allocate any amount of memory; RefCOCO's are lists of dictionaries of text and numbers.
     """
     content = file.read_bytes()
     try:
         unpickler = _Plain(content)
-        found = unpickler.load()
+        value = unpickler.load()
         if max(unpickler.memo, default=0) > len(content):
             raise ValueError("it numbers its parts beyond its length")
-        _check_nesting(found, len(content))
-    except Exception as error:  # the unpickler raises whatever comes to its mind
-        why = str(error) or type(error).__name__
-        raise ValueError(f"{file} is not a pickle of plain values that can be read: {why}") from error
-    if not isinstance(found, list):
-        raise ValueError(f"{file} must hold a list of references, not a {type(found).__name__}.")
-    return found
+        _check_nesting(value, len(content))
+    except Exception as error:  # the unpickler raises any kind of error
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{file} is not a pickle of plain values that can be read: {reason}") from error
+    if not isinstance(value, list):
+        raise ValueError(f"{file} must hold a list of references, not a {type(value).__name__}.")
+    return value

@@ -1,4 +1,4 @@
-"""What ImageBind-LLM learns from: lists of tab-separated captions, and of instructions in JSON."""
+"""The training data of ImageBind-LLM: tab-separated captions, and instructions in JSON."""
 
 import csv
 import functools
@@ -11,35 +11,34 @@ from mmjax.data.formats.record import Record
 from mmjax.data.formats.rows import RowRecords, caption_text, field, image_path, read_json, shown, text
 
 CAPTION_PROMPT = "Generate caption of this image"  # imagebind_LLM/data/dataset.py: PretrainDataset
-# What pandas reads as no value by default. The original makes text of it: "nan".
+# Strings that pandas reads as missing values by default. The original converts them to the text "nan".
 NO_VALUE = frozenset((
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
     "NULL", "NaN", "None", "n/a", "nan", "null"))
 
 
 class Listed(RowRecords):
-    """The rows of several files that a YAML file lists: (name of the file, number in it, row)."""
+    """The rows of several files that a YAML file lists: (name of the file, index in it, row)."""
 
     def name(self, number: int) -> str:
-        file, place, _ = self.rows[number]
-        return f"{file}:{place}"
+        file, index, _ = self.rows[number]
+        return f"{file}:{index}"
 
     def record(self, number: int) -> Record:
-        _, place, row = self.rows[number]
-        return self.read(self.root, self.name(number), place, row)
+        _, index, row = self.rows[number]
+        return self.read(self.root, self.name(number), index, row)
 
 
 def imagebind_llm_pretrain(path: str, root: str | None = None) -> Sequence[Record]:
-    """A YAML file whose `META` lists tab-separated files with the header `url`, `caption`: images with captions.
+    """Reads a YAML file whose `META` lists tab-separated files of captions, with the header `url`, `caption`.
 
     path: the YAML file, or a folder with `pretrain.yaml`
-    root: the folder that `url` is below, also where it is absolute; None for the YAML file's (the original takes any)
+    root: the folder that `url` is below, also if it is absolute; None for the YAML file's (the original takes any)
 
-    Relative names of files are looked up beside the YAML file (the original looks in the working directory). Fields are
-    read as the original's pandas does: quotes are interpreted, and a caption that pandas holds for no value becomes the
-    word "nan". Unlike there, a carriage return at the end of a line is no part of the caption, "007" stays as it is in
-    a file of nothing but numbers, and a first row with more fields than the header cannot be used (pandas shifts its
-    columns).
+    Relative names of files are resolved from the YAML file's folder (in the original from the working directory).
+    Fields are read as by the original's pandas: quotes are interpreted, and a missing value becomes the text "nan".
+    Differences: a carriage return at the end of a line is not part of the caption, "007" is unchanged in a file with
+    only numbers, and a first row with more fields than the header cannot be used (pandas shifts its columns).
 
     Raises FileNotFoundError or ValueError naming the files that cannot be used.
     """
@@ -51,40 +50,40 @@ def imagebind_llm_pretrain(path: str, root: str | None = None) -> Sequence[Recor
 
 
 def imagebind_llm_finetune(path: str, root: str | None = None, tuple_prompts: bool = False) -> Sequence[Record]:
-    """A YAML file whose `META` lists JSON files: images with conversations (LLaVA), instructions without (Alpaca).
+    """Reads a YAML file whose `META` lists JSON files: conversations about images (LLaVA), instructions (Alpaca).
 
     path:          the YAML file, or a folder with `finetune.yaml`
-    root:          the folder that `image` is below, also where it is absolute; None for the YAML file's
-    tuple_prompts: write the instructions of rows without an image as the released model was trained on them: a stray
-                   comma of the original makes each a Python tuple, so that its prompts show `('Name a dog.',)`. Off,
-                   as nobody asks like that.
+    root:          the folder that `image` is below, also if it is absolute; None for the YAML file's
+    tuple_prompts: write the instructions of rows without an image as in the training of the released model: a stray
+                   comma in the original makes each a Python tuple, with prompts such as `('Name a dog.',)`. Off by
+                   default, since users do not write such prompts.
 
-    Of a conversation the first question and answer are taken, `<image>` marks stay in the text. Relative names of files
-    are looked up beside the YAML file. Raises FileNotFoundError or ValueError naming the files that cannot be used.
+    Only the first question and answer of a conversation are used, and `<image>` marks are kept. Relative names of files
+    are resolved from the YAML file's folder. Raises FileNotFoundError or ValueError naming the files that cannot be used.
     """
     meta, files = _meta(path, "finetune.yaml")
     problems: list[str] = []
     rows = []
     for file in files:
         try:
-            found = read_json(file, list, expected="a list of rows")
+            content = read_json(file, list, expected="a list of rows")
         except ValueError as error:
             problems.append(str(error))
         else:
-            rows += [(file.name, number, row) for number, row in enumerate(found)]
+            rows += [(file.name, number, row) for number, row in enumerate(content)]
     _check(meta, problems)
     return Listed(meta, str(meta.parent) if root is None else root, rows,
                   functools.partial(_instruction, tuple_prompts))
 
 
-def _meta(path: str, usual: str) -> tuple[Path, list[Path]]:
-    """The YAML file and the files that it lists."""
+def _meta(path: str, default: str) -> tuple[Path, list[Path]]:
+    """Returns the YAML file and the files that it lists."""
     import yaml
 
-    meta = Path(path) / usual if Path(path).is_dir() else Path(path)
+    meta = Path(path) / default if Path(path).is_dir() else Path(path)
     if not meta.is_file():
         raise FileNotFoundError(f"There is no {meta}. Expected a YAML file with the list META, or a folder with "
-                                f"{usual}.")
+                                f"{default}.")
     try:
         names = yaml.safe_load(meta.read_text(encoding="utf-8"))["META"]
         files = [meta.parent / name for name in names]
@@ -97,11 +96,11 @@ def _meta(path: str, usual: str) -> tuple[Path, list[Path]]:
 
 
 def _lines(file: Path, problems: list[str]) -> Iterable[tuple[str, int, Any]]:
-    """The rows of one tab-separated file: (fields of the first line, fields), the latter an error if it has none.
+    """Yields (file name, index, (fields of the first line, fields or an error)) for each row of a tab-separated file.
 
-    What is wrong with the file as a whole goes into `problems`.
+    Problems of the file as a whole are appended to `problems`.
     """
-    end = "\0"  # one more line; where a quote was left open it does not come out alone
+    end = "\0"  # an additional line, which is not separate after an unclosed quote
     rows: list[Any] = []
     with open(file, newline="\n", encoding="utf-8-sig", errors="surrogateescape") as lines:
         reader = csv.reader(itertools.chain(lines, [end]), delimiter="\t")
@@ -139,13 +138,13 @@ def _caption(root: str, name: str, number: int, row: Any) -> Record:
 
 def _instruction(tuple_prompts: bool, root: str, name: str, number: int, row: Any) -> Record:
     if isinstance(row, dict) and "image" in row:
-        said = field(row, "conversations", list)
-        if len(said) < 2:
-            raise ValueError(f"a conversation needs a question and an answer, but has {len(said)} messages")
-        question, answer = text(said[0], "value"), caption_text(said[1], "value")
+        messages = field(row, "conversations", list)
+        if len(messages) < 2:
+            raise ValueError(f"a conversation needs a question and an answer, but has {len(messages)} messages")
+        question, answer = text(messages[0], "value"), caption_text(messages[1], "value")
         return Record(name, image_path(root, field(row, "image", str)), answer, question)
-    prompt, answer, given = text(row, "instruction"), caption_text(row, "output"), text(row, "input")
-    return Record(name, None, answer, str((prompt,)) if tuple_prompts else prompt, given)
+    prompt, answer, input = text(row, "instruction"), caption_text(row, "output"), text(row, "input")
+    return Record(name, None, answer, str((prompt,)) if tuple_prompts else prompt, input)
 
 
 def _check(path: Path, problems: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Instructions and conversations in JSON: LLaVA-Instruct's and MiniGPT-4's own, and plain lines."""
+"""Instructions and conversations in JSON: LLaVA-Instruct, MiniGPT-4's files, and JSON lines."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,14 +22,14 @@ ROLES = ("human", "gpt")
 
 
 def llava_instruct(path: str, root: str | None = None) -> Sequence[Record]:
-    """A list of {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}.
+    """Reads a list of {"id", "image", "conversations": [{"from", "value"}, ...]}; `from` is human and gpt in turn.
 
-    path: the file, or the folder that has exactly one *.json
+    path: the file, or a folder with exactly one *.json
     root: the folder that `image` is below; None for the file's
 
-    Read as MiniGPT-4 does: of the first question `<image>` marks and newlines go and the image stands in front, every
-    question about an image ends with a space; of one pair prompt and answer are made, of several a conversation. A row
-    without `image` is text alone, but for MiniGPT-4's own files, which mark the image and name it by `id` alone
+    As in MiniGPT-4, `<image>` marks and newlines are removed from the first question and the image is put before it.
+    Every question about an image ends with a space. One pair becomes prompt and answer, several a conversation. A row
+    without `image` is text alone, except in MiniGPT-4's files, which mark the image and name it only by `id`
     (COCO_train2014_ID.jpg). Raises FileNotFoundError or ValueError if the file cannot be used.
     """
     file = the_file(path, "*.json", "a JSON file of conversations")
@@ -38,13 +38,13 @@ def llava_instruct(path: str, root: str | None = None) -> Sequence[Record]:
 
 
 def jsonl(path: str, root: str | None = None) -> Sequence[Record]:
-    """One JSON object a line: {"image", "caption"}, or {"image", "prompt", "answer"}, there also without `image`.
+    """Reads one JSON object a line: {"image", "caption"}, or {"image", "prompt", "answer"} with optional `image`.
 
-    path: the file, or the folder that has exactly one *.jsonl
+    path: the file, or a folder with exactly one *.jsonl
     root: the folder that `image` is below; None for the file's
 
-    A prompt about an image says by one `<ImageHere>` where it stands; without one, or with LLaVA's `<image>`, it
-    stands in front. Blank lines are none. Raises FileNotFoundError or ValueError if the file cannot be used.
+    The image is put where the prompt has `<ImageHere>`; without it, or with LLaVA's `<image>`, before the prompt.
+    Blank lines are skipped. Raises FileNotFoundError or ValueError if the file cannot be used.
     """
     file = the_file(path, "*.jsonl", "a file with one JSON object a line")
     lines = [line for line in file.read_bytes().split(b"\n") if line.strip()]
@@ -52,13 +52,13 @@ def jsonl(path: str, root: str | None = None) -> Sequence[Record]:
 
 
 def _conversation(root: str, name: str, number: int, row: Any) -> Record:
-    said = field(row, "conversations", list)
-    if len(said) < 2 or len(said) % 2:
-        raise ValueError(f"a conversation needs an answer to every question, but has {len(said)} messages")
-    if wrong := [place for place, message in enumerate(said) if isinstance(message, dict)
-                 and message.get("from", ROLES[place % 2]) != ROLES[place % 2]]:
+    messages = field(row, "conversations", list)
+    if len(messages) < 2 or len(messages) % 2:
+        raise ValueError(f"a conversation needs an answer to every question, but has {len(messages)} messages")
+    if wrong := [index for index, message in enumerate(messages) if isinstance(message, dict)
+                 and message.get("from", ROLES[index % 2]) != ROLES[index % 2]]:
         raise ValueError(f"'from' must be human and gpt in turn, but is not in message {wrong[0]} (from 0)")
-    questions, answers = ([caption_text(message, "value") for message in said[first::2]] for first in range(2))
+    questions, answers = ([caption_text(message, "value") for message in messages[first::2]] for first in range(2))
     for question in questions[1:]:
         without_image(question)
 

@@ -1,4 +1,4 @@
-"""What every layout is read into."""
+"""`Record`, the result of every reader."""
 
 import dataclasses
 import re
@@ -8,10 +8,10 @@ from etils import epath
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """A file that lies inside another one, such as an image in a tar.
+    """A file inside an archive, such as an image in a tar.
 
-    file:         the archive, local or of a kind that `etils.epath` reads (gs://, s3://, hf://)
-    offset, size: where its bytes are
+    file:         the archive, local or a URL that `etils.epath` reads (gs://, s3://, hf://)
+    offset, size: of its bytes in the archive
     """
 
     file: str
@@ -19,7 +19,7 @@ class Member:
     size: int
 
     def read(self) -> bytes:
-        """The bytes. Raises OSError if the archive cannot be opened, or ends before them."""
+        """Returns the bytes. Raises OSError if the archive cannot be opened or is truncated."""
         with epath.Path(self.file).open("rb") as archive:
             archive.seek(self.offset)
             content = archive.read(self.size)
@@ -33,14 +33,14 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One example, its image still on disk.
+    """One example, with its image on disk.
 
-    image:   path of the image, or a member of an archive; None without one
-    answer:  what is learnt: a caption, or the answer to the prompt
-    prompt:  the record's own; None where the data have none (`DataConfig.prompts` says what is asked)
-    input:   what the prompt is about, as in `Sample`
-    turns:   a conversation of several questions and answers; `prompt` and `answer` are then the first of them
-    problem: why there is nothing to learn from this record; None where there is
+    image:   path of the image, or a member of an archive; None without an image
+    answer:  the target text: a caption, or the answer to the prompt
+    prompt:  the record's prompt; None if the data have none (then one of `DataConfig.prompts` is used)
+    input:   the text that the prompt refers to, as in `Sample`
+    turns:   a conversation of several questions and answers, of which `prompt` and `answer` are the first
+    problem: the reason why this record cannot be used; None if it can
     """
 
     name: str
@@ -53,7 +53,7 @@ class Record:
 
 
 def clean_caption(caption: str, most_words: int = 50) -> str:
-    """Stage-1 cleaning: lower case, punctuation to spaces, at most 50 words (blip_processors.py: pre_caption)."""
+    """Returns a caption in lower case without punctuation, at most 50 words (blip_processors.py: pre_caption)."""
     caption = re.sub(r"[.!\"()*#:;~]", " ", caption.lower())
     caption = re.sub(r"\s{2,}", " ", caption).rstrip("\n").strip(" ")
     words = caption.split(" ")

@@ -1,7 +1,7 @@
 """Questions with short answers: VQAv2, OK-VQA and GQA, asked as MiniGPT-v2 does.
 
 The originals draw an instruction and one of the ten answers anew in every pass. Here record n has instruction n modulo
-their number, and the answer that most people gave (VQAv2's `multiple_choice_answer`).
+the number of instructions, and the most frequent answer (VQAv2's `multiple_choice_answer`).
 """
 
 import collections
@@ -30,12 +30,12 @@ INSTRUCTIONS = (  # coco_vqa_datasets.py, gqa_datasets.py: instruction_pool
 
 
 def vqa(path: str, root: str | None = None) -> Sequence[Record]:
-    """`..._questions.json` with its `..._annotations.json` beside it (VQAv2, OK-VQA), images in `train2014`.
+    """Reads `..._questions.json` and `..._annotations.json` (VQAv2, OK-VQA), with images in `train2014`.
 
-    path: the file of questions, or the folder that has exactly one
-    root: the folder with the folder of COCO's images; None for the file's, or the one above if that is `annotations`
+    path: the file of questions, or a folder with exactly one
+    root: the folder with the folder of COCO's images; None for the file's, or its parent if that is `annotations`
 
-    The answers' file is named like that of the questions, without OpenEnded_. One file with a list of {"image",
+    The file of answers has the name of that of the questions, without OpenEnded_. One file with a list of {"image",
     "question", "answer": [...]} (LAVIS's vqa_train.json and okvqa_train.json) is read too, its `image` a path below
     `root`. Raises FileNotFoundError or ValueError if the files cannot be used.
     """
@@ -49,9 +49,9 @@ def vqa(path: str, root: str | None = None) -> Sequence[Record]:
 
 
 def gqa(path: str, root: str | None = None) -> Sequence[Record]:
-    """`train_balanced_questions.json`, {ID: {"imageId", "question", "answer"}}, beside `images/IMAGEID.jpg`.
+    """Reads `train_balanced_questions.json`, {ID: {"imageId", "question", "answer"}}, and `images/IMAGEID.jpg`.
 
-    path: the file, or the folder that has exactly one *questions*.json
+    path: the file, or a folder with exactly one *questions*.json
     root: the folder with the folder `images`; None for the file's
 
     A list of {"image", "question", "answer"} (LAVIS) is read too. Raises FileNotFoundError or ValueError if the file
@@ -66,7 +66,7 @@ def gqa(path: str, root: str | None = None) -> Sequence[Record]:
 
 
 def with_answers(file: Path, content: dict[str, Any]) -> tuple[list[Any], str, dict[int | str, Any]]:
-    """(questions, the folder of their images, annotations by question) of what a file of questions holds.
+    """Returns (questions, the folder of their images, annotations by question) of a file of questions' content.
 
     Raises FileNotFoundError if there is no file of annotations beside it, ValueError if one of them holds something
     else.
@@ -91,27 +91,27 @@ def _question(split: str, answers: dict[Any, Any], root: str, name: str, number:
         raise ValueError(f"there is no answer to question {key}")
     given = [field(answer, "answer", str) for answer in field(answers[key], "answers", list)]
     image = image_path(root, coco_name(split, field(row, "image_id", int)))
-    return _asked(name, number, image, row, given)
+    return _record(name, number, image, row, given)
 
 
 def _listed(folder: str, root: str, name: str, number: int, row: Any) -> Record:
     image = image_path(root, folder + field(row, "image", str))
     given = field(row, "answer", str, list)
-    return _asked(name, number, image, row, given if isinstance(given, list) else [given])
+    return _record(name, number, image, row, given if isinstance(given, list) else [given])
 
 
 def _gqa(root: str, name: str, number: int, row: Any) -> Record:
     image = image_path(root, f"images/{field(row, 'imageId', str, int)}.jpg")
-    return _asked(name, number, image, row, [field(row, "answer", str)])
+    return _record(name, number, image, row, [field(row, "answer", str)])
 
 
-def _asked(name: str, number: int, image: str, row: Any, answers: Sequence[Any]) -> Record:
-    """Both texts go through the caption cleaning, as in the original; empty answers do not count."""
+def _record(name: str, number: int, image: str, row: Any, answers: Sequence[Any]) -> Record:
+    """Returns a record with question and answer after the caption cleaning, as in the original; skips empty answers."""
     question = clean_caption(caption_text(row, "question"))
     counts = collections.Counter(filter(None, (
         clean_caption(caption_text({"answer": answer}, "answer")) for answer in answers if answer != "")))
     if not question or not counts:
         raise ValueError("nothing but punctuation in the question, or no answer")
     instruction = INSTRUCTIONS[number % len(INSTRUCTIONS)]
-    ((answer, _),) = counts.most_common(1)  # of equals the first
+    ((answer, _),) = counts.most_common(1)  # the first of equally frequent ones
     return Record(name, image, answer, about_image(instruction.replace("{}", question)))
