@@ -237,7 +237,7 @@ def _check_bind(bind: BindConfig, features: int, width: int, given: Mapping[str,
         problems.append(f"The adapter's bind network reads features of {bind.inputs}, but --imagebind makes features "
                         f"of {features}: {mismatch}")
     if bind.dim != width:
-        problems.append(f"The adapter's bind network makes vectors of {bind.dim}, but --llama has a width of {width}: "
+        problems.append(f"The adapter's bind network makes vectors of {bind.dim}, but --llm has a width of {width}: "
                         f"{mismatch}")
     problems.extend(f"--arch: {name} is {given[name]}, but the bind network's is {size}."
                     for name, size in (("image_dim", bind.inputs), ("bind_hidden", bind.hidden))
@@ -257,7 +257,7 @@ def _query_layers(names: AdapterNames, tensors: Mapping[str, LazyTensor], cfg: L
             problems.append(f"{names.query} has {rows} rows; expected {given or 'a whole number of'} layers of "
                             f"{length} prompts. Set the right numbers with --arch.")
     if layers > cfg.depth:
-        problems.append(f"The adapter injects into {layers} layers, but --llama has only {cfg.depth}: these files do "
+        problems.append(f"The adapter injects into {layers} layers, but --llm has only {cfg.depth}: these files do "
                         "not belong together.")
     return layers
 

@@ -249,7 +249,7 @@ def test_files_that_do_not_belong_together(tmp_path):
     tall = edited(PRETRAIN, tmp_path / "tall.pth", prefix_query__weight=np.zeros((6, 32), np.float32))
     arch = {"imagebind": json.loads((IMAGEBIND / "config.json").read_text())["imagebind"]}
     (tmp_path / "arch.json").write_text(json.dumps(arch))
-    assert "injects into 6 layers, but --llama has only 4" in refused(
+    assert "injects into 6 layers, but --llm has only 4" in refused(
         tmp_path, write.command("imagebind_llm"), **IMAGEBIND_LLM | {"arch": tmp_path / "arch.json"}, adapter=tall)
 
 
