@@ -129,7 +129,7 @@ def test_images_below_another_folder(folder, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, *where)
     assert stopped.value.code == 2
-    assert f"Images are expected below {folder}/words. If they lie elsewhere" in capsys.readouterr().err
+    assert f"Images are expected below {folder}/words. If they are elsewhere" in capsys.readouterr().err
 
 
 def test_the_command_reads_a_configuration(tmp_path, monkeypatch, capsys):

@@ -78,11 +78,11 @@ def test_absent_images_are_found_when_they_are_read(tmp_path):
     path = folder(tmp_path, {"annotations": annotations}, ("70", "71"))
     assert [record.problem for record in cc_sbu_align(path)] == [None] * 160
     (tmp_path / "image" / "70.jpg").unlink()
-    with pytest.raises(ValueError, match="None of 16 rows of .*filter_cap.json that were looked at") as error:
+    with pytest.raises(ValueError, match="None of 16 rows of .*filter_cap.json that were checked") as error:
         cc_sbu_align(path)
     assert f"0: there is no image '{tmp_path}/image/0.jpg'" in str(error.value)
     assert str(error.value).count("there is no image") == 5
-    assert f"Images are expected below {tmp_path}. If they lie elsewhere, name that folder as `root`" in str(
+    assert f"Images are expected below {tmp_path}. If they are elsewhere, name that folder as `root`" in str(
         error.value)
 
 

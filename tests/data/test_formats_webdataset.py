@@ -99,7 +99,7 @@ def test_tars_that_end_early(keep, tmp_path):
     whole = list(webdataset(str(path)))
     layouts.put(path, path.read_bytes()[:keep])
     if keep < 512:
-        with pytest.raises(ValueError, match="a.tar is no tar"):
+        with pytest.raises(ValueError, match="a.tar is not a tar"):
             webdataset(str(path))
         return
     records = webdataset(str(path))
@@ -170,7 +170,7 @@ def test_files_that_are_no_tars(content, tmp_path):
     for number in range(2):
         layouts.put(tmp_path / f"{number}.tar", content)
     layouts.tar(tmp_path / "2.tar", layouts.members())
-    with pytest.raises(ValueError, match="(?s)2 of the 3 tars of .*0.tar is no tar, or a compressed.*1.tar is no tar"):
+    with pytest.raises(ValueError, match="(?s)2 of the 3 tars of .*0.tar is not a tar, or a comp.*1.tar is not a tar"):
         webdataset(str(tmp_path))
 
 
@@ -190,7 +190,7 @@ def test_many_tars(tmp_path):
     records = webdataset(str(tmp_path / "{00000..00011}.tar"))
     assert [record.name for record in records] == expected == [record.name for record in webdataset(str(tmp_path))]
     assert [record.image.file for record in records][0] == str(tmp_path / "00001.tar")
-    with pytest.raises(FileNotFoundError, match="2 of 14 tars are not there, such as .*00012.tar, .*00013.tar"):
+    with pytest.raises(FileNotFoundError, match="2 of 14 tars do not exist, such as .*00012.tar, .*00013.tar"):
         webdataset(str(tmp_path / "{00000..00013}.tar"))
 
 

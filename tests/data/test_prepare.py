@@ -563,7 +563,7 @@ def test_by_name(coco, monkeypatch):
 @pytest.mark.parametrize(("setting", "message"), [
     ("text=none", "text=none is none of them: it has the text features captions/text, image/filename"),
     ("image=mask", "image=mask is none of them: it has the image features image\n"),
-    ("texts=0", "texts=0, but must be a whole number"), ("texts", "'texts' is none of the settings"),
+    ("texts=0", "texts=0, but must be a positive integer"), ("texts", "'texts' is none of the options"),
     ("txt=1", r"'txt=1' is none of .* Did you mean text=...\?"),
     ("split=none", "there is no split 'none'; there are train, validation"),
     ("split=train[:0]", "there are no records in the split")])
@@ -582,8 +582,8 @@ def test_choices_that_are_not_clear(tmp_path):
         tfds(path)
     with pytest.raises(ValueError) as error:
         tfds(f"{path}?split=one")
-    assert "which one is the image is not clear: it has the image features left, right" in str(error.value)
-    assert "which one is the text is not clear: it has the text features caption, title" in str(error.value)
+    assert "the image is ambiguous: it has the image features left, right" in str(error.value)
+    assert "the text is ambiguous: it has the text features caption, title" in str(error.value)
     (record,) = tfds(f"{path}?split=one&image=right&text=caption")
     assert (record.answer, record.image.read()) == ("A dog.", layouts.jpeg())
     assert "'title' is empty" in tfds(f"{path}?split=one&image=left&text=title")[0].problem
@@ -600,7 +600,7 @@ def test_what_is_not_array_record_is_refused(coco, tmp_path):
     with pytest.raises(ValueError, match="is stored as tfrecord, .* in the format array_record: tfds build"):
         tfds(str(folder))
     (folder / "dataset_info.json").write_text(info[:100])
-    with pytest.raises(ValueError, match="is no data set, or damaged: its dataset_info.json"):
+    with pytest.raises(ValueError, match="is not a data set, or damaged: its dataset_info.json"):
         tfds(str(folder))
     (folder / "dataset_info.json").unlink()
     with pytest.raises(FileNotFoundError, match="there is no dataset_info.json in it. Name the folder that has it"):

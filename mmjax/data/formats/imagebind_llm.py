@@ -59,7 +59,7 @@ def imagebind_llm_finetune(path: str, root: str | None = None, tuple_prompts: bo
                    default, since users do not write such prompts.
 
     Only the first question and answer of a conversation are used, and `<image>` marks are kept. Relative names of files
-    are resolved from the YAML file's folder. Raises FileNotFoundError or ValueError naming the files that cannot be used.
+    are resolved from the YAML file's folder. Raises FileNotFoundError or ValueError naming files that cannot be used.
     """
     meta, files = _meta(path, "finetune.yaml")
     problems: list[str] = []

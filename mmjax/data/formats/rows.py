@@ -1,7 +1,7 @@
-"""What the readers share: rows that become records one by one, and the checks of what stands in them.
+"""Shared code of the readers: rows that are converted to records on access, and checks of their values.
 
-Data come from anywhere, so nothing in a row is believed: what is wrong with one row becomes that record's `problem`,
-what is wrong with a whole file is an error. Images are looked up below a root folder and nowhere else.
+Data are not trusted: a problem of a row becomes the `problem` of its record, a problem of a whole file is an error.
+Images are only read below a root folder.
 """
 
 import abc
@@ -18,24 +18,24 @@ from mmjax.data.conversation import IMAGE
 from mmjax.data.formats.record import Record
 from mmjax.data.text import PLACEHOLDER
 
-MARK = "<image>"  # where LLaVA's questions show the image
-LOOKED_AT = 16  # rows of a data file that are looked at before any is used
+MARK = "<image>"  # image placeholder of LLaVA's questions
+LOOKED_AT = 16  # rows of a data file that are checked before any is used
 _short = reprlib.Repr()
 _short.maxstring = 120
 
 
 def shown(value: Any) -> str:
-    """A value from a file as an error may show it: on one line, not too long, nothing in it that moves a terminal."""
+    """Returns a value from a file as text for an error: on one line, short, without control characters."""
     return _short.repr(value)
 
 
 class Lazy(Sequence[Record]):
-    """Records made when they are asked for. One that cannot be made says why in its `problem`."""
+    """A sequence whose records are made on access. A record that cannot be made has a `problem`."""
 
     def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):
-            return [self[place] for place in range(*number.indices(len(self)))]
-        number = range(len(self))[number]  # negative ones count from the end, others beyond it raise IndexError
+            return [self[index] for index in range(*number.indices(len(self)))]
+        number = range(len(self))[number]  # handles negative indices, raises IndexError
         try:
             return self.record(number)
         except (ValueError, OSError) as error:
@@ -43,20 +43,20 @@ class Lazy(Sequence[Record]):
 
     @abc.abstractmethod
     def name(self, number: int) -> str:
-        """What an error calls this one."""
+        """Returns the name of a record, for errors."""
 
     @abc.abstractmethod
     def record(self, number: int) -> Record:
-        """Raises ValueError or OSError saying what is wrong with this one."""
+        """Makes a record. Raises ValueError or OSError describing its problem."""
 
 
 class RowRecords(Lazy):
-    """The rows of a data file, each made a record by `read(root, name, number, row)`.
+    """The rows of a data file, converted to records by `read(root, name, number, row)`.
 
-    root: the folder that their images lie below
+    root: the folder of their images
 
-    Raises ValueError if there are no rows; also if none of a few from all over the file can be used, or has an image
-    that is there: then it is the wrong folder, or another layout. Otherwise an image is looked for when it is read.
+    Raises ValueError if there are no rows, or if none of some rows spread over the file can be used and has an existing
+    image: then the folder or the layout is wrong. Other missing images are detected when they are read.
     """
 
     def __init__(self, path: Path, root: str, rows: Sequence[Any],
@@ -64,13 +64,13 @@ class RowRecords(Lazy):
         if not len(rows):
             raise ValueError(f"{path} has no rows.")
         self.path, self.root, self.rows, self.read = path, root, rows, read
-        looked_at = [self[number] for number in range(0, len(rows), -(-len(rows) // LOOKED_AT))]
-        problems = [_trouble(record) for record in looked_at]
+        checked = [self[number] for number in range(0, len(rows), -(-len(rows) // LOOKED_AT))]
+        problems = [_early_problem(record) for record in checked]
         if all(problems):
             raise ValueError(
-                f"None of {len(problems)} rows of {path} that were looked at can be used:\n  "
-                + "\n  ".join(f"{record.name}: {why}" for record, why in zip(looked_at[:5], problems, strict=False))
-                + f"\nImages are expected below {root}. If they lie elsewhere, name that folder as `root` (data.root "
+                f"None of {len(problems)} rows of {path} that were checked can be used:\n  "
+                + "\n  ".join(f"{record.name}: {reason}" for record, reason in zip(checked[:5], problems, strict=False))
+                + f"\nImages are expected below {root}. If they are elsewhere, name that folder as `root` (data.root "
                 "of a configuration, --root of data check).")
 
     def __len__(self) -> int:
@@ -83,34 +83,34 @@ class RowRecords(Lazy):
         return self.read(self.root, self.name(number), number, self.rows[number])
 
 
-def _trouble(record: Record) -> str | None:
-    """Why a record cannot be used, as far as that shows before its image is read."""
+def _early_problem(record: Record) -> str | None:
+    """Returns the problem of a record, without reading its image."""
     if record.problem is None and isinstance(record.image, str) and not os.path.isfile(record.image):
         return f"there is no image {shown(record.image)}"
     return record.problem
 
 
 def the_file(path: str, pattern: str, what: str) -> Path:
-    """A file, or the only one of that pattern in a folder.
+    """Returns a file, or the only file of that pattern in a folder.
 
     Raises FileNotFoundError, or ValueError if the folder has several.
     """
-    place = Path(path)
-    if not place.is_dir():
-        if not place.is_file():
-            raise FileNotFoundError(f"There is no {place}. Expected {what}.")
-        return place
-    found = sorted(file for file in place.glob(pattern) if file.is_file())
-    if not found:
-        raise FileNotFoundError(f"{place} has no {pattern}. Expected {what}.")
-    if len(found) > 1:
-        raise ValueError(f"{place} has {len(found)} files {pattern}: {', '.join(file.name for file in found[:5])}. "
+    file = Path(path)
+    if not file.is_dir():
+        if not file.is_file():
+            raise FileNotFoundError(f"There is no {file}. Expected {what}.")
+        return file
+    matches = sorted(each for each in file.glob(pattern) if each.is_file())
+    if not matches:
+        raise FileNotFoundError(f"{file} has no {pattern}. Expected {what}.")
+    if len(matches) > 1:
+        raise ValueError(f"{file} has {len(matches)} files {pattern}: {', '.join(each.name for each in matches[:5])}. "
                          "Name one of them.")
-    return found[0]
+    return matches[0]
 
 
 def image_root(file: Path, root: str | None) -> str:
-    """The folder below which images lie: `root`, or the file's; of `annotations/FILE` the one above."""
+    """Returns the folder of the images: `root`, or the file's folder, or the parent of a folder `annotations`."""
     if root is not None:
         return root
     folder = file.absolute().parent
@@ -118,7 +118,7 @@ def image_root(file: Path, root: str | None) -> str:
 
 
 def parse_json(content: str | bytes) -> Any:
-    """Raises ValueError, also for what is nested too deeply."""
+    """Returns the value of a JSON text. Raises ValueError, also if it is nested too deeply."""
     try:
         return json.loads(content)
     except RecursionError as error:
@@ -126,7 +126,7 @@ def parse_json(content: str | bytes) -> Any:
 
 
 def read_json(path: Path, *kinds: type, expected: str) -> Any:
-    """What a JSON file holds; raises ValueError naming the file if it is damaged or holds something else."""
+    """Returns the content of a JSON file; raises ValueError naming the file if it is damaged or of another type."""
     try:
         content = parse_json(path.read_bytes())
     except ValueError as error:  # not JSON, or not UTF-8
@@ -137,7 +137,7 @@ def read_json(path: Path, *kinds: type, expected: str) -> Any:
 
 
 def field(row: Any, key: str, *kinds: type) -> Any:
-    """What a row has under a key; raises ValueError if it has none, or one of another kind."""
+    """Returns the value of a key in a row; raises ValueError if there is none, or one of another type."""
     if not isinstance(row, dict):
         raise ValueError(f"expected an object with {key!r}, got {shown(row)}")
     value = row.get(key)
@@ -147,27 +147,27 @@ def field(row: Any, key: str, *kinds: type) -> Any:
 
 
 def text(row: Any, key: str) -> str:
-    """Text, which may be empty; raises ValueError for anything else."""
-    found = field(row, key, str)
+    """Returns the text of a key, which may be empty; raises ValueError for anything else."""
+    value = field(row, key, str)
     try:
-        found.encode()
+        value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{key!r} is not text: {error}") from error
-    return found
+    return value
 
 
 def caption_text(row: Any, key: str) -> str:
-    """Text with something in it; raises ValueError for anything else."""
-    found = text(row, key)
-    if not found.strip():
+    """Returns the text of a key; raises ValueError for anything else or only white space."""
+    value = text(row, key)
+    if not value.strip():
         raise ValueError(f"{key!r} is empty")
-    return found
+    return value
 
 
 def image_path(root: str, name: str) -> str:
-    """The path of an image, which need not be there. Raises ValueError if it leads out of the root.
+    """Returns the path of an image, which need not exist. Raises ValueError if it is not below the root.
 
-    Links are followed to see where it leads; an absolute path that stays below the root is fine.
+    Links are followed for this check; an absolute path below the root is allowed.
     """
     if "://" in name and (problem := files.url_problem(name)):
         raise ValueError(f"the image {problem}")
@@ -175,7 +175,7 @@ def image_path(root: str, name: str) -> str:
     try:
         base, real = _real(os.path.join(os.getcwd(), root)), os.path.realpath(path)
     except ValueError as error:  # a zero byte, or not Unicode
-        raise ValueError(f"{shown(name)} is no name of an image: {error}") from error
+        raise ValueError(f"{shown(name)} is not a name of an image: {error}") from error
     if real == base or os.path.commonpath([base, real]) != base:
         raise ValueError(f"the image {shown(name)} is not below {root}")
     return path
@@ -183,15 +183,15 @@ def image_path(root: str, name: str) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _real(root: str) -> str:
-    """Of an absolute path; `..` behind a link leads where the system says."""
+    """Returns the real path of an absolute path; `..` after a link is resolved as by the system."""
     return os.path.realpath(root)
 
 
 def about_image(question: str) -> str:
-    """A question as MiniGPT-4 asks it of an image: `<Img><ImageHere></Img> QUESTION `, with the space at its end.
+    """Returns a question about an image in MiniGPT-4's format: `<Img><ImageHere></Img> QUESTION `, with a final space.
 
-    This is the one place that decides where an image stands: in front, wherever LLaVA's `<image>` marks were (they
-    go). A question that has one `<ImageHere>` of its own stays as it is. Raises ValueError if it has several.
+    All readers use this, so images are always put first; LLaVA's `<image>` marks are removed. A question with one
+    `<ImageHere>` is unchanged. Raises ValueError if it has several.
     """
     if question.count(PLACEHOLDER) > 1:
         raise ValueError(f"the question has {question.count(PLACEHOLDER)} {PLACEHOLDER}, but there is one image")
@@ -201,12 +201,12 @@ def about_image(question: str) -> str:
 
 
 def without_image(question: str) -> str:
-    """A question that shows no image; raises ValueError if it does."""
+    """Returns a question without image marks; raises ValueError if it has some."""
     if PLACEHOLDER in question or MARK in question:
         raise ValueError(f"the question {shown(question)} shows an image that is not there")
     return question
 
 
 def coco_name(split: str, number: int) -> str:
-    """Where COCO's images of 2014 lie, such as `train2014/COCO_train2014_000000000009.jpg`."""
+    """Returns the path of an image of COCO 2014, such as `train2014/COCO_train2014_000000000009.jpg`."""
     return f"{split}/COCO_{split}_{number:012d}.jpg"

@@ -1,7 +1,7 @@
-"""Where the samples of tars are, kept on disk: the headers of all of LAION take two hours to read, which is done once.
+"""Cached indices of the samples in tars: reading the headers of all of LAION takes two hours, which is done once.
 
-One file a tar, in the user's cache folder; the environment variable MMJAX_TAR_INDEX names another one (on a disk that
-several hosts share), or says "off". What is found there is believed only if it was made of the tar as it is now.
+There is one file for each tar, in the user's cache folder; the environment variable MMJAX_TAR_INDEX names another
+folder (on a disk that several hosts share), or is "off". An index is used only if the tar has not changed.
 """
 
 import functools
@@ -23,16 +23,16 @@ from mmjax.data.arrays import DEFLATED, read_npz
 
 VARIABLE = "MMJAX_TAR_INDEX"
 OFF = "off"
-FORMAT = 1  # of the files; others are made anew
-DIGEST = 32  # bytes in front of a file's content
+FORMAT = 1  # of the files; those of other formats are made again
+DIGEST = 32  # bytes of the digest at the start of a file
 
 
 class TarIndex(NamedTuple):
-    """Where the N samples of a tar are.
+    """The positions of the N samples in a tar.
 
     keys:     bytes[N]
-    places:   int64[N,5]: offset and size of the image and of the caption, and whether that is JSON
-    problems: of the samples by number that cannot be used
+    places:   int64[N,5]: offset and size of the image and of the caption, and whether the caption is JSON
+    problems: of the samples that cannot be used, by index
     """
 
     keys: np.ndarray
@@ -41,62 +41,62 @@ class TarIndex(NamedTuple):
 
 
 def folder() -> Path | None:
-    """Where indices are kept: as the variable says, or the user's cache folder; None for nowhere, also where that
-    cannot be written.
+    """Returns the folder of the indices: that of the variable, or the user's cache folder; None if it is off or the
+    cache folder cannot be written.
 
     Raises ValueError if the folder that the variable names cannot be written.
     """
-    told = os.environ.get(VARIABLE)
-    if told == OFF:
+    value = os.environ.get(VARIABLE)
+    if value == OFF:
         return None
-    files.require_local({VARIABLE: told})
-    place = Path(told or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmjax" / "tars")
+    files.require_local({VARIABLE: value})
+    path = Path(value or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmjax" / "tars")
     try:
-        place.expanduser().mkdir(parents=True, exist_ok=True)
-        if os.access(place.expanduser(), os.W_OK):
-            return place.expanduser()
+        path.expanduser().mkdir(parents=True, exist_ok=True)
+        if os.access(path.expanduser(), os.W_OK):
+            return path.expanduser()
         problem = "it is read-only"
     except OSError as error:
         problem = str(error)
-    if told:
-        raise ValueError(f"{VARIABLE} = {told}: this folder cannot be written ({problem}). Name another one, or say "
+    if value:
+        raise ValueError(f"{VARIABLE} = {value}: this folder cannot be written ({problem}). Name another one, or say "
                          f"{OFF!r}.")
     return None
 
 
-def kept(file: str, place: Path | None, read: Callable[[str], TarIndex]) -> TarIndex:
-    """The index of a tar, from the folder `place` if the tar is as it was then; otherwise `read`, and put there.
+def cached(file: str, cache: Path | None, read: Callable[[str], TarIndex]) -> TarIndex:
+    """Returns the index of a tar from the folder `cache`; if it is missing or outdated, from `read`, and stores it.
 
-    Several processes may do so at once. An index that is damaged is read anew, which is said. Raises what `read` does.
+    Several processes may do so at once. A damaged index is made again, with a message. Raises the errors of `read`.
     """
-    made_of = None if place is None else stamp(file)
-    if place is None or made_of is None:
+    made_of = None if cache is None else stamp(file)
+    if cache is None or made_of is None:
         return read(file)
-    path = place / f"{hashlib.sha256(_absolute(file).encode(errors='surrogateescape')).hexdigest()[:40]}.index"
+    path = cache / f"{hashlib.sha256(_absolute(file).encode(errors='surrogateescape')).hexdigest()[:40]}.index"
     try:
-        found = _parse(path.read_bytes(), made_of)
+        result = _parse(path.read_bytes(), made_of)
     except FileNotFoundError:
-        found = None
+        result = None
     except (ValueError, OSError) as error:
         _say(f"The index {path} is damaged ({error}), so the headers of {file} are read again.")
-        found = None
-    if found is None:
-        found = read(file)
-        if stamp(file) == made_of:  # nobody wrote into it meanwhile
-            _write(path, _content(found, made_of))
-    return found
+        result = None
+    if result is None:
+        result = read(file)
+        if stamp(file) == made_of:  # not changed meanwhile
+            _write(path, _content(result, made_of))
+    return result
 
 
 def stamp(file: str) -> tuple[int, int] | None:
-    """A file's size and the time of its last change, in nanoseconds; None where the file system knows no such time.
+    """Returns a file's size and modification time in nanoseconds; None if the file system has no such time.
 
     Raises FileNotFoundError.
     """
     if "://" not in file:
-        found = os.stat(file)
-        return found.st_size, found.st_mtime_ns
-    found = epath.Path(file).stat()
-    return (found.length, found.mtime * 10**9) if found.mtime else None
+        stat = os.stat(file)
+        return stat.st_size, stat.st_mtime_ns
+    stat = epath.Path(file).stat()
+    return (stat.length, stat.mtime * 10**9) if stat.mtime else None
 
 
 def _absolute(file: str) -> str:
@@ -104,7 +104,7 @@ def _absolute(file: str) -> str:
 
 
 def _content(index: TarIndex, made_of: tuple[int, int]) -> bytes:
-    """A digest, then the index and what it was made of."""
+    """Returns the bytes of a file: a digest, then the index and the stamp of its tar."""
     problems = json.dumps({str(place): problem for place, problem in index.problems.items()})
     buffer = io.BytesIO()
     np.savez_compressed(buffer, made_of=np.array([FORMAT, *made_of]), keys=index.keys, places=index.places,
@@ -114,17 +114,17 @@ def _content(index: TarIndex, made_of: tuple[int, int]) -> bytes:
 
 
 def _parse(content: bytes, made_of: tuple[int, int]) -> TarIndex | None:
-    """None if it was made of something else. Raises ValueError if it is damaged, or points outside of its tar."""
+    """Returns the index in a file; None if its tar has changed. Raises ValueError if it is damaged or inconsistent."""
     digest, content = content[:DIGEST], content[DIGEST:]
     if hashlib.sha256(content).digest() != digest:
-        raise ValueError("its checksum is another")
+        raise ValueError("its checksum is wrong")
     try:
         arrays = read_npz(io.BytesIO(content), DEFLATED)  # keys of one length: many zeros
         if arrays["made_of"].tolist() != [FORMAT, *made_of]:
             return None
         keys, places = arrays["keys"], arrays["places"]
         problems = {int(place): str(problem) for place, problem in json.loads(arrays["problems"].tobytes()).items()}
-    except Exception as error:  # another program may have written anything
+    except Exception as error:  # the content is not trusted
         raise ValueError(f"it cannot be read: {error!r}") from error
     _check(keys, places, problems, made_of[0])
     return TarIndex(keys, places, problems)
@@ -140,18 +140,18 @@ def _check(keys: np.ndarray, places: np.ndarray, problems: dict[int, str], size:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """At once or not at all; where it cannot be written, that is said."""
+    """Writes a file atomically; prints a message if that fails."""
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
         part.write_bytes(content)
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        _say(f"The headers of the tars will be read again by the next run: their index cannot be kept in {path.parent} "
-             f"({error.strerror}).")
+        _say(f"The headers of the tars will be read again by the next run: their index cannot be stored in "
+             f"{path.parent} ({error.strerror}).")
 
 
 @functools.cache
 def _say(message: str) -> None:
-    """Once, whatever the number of tars that it holds for."""
+    """Prints a message once, for any number of tars."""
     Console(stderr=True).print(message, markup=False, highlight=False)

@@ -1,7 +1,7 @@
-"""Data sets of TensorFlow Datasets in its format array_record, read in any order and without TensorFlow.
+"""Reads data sets of TensorFlow Datasets in the format array_record, in any order and without TensorFlow.
 
-`mmjax data prepare` makes them of the other formats, a record for a record (`FIELDS`). Of any other one with an image
-and a text the two are found by the kinds and names of its features.
+`mmjax data prepare` makes them of the other formats, with an example for each record (`FIELDS`). In other data sets the
+image and the text are found by the types and names of the features.
 """
 
 import difflib
@@ -21,36 +21,36 @@ from mmjax.data.formats.record import Record
 from mmjax.data.formats.rows import Lazy, caption_text
 
 FIELDS = ("answer", "image", "input", "name", "prompt", "turns")  # of a prepared data set, those of `Record`
-CAPTIONS = ("caption", "captions", "text", "answer", "description", "title")  # names of what is learnt, if not told
+CAPTIONS = ("caption", "captions", "text", "answer", "description", "title")  # default names of the text feature
 OPTIONS = ("split", "image", "text", "texts")
-KEPT = 32  # examples kept read, for the image is asked for after its record
-SPARE = 256  # files that a process has open beside those of large data sets
+KEPT = 32  # cached examples, since the image is read after its record
+SPARE = 256  # files that a process has open besides those of large data sets
 
 
 def tfds(path: str, root: None = None) -> Sequence[Record]:
-    """A data set that lies prepared on this machine, in the format array_record.
+    """Reads a data set that is prepared on this machine in the format array_record.
 
     path: its folder (with `dataset_info.json`), or its name `NAME[/CONFIG][:VERSION]`, also as `tfds:NAME`, which is
-          looked up where TensorFlow Datasets keeps them (TFDS_DATA_DIR, or ~/tensorflow_datasets). Nothing is
-          downloaded. Behind a `?`, joined by `&`, may stand `split=` (else train, or the only one; `split=train[:10%]`
-          too), `image=` and `text=`, the features to take where that is not clear (such as `text=captions/text`), and
-          `texts=N`: N records of every example, with its first N texts (over again if it has fewer). Else there is one
-          with its first
+          looked up in the folder of TensorFlow Datasets (TFDS_DATA_DIR, or ~/tensorflow_datasets). Nothing is
+          downloaded. Options follow a `?`, joined by `&`: `split=` (default: train, or the only one; also
+          `split=train[:10%]`), `image=` and `text=`, the features to use if they are ambiguous (such as
+          `text=captions/text`), and `texts=N`: N records for every example, with its first N texts (repeated if it has
+          fewer). By default there is one record, with the first text
 
-    Of what `mmjax data prepare` made the records are as they were in its source, and the sizes of all shards are
-    checked. Raises ValueError or FileNotFoundError saying what is not there, not finished, damaged, in another format,
-    or which features there are to choose from; also for a `root`, because the images lie in the data set.
+    For data of `mmjax data prepare` the records are those of its source, and the sizes of all shards are checked.
+    Raises ValueError or FileNotFoundError if the data set is missing, incomplete, damaged or in another format, or its
+    features are ambiguous; also for a `root`, because the data set includes the images.
     """
     if root is not None:
-        raise ValueError(f"The images of {path} lie in the data set itself: leave out the root, {root}.")
+        raise ValueError(f"The images of {path} are in the data set itself: leave out the root, {root}.")
     return Examples(path)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """An image in a data set. Pickled it is the path and the number, and the data set is opened where it is read.
+    """An image in a data set. It is pickled as path and number, and the data set is opened when the image is read.
 
-    file: the path as `tfds` takes it
+    file: the path for `tfds`
     """
 
     file: str
@@ -58,7 +58,7 @@ class Stored:
     examples: "Examples" = field(compare=False, repr=False)
 
     def read(self) -> bytes:
-        """The bytes as they were put in. Raises OSError if the shard is damaged, ValueError if it has no image."""
+        """Returns the original bytes. Raises OSError if the shard is damaged, ValueError if it has no image."""
         return self.examples.image(self.number)
 
     def __str__(self) -> str:
@@ -78,19 +78,19 @@ def _opened(file: str) -> "Examples":
 
 
 class Examples(Lazy):
-    """The records of a data set. Pickled it is its path."""
+    """The records of a data set, which are pickled as the path."""
 
     def __init__(self, path: str) -> None:
         from tensorflow_datasets import decode
 
-        place, options = _options(path)
-        builder = _builder(place)
+        folder_or_name, options = _options(path)
+        builder = _builder(folder_or_name)
         split = _split(path, builder, options.get("split"))
         self.path, self._title = path, builder.info.name
         self._prepared = set(builder.info.features) == set(FIELDS)
         self._image, self._text, self._texts = "image", "answer", 1
         if not self._prepared:
-            self._image, self._text = _chosen(path, builder.info.features, options)
+            self._image, self._text = _choose_features(path, builder.info.features, options)
             self._texts = _count(path, options.get("texts", "1"))
         elif given := options.keys() - {"split"}:
             raise ValueError(f"{path}: {', '.join(sorted(given))} cannot be chosen in what mmjax data prepare made.")
@@ -98,7 +98,7 @@ class Examples(Lazy):
             self._stored = builder.as_data_source(
                 split, deserialize_method=decode.DeserializeMethod.RAW_BYTES, file_format="array_record")
             self._shards = builder.info.splits[split].file_instructions
-        except Exception as error:  # whatever comes of names and numbers that cannot be
+        except Exception as error:  # any error for invalid names and numbers
             raise ValueError(f"{path} cannot be read, its dataset_info.json is damaged: {error}") from error
         self._ends = np.cumsum([shard.take for shard in self._shards])
         _check(builder.data_dir, [shard.filename for shard in self._shards])
@@ -128,19 +128,19 @@ class Examples(Lazy):
         )
 
     def image(self, number: int) -> bytes:
-        """The first image of an example; raises OSError or ValueError as `Stored.read` does."""
+        """Returns the first image of an example; raises the errors of `Stored.read`."""
         images = _values(self._example(number), self._image)
         if not images:
             raise ValueError(f"example {number} of {self.path} has no image")
         return images[0]
 
     def _read(self, number: int) -> Any:
-        """A tf.train.Example."""
+        """Returns a tf.train.Example."""
         from tensorflow_datasets.proto import tf_example_pb2
 
         try:
             return tf_example_pb2.Example.FromString(self._stored[number])
-        except Exception as error:  # the reader of the files raises RuntimeError, protobuf errors of its own
+        except Exception as error:  # RuntimeError of array_record, or errors of protobuf
             shard = self._shards[int(np.searchsorted(self._ends, number, side="right"))].filename
             raise OSError(f"example {number} cannot be read, {shard} is damaged: {error}. Copy it again, or prepare it "
                           "again (`mmjax data verify` lists all damaged ones of a folder made by mmjax data prepare)."
@@ -151,7 +151,7 @@ class Examples(Lazy):
 
 
 def features() -> Any:
-    """What is in a prepared data set. `image` and `prompt` hold one or none: there is nothing that means none alone."""
+    """Returns the features of a prepared data set. `image` and `prompt` have one or none, as none can be optional."""
     from tensorflow_datasets import features as kinds
 
     return kinds.FeaturesDict({
@@ -165,9 +165,9 @@ def features() -> Any:
 
 
 def example(record: Record, image: bytes | None) -> bytes:
-    """A record and its image's bytes as `features().serialize_example` would write them, in a tenth of its time.
+    """Returns a record and its image's bytes as serialised by `features().serialize_example`, ten times faster.
 
-    Raises ValueError for text that is none (UTF-8).
+    Raises ValueError for text that cannot be encoded as UTF-8.
     """
     from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
@@ -198,68 +198,68 @@ def _record(stored: Any, image: Stored | None) -> Record:
 
 
 def _values(stored: Any, feature: str) -> Sequence[bytes]:
-    """What a tf.train.Example holds of an image or text feature, in one list however it is nested."""
-    held = stored.features.feature
+    """Returns the flat list of values of an image or text feature of a tf.train.Example."""
+    values = stored.features.feature
     for key in (feature, f"{feature}/ragged_flat_values"):
-        if key in held:
-            return held[key].bytes_list.value
+        if key in values:
+            return values[key].bytes_list.value
     return ()
 
 
-# ---- finding a data set, and what is in it ----
+# ---- data sets and their features ----
 
 
 def _options(path: str) -> tuple[str, dict[str, str]]:
-    """The data set's folder or name, and what is said behind the `?`. Raises ValueError for what it does not know."""
-    place, mark, rest = path.partition("?")
+    """Returns the data set's folder or name, and the options after the `?`. Raises ValueError for unknown options."""
+    folder_or_name, mark, rest = path.partition("?")
     options = {}
     for part in rest.split("&") if mark else ():
-        key, given, value = part.partition("=")
+        key, _, value = part.partition("=")
         if key not in OPTIONS or not value:
             close = difflib.get_close_matches(key, OPTIONS, 1)
             hint = f"Did you mean {close[0]}=...?" if close else f"There are {', '.join(OPTIONS)}."
-            raise ValueError(f"{path}: {part!r} is none of the settings KEY=VALUE of a data set. {hint}")
+            raise ValueError(f"{path}: {part!r} is none of the options KEY=VALUE of a data set. {hint}")
         options[key] = value
-    return os.path.expanduser(place.removeprefix("tfds:")), options
+    return os.path.expanduser(folder_or_name.removeprefix("tfds:")), options
 
 
-def _builder(place: str) -> Any:
-    """tfds.core.DatasetBuilder of a folder or a name; raises ValueError or FileNotFoundError if there is none."""
+def _builder(path: str) -> Any:
+    """Returns the tfds.core.DatasetBuilder of a folder or a name; raises ValueError or FileNotFoundError."""
     import tensorflow_datasets
-    from tensorflow_datasets.core.read_only_builder import builder_from_files  # tfds.builder would ask the network
+    from tensorflow_datasets.core.read_only_builder import builder_from_files  # tfds.builder uses the network
 
-    if not os.path.isdir(place):
-        if place.startswith((".", os.sep)):
-            raise FileNotFoundError(f"There is no folder {place}.")
+    if not os.path.isdir(path):
+        if path.startswith((".", os.sep)):
+            raise FileNotFoundError(f"There is no folder {path}.")
         files.require_local({"TFDS_DATA_DIR": os.environ.get("TFDS_DATA_DIR")})
         try:
-            return builder_from_files(place)
+            return builder_from_files(path)
         except ValueError as error:  # also for a name that cannot be one
             raise FileNotFoundError(
-                f"{place} is neither a folder nor a data set that TensorFlow Datasets has prepared on this machine. "
+                f"{path} is neither a folder nor a data set that TensorFlow Datasets has prepared on this machine. "
                 "Nothing is downloaded here: prepare it with TensorFlow Datasets, in the format array_record, or name "
                 f"the folder that has its dataset_info.json. It says: {error}") from error
-    if not os.path.isfile(os.path.join(place, "dataset_info.json")):
-        if made := manifest.read(place):
-            manifest.check(place, made)
-            raise ValueError(f"{place} was not prepared completely. The same command resumes: "
-                             f"{made.making.command(place)}")
-        raise FileNotFoundError(f"{place} is no data set: there is no dataset_info.json in it. Name the folder that "
+    if not os.path.isfile(os.path.join(path, "dataset_info.json")):
+        if stored := manifest.read(path):
+            manifest.check(path, stored)
+            raise ValueError(f"{path} was not prepared completely. The same command resumes: "
+                             f"{stored.making.command(path)}")
+        raise FileNotFoundError(f"{path} is not a data set: there is no dataset_info.json in it. Name the folder that "
                                 "has it, of one version (such as coco_captions/2014/1.1.0).")
     try:
-        return tensorflow_datasets.builder_from_directory(place)
-    except Exception as error:  # whatever its readers of JSON raise
-        raise ValueError(f"{place} is no data set, or damaged: its dataset_info.json or features.json cannot be read: "
-                         f"{error}") from error
+        return tensorflow_datasets.builder_from_directory(path)
+    except Exception as error:  # of its JSON readers
+        raise ValueError(f"{path} is not a data set, or damaged: its dataset_info.json or features.json cannot be read:"
+                         f" {error}") from error
 
 
 def _split(path: str, builder: Any, split: str | None) -> str:
-    """Which split to read; raises ValueError if that is not clear, or if it is not stored as array_record."""
+    """Returns the split to read; raises ValueError if it is ambiguous, or not stored as array_record."""
     stored = sorted(kind.value for kind in builder.info.available_file_formats())
     if "array_record" not in stored:
         raise ValueError(
-            f"{path} is stored as {', '.join(stored)}, which is not read in any order, nor without TensorFlow. Prepare "
-            "it in the format array_record: tfds build NAME --file_format=array_record.")
+            f"{path} is stored as {', '.join(stored)}, which cannot be read in any order and without TensorFlow. "
+            "Prepare it in the format array_record: tfds build NAME --file_format=array_record.")
     splits = builder.info.splits
     if split is None:
         named = [name for name in splits if name == "train"] or list(splits)
@@ -277,13 +277,13 @@ def _split(path: str, builder: Any, split: str | None) -> str:
 
 
 def _check(folder: str, files: Sequence[str]) -> None:
-    """Lets the process open all the shards.
+    """Checks the shards, and raises the process's limit of open files so that it can open all of them.
 
-    Raises FileNotFoundError or ValueError if some are not there, or not below the folder, links followed, or, where the
-    sizes are known, have others.
+    Raises FileNotFoundError or ValueError if some are missing, not below the folder (links are followed), or, if the
+    sizes are known, of another size.
     """
-    if made := manifest.read(folder):
-        manifest.check(folder, made)
+    if stored := manifest.read(folder):
+        manifest.check(folder, stored)
     base = os.path.realpath(folder)
     if outside := [file for file in files if not os.path.realpath(file).startswith(base + os.sep)]:
         raise ValueError(f"{len(outside)} shards are not below {folder}, such as {', '.join(outside[:5])}.")
@@ -302,11 +302,11 @@ def _check(folder: str, files: Sequence[str]) -> None:
 
 
 def _features(feature: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """("image" or "text", its name) of the images and texts; sequences of them count as what they hold."""
+    """Yields ("image" or "text", name) of the image and text features, also of those in sequences."""
     from tensorflow_datasets import features as kinds
 
     if isinstance(feature, kinds.FeaturesDict):
-        for key in sorted(feature):  # they come in any order
+        for key in sorted(feature):  # the order is not fixed
             yield from _features(feature[key], f"{name}/{key}" if name else key)
     elif type(feature) is kinds.Sequence:
         yield from _features(feature.feature, name)
@@ -316,20 +316,20 @@ def _features(feature: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield "text", name
 
 
-def _chosen(path: str, features: Any, options: Mapping[str, str]) -> tuple[str, str]:
-    """The names of the image and of the text. Raises ValueError if one is not there, or is not clear."""
-    found = list(_features(features))
+def _choose_features(path: str, features: Any, options: Mapping[str, str]) -> tuple[str, str]:
+    """Returns the names of the image and the text feature. Raises ValueError if one is missing or ambiguous."""
+    available = list(_features(features))
     problems, chosen = [], []
-    for kind, usual in (("image", ("image",)), ("text", CAPTIONS)):
-        there = [name for each, name in found if each == kind]
-        named = [name for name in there if name.rpartition("/")[2].lower() in usual]
+    for kind, defaults in (("image", ("image",)), ("text", CAPTIONS)):
+        names = [name for each, name in available if each == kind]
+        default = [name for name in names if name.rpartition("/")[2].lower() in defaults]
         wanted = options.get(kind)
-        fits = [name for name in there if name == wanted] if wanted else named if len(named) == 1 else there
+        fits = [name for name in names if name == wanted] if wanted else default if len(default) == 1 else names
         if len(fits) == 1:
             chosen += fits
         else:
-            problems.append((f"{kind}={wanted} is none of them" if wanted else f"which one is the {kind} is not clear")
-                            + f": it has the {kind} features {', '.join(there) or '(none)'}")
+            problems.append((f"{kind}={wanted} is none of them" if wanted else f"the {kind} is ambiguous")
+                            + f": it has the {kind} features {', '.join(names) or '(none)'}")
     if problems:
         raise ValueError(f"{path} cannot be read as images with texts:\n  " + "\n  ".join(problems)
                          + f"\nSay which to take: {path.partition('?')[0]}?image=NAME&text=NAME")
@@ -339,5 +339,5 @@ def _chosen(path: str, features: Any, options: Mapping[str, str]) -> tuple[str, 
 
 def _count(path: str, texts: str) -> int:
     if not re.fullmatch(r"[1-9]\d{0,3}", texts):
-        raise ValueError(f"{path}: texts={texts}, but must be a whole number from 1 on.")
+        raise ValueError(f"{path}: texts={texts}, but must be a positive integer.")
     return int(texts)

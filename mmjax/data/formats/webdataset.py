@@ -1,7 +1,7 @@
-"""Images with captions in tars, as img2dataset writes LAION, CC and SBU for MiniGPT-4's first stage.
+"""Reads images with captions in tars, as img2dataset writes LAION, CC and SBU for MiniGPT-4's first stage.
 
-Nothing is unpacked: the tars' headers are read once, to know where images and captions lie (`tar_index` keeps that on
-disk), and a caption is read when its record is asked for. In memory a sample takes 40 bytes and its key.
+Nothing is unpacked: the tars' headers are read once to index images and captions (`tar_index` caches the index on
+disk), and a caption is read when its record is accessed. In memory a sample takes 40 bytes and its key.
 """
 
 import concurrent.futures
@@ -25,87 +25,87 @@ from mmjax.files import url_problem
 
 NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)  # webdataset: base_plus_ext
 KINDS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "text", "json": "json"}
-MOST_BYTES = {"image": 2**28, "text": 2**20, "json": 2**20}  # more than any has that is meant well
+MOST_BYTES = {"image": 2**28, "text": 2**20, "json": 2**20}  # maximum sizes
 MOST_SHARDS = 1_000_000
-THREADS = 8  # that read headers, so that disks and buckets are not waited for one by one
+THREADS = 8  # that read headers concurrently from disks and buckets
 LONGEST_KEY = 200
-REST = "(the rest.)"  # names what is lost of a damaged tar; keys have no dot behind their folder
+REST = "(the rest.)"  # key of the lost samples of a damaged tar; other keys have no dot after their folder
 BRACE = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 
 
 def webdataset(path: str, root: None = None) -> Sequence[Record]:
-    """Tars whose members belong together by name: KEY.jpg (or jpeg, png, webp) with KEY.txt or KEY.json.
+    """Reads tars whose members are grouped by name: KEY.jpg (or jpeg, png, webp) with KEY.txt or KEY.json.
 
     path: a tar, several by braces (`laion/{00000..10488}.tar`), or a folder of them; local or gs://, s3://, hf://
 
-    The caption is the text, or the JSON's `caption`, or its `text`. Members with other endings are left alone. A sample
-    that cannot be used is a record with a problem; so is, once, what lies behind the place where a tar is damaged.
-    Raises FileNotFoundError or ValueError naming the tars that are absent or no tars at all, or a URL of another kind,
-    or for which a package is missing; also for a `root`, because images lie in the tars.
+    The caption is the text, or the JSON's `caption` or `text`. Members with other suffixes are ignored. A sample that
+    cannot be used is a record with a problem; so is, once, the rest of a damaged tar. Raises FileNotFoundError or
+    ValueError naming files that are missing or not tars, or a URL that is not supported or needs a missing package;
+    also for a `root`, because the images are in the tars.
     """
     try:
         return _read(path, root)
-    except ImportError as error:  # of what epath needs for the scheme
+    except ImportError as error:  # of a package that epath needs for the scheme
         raise ValueError(f"{path} cannot be read on this machine: {error}") from error
 
 
 def _read(path: str, root: None) -> Sequence[Record]:
     if root is not None:
-        raise ValueError(f"The images of {path} lie in the tars themselves: leave out the root, {root}.")
-    files, place = shards(path), tar_index.folder()
+        raise ValueError(f"The images of {path} are in the tars themselves: leave out the root, {root}.")
+    files, cache = shards(path), tar_index.folder()
 
-    def look(file: str) -> TarIndex | ValueError | None:
+    def read_index(file: str) -> TarIndex | ValueError | None:
         try:
-            return tar_index.kept(file, place, index) if epath.Path(file).is_file() else None
+            return tar_index.cached(file, cache, index) if epath.Path(file).is_file() else None
         except ValueError as error:
             return error
 
     console = Console(stderr=True)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        found = list(track(pool.map(look, files), "headers of tars", len(files), console=console, transient=True,
-                           disable=not console.is_terminal))
-    if absent := [file for file, each in zip(files, found, strict=True) if each is None]:
-        raise FileNotFoundError(f"{len(absent)} of {len(files)} tars are not there, such as {', '.join(absent[:5])}.")
-    if problems := [str(each) for each in found if isinstance(each, ValueError)]:
+        indices = list(track(pool.map(read_index, files), "headers of tars", len(files), console=console,
+                             transient=True, disable=not console.is_terminal))
+    if absent := [file for file, each in zip(files, indices, strict=True) if each is None]:
+        raise FileNotFoundError(f"{len(absent)} of {len(files)} tars do not exist, such as {', '.join(absent[:5])}.")
+    if problems := [str(each) for each in indices if isinstance(each, ValueError)]:
         raise ValueError(f"{len(problems)} of the {len(files)} tars of {path} cannot be used:\n  "
                          + "\n  ".join(problems[:20]))
-    samples = Samples(files, found)
+    samples = Samples(files, indices)
     if not len(samples):
         raise ValueError(f"The {len(files)} tars of {path} hold no images with captions.")
     return samples
 
 
 def shards(path: str) -> list[str]:
-    """The tars that a path stands for, in order. Raises ValueError if it stands for none, or for too many, or for a URL
-    of another kind than those of `REMOTE`."""
+    """Returns the tars of a path, in order. Raises ValueError if there are none or too many, or for URLs of other
+    schemes than those of `REMOTE`."""
     remote = REMOTE["webdataset"]
     if problem := url_problem(path, remote):
         raise ValueError(problem)
     if os.path.isdir(path) or "{" not in path and epath.Path(path).is_dir():
-        # not `glob`, which takes the folder's name for a pattern too
+        # not `glob`, which also interprets the folder's name as a pattern
         files = sorted(str(file) for file in epath.Path(path).iterdir() if re.fullmatch(r"[^.].*\.tar", file.name))
     else:
         files = list(itertools.islice(_expanded(path), MOST_SHARDS + 1))
     if not files or len(files) > MOST_SHARDS:
-        raise ValueError(f"{path} stands for {'more than a million tars' if files else 'no tars'}.")
+        raise ValueError(f"{path} matches {'more than a million tars' if files else 'no tars'}.")
     if problem := next(filter(None, (url_problem(file, remote) for file in files)), None):
         raise ValueError(problem)
     return files
 
 
 def _expanded(pattern: str) -> Iterator[str]:
-    found = BRACE.search(pattern)
-    if found is None:
+    match = BRACE.search(pattern)
+    if match is None:
         yield pattern
         return
-    first, last, several = found.groups()
+    first, last, several = match.groups()
     if several is not None:
         middles: Any = several.split(",")
     else:
         middles = (f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1))
     for middle in middles:
-        for rest in _expanded(pattern[found.end():]):
-            yield pattern[:found.start()] + middle + rest
+        for rest in _expanded(pattern[match.end():]):
+            yield pattern[:match.start()] + middle + rest
 
 
 class Samples(Lazy):
@@ -119,20 +119,20 @@ class Samples(Lazy):
         return int(self.ends[-1])
 
     def name(self, number: int) -> str:
-        shard, place = self._place(number)
-        return f"{os.path.basename(self.files[shard])}:{self.indices[shard].keys[place].decode(errors='replace')}"
+        shard, index = self._locate(number)
+        return f"{os.path.basename(self.files[shard])}:{self.indices[shard].keys[index].decode(errors='replace')}"
 
     def record(self, number: int) -> Record:
-        shard, place = self._place(number)
+        shard, number_in_tar = self._locate(number)
         file, index = self.files[shard], self.indices[shard]
-        if place in index.problems:
-            raise ValueError(index.problems[place])
-        offset, size, caption_offset, caption_size, is_json = map(int, index.places[place])
+        if number_in_tar in index.problems:
+            raise ValueError(index.problems[number_in_tar])
+        offset, size, caption_offset, caption_size, is_json = map(int, index.places[number_in_tar])
         content = Member(file, caption_offset, caption_size).read()
         return Record(self.name(number), Member(file, offset, size), _caption(content, bool(is_json)))
 
-    def _place(self, number: int) -> tuple[int, int]:
-        """The tar, and the sample's number in it."""
+    def _locate(self, number: int) -> tuple[int, int]:
+        """Returns the indices of the tar and of the sample in it."""
         shard = int(np.searchsorted(self.ends, number, side="right"))
         return shard, number - int(self.ends[shard]) + len(self.indices[shard].keys)
 
@@ -145,7 +145,7 @@ def _caption(content: bytes, is_json: bool) -> str:
 
 
 def index(file: str) -> TarIndex:
-    """Where the samples of a tar are, from its headers alone. Raises ValueError if it is not a tar (or compressed)."""
+    """Returns the index of a tar, from its headers alone. Raises ValueError if it is not a tar, or compressed."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     problems: dict[str, str] = {}
     last = None
@@ -164,9 +164,9 @@ def index(file: str) -> TarIndex:
                 sample[kind] = header.offset, header.size
         except ValueError as error:
             if last is None:
-                raise ValueError(f"{file} is no tar, or a compressed one: {error}") from error
+                raise ValueError(f"{file} is not a tar, or a compressed one: {error}") from error
             samples[REST] = {}
-            problems[REST] = f"{file} is damaged behind {last!r}, the samples behind it are lost: {error}"
+            problems[REST] = f"{file} is damaged after {last!r}, the samples after it are lost: {error}"
     places = np.zeros((len(samples), 5), np.int64)
     for place, (key, sample) in zip(places, samples.items(), strict=True):
         caption = "text" if "text" in sample else "json"
@@ -181,7 +181,7 @@ def index(file: str) -> TarIndex:
 
 
 def _problem(header: "Header", kind: str, size: int) -> str | None:
-    """Why a member must not be read, if so."""
+    """Returns why a member must not be read; None if it may."""
     name = header.name[:LONGEST_KEY]
     if name.startswith("/") or ".." in name.split("/") or "\0" in name:
         return f"the name {name!r} leads out of the tar"
@@ -195,7 +195,7 @@ def _problem(header: "Header", kind: str, size: int) -> str | None:
 
 
 # ---- the tar format, as POSIX (pax) and GNU write it ----
-# Python's tarfile takes a damaged header for the end of the archive, keeps every member in memory, and is slower.
+# Python's tarfile treats a damaged header as the end of the archive, keeps every member in memory, and is slower.
 
 BLOCK = 512
 FILES = (b"0", b"\0", b"7")
@@ -205,7 +205,7 @@ PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=\n]+)=")
 
 
 class Header(NamedTuple):
-    """A member: its name, its kind (the letter of the format), and where its bytes are."""
+    """A member: its name, its type flag, and the offset and size of its bytes."""
 
     name: str
     kind: bytes
@@ -214,30 +214,30 @@ class Header(NamedTuple):
 
 
 def _headers(archive: IO[bytes], end: int) -> Iterator[Header]:
-    """The members of a tar of `end` bytes. Raises ValueError saying where it stops being one."""
-    place, extra = 0, {}  # what pax says of the member to come, by its keywords
-    while place < end or not place:
-        archive.seek(place)
+    """Yields the members of a tar of `end` bytes. Raises ValueError with the position of an error."""
+    position, extra = 0, {}  # pax records of the next member by keyword
+    while position < end or not position:
+        archive.seek(position)
         block = archive.read(BLOCK)
         if block and not block.strip(b"\0"):
             return
         name, kind, size = _text(block[:100]), block[156:157], _number(block[124:136])
         checksum = sum(block) - sum(block[148:156]) + 8 * ord(" ")
         if len(block) < BLOCK or checksum != _number(block[148:156]) or size < 0:
-            raise ValueError(f"there is no header at byte {place}")
-        start = place + BLOCK
+            raise ValueError(f"there is no header at byte {position}")
+        start = position + BLOCK
         if kind in (PAX, PAX_OF_ALL, LONG_NAME, LONG_LINK):
             content = archive.read(size) if size <= MOST_BYTES["text"] else b""
             if len(content) < size:
-                raise ValueError(f"the names at byte {place} cannot have {size} bytes")
+                raise ValueError(f"the names at byte {position} cannot have {size} bytes")
             if kind == PAX:
                 extra |= _pax(content)
             elif kind == LONG_NAME:
                 extra[b"path"] = content.partition(b"\0")[0]
-            place = start + _padded(size)
+            position = start + _padded(size)
             continue
         more = block[482] if kind == SPARSE else 0
-        while more:  # blocks that go on with the map of a sparse file
+        while more:  # further blocks of a sparse file's map
             block = archive.read(BLOCK)
             start += BLOCK
             more = block[504] if len(block) == BLOCK else 0
@@ -247,15 +247,15 @@ def _headers(archive: IO[bytes], end: int) -> Iterator[Header]:
             name = extra[b"path"].decode(errors="replace")
         if b"size" in extra:
             if not re.fullmatch(rb"\d{1,20}", extra[b"size"]):
-                raise ValueError(f"the member at byte {place} has the size {extra[b'size'][:40]!r}")
+                raise ValueError(f"the member at byte {position} has the size {extra[b'size'][:40]!r}")
             size = int(extra[b"size"])
         if any(key.startswith(b"GNU.sparse.") for key in extra):
             kind = SPARSE
         elif kind == FILES[1] and name.endswith("/"):
             kind = FOLDER
         yield Header(name, kind, start, size)
-        place, extra = start + (0 if kind in EMPTY else _padded(size)), {}
-    if place > end:
+        position, extra = start + (0 if kind in EMPTY else _padded(size)), {}
+    if position > end:
         raise ValueError("the tar ends within it")
 
 
@@ -268,7 +268,7 @@ def _text(field: bytes) -> str:
 
 
 def _number(field: bytes) -> int:
-    """Octal digits, or behind a byte 0x80 base 256; -1 for anything else."""
+    """Returns the number of octal digits, or of base 256 after a byte 0x80; -1 for anything else."""
     if field[:1] == b"\x80":
         return int.from_bytes(field[1:], "big")
     try:
@@ -278,13 +278,13 @@ def _number(field: bytes) -> int:
 
 
 def _pax(content: bytes) -> dict[bytes, bytes]:
-    """The records `LENGTH KEYWORD=VALUE` of an extra header."""
-    found, place = {}, 0
-    while place < len(content) and content[place]:
-        record = PAX_RECORD.match(content, place)
-        stop = place + int(record[1]) if record else 0
+    """Returns the records `LENGTH KEYWORD=VALUE` of a pax header."""
+    records, position = {}, 0
+    while position < len(content) and content[position]:
+        record = PAX_RECORD.match(content, position)
+        stop = position + int(record[1]) if record else 0
         if record is None or not record.end() < stop <= len(content):
-            raise ValueError(f"{content[place:place + 40]!r} is no extra header")
-        found[record[2]] = content[record.end():stop - 1]
-        place = stop
-    return found
+            raise ValueError(f"{content[position:position + 40]!r} is not a pax header")
+        records[record[2]] = content[record.end():stop - 1]
+        position = stop
+    return records
