@@ -21,7 +21,9 @@ def test_a_config_survives_json(family, preset):
 
 def test_unknown_fields_are_named_with_their_place():
     cls = FAMILIES["minigpt4"].Config
-    with pytest.raises(ValueError, match="architecture has fields that MiniGPT4Config does not know: audio, video. It knows"):
+    with pytest.raises(
+        ValueError, match="architecture has fields that MiniGPT4Config does not know: audio, video. It knows"
+    ):
         config_from_dict(cls, {"video": 1, "audio": 2})
     with pytest.raises(ValueError, match="architecture.qformer has fields that QFormerConfig does not know: width"):
         config_from_dict(cls, {"qformer": {"width": 3}})
