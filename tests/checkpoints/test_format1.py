@@ -152,7 +152,7 @@ def same_arithmetic():
 def test_a_run_goes_on_and_ends_as_it_would_have(copied):
     """Dropout of LoRA and of the Q-Former, the summed gradients and Adam's moments are the old run's, bit for bit.
 
-    With another jaxlib or other vector instructions the last bits of sums differ.
+    Elsewhere, with another jaxlib or other vector instructions, the last bits of sums differ.
     """
     done = run.train(CONFIG)
     assert done.step == CONFIG.optim.steps
@@ -162,14 +162,13 @@ def test_a_run_goes_on_and_ends_as_it_would_have(copied):
     with np.load(FOLDER / "expected.npz") as arrays:
         wanted = {format1.rename(path): array for path, array in arrays.items()}
     assert state.keys() == wanted.keys()
-    if same_arithmetic():
-        assert losses == expected()["losses"]
-    np.testing.assert_allclose(losses, expected()["losses"], atol=1e-3)
+    elsewhere = 0.0 if same_arithmetic() else 1e-4
+    np.testing.assert_allclose(losses, expected()["losses"], rtol=0, atol=elsewhere)
     for path, array in wanted.items():
         found = np.asarray(state[path])
         assert found.dtype == array.dtype and found.shape == array.shape, path
-        if same_arithmetic():
-            np.testing.assert_array_equal(found, array, err_msg=path)
+        if not (elsewhere and path.endswith("/k/b")):  # a softmax does not see it: its gradient is what rounding leaves
+            np.testing.assert_allclose(found, array, rtol=0, atol=elsewhere, err_msg=path)
     card = json.loads((copied / "run" / "run.json").read_text())
     assert card["format"] == converted.FORMAT and "llm" in card["architecture"]
-    assert not any(path.name == "2" for path in (copied / "run" / "checkpoints").iterdir())
+    assert [path.name for path in (copied / "run" / "checkpoints").iterdir()] == ["6"]
