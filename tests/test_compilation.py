@@ -84,7 +84,7 @@ def test_without_a_cache_folder_it_stays_off(monkeypatch, below_a_file, as_befor
     said = io.StringIO()
     with compilation.announce("the step", Console(file=said, width=300)):
         pass
-    assert "not kept" in said.getvalue()
+    assert "not cached" in said.getvalue()
 
 
 def test_a_named_folder_must_be_writable(monkeypatch, below_a_file, as_before):

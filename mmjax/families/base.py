@@ -256,6 +256,9 @@ class _Registry(Mapping[str, Family]):
                              f"{family.Model.__module__} each register one. Rename one of them.")
         self._known[family.name] = family
 
+    def remove(self, family: Family) -> None:
+        del self._known[family.name]
+
     def __getitem__(self, name: str | Family) -> Family:
         if isinstance(name, Family):
             return name

@@ -208,7 +208,7 @@ def test_a_new_file_beside_an_older_model_in_shards(tmp_path, capsys):
     write.command("llama")(folder, tmp_path / "out")
     scale = params(tmp_path / "out")["llm/norm/scale"]
     np.testing.assert_array_equal(scale, new["model.norm.weight"])
-    assert [source["file"] for source in described(tmp_path / "out")["sources"]["llama"]] == [SAFE]
+    assert [source["file"] for source in described(tmp_path / "out")["sources"]["llm"]] == [SAFE]
     write.command("llama")(folder, tmp_path / "sum", delta=delta)
     np.testing.assert_allclose(params(tmp_path / "sum")["llm/norm/scale"], scale * 1.01, rtol=2e-3)
     lines = capsys.readouterr().err

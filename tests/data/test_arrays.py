@@ -32,7 +32,7 @@ def test_headers_of_other_writers(descr, shape, tmp_path):
 
 
 @pytest.mark.parametrize(("descr", "shape", "message"), [
-    ("'<f4'", "(1000000, 1000000)", r"float32\[1000000, 1000000\], which takes 4,000,000,000,000 bytes, but 64 are"),
+    ("'<f4'", "(1000000, 1000000)", r"float32\[1000000, 1000000\], which takes 4,000,000,000,000 bytes, but there are 64"),
     ("'<f4'", "(17,)", r"float32\[17\], which takes 68 bytes, but there are 64"),
     ("'<f8'", f"({10**20}, 1)", "which takes 8"), ("'<f8'", f"({10**2000},)", "which takes far too many bytes"),
     ("'<f4'", "(" + "9" * 5000 + ",)", "cannot be read"), ("'<f4'", "(-1, 4)", r"names the shape \[-1, 4\]"),
@@ -62,7 +62,7 @@ def test_files_that_end_in_their_header(tmp_path):
     whole = npy("'<f4'", "(2,)")
     for length in (*range(0, 12), 60, 126):
         (tmp_path / "a.npy").write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="does not begin as|not that of an array|takes 8 bytes, but 0 are"):
+        with pytest.raises(ValueError, match="does not begin as|not that of an array|takes 8 bytes, but there are 0"):
             read_npy(tmp_path / "a.npy")
     (tmp_path / "a.npy").write_bytes(b"\x93NUMPY\x02\x00" + b"\xff" * 40)
     with pytest.raises(ValueError, match="header takes 4,294,967,295 bytes"):

@@ -272,7 +272,7 @@ def test_each_step_draws_anew():
     config = GenerateConfig(max_new_tokens=20, do_sample=True, top_k=0, eos=-1)
     keys = jax.random.split(jax.random.key(0), 2)
     strategy, numbers = g.compiled(config)
-    rows = g._first_ids(strategy, numbers, indifferent, keys, None)
+    rows = g._first_tokens(strategy, numbers, indifferent, keys, None)
     for _ in range(19):
         rows = g._next_ids(strategy, numbers, indifferent, keys, rows)
     assert all(len(set(ids[1:].tolist())) > 5 for ids in np.asarray(rows.sequences))

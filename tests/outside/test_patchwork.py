@@ -13,6 +13,7 @@ from mmjax.checkpoints import training as training_checkpoints
 from mmjax.config import DataConfig, OptimConfig, RunConfig, WeightsConfig
 from mmjax.convert import torch_file
 from mmjax.cost import plan
+from mmjax.families import FAMILIES, register
 from mmjax.inference import chat
 from mmjax.parity import NO_TARGET
 from mmjax.parity import stages as stages_of
@@ -41,6 +42,15 @@ def encoder_file(path: Path) -> Path:
     torch_file.save(path, {"embed.weight": drawn(24, 3, 16, 16), "embed.bias": drawn(24), "norm.weight": 1 + drawn(24),
                            "norm.bias": drawn(24)})
     return path
+
+
+FAMILIES.remove(patchwork.FAMILY)  # importing it has registered it, and the other tests know nothing of it
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    yield register(patchwork.FAMILY)
+    FAMILIES.remove(patchwork.FAMILY)
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "train": lambda spec: "batches" in spec and "run_cfg" in spec,
     "schedule": lambda spec: "schedules" in spec,
     "positions": lambda spec: "base_image" in spec,
-    "images": lambda spec: "images" in spec,
+    "pictures": lambda spec: "pictures" in spec,
     "sampling": lambda spec: {"repetition_penalty", "temperature", "top_k", "top_p"} <= spec.keys(),
     "tokenizer": lambda spec: "texts" in spec and "decode" in spec,
     "templates": lambda spec: "templates" in spec,

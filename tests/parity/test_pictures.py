@@ -14,7 +14,7 @@ from mmjax.models.pixels import normalise
 from tests.parity import golden
 from tests.parity.close import EMBEDDING, assert_close
 
-RECORDED = [(case.name, array) for case in golden.cases("images") for array in case.arrays]
+RECORDED = [(case.name, array) for case in golden.cases("pictures") for array in case.arrays]
 
 
 @pytest.mark.parametrize(("name", "array"), RECORDED)
@@ -23,7 +23,7 @@ def test_image(name, array):
     case = golden.load(name)
     image, what = array.split(".")
     kind, size, detail = re.fullmatch(r"(eval|resized_u8)_(\d+)_?(.*)", what).groups()
-    with Image.open(golden.folder() / "cases" / case.spec["images"][image]["file"]) as opened:
+    with Image.open(golden.folder() / "cases" / case.spec["pictures"][image]["file"]) as opened:
         pixels = images.load(opened, int(size))
     found = pixels if kind == "resized_u8" else normalise(pixels)
     if rows := re.fullmatch(r"rows_(\d+)(?:_to)?_(\d+)", detail):
@@ -38,16 +38,16 @@ def test_image(name, array):
         np.testing.assert_array_equal(found, case.arrays[array])
 
 
-@golden.each("images")
+@golden.each("pictures")
 def test_normalising_on_the_device(case):
     """Compiled, as the model does it, XLA rounds differently: by two units in the last place of values up to 2.6."""
-    image = next(iter(case.spec["images"].values()))
+    image = next(iter(case.spec["pictures"].values()))
     with Image.open(golden.folder() / "cases" / image["file"]) as opened:
         pixels = images.load(opened, 56)[None, None]
     np.testing.assert_allclose(jax.jit(normalise)(pixels), normalise(pixels), rtol=0, atol=6e-7)
 
 
-@golden.each("images")
+@golden.each("pictures")
 def test_clean_captions(case):
     for pair in case.spec["captions"]:
         assert clean_caption(pair["inp"]) == pair["out"]

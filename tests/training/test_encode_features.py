@@ -336,7 +336,7 @@ def test_run_that_is_yet_to_come(minigpt4, tmp_path, capsys):
     weights = dataclasses.replace(config.weights, start_from=str(tmp_path / "before"))
     made = encode_features.make(dataclasses.replace(config, weights=weights), opened(config), folder)
     assert made.added == 0
-    assert "before is not there yet" in " ".join(capsys.readouterr().err.split())
+    assert "before does not exist yet" in " ".join(capsys.readouterr().err.split())
 
 
 def test_model_without_an_encoder(tmp_path):

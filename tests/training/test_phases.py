@@ -131,9 +131,9 @@ def test_run_before_is_gone(folder, tmp_path):
     ({"data": DataConfig(format="laion", path="x")}, "data.format = 'laion': one of cc_sbu_align"),
     ({"weights": WeightsConfig(checkpoint="x", family="t5")}, "weights.family = 't5': one of .*minigpt4$"),
     ({"weights": WeightsConfig(checkpoint="x", sources={"vit": "y"})},
-     "weights.family = '': one of .*minigpt4, to say what weights.sources are of"),
+     "weights.family = '': one of .*minigpt4, the family of weights.sources"),
     ({"weights": WeightsConfig(checkpoint="x", family="llama", sources={"vit": "y"})},
-     "weights.sources names vit; a conversion of llama takes delta, llm"),
+     "weights.sources has vit; a conversion of llama takes delta, llm"),
 ])
 def test_configuration_that_cannot_run(folder, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
