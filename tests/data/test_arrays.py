@@ -31,17 +31,34 @@ def test_headers_of_other_writers(descr, shape, tmp_path):
     np.testing.assert_array_equal(read_npy(tmp_path / "a.npy"), np.zeros(2, np.float32))
 
 
-@pytest.mark.parametrize(("descr", "shape", "message"), [
-    ("'<f4'", "(1000000, 1000000)", r"float32\[1000000, 1000000\], which takes 4,000,000,000,000 bytes, but there are 64"),
-    ("'<f4'", "(17,)", r"float32\[17\], which takes 68 bytes, but there are 64"),
-    ("'<f8'", f"({10**20}, 1)", "which takes 8"), ("'<f8'", f"({10**2000},)", "which takes far too many bytes"),
-    ("'<f4'", "(" + "9" * 5000 + ",)", "cannot be read"), ("'<f4'", "(-1, 4)", r"names the shape \[-1, 4\]"),
-    ("'<f4'", f"(0, {2**62}, 4)", r"names the shape \[0, "), ("'<f4'", "(" + "1," * 33 + ")", "names the shape"),
-    ("'<f4'", "(1-1,)", "cannot be read"), ("'<f8'", "(True, 4)", "not that of an array of plain numbers"),
-    ("'|O'", "(2,)", r"holds \|O, but only plain"), ("'<M8[ns]'", "(2,)", "only plain numbers and text"),
-    ("'|V0'", "(2,)", "only plain numbers"), ("'|S0'", "(2,)", "only plain numbers"), ("'f4,f4'", "(2,)", "only plain"),
-    ("'(2,)f4'", "(2,)", "only plain"), ("'<f3'", "(2,)", "cannot be read"),
-    ("[('a', '<f4')]", "(2,)", "not that of an array of plain numbers"), ("(" * 50, "(2,)", "not that of an array")])
+@pytest.mark.parametrize(
+    ("descr", "shape", "message"),
+    [
+        (
+            "'<f4'",
+            "(1000000, 1000000)",
+            r"float32\[1000000, 1000000\], which takes 4,000,000,000,000 bytes, but there are 64",
+        ),
+        ("'<f4'", "(17,)", r"float32\[17\], which takes 68 bytes, but there are 64"),
+        ("'<f8'", f"({10**20}, 1)", "which takes 8"),
+        ("'<f8'", f"({10**2000},)", "which takes far too many bytes"),
+        ("'<f4'", "(" + "9" * 5000 + ",)", "cannot be read"),
+        ("'<f4'", "(-1, 4)", r"names the shape \[-1, 4\]"),
+        ("'<f4'", f"(0, {2**62}, 4)", r"names the shape \[0, "),
+        ("'<f4'", "(" + "1," * 33 + ")", "names the shape"),
+        ("'<f4'", "(1-1,)", "cannot be read"),
+        ("'<f8'", "(True, 4)", "not that of an array of plain numbers"),
+        ("'|O'", "(2,)", r"holds \|O, but only plain"),
+        ("'<M8[ns]'", "(2,)", "only plain numbers and text"),
+        ("'|V0'", "(2,)", "only plain numbers"),
+        ("'|S0'", "(2,)", "only plain numbers"),
+        ("'f4,f4'", "(2,)", "only plain"),
+        ("'(2,)f4'", "(2,)", "only plain"),
+        ("'<f3'", "(2,)", "cannot be read"),
+        ("[('a', '<f4')]", "(2,)", "not that of an array of plain numbers"),
+        ("(" * 50, "(2,)", "not that of an array"),
+    ],
+)
 def test_claims_that_are_refused(descr, shape, message, tmp_path):
     (tmp_path / "a.npy").write_bytes(npy(descr, shape) if len(shape) < 100 else long_header(descr, shape))
     with pytest.raises(ValueError, match=message) as error:

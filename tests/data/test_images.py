@@ -176,7 +176,9 @@ def test_large_images_need_large_files(tmp_path, monkeypatch):
     Image.fromarray(PIXELS).save(tmp_path / "noise.png")
     assert load(tmp_path / "noise.png", SIZE).shape == (SIZE, SIZE, 3)
     (tmp_path / "flat.png").write_bytes(png(200, 200))
-    with pytest.raises(ValueError, match="bytes unfold to 200 x 200 pixels; above 100 pixels at most 128 for each byte"):
+    with pytest.raises(
+        ValueError, match="bytes unfold to 200 x 200 pixels; above 100 pixels at most 128 for each byte"
+    ):
         load(tmp_path / "flat.png", SIZE)
 
 

@@ -274,11 +274,16 @@ def test_another_source_of_the_same_name_is_refused(tmp_path, monkeypatch):
         prepare.prepare("made", "here", tmp_path / "out", shard_size=2)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"format": "xyz"}, "there is no format xyz; there are cc_sbu_align"),
-    ({"name": "My-Set"}, "name = 'My-Set', but must have letters"), ({"shard_size": 0}, "shard_size = 0, but must be 1"),
-    ({"source": "nowhere"}, "There is no nowhere"),
-    ({"out": "full"}, "full has other files in it, such as mine.partial, mine.txt")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"format": "xyz"}, "there is no format xyz; there are cc_sbu_align"),
+        ({"name": "My-Set"}, "name = 'My-Set', but must have letters"),
+        ({"shard_size": 0}, "shard_size = 0, but must be 1"),
+        ({"source": "nowhere"}, "There is no nowhere"),
+        ({"out": "full"}, "full has other files in it, such as mine.partial, mine.txt"),
+    ],
+)
 def test_mistakes(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for mine in ("mine.txt", "mine.partial"):

@@ -370,7 +370,12 @@ def test_a_pipe_of_questions_makes_a_line_for_each(monkeypatch, capsys, tmp_path
     lines = err.splitlines()
     assert "No image at nowhere.jpg." in lines
     assert "/image PATH: say which" in lines
-    for part in ("There is no setting 'colour'", "There is no command /audio", "The conversation is empty.", "clear the conversation"):
+    for part in (
+        "There is no setting 'colour'",
+        "There is no command /audio",
+        "The conversation is empty.",
+        "clear the conversation",
+    ):
         assert any(part in line for line in lines), part
     assert not any(">" in line for line in lines)
 
