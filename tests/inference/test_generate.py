@@ -274,7 +274,7 @@ def test_each_step_draws_anew():
     strategy, numbers = g.compiled(config)
     rows = g._first_tokens(strategy, numbers, indifferent, keys, None)
     for _ in range(19):
-        rows = g._next_ids(strategy, numbers, indifferent, keys, rows)
+        rows = g._next_tokens(strategy, numbers, indifferent, keys, rows)
     assert all(len(set(ids[1:].tolist())) > 5 for ids in np.asarray(rows.sequences))
 
 
