@@ -19,6 +19,6 @@ __all__ = ["Batch", "Loaded", "Sample", "export", "load", "loss", "train"]
 __version__ = "0.1.0"
 
 
-def train(config: RunConfig) -> run.Run:
+def train(config: RunConfig) -> run.RunResult:
     """`mmjax.training.run.train`, with the scores of a run on scenes."""
     return run.train(config, score_job)

@@ -30,12 +30,12 @@ if int(processes) > 1:
     hosts = HostsConfig(f"localhost:{port}", int(processes), int(process), 120)
     CONFIG = dataclasses.replace(CONFIG, hosts=hosts)
 if kill:
-    add = metrics_log.Metrics.add
+    add = metrics_log.MetricsLog.add
 
     def killed(self, item, *rest):
         add(self, item, *rest)
         if item.number == int(kill[1]) and (kill[0] == "kill" or int(process) == 1):
             os.kill(os.getpid(), signal.SIGKILL if kill[0] == "kill" else signal.SIGTERM)
 
-    metrics_log.Metrics.add = killed
+    metrics_log.MetricsLog.add = killed
 run.train(CONFIG)

@@ -32,7 +32,7 @@ LATE_SECONDS = 1.0  # wait for TensorStore's pending reads after one of a damage
 SLICE_BYTES = 128 * 2**20  # read at once of a stacked matrix that is quantised, at least a layer
 
 
-class Slices(Protocol):
+class SlicedParameter(Protocol):
     """A parameter that is computed while it is written.
 
     rows:     size of a slice along the first axis
@@ -49,7 +49,7 @@ class Slices(Protocol):
 class _Leaf:
     """The leaf type that is registered with Orbax, for one parameter."""
 
-    def __init__(self, parameter: Slices):
+    def __init__(self, parameter: SlicedParameter):
         self.parameter = parameter
         self.shape, self.dtype = tuple(parameter.shape), np.dtype(parameter.dtype)
 
@@ -85,12 +85,12 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
         self._advance(size)
 
 
-def save(folder, parameters: Mapping[str, Slices], advance: Callable[[int], None] = lambda size: None) -> None:
+def save(folder, parameters: Mapping[str, SlicedParameter], advance: Callable[[int], None] = lambda size: None) -> None:
     """Writes `{path: parameter}` to a new `folder`, with a few slices in memory at a time, and reads one array back.
 
     advance: called with the number of bytes whenever a slice has been written
 
-    Raises `storage.NotWritten` if the array cannot be read back, ValueError for a folder that cannot hold a checkpoint.
+    Raises `storage.WriteError` if the array cannot be read back, ValueError for a folder that cannot hold a checkpoint.
     """
     files.require_local({"folder": folder})
     jax_arrays = ocp.type_handlers.get_type_handler(jax.Array)  # not needed, but without it Orbax warns

@@ -27,7 +27,7 @@ class LocalPath(type(epath.Path("/"))):
         return (self / name for name in glob.glob(pattern, root_dir=self))
 
 
-class NotWritten(OSError):
+class WriteError(OSError):
     """A checkpoint that was just written cannot be read; the message describes the problem."""
 
 
@@ -75,7 +75,7 @@ def arrays(folder: str | Path, paths: Iterable[str]) -> dict[str, ts.TensorStore
 def read_back(folder: str | Path) -> None:
     """Reads the names in a checkpoint and the first chunk of the smallest array that has its own file.
 
-    Raises `NotWritten`. Does not wait for other processes.
+    Raises `WriteError`. Does not wait for other processes.
     """
     try:
         entries = json.loads((Path(folder) / "_METADATA").read_bytes())["tree_metadata"].values()
@@ -85,7 +85,7 @@ def read_back(folder: str | Path) -> None:
         chunk = array.chunk_layout.read_chunk.shape or ()  # None for a scalar
         array[tuple(slice(0, size) for size in map(min, chunk, array.shape))].read().result()
     except Exception as error:  # of TensorStore, the file system, JSON or its contents
-        raise NotWritten(f"The checkpoint just written to {folder} cannot be read back: {explained(error)}") from None
+        raise WriteError(f"The checkpoint just written to {folder} cannot be read back: {explained(error)}") from None
 
 
 def explained(error: Exception) -> str:

@@ -31,11 +31,11 @@ LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes them afte
 DAMAGED, REMOVED, UNFINISHED = ".damaged", ".removed", ".orbax-checkpoint-tmp"  # suffixes of a folder's name
 
 
-class Damaged(ValueError):
+class DamagedError(ValueError):
     """A checkpoint has changed since it was saved; the message says what differs."""
 
 
-class NotSaved(OSError):
+class SaveError(OSError):
     """A checkpoint could not be written; the message says why, and which checkpoints exist."""
 
 
@@ -100,26 +100,26 @@ def seal(folder: Path, progress: Progress) -> None:
 
 
 def verify(folder: Path) -> Progress:
-    """Returns the progress in a checkpoint. Raises `Damaged` naming the files that have changed since it was saved."""
+    """Returns the progress in a checkpoint. Raises `DamagedError` naming the files that changed since it was saved."""
     content = _read_seal(folder)
     wrong = [f"{name} {'has changed' if (folder / name).is_file() else 'is missing'}"
              for name, expected in content["files"].items()
              if not (folder / name).is_file() or files.sha256(folder / name) != expected]
     if wrong:
-        raise Damaged(f"{folder} is damaged: {', '.join(wrong)}.")
+        raise DamagedError(f"{folder} is damaged: {', '.join(wrong)}.")
     return _progress(content)
 
 
 def _read_seal(folder: Path) -> dict[str, Any]:
     path = folder / SEAL
     if not path.is_file():
-        raise Damaged(f"{folder} is damaged: {SEAL} is missing.")
+        raise DamagedError(f"{folder} is damaged: {SEAL} is missing.")
     try:
         content = json.loads(path.read_bytes())
         if content.pop("sha256") != _sha256_of(content):
             raise ValueError
     except (ValueError, KeyError, AttributeError) as error:  # not JSON, or no object, or other keys in it
-        raise Damaged(f"{folder} is damaged: {SEAL} has changed.") from error
+        raise DamagedError(f"{folder} is damaged: {SEAL} has changed.") from error
     return content
 
 
@@ -141,7 +141,7 @@ def saved(folder: Path) -> list[int]:
 def trained(folder: str | Path, step: int | None = None) -> dict[str, Any]:
     """Returns `{path: array}`: the trained parameters in a run's newest checkpoint, or that of `step`, on one device.
 
-    Raises FileNotFoundError if there is none, `Damaged` if it has changed since it was saved.
+    Raises FileNotFoundError if there is none, `DamagedError` if it has changed since it was saved.
     """
     folder = Path(folder).absolute()
     if not folder.is_dir():
@@ -149,9 +149,9 @@ def trained(folder: str | Path, step: int | None = None) -> dict[str, Any]:
     path = folder / str(_existing_step(folder, step))
     try:
         verify(path)
-    except Damaged as error:
-        raise Damaged(f"{error} Start the run again, and it resumes from the previous checkpoint; or delete that "
-                      "folder to use the previous one as it is.") from error
+    except DamagedError as error:
+        raise DamagedError(f"{error} Start the run again, and it resumes from the previous checkpoint; or delete that "
+                           "folder to use the previous one as it is.") from error
     return {name.removeprefix("params/"): leaf for name, leaf in arrays(path).items() if name.startswith("params/")}
 
 
@@ -198,7 +198,7 @@ class _Restore(ocp.args.StandardRestore):
 @contextlib.contextmanager
 def suppress_duplicate_errors() -> Iterator[None]:
     """Suppresses the errors that Orbax logs from each of its threads while saving fails, and those of event loops that
-    it has closed: `NotSaved` reports the error once."""
+    it has closed: `SaveError` reports the error once."""
     logger = logging.getLogger("absl")
 
     def keep(record: logging.LogRecord) -> bool:
@@ -241,31 +241,31 @@ class Checkpoints:
     def save(self, step: int, state: Any, progress: Progress) -> None:
         """Starts saving; the state's arrays may be reused when this returns.
 
-        Raises `NotSaved` if this or the previous checkpoint could not be saved.
+        Raises `SaveError` if this or the previous checkpoint could not be saved.
         """
         if step == self.latest:
             return
         self.wait()
         self._handler.progress, self._saving = progress, step
-        with self._raise_not_saved():
+        with self._raise_save_error():
             self._writer.save(storage.local(self.folder) / str(step), args=_Save(_plain(state)))
 
     def check(self) -> None:
-        """Raises `NotSaved` if saving has failed, without waiting for it to end."""
-        with self._raise_not_saved():
+        """Raises `SaveError` if saving has failed, without waiting for it to end."""
+        with self._raise_save_error():
             self._writer.check_for_errors()
 
     def wait(self) -> None:
-        """Waits until everything is on the disk. Raises `NotSaved`."""
+        """Waits until everything is on the disk. Raises `SaveError`."""
         if self._saving is not None:
-            with self._raise_not_saved():
+            with self._raise_save_error():
                 self._writer.wait_until_finished()
             self._saving = None
             self._remove_old()
 
     @contextlib.contextmanager
-    def _raise_not_saved(self) -> Iterator[None]:
-        """Raises `NotSaved` in place of other errors."""
+    def _raise_save_error(self) -> Iterator[None]:
+        """Raises `SaveError` in place of other errors."""
         try:
             yield
         except Exception as error:  # of TensorStore, Orbax or the file system
@@ -273,19 +273,19 @@ class Checkpoints:
             self._writer = ocp.AsyncCheckpointer(self._handler)  # the old one would raise the same error again
             self._remove_leftovers()  # makes room; what is still being written is removed when the run resumes
             saved = f"Those of steps {self.steps} are complete" if self.steps else "None had been saved before"
-            raise NotSaved(f"The checkpoint of step {step} could not be saved in {self.folder}: "
+            raise SaveError(f"The checkpoint of step {step} could not be saved in {self.folder}: "
                            f"{storage.explained(error.__cause__ or error)}\n{saved}. Make sure that the folder can be "
                            "written and has room; the same command then resumes the run.") from error
 
     def progress(self, step: int | None = None) -> Progress:
         """Returns the progress of the run at `step` (default: the newest).
 
-        Raises FileNotFoundError if that step has no checkpoint, `Damaged` if its seal has changed.
+        Raises FileNotFoundError if that step has no checkpoint, `DamagedError` if its seal has changed.
         """
         return _progress(_read_seal(self.folder / str(self._saved_step(step))))
 
     def verify(self, step: int) -> None:
-        """Raises `Damaged` if the checkpoint of that step has changed since it was saved."""
+        """Raises `DamagedError` if the checkpoint of that step has changed since it was saved."""
         verify(self.folder / str(step))
 
     def set_aside(self, step: int) -> Path:
@@ -333,7 +333,7 @@ class Checkpoints:
         """Returns the losses at those of the steps at which `save_every` was due."""
         losses = {}
         for step in steps:
-            with contextlib.suppress(Damaged):
+            with contextlib.suppress(DamagedError):
                 losses[step] = _progress(_read_seal(self.folder / str(step))).loss
         return {step: loss for step, loss in losses.items() if loss is not None}
 
@@ -346,7 +346,7 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:
-        """Waits until everything is on the disk. Raises `NotSaved`."""
+        """Waits until everything is on the disk. Raises `SaveError`."""
         try:
             self.wait()
         finally:

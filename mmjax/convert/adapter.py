@@ -27,9 +27,9 @@ from mmjax.convert.lazy import LazyTensor
 from mmjax.convert.tables import (
     Entry,
     Ignored,
-    Inspected,
     Parameter,
     Problems,
+    SourceCheckpoint,
     Table,
     expand,
     forward,
@@ -345,7 +345,7 @@ def inspect_imagebind_llm(
     imagebind: Path, llm: Path, *, adapter: Path | None = None,
     injection: Literal["released", "token", "token-shared"] = "released", arch: Path | None = None,
     words: Path | None = None, prompt_template: str = ALPACA,
-) -> Inspected:
+) -> SourceCheckpoint:
     """Converts ImageBind-LLM from its parts.
 
     Args:
@@ -379,7 +379,7 @@ def inspect_imagebind_llm(
 def inspect_llama_adapter(
     llm: Path, *, adapter: Path | None = None, clip: Path | None = None, arch: Path | None = None,
     raw_gates: bool = False, prompt_template: str = ALPACA,
-) -> Inspected:
+) -> SourceCheckpoint:
     """Converts LLaMA-Adapter, v1 (text) or v2 (images), from its parts.
 
     Args:
@@ -434,7 +434,7 @@ def _inspect(
     sources: Mapping[str, Path | None], towers: dict[str, Parameter],
     fit: Callable[[LlamaConfig, Mapping[str, LazyTensor] | None], Adapter | None], prompt_template: str,
     problems: Problems,
-) -> Inspected:
+) -> SourceCheckpoint:
     """Returns a language model with an adapter, which may replace norms of the base.
 
     sources: files by option; "llm" is a folder; without an "adapter" the adapter is fresh
@@ -450,8 +450,8 @@ def _inspect(
     files = {name: (path,) for name, path in sources.items() if path} | {"llm": release.files}
     replaced = {path: base[path] for path in base.keys() & added.keys()}
     text = dataclasses.replace(TEXT, prompt_template=prompt_template)
-    return Inspected(found.parts, towers | base | added, text, release.generation, files, release.tokenizer,
-                     tuple(found.fresh), replaced=replaced, words=sources.get("words"))
+    return SourceCheckpoint(found.parts, towers | base | added, text, release.generation, files, release.tokenizer,
+                            tuple(found.fresh), replaced=replaced, words=sources.get("words"))
 
 
 def _check_words(path: Path, vocab: int | None, problems: Problems) -> None:

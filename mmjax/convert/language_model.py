@@ -5,11 +5,11 @@ from pathlib import Path
 from mmjax.config import TextConfig
 from mmjax.convert import llama, meta
 from mmjax.convert.llama import Release
-from mmjax.convert.tables import Inspected, Parameter, Problems, forward
+from mmjax.convert.tables import Parameter, Problems, SourceCheckpoint, forward
 from mmjax.tokenizer import Tokenizer
 
 
-def inspect(llm: Path, *, delta: Path | None = None) -> Inspected:
+def inspect(llm: Path, *, delta: Path | None = None) -> SourceCheckpoint:
     """Converts a language model alone: for text, and as a base for others.
 
     Args:
@@ -22,8 +22,8 @@ def inspect(llm: Path, *, delta: Path | None = None) -> Inspected:
     problems.check(f"Cannot convert {llm}")
     tokenizer = Tokenizer.from_folder(release.tokenizer)
     text = TextConfig(end_sym=tokenizer.decode([tokenizer.eos], skip_special=False))
-    return Inspected({"llm": release.cfg}, parameters, text, release.generation, {"llm": release.files},
-                     release.tokenizer)
+    return SourceCheckpoint({"llm": release.cfg}, parameters, text, release.generation, {"llm": release.files},
+                            release.tokenizer)
 
 
 def read(

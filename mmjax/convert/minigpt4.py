@@ -23,9 +23,9 @@ from mmjax.convert.lazy import LazyTensor, WeightFileError
 from mmjax.convert.tables import (
     Computed,
     Entry,
-    Inspected,
     Parameter,
     Problems,
+    SourceCheckpoint,
     block_table,
     expand,
     flat_tensors,
@@ -278,7 +278,7 @@ def inspect(
     vit: Path, llm: Path, *, qformer: Path | None = None, delta: Path | None = None,
     projector: Path | None = None, lora: Path | None = None, lora_rank: int = 0, arch: Path | None = None,
     prompt_template: str = "",
-) -> Inspected:
+) -> SourceCheckpoint:
     """Converts MiniGPT-4 or MiniGPT-v2 from its parts.
 
     Args:
@@ -320,7 +320,8 @@ def inspect(
     sources = {"vit": vit, "qformer": qformer, "projector": projector, "lora": lora}
     sources = {name: (path,) for name, path in sources.items() if path} | {"llm": release.files}
     parts = {"vit": vit_cfg, "qformer": qformer_cfg, "llm": cfg}
-    return Inspected(parts, parameters, text, release.generation, sources, release.tokenizer, tuple(fresh), constant)
+    return SourceCheckpoint(parts, parameters, text, release.generation, sources, release.tokenizer, tuple(fresh),
+                            constant)
 
 
 def _read_vit(path: Path, given: Mapping[str, Any], is_v2: bool,

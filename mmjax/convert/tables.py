@@ -63,7 +63,7 @@ class Computed(LazyTensor):
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """A parameter that is read from its source tensors while it is written (`mmjax.checkpoints.frozen.Slices`)."""
+    """A `mmjax.checkpoints.frozen.SlicedParameter` that is read from its source tensors while it is written."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -92,7 +92,7 @@ class Parameter:
 
 
 @dataclasses.dataclass
-class Inspected:
+class SourceCheckpoint:
     """Released files that were checked and can be converted.
 
     parts:      the fields of the family's config

@@ -27,7 +27,7 @@ from mmjax.checkpoints import storage
 from mmjax.checkpoints.converted import CARD, FORMAT
 from mmjax.convert.adapter import REPLACED
 from mmjax.convert.llama import TOKENIZER_FILES
-from mmjax.convert.tables import Inspected, Problems
+from mmjax.convert.tables import Problems, SourceCheckpoint
 from mmjax.families.base import Family, find, shapes
 from mmjax.tokenizer import WORDS
 
@@ -73,7 +73,7 @@ def command(name: str | Family) -> Callable[..., None]:
     return convert
 
 
-def write(family: Family, found: Inspected, out: Path, overwrite: bool = False) -> None:
+def write(family: Family, found: SourceCheckpoint, out: Path, overwrite: bool = False) -> None:
     """Writes a checkpoint. After an error or an interrupt nothing is left behind and `out` is unchanged."""
     problems, architecture = Problems(), family.Config(**found.parts)
     out = Path(os.path.realpath(out))  # a link keeps pointing to the checkpoint
@@ -148,7 +148,7 @@ class Fingerprints:
         self._thread.join()
 
 
-def _config(family: Family, architecture: Any, found: Inspected,
+def _config(family: Family, architecture: Any, found: SourceCheckpoint,
             files: Mapping[Path, dict[str, Any]]) -> dict[str, Any]:
     sources = {name: [files[path] for path in paths] for name, paths in found.sources.items()}
     return {

@@ -25,7 +25,7 @@ DEFLATED = 1032  # the highest ratio that deflate can reach
 
 
 @dataclasses.dataclass(frozen=True)
-class Header:
+class NpyHeader:
     """The header of a .npy file. length: of the header, in bytes"""
 
     shape: tuple[int, ...]
@@ -90,7 +90,7 @@ def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
             raise ValueError(f"{_short(member.filename)}: {error}") from error
 
 
-def _header(file: BinaryIO, size: int) -> Header:
+def _header(file: BinaryIO, size: int) -> NpyHeader:
     """Reads the header of a file of `size` bytes. Raises ValueError if it is invalid or describes more bytes."""
     start = file.read(8)
     if start[:6] != b"\x93NUMPY":
@@ -113,7 +113,7 @@ def _header(file: BinaryIO, size: int) -> Header:
                          f"{f'{needed:,}' if needed < 10**30 else 'far too many'} bytes, but there are {available:,}")
     if math.prod(max(side, 1) for side in shape) * dtype.itemsize > np.iinfo(np.intp).max:  # with another side of 0
         raise ValueError(f"its header names the shape {_short(list(shape))}")
-    return Header(shape, dtype, "F" if fields["fortran_order"] == "True" else "C", file.tell())
+    return NpyHeader(shape, dtype, "F" if fields["fortran_order"] == "True" else "C", file.tell())
 
 
 def _fields(header: str) -> dict[str, str]:
@@ -129,7 +129,7 @@ def _fields(header: str) -> dict[str, str]:
     return fields
 
 
-def _array(file: BinaryIO, header: Header) -> np.ndarray:
+def _array(file: BinaryIO, header: NpyHeader) -> np.ndarray:
     """Reads the array after the header. Raises ValueError if the file ends early."""
     flat = np.empty(math.prod(header.shape), header.dtype)
     buffer, done = memoryview(flat.view(np.uint8)), 0

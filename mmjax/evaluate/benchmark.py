@@ -117,7 +117,7 @@ def unused(test: Test, decoding: predictions.Decoding, recall: Any = None) -> tu
 
 
 def evaluate(test: Test, items: Sequence[Item], answers: Choices | predictions.TextAnswerer, checkpoint: str | Path,
-             out: str | Path, console: Console | None = None) -> predictions.Done:
+             out: str | Path, console: Console | None = None) -> predictions.PredictResult:
     """Answers the items that are not in OUT/predictions.jsonl yet. Raises the errors of `predictions.predict`."""
     card = predictions.card(requests(items), answers, predictions.identity(checkpoint), **test.settings)
     card |= {"checkpoint": str(checkpoint), "data": test.data, "root": test.root}

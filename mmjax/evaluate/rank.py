@@ -16,7 +16,7 @@ from mmjax import sharding
 from mmjax.batch import Batch
 from mmjax.data import text
 from mmjax.inference.loaded import Loaded
-from mmjax.inference.predictions import Opened, read, rows
+from mmjax.inference.predictions import OpenedRequest, read, rows
 from mmjax.inference.requests import Request
 from mmjax.training import steps
 
@@ -67,13 +67,13 @@ class Choices:
     def _text(self) -> Any:
         return dataclasses.replace(self.model.text, **{"max_txt_len": UNCUT, "max_context_len": UNCUT, **self.text})
 
-    def open(self, request: Request) -> Opened:
+    def open(self, request: Request) -> OpenedRequest:
         """Reads the inputs of a request. Raises ValueError if the sample cannot be used or has no choices."""
         if not request.choices:
             raise ValueError("there are no choices")
         request = read(request, self.model)
         batch = self.model.batch([request.sample], **dataclasses.asdict(self._text))
-        return Opened(request, batch.tokens.shape[1])
+        return OpenedRequest(request, batch.tokens.shape[1])
 
     def answer(self, requests: Sequence[Request], first: int) -> list[dict[str, Any]]:
         filled = [*requests, *[requests[-1]] * (self.rows - len(requests))]

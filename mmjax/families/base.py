@@ -22,7 +22,7 @@ from mmjax import trees
 from mmjax.batch import Batch
 from mmjax.config import TextConfig
 from mmjax.convert import torch_file
-from mmjax.convert.tables import Entry, Inspected
+from mmjax.convert.tables import Entry, SourceCheckpoint
 from mmjax.models import pixels
 
 NUMBER = "{i}"  # the number of a layer in the names of a `Stage`
@@ -129,12 +129,12 @@ class Stage:
 class Conversion:
     """How released files are converted to a checkpoint.
 
-    inspect: reads and checks the files, `(options) -> Inspected`; its parameters are the options of
+    inspect: reads and checks the files, `(options) -> SourceCheckpoint`; its parameters are the options of
              `mmjax convert FAMILY`, its docstring their help
     origins: (pattern of a parameter's path, option whose file contains it), first match wins; for messages
     """
 
-    inspect: Callable[..., Inspected]
+    inspect: Callable[..., SourceCheckpoint]
     origins: tuple[tuple[str, str], ...] = ()
 
 

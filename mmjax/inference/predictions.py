@@ -55,7 +55,7 @@ MAX_LISTED = 5  # samples with errors that a summary lists
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
+class OpenedRequest:
     """A request whose files are read, or a description of its problem.
 
     request: with images as uint8[S,S,3] and arrays in place of files
@@ -82,7 +82,7 @@ class Answerer(Protocol):
     window: int
     settings: dict[str, Any]
 
-    def open(self, request: Request) -> Opened:
+    def open(self, request: Request) -> OpenedRequest:
         """Opens a request; called in several threads. Raises ValueError or OSError describing its problem."""
 
     def answer(self, requests: Sequence[Request], first: int) -> list[dict[str, Any]]:
@@ -158,12 +158,12 @@ class TextAnswerer:
                                   self.recall.sharpness, self.recall.weight]
         return settings
 
-    def open(self, request: Request) -> Opened:
+    def open(self, request: Request) -> OpenedRequest:
         request = read(request, self.model)
         max_new_tokens = self.decoding.settings(self.model)["max_new_tokens"]
         [length] = self.model.prompt_lengths([request.sample], max_new_tokens, **self.text)
         self.model.batch([request.sample], **self.text)  # raises for any other problem of the sample
-        return Opened(request, length)
+        return OpenedRequest(request, length)
 
     def answer(self, requests: Sequence[Request], first: int) -> list[dict[str, Any]]:
         samples = [request.sample for request in requests]
@@ -327,7 +327,7 @@ class _AnswerWriter:
 
 
 @dataclasses.dataclass(frozen=True)
-class Done:
+class PredictResult:
     """The result of `predict`.
 
     count, errors: number of lines of the file, and the ids of those with an error
@@ -344,7 +344,7 @@ class Done:
 
 
 def predict(out: str | Path, requests: Sequence[Request], answerer: Answerer, card: Mapping[str, Any],
-            console: Console | None = None) -> Done:
+            console: Console | None = None) -> PredictResult:
     """Answers every request that has no line in OUT yet. `card` is the result of the function `card`.
 
     Raises ValueError if OUT is of other samples, another model or other settings, naming the differences, and in a
@@ -374,10 +374,10 @@ def predict(out: str | Path, requests: Sequence[Request], answerer: Answerer, ca
                     writer.add(_answer(start, window, indices, answerer))
                     bar.advance(task, writer.flush())
     seconds = time.monotonic() - begin
-    return Done(out, writer.written, tuple(writer.errors), writer.written - len(done), seconds, compiled)
+    return PredictResult(out, writer.written, tuple(writer.errors), writer.written - len(done), seconds, compiled)
 
 
-def summary(done: Done) -> Iterator[str]:
+def summary(done: PredictResult) -> Iterator[str]:
     """Yields lines that describe the result of `predict`."""
     if done.now == done.count:
         yield f"{done.out}: {done.count:,} samples in {done.seconds:.1f} s, {done.now / done.seconds:.1f} a second"
@@ -394,7 +394,7 @@ def summary(done: Done) -> Iterator[str]:
         yield f'{len(done.errors):,} samples could not be answered ({ids}): see "error" in their lines'
 
 
-def _windows(requests: Sequence[Request], first: int, answerer: Answerer) -> Iterator[tuple[int, list[Opened]]]:
+def _windows(requests: Sequence[Request], first: int, answerer: Answerer) -> Iterator[tuple[int, list[OpenedRequest]]]:
     """Yields (number of its first sample, opened samples) of each window from that of sample `first` on; the next
     window is prefetched.
 
@@ -402,11 +402,11 @@ def _windows(requests: Sequence[Request], first: int, answerer: Answerer) -> Ite
     """
     size, pending = answerer.rows * answerer.window, collections.deque()
 
-    def open_request(request: Request) -> Opened:
+    def open_request(request: Request) -> OpenedRequest:
         try:
             return answerer.open(request)
         except (ValueError, OSError) as error:
-            return Opened(request, problem=str(error))
+            return OpenedRequest(request, problem=str(error))
 
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         try:
@@ -421,11 +421,11 @@ def _windows(requests: Sequence[Request], first: int, answerer: Answerer) -> Ite
             pool.shutdown(cancel_futures=True)
 
 
-def _result(start: int, window: Sequence[concurrent.futures.Future[Opened]]) -> tuple[int, list[Opened]]:
+def _result(start: int, window: Sequence[concurrent.futures.Future[OpenedRequest]]) -> tuple[int, list[OpenedRequest]]:
     return start, [future.result() for future in window]
 
 
-def _batches(window: Sequence[Opened], answerer: Answerer) -> Iterator[list[int]]:
+def _batches(window: Sequence[OpenedRequest], answerer: Answerer) -> Iterator[list[int]]:
     """Yields each batch as indices into the window. With a window above 1, invalid samples are left out and the others
     are sorted by the number of images, the senses and the length."""
 
@@ -442,7 +442,7 @@ def _batches(window: Sequence[Opened], answerer: Answerer) -> Iterator[list[int]
             yield batch
 
 
-def _answer(start: int, window: Sequence[Opened], indices: Sequence[int],
+def _answer(start: int, window: Sequence[OpenedRequest], indices: Sequence[int],
             answerer: Answerer) -> dict[int, dict[str, Any]]:
     """Returns the lines of a batch by the numbers of their samples. A valid sample replaces each invalid one, so that
     the rows of the others do not change."""

@@ -1,9 +1,9 @@
 """Uploads of the chat page: stores visitors' files, and filters the requests that reach Gradio.
 
 Gradio copies, downloads and serves any path or URL that a request names, in any field, before the page's handlers run;
-and visitors who upload the same bytes share one file. Therefore `Gate`, a middleware in front of Gradio, stores each
-upload as a file of its own (`Uploads`), and passes on only the page's own requests, rewritten so that they name no
-files but those that the same visitor uploaded.
+and visitors who upload the same bytes share one file. Therefore `RequestFilter`, a middleware in front of Gradio,
+stores each upload as a file of its own (`Uploads`), and passes on only the page's own requests, rewritten so that they
+name no files but those that the same visitor uploaded.
 """
 
 import contextlib
@@ -127,7 +127,7 @@ def _shown(name: str) -> str:
 # ---- the middleware ----
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """A request that is not passed on to Gradio. status: HTTP status of the answer, whose body is the message"""
 
     def __init__(self, status: int, message: str):
@@ -135,7 +135,7 @@ class Refused(Exception):
         self.status = status
 
 
-class Gate:
+class RequestFilter:
     """ASGI middleware that filters the requests to a Gradio application.
 
     pages: paths of the page's own images, the only files that are served
@@ -161,17 +161,17 @@ class Gate:
         visitor, send = _visitor(scope, send)
         try:
             await self._pass(scope, receive, send, visitor)
-        except Refused as refused:
+        except RequestRefused as refused:
             await _answer(send, refused.status, str(refused), b"text/plain; charset=utf-8")
 
     async def _pass(self, scope, receive, send, visitor):
         path, method = scope["path"], scope["method"]
         known = {"GET": GET, "HEAD": GET, "POST": POST}.get(method)
         if not known or not known.fullmatch(path):
-            raise Refused(403, "This page does not serve that.")
+            raise RequestRefused(403, "This page does not serve that.")
         route = path.removeprefix(API)
         if route.startswith("file=") and route.removeprefix("file=") not in self.pages:
-            raise Refused(403, "No file is served from there.")
+            raise RequestRefused(403, "No file is served from there.")
         if route == "upload_progress":  # the page polls it during an upload
             return await _answer(send, 200, 'data: {"msg": "done"}\n\n', b"text/event-stream")
         if route == "upload":
@@ -198,13 +198,13 @@ class Gate:
                 raise ValueError("not an object")
             content = {key: content[key] for key in FIELDS if key in content}
         except (ValueError, RecursionError) as error:
-            raise Refused(400, "The request is not a JSON object.") from error
+            raise RequestRefused(400, "The request is not a JSON object.") from error
         try:
             body = json.dumps(self.uploads.admitted(visitor, content, self.pages)).encode()
         except RecursionError as error:
-            raise Refused(400, "The request is nested too deeply.") from error
+            raise RequestRefused(400, "The request is nested too deeply.") from error
         except ValueError as error:
-            raise Refused(403, str(error)) from error
+            raise RequestRefused(403, str(error)) from error
         headers = [(name, value) for name, value in scope["headers"]
                    if name.lower() not in (b"content-length", b"content-type", b"transfer-encoding")]
         headers += [(b"content-length", str(len(body)).encode()), (b"content-type", b"application/json")]
@@ -218,7 +218,7 @@ class Gate:
         """Stores the files of an upload in place of Gradio, and answers with their paths as Gradio does."""
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > self.total:  # otherwise received bytes are counted
-            raise Refused(413, f"The request exceeds the maximum allowed size of {self.total} bytes.")
+            raise RequestRefused(413, f"The request exceeds the maximum allowed size of {self.total} bytes.")
         from starlette.concurrency import run_in_threadpool
         from starlette.exceptions import HTTPException
         from starlette.formparsers import MultiPartException
@@ -228,13 +228,13 @@ class Gate:
             async with Request(scope, _limited(receive, self.total)).form(max_files=MAX_FILES, max_fields=0) as form:
                 files = [file for file in form.getlist("files") if not isinstance(file, str)]
                 if any(file.size > self.most for file in files):
-                    raise Refused(413, f"A file exceeds the maximum allowed size of {self.most} bytes.")
+                    raise RequestRefused(413, f"A file exceeds the maximum allowed size of {self.most} bytes.")
                 paths = [await run_in_threadpool(self.uploads.add, visitor, file.filename or "", file.file)
                          for file in files]
         except ClientDisconnect:
             return
         except (HTTPException, MultiPartException) as error:
-            raise Refused(400, f"The upload was refused: {getattr(error, 'detail', error)}") from error
+            raise RequestRefused(400, f"The upload was refused: {getattr(error, 'detail', error)}") from error
         await _answer(send, 200, json.dumps(paths), b"application/json")
 
 
@@ -256,7 +256,7 @@ def _visitor(scope, send):
 
 
 def _limited(receive, most):
-    """Returns a `receive` that raises Refused after `most` bytes."""
+    """Returns a `receive` that raises `RequestRefused` after `most` bytes."""
     seen = 0
 
     async def received():
@@ -264,7 +264,7 @@ def _limited(receive, most):
         message = await receive()
         seen += len(message.get("body", b""))
         if seen > most:
-            raise Refused(413, f"The request exceeds the maximum allowed size of {most} bytes.")
+            raise RequestRefused(413, f"The request exceeds the maximum allowed size of {most} bytes.")
         return message
     return received
 
@@ -275,7 +275,7 @@ async def _body(receive) -> bytes:
         body += message.get("body", b"")
         if not message.get("more_body"):
             return body
-    raise Refused(400, "The request broke off.")
+    raise RequestRefused(400, "The request broke off.")
 
 
 async def _answer(send, status: int, text: str, kind: bytes) -> None:

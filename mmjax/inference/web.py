@@ -29,7 +29,7 @@ from mmjax.config import ScenesConfig
 from mmjax.data import images, scenes
 from mmjax.inference.chat import IMAGE, ChatSettings, Conversation, add_input, read_input, reply, supported_inputs
 from mmjax.inference.loaded import Loaded
-from mmjax.inference.uploads import Gate, Uploads
+from mmjax.inference.uploads import RequestFilter, Uploads
 
 MAX_BYTES = 20 * 2**20  # of an uploaded file
 MAX_PIXELS = 40_000_000  # of an image; decoded they take six times the bytes of the largest file
@@ -393,7 +393,7 @@ def app(model: Loaded, page: Page, host: str = LOOPBACK[0]) -> Any:
     uploads = Uploads(gr.utils.get_upload_folder())  # Gradio does not copy files in it
     made = blocks(model, page, uploads)
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    outer.add_middleware(Gate, uploads=uploads, pages=_paths(made.get_config_file()), most=MAX_BYTES,
+    outer.add_middleware(RequestFilter, uploads=uploads, pages=_paths(made.get_config_file()), most=MAX_BYTES,
                          total=MAX_BYTES * MAX_IMAGES)
     outer.add_middleware(Headers)
     if host in LOOPBACK:

@@ -72,7 +72,7 @@ class JsonlLog:
             os.fsync(self._file.fileno())
 
 
-class BadData(JsonlLog):
+class DataErrorsLog(JsonlLog):
     """`data_errors.jsonl`: one line each time that a record could not be used, for all processes.
 
     count: number of lines since the run began, including those before an interruption
@@ -96,7 +96,7 @@ class BadData(JsonlLog):
         return self._data.too_bad(self.count, self.tried)
 
 
-class Metrics(JsonlLog):
+class MetricsLog(JsonlLog):
     """`metrics.jsonl`: one line every `log_every` steps, and one for the first and the last step.
 
     Speeds and the share of waiting are averages over the steps since the previous line or the resume; everything else

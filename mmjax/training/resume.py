@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mmjax import trees
 from mmjax.checkpoints import converted
-from mmjax.checkpoints.training import Checkpoints, Damaged, Progress
+from mmjax.checkpoints.training import Checkpoints, DamagedError, Progress
 from mmjax.config import RunConfig
 from mmjax.training import distributed, steps
 
@@ -92,14 +92,15 @@ def check_unchanged(saved: Progress, now: Progress, out: Path) -> None:
 def newest(checkpoints: Checkpoints, console: Console) -> int | None:
     """Returns the newest step whose checkpoint is undamaged; None if nothing was saved.
 
-    Damaged newer checkpoints are renamed, with a message. Raises `Damaged` if all are damaged; then none is renamed.
+    Damaged newer checkpoints are renamed, with a message. Raises `DamagedError` if all are damaged; then none is
+    renamed.
     """
     whole, problems = 0, {}
     if distributed.is_primary():
         for step in reversed(checkpoints.steps):
             try:
                 checkpoints.verify(step)
-            except Damaged as error:
+            except DamagedError as error:
                 problems[step] = str(error)
             else:
                 whole = step
@@ -108,8 +109,8 @@ def newest(checkpoints: Checkpoints, console: Console) -> int | None:
             console.print(f"{problem} It is kept as {checkpoints.set_aside(step)}.", highlight=False, style="yellow")
     whole, damaged = distributed.all_sum(whole, len(problems))
     if damaged and not whole:
-        raise Damaged("None of the checkpoints can be resumed from:\n  " + "\n  ".join(problems.values())
-                      + f"\nRestore one of them; or delete {checkpoints.folder} to start over.")
+        raise DamagedError("None of the checkpoints can be resumed from:\n  " + "\n  ".join(problems.values())
+                           + f"\nRestore one of them; or delete {checkpoints.folder} to start over.")
     return whole or None
 
 

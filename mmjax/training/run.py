@@ -44,7 +44,7 @@ class TrainingStopped(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunResult:
     """The result of a run."""
 
     folder: Path
@@ -139,7 +139,7 @@ class StepFlops:
 Score = Callable[[Job, dict[str, Any]], list[list[Any]]]
 
 
-def train(config: RunConfig, score: Score | None = None) -> Run:
+def train(config: RunConfig, score: Score | None = None) -> RunResult:
     """Trains as configured, or resumes the run in `config.out`.
 
     score: scores the result of a run on scenes if `config.score` is set and there is one process; None: no scores
@@ -188,7 +188,7 @@ def train(config: RunConfig, score: Score | None = None) -> Run:
                               "score it.")
             else:
                 scores = score(job, trees.merge(state.params, frozen))
-    return Run(out, int(state.step), loss, scores)
+    return RunResult(out, int(state.step), loss, scores)
 
 
 def set_up(config: RunConfig) -> Job:
@@ -237,7 +237,7 @@ def begin(job: Job, optimizer: optax.GradientTransformation,
     return state, frozen, progress
 
 
-def train_phases(phases: Mapping[str, RunConfig], score: Score | None = None) -> Run:
+def train_phases(phases: Mapping[str, RunConfig], score: Score | None = None) -> RunResult:
     """Runs the phases in order and returns the last one's result. score: see `train`
 
     Raises ValueError for a path of any phase that is a URL, before the first phase begins, and what `train` raises.
@@ -370,8 +370,8 @@ def loop(
     columns = (TextColumn(config.phase or "training"), BarColumn(), MofNCompleteColumn(),
                TextColumn("{task.fields[loss]}"), TimeElapsedColumn(), TimeRemainingColumn())
     out = Path(config.out)
-    with (metrics_log.Metrics(out / "metrics.jsonl", started, progress.position, config, work.peak) as log,
-          metrics_log.BadData(out / "data_errors.jsonl", progress.position, config) as bad,
+    with (metrics_log.MetricsLog(out / "metrics.jsonl", started, progress.position, config, work.peak) as log,
+          metrics_log.DataErrorsLog(out / "data_errors.jsonl", progress.position, config) as bad,
           Progress(*columns, console=console) as bar):
         task = bar.add_task("", total=config.optim.steps, completed=started, loss="")
         step_start = time.monotonic()
@@ -404,7 +404,7 @@ def loop(
     return state, loss
 
 
-def check_batch(config: RunConfig, item: pipeline.PipelineBatch, bad: metrics_log.BadData,
+def check_batch(config: RunConfig, item: pipeline.PipelineBatch, bad: metrics_log.DataErrorsLog,
                 checkpoints: training_checkpoints.Checkpoints) -> None:
     """Logs the batch's unusable records. Raises TrainingStopped if there are too many, or if no target is left."""
     if bad.add(item):

@@ -37,7 +37,7 @@ def test_what_was_written_below_a_pattern_is_read_back(written):
 def test_what_cannot_be_read_is_told(written, lost):
     for path in [written / lost] if lost != "d" else (written / "ocdbt.process_0" / "d").iterdir():
         path.unlink()
-    with pytest.raises(storage.NotWritten, match="cannot be read back") as error:
+    with pytest.raises(storage.WriteError, match="cannot be read back") as error:
         storage.read_back(written)
     assert "tensorstore_spec" not in str(error.value)
 

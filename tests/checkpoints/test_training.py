@@ -14,7 +14,7 @@ import pytest
 from mmjax import trees
 from mmjax.checkpoints import storage
 from mmjax.checkpoints import training as training_checkpoints
-from mmjax.checkpoints.training import SEAL, Checkpoints, Damaged, NotSaved, Progress
+from mmjax.checkpoints.training import SEAL, Checkpoints, DamagedError, Progress, SaveError
 from mmjax.config import OptimConfig
 from mmjax.training import optim, steps
 
@@ -152,7 +152,7 @@ def test_a_changed_byte_is_noticed_wherever_anything_is_read_from(saved):
             changed[place] ^= 1 << random.integers(8)
             path.write_bytes(changed)
             if path in read:
-                with pytest.raises(Damaged, match=f"20 is damaged: .*{path.name} (has changed|is missing)"):
+                with pytest.raises(DamagedError, match=f"20 is damaged: .*{path.name} (has changed|is missing)"):
                     checkpoints.verify(20)
             else:
                 checkpoints.verify(20)
@@ -175,7 +175,7 @@ def test_a_checkpoint_that_is_not_whole_is_noticed(saved, harm):
     else:
         shutil.copy(saved / "10" / SEAL, saved / "20" / SEAL)
         name = "d/"
-    with pytest.raises(Damaged, match=f"20 is damaged: .*{name}.* .*delete that folder to use the previous one"):
+    with pytest.raises(DamagedError, match=f"20 is damaged: .*{name}.* .*delete that folder to use the previous one"):
         training_checkpoints.trained(saved)
     assert training_checkpoints.trained(saved, 10)["projector/b"][0] == 10
 
@@ -246,7 +246,7 @@ def little_room():
 def test_a_checkpoint_that_has_no_room_is_noticed_at_once_and_the_others_stay(saved, little_room, caplog):
     checkpoints = Checkpoints(saved, keep=1)
     little_room()
-    with pytest.raises(NotSaved, match=r"step 30 could not be saved in .*File too large[^\n]*\n"
+    with pytest.raises(SaveError, match=r"step 30 could not be saved in .*File too large[^\n]*\n"
                                        r"Those of steps \[10, 20\] are complete"):
         checkpoints.save(30, state(), Progress())
         while True:  # as a run does behind every step
@@ -262,7 +262,7 @@ def test_one_that_cannot_be_read_is_not_sealed_and_the_others_stay(saved, monkey
     checkpoints = Checkpoints(saved, keep=1)
     monkeypatch.setattr(storage.LocalPath, "glob", lambda *_: iter(()))  # as etils' below a folder `[1]`
     checkpoints.save(30, state(), Progress())
-    with pytest.raises(NotSaved, match=r"step 30 could not be saved in .*: The checkpoint just written to .*"
+    with pytest.raises(SaveError, match=r"step 30 could not be saved in .*: The checkpoint just written to .*"
                                        r"30\.orbax.* cannot be read back: [^\n]*\n"
                                        r"Those of steps \[10, 20\] are complete"):
         checkpoints.wait()

@@ -391,7 +391,7 @@ def test_a_checkpoint_that_cannot_be_read_replaces_nothing(tmp_path, monkeypatch
     write.command("llama")(CKPT / "llama_hf", tmp_path / "out")
     before = (tmp_path / "out" / "config.json").stat()
     monkeypatch.setattr(storage.LocalPath, "glob", lambda *_: iter(()))  # as etils' below a folder `[1]`
-    with pytest.raises(storage.NotWritten, match="cannot be read back"):
+    with pytest.raises(storage.WriteError, match="cannot be read back"):
         write.command("llama")(CKPT / "llama_hf", tmp_path / "out", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "config.json").stat() == before

@@ -126,7 +126,7 @@ def whole(out: Path) -> list[int]:
     for step in training_checkpoints.saved(folder) if folder.is_dir() else ():
         try:
             training_checkpoints.verify(folder / str(step))
-        except training_checkpoints.Damaged:
+        except training_checkpoints.DamagedError:
             continue
         steps.append(step)
     return steps

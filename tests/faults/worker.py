@@ -86,7 +86,7 @@ def terms(count: int) -> Callable[..., None]:
 
 
 FAULTS: dict[str, Callable[[int], None]] = {
-    "killed behind a step": lambda call: at(metrics_log.Metrics, "add", call, die, behind=True),
+    "killed behind a step": lambda call: at(metrics_log.MetricsLog, "add", call, die, behind=True),
     "killed in a line": lambda call: at(metrics_log.JsonlLog, "write", call, torn),
     "killed as a save begins": lambda call: at(training_checkpoints.Checkpoints, "save", call, die, behind=True),
     "killed before a seal": lambda call: at(training_checkpoints, "seal", call, die),
@@ -95,9 +95,9 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "killed behind a save": lambda call: at(training_checkpoints.Checkpoints, "_remove_old", call, die),
     "killed in a removal": lambda call: at(training_checkpoints.shutil, "rmtree", call, half_removed),
     "killed as the card is written": lambda call: at(files, "replace", 0, die, behind=bool(call)),
-    "full disk": lambda call: at(metrics_log.Metrics, "add", call, full_disk, behind=True),
-    "SIGTERM": lambda call: at(metrics_log.Metrics, "add", call, terms(1)),
-    "SIGTERM storm": lambda call: at(metrics_log.Metrics, "add", call, terms(300)),
+    "full disk": lambda call: at(metrics_log.MetricsLog, "add", call, full_disk, behind=True),
+    "SIGTERM": lambda call: at(metrics_log.MetricsLog, "add", call, terms(1)),
+    "SIGTERM storm": lambda call: at(metrics_log.MetricsLog, "add", call, terms(300)),
 }
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 import mmjax
 from mmjax import compilation, files
 from mmjax.inference import predictions
-from mmjax.inference.predictions import Opened
+from mmjax.inference.predictions import OpenedRequest
 from mmjax.inference.requests import Request
 from tests import small
 
@@ -32,7 +32,7 @@ class Echo:
     def open(self, ask):
         if ask.sample.prompt.startswith("bad"):
             raise ValueError(f"{ask.sample.prompt}.jpg is not an image")
-        return Opened(ask, len(ask.sample.prompt))
+        return OpenedRequest(ask, len(ask.sample.prompt))
 
     def answer(self, asks, first):
         assert 1 <= len(asks) <= self.rows

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mmjax.inference import uploads
-from mmjax.inference.uploads import Gate, Uploads
+from mmjax.inference.uploads import RequestFilter, Uploads
 
 META = {"_type": "gradio.FileData"}
 ANNA, BERT = "a" * 43, "b" * 43
@@ -139,7 +139,7 @@ class Inner:
 
 @pytest.fixture
 def gate(kept):
-    return Gate(Inner(), kept, {"/page/1.webp"}, most=100, total=1000)
+    return RequestFilter(Inner(), kept, {"/page/1.webp"}, most=100, total=1000)
 
 
 def ask(gate, path, body=None, cookie=f"mmjax-visitor={ANNA}", method=None):

@@ -13,7 +13,7 @@ from mmjax.batch import Batch
 from mmjax.config import TextConfig
 from mmjax.convert import language_model
 from mmjax.convert.minigpt4 import read
-from mmjax.convert.tables import Inspected, Problems, expand, forward
+from mmjax.convert.tables import Problems, SourceCheckpoint, expand, forward
 from mmjax.families import parts
 from mmjax.families.base import (
     Conversion,
@@ -106,7 +106,7 @@ def sizes(cfg: PatchConfig, hidden: int = 0, dim: int = 0) -> dict[str, int]:
     return {"C": 3, "P": cfg.patch, "Q": cfg.patch, "E": cfg.dim, "H": hidden, "D": dim}
 
 
-def inspect(patches: Path, llm: Path, *, hidden: int = Config.hidden) -> Inspected:
+def inspect(patches: Path, llm: Path, *, hidden: int = Config.hidden) -> SourceCheckpoint:
     """Converts a Patchwork.
 
     Args:
@@ -122,9 +122,9 @@ def inspect(patches: Path, llm: Path, *, hidden: int = Config.hidden) -> Inspect
     cfg = PatchConfig(2 * patch, patch, dim)
     found |= forward(expand(ENCODER, sizes(cfg)), tensors, (), patches.name, problems)
     problems.check("Cannot convert")
-    return Inspected({"patches": cfg, "llm": release.cfg, "hidden": hidden}, found, TEXT, release.generation,
-                     {"patches": (patches,), "llm": release.files}, release.tokenizer,
-                     fresh=tuple(path for _, path, _ in PROJECTOR))
+    return SourceCheckpoint({"patches": cfg, "llm": release.cfg, "hidden": hidden}, found, TEXT, release.generation,
+                            {"patches": (patches,), "llm": release.files}, release.tokenizer,
+                            fresh=tuple(path for _, path, _ in PROJECTOR))
 
 
 FAMILY = register(Family(

@@ -92,14 +92,14 @@ def saved(run_folder):
 
 
 def test_a_killed_run_ends_as_the_one_that_was_left_alone(checkpoint, trained, folder, monkeypatch):
-    add = metrics_log.Metrics.add
+    add = metrics_log.MetricsLog.add
 
     def killed(self, item, *rest):
         add(self, item, *rest)
         if item.number == 2:
             raise Killed
 
-    monkeypatch.setattr(metrics_log.Metrics, "add", killed)
+    monkeypatch.setattr(metrics_log.MetricsLog, "add", killed)
     with pytest.raises(Killed):
         run.train(config(checkpoint, folder / "killed"))
     monkeypatch.undo()

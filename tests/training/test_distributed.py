@@ -88,7 +88,7 @@ def test_two_processes_are_killed_and_go_on_as_one_that_never_stopped(tmp_path):
 
 
 class Ones:
-    """A parameter of ones, a layer at a time; see `mmjax.checkpoints.frozen.Slices`."""
+    """A parameter of ones, a layer at a time; see `mmjax.checkpoints.frozen.SlicedParameter`."""
 
     dtype, rows = np.dtype(np.float16), 1
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mmjax.checkpoints import converted
 from mmjax.checkpoints import training as training_checkpoints
-from mmjax.checkpoints.training import Checkpoints, Damaged, Progress
+from mmjax.checkpoints.training import Checkpoints, DamagedError, Progress
 from mmjax.config import DataConfig, MeshConfig, OptimConfig, RunConfig, ScenesConfig, Source, TextConfig, WeightsConfig
 from mmjax.training import metrics_log, preemption, resume, run, steps
 from tests import small
@@ -165,7 +165,8 @@ def test_the_newest_whole_one_is_gone_on_from(three, capsys):
 def test_where_none_is_whole_all_stay(three):
     for step in (1, 2, 3):
         harm(three.folder / str(step))
-    with pytest.raises(Damaged, match=r"(?s)None of the checkpoints can .*/3 is damaged.*/1 is damaged.*to start over"):
+    with pytest.raises(DamagedError, match=r"(?s)None of the checkpoints can .*/3 is damaged.*/1 is damaged"
+                                             r".*to start over"):
         resume.newest(three, CONSOLE)
     assert three.steps == [1, 2, 3]
 
@@ -187,7 +188,7 @@ def outcome(folder):
 def finished(tmp_path_factory):
     """A run that was told to end behind its third step, and went on."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    add, handler = metrics_log.Metrics.add, signal.getsignal(signal.SIGTERM)
+    add, handler = metrics_log.MetricsLog.add, signal.getsignal(signal.SIGTERM)
 
     def told(self, item, *rest):
         add(self, item, *rest)
@@ -195,7 +196,7 @@ def finished(tmp_path_factory):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics_log.Metrics, "add", told)
+        patch.setattr(metrics_log.MetricsLog, "add", told)
         with pytest.raises(preemption.Preempted):
             run.train(small.run_config(folder))
     signal.signal(signal.SIGTERM, handler)
@@ -213,7 +214,7 @@ def test_damage_costs_the_steps_since_the_checkpoint_before(finished, tmp_path, 
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     harm(folder / "checkpoints" / "4")
-    with pytest.raises(Damaged, match="4 is damaged: .* has changed. Start the run again"):
+    with pytest.raises(DamagedError, match="4 is damaged: .* has changed. Start the run again"):
         training_checkpoints.trained(folder / "checkpoints")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')

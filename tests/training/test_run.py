@@ -53,14 +53,14 @@ def test_stopped_and_resumed_is_the_same_run(rows, request, tmp_path, monkeypatc
     config = small.run_config(tmp_path / "run")
     finished = request.getfixturevalue("finished" if rows == "apart" else "finished_packed")
     config = config if rows == "apart" else packed(config)
-    add = run.metrics_log.Metrics.add
+    add = run.metrics_log.MetricsLog.add
 
     def interrupted(self, item, *rest):
         add(self, item, *rest)
         if item.number == 2:  # one step beyond the checkpoint
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run.metrics_log.Metrics, "add", interrupted)
+    monkeypatch.setattr(run.metrics_log.MetricsLog, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.train(config)
     monkeypatch.undo()
@@ -110,7 +110,7 @@ def mixture(half_broken, max_bad_share):
 
 def test_bad_images_are_replaced_and_named(half_broken, tmp_path, monkeypatch):
     config = small.run_config(tmp_path / "run", data=mixture(half_broken, 0.5))
-    add, seen = run.metrics_log.Metrics.add, []
+    add, seen = run.metrics_log.MetricsLog.add, []
 
     def interrupted(self, item, *rest):
         add(self, item, *rest)
@@ -118,7 +118,7 @@ def test_bad_images_are_replaced_and_named(half_broken, tmp_path, monkeypatch):
         if len(seen) == 3:  # one step beyond the checkpoint
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run.metrics_log.Metrics, "add", interrupted)
+    monkeypatch.setattr(run.metrics_log.MetricsLog, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.train(config)
     assert run.train(config).step == 4

@@ -17,7 +17,7 @@ NO_VALUE = frozenset((
     "NULL", "NaN", "None", "n/a", "nan", "null"))
 
 
-class Listed(RowRecords):
+class ListedRecords(RowRecords):
     """The rows of several files that a YAML file lists: (name of the file, index in it, row)."""
 
     def name(self, number: int) -> str:
@@ -46,7 +46,7 @@ def imagebind_llm_pretrain(path: str, root: str | None = None) -> Sequence[Recor
     problems: list[str] = []
     rows = [row for file in files for row in _lines(file, problems)]
     _check(meta, problems)
-    return Listed(meta, str(meta.parent) if root is None else root, rows, _caption)
+    return ListedRecords(meta, str(meta.parent) if root is None else root, rows, _caption)
 
 
 def imagebind_llm_finetune(path: str, root: str | None = None, tuple_prompts: bool = False) -> Sequence[Record]:
@@ -72,8 +72,8 @@ def imagebind_llm_finetune(path: str, root: str | None = None, tuple_prompts: bo
         else:
             rows += [(file.name, number, row) for number, row in enumerate(content)]
     _check(meta, problems)
-    return Listed(meta, str(meta.parent) if root is None else root, rows,
-                  functools.partial(_instruction, tuple_prompts))
+    return ListedRecords(meta, str(meta.parent) if root is None else root, rows,
+                         functools.partial(_instruction, tuple_prompts))
 
 
 def _meta(path: str, default: str) -> tuple[Path, list[Path]]:

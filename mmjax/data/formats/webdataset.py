@@ -180,7 +180,7 @@ def index(file: str) -> TarIndex:
     return TarIndex(keys, places, {place: problems[key] for place, key in enumerate(samples) if key in problems})
 
 
-def _problem(header: "Header", kind: str, size: int) -> str | None:
+def _problem(header: "TarMember", kind: str, size: int) -> str | None:
     """Returns why a member must not be read; None if it may."""
     name = header.name[:LONGEST_KEY]
     if name.startswith("/") or ".." in name.split("/") or "\0" in name:
@@ -204,7 +204,7 @@ FOLDER, SPARSE, LONG_NAME, LONG_LINK, PAX, PAX_OF_ALL = b"5", b"S", b"L", b"K", 
 PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=\n]+)=")
 
 
-class Header(NamedTuple):
+class TarMember(NamedTuple):
     """A member: its name, its type flag, and the offset and size of its bytes."""
 
     name: str
@@ -213,7 +213,7 @@ class Header(NamedTuple):
     size: int
 
 
-def _headers(archive: IO[bytes], end: int) -> Iterator[Header]:
+def _headers(archive: IO[bytes], end: int) -> Iterator[TarMember]:
     """Yields the members of a tar of `end` bytes. Raises ValueError with the position of an error."""
     position, extra = 0, {}  # pax records of the next member by keyword
     while position < end or not position:
@@ -253,7 +253,7 @@ def _headers(archive: IO[bytes], end: int) -> Iterator[Header]:
             kind = SPARSE
         elif kind == FILES[1] and name.endswith("/"):
             kind = FOLDER
-        yield Header(name, kind, start, size)
+        yield TarMember(name, kind, start, size)
         position, extra = start + (0 if kind in EMPTY else _padded(size)), {}
     if position > end:
         raise ValueError("the tar ends within it")
