@@ -12,7 +12,7 @@ import gc
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -159,8 +159,8 @@ def restore(folder, shapes: Mapping[str, Any], only: Callable[[str], bool] = lam
     Raises ValueError naming every parameter that is missing or has another shape, or the folder if it is damaged.
     """
     wanted = {path: shape for path, shape in trees.flatten(shapes).items() if only(path)}
-    stored = metadata(folder)
-    wrong = trees.compare(wanted, {path: stored[path] for path in wanted.keys() & stored.keys()})
+    stored = _stored(folder)
+    wrong = trees.compare(wanted, {path: stored[path][1] for path in wanted.keys() & stored.keys()})
     if wrong:
         raise ValueError(f"{len(wrong)} parameters of the model cannot be read from {folder}:\n  " + "\n  ".join(wrong)
                          + "\nConvert the checkpoint that belongs to this architecture, or change the architecture.")
@@ -169,16 +169,16 @@ def restore(folder, shapes: Mapping[str, Any], only: Callable[[str], bool] = lam
     quantised = {path: shape for path, shape in wanted.items() if isinstance(shape, Int8)}
     plain = {path: shape for path, shape in wanted.items() if path not in quantised}
     try:
-        flat = _restore(folder, plain) if plain else {}
-        if quantised:
-            stored = arrays(folder)
-            flat |= {path: _restore_int8(stored[path], shape) for path, shape in quantised.items()}
+        flat = _restore(folder, plain, _names(stored, plain)) if plain else {}
+        opened = _open(folder, _names(stored, quantised))
+        flat |= {path: _restore_int8(opened[path], shape) for path, shape in quantised.items()}
     except ValueError as error:
         raise ValueError(f"{folder} is damaged; convert or copy it again. {error}") from error
     return trees.unflatten(flat)
 
 
-def _restore(folder, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+def _restore(folder, wanted: Mapping[str, jax.ShapeDtypeStruct], names: Mapping[str, str]) -> dict[str, Any]:
+    """Reads parameters through Orbax. names: {path: name on disk}"""
     first_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def restore_args(shape):
@@ -186,7 +186,6 @@ def _restore(folder, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, An
             restore_type=jax.Array, dtype=shape.dtype, sharding=getattr(shape, "sharding", None) or first_device,
             global_shape=shape.shape)
 
-    names = {path: name for path, (name, _) in _stored(folder).items() if path in wanted}
     wanted = trees.unflatten({names[path]: shape for path, shape in wanted.items()})
     args = ocp.args.PyTreeRestore(wanted, restore_args=jax.tree.map(restore_args, wanted), partial_restore=True)
     with files.ignore_closed_event_loop(), ocp.PyTreeCheckpointer() as checkpointer:
@@ -251,6 +250,15 @@ def arrays(folder) -> dict[str, ts.TensorStore]:
 
     Only for folders that `save` wrote.
     """
-    names = {path: name for path, (name, _) in _stored(folder).items()}
+    stored = _stored(folder)
+    return _open(folder, _names(stored, stored))
+
+
+def _names(stored: Mapping[str, tuple[str, jax.ShapeDtypeStruct]], paths: Iterable[str]) -> dict[str, str]:
+    """Returns `{path: name on disk}` of some paths; `stored` is the result of `_stored`."""
+    return {path: stored[path][0] for path in paths}
+
+
+def _open(folder, names: Mapping[str, str]) -> dict[str, ts.TensorStore]:
     opened = storage.arrays(folder, names.values())
     return {path: opened[name] for path, name in names.items()}
