@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,11 @@ def url_problems(paths: Mapping[str, Any], remote: Sequence[str] = ()) -> list[s
 def require_local(paths: Mapping[str, Any]) -> None:
     """Raises ValueError naming every option whose path is a URL; see `url_problems`."""
     refuse(url_problems(paths))
+
+
+def is_path(annotation: Any) -> bool:
+    """Returns whether a parameter so annotated holds a `Path`, such as `Path | None` or `list[Path]`."""
+    return annotation is Path or any(map(is_path, typing.get_args(annotation)))
 
 
 def refuse(problems: Sequence[str]) -> None:

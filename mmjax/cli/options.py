@@ -4,7 +4,6 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import tyro
@@ -34,7 +33,7 @@ def require_local(command: Callable[..., Any], values: Mapping[str, Any], *texts
     """
     hints, paths = typing.get_type_hints(command, include_extras=True), {}
     for name, hint in hints.items():
-        if name not in values or not (name in texts or _holds_path(hint)):
+        if name not in values or not (name in texts or files.is_path(hint)):
             continue
         option, value = _option_name(name, hint), values[name]
         if isinstance(value, Mapping):  # --media audio FILE text WORDS
@@ -42,10 +41,6 @@ def require_local(command: Callable[..., Any], values: Mapping[str, Any], *texts
         else:
             paths[option] = value
     files.require_local(paths)
-
-
-def _holds_path(hint: Any) -> bool:
-    return hint is Path or any(map(_holds_path, typing.get_args(hint)))
 
 
 def _option_name(name: str, hint: Any) -> str:

@@ -59,7 +59,7 @@ def command(name: str | Family) -> Callable[..., None]:
         given = signature.bind(*args, **kwargs).arguments
         target, replace = _path(given.pop("out")), given.pop("overwrite", False)
         _check_out(target, replace)
-        paths = {name for name, p in signature.parameters.items() if "Path" in str(p.annotation)}
+        paths = {name for name, p in signature.parameters.items() if files.is_path(p.annotation)}
         given = {name: _path(value) if name in paths else value for name, value in given.items()}
         write(family, family.conversion.inspect(**given), target, replace)
 

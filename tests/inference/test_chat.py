@@ -24,6 +24,7 @@ from mmjax.inference import chat
 from mmjax.inference.chat import ChatSettings, Conversation
 from mmjax.inference.loaded import Loaded
 from tests import small, tiny
+from tests.inference.scripted import Scripted
 
 ORIGINAL = {"vicuna": "CONV_VISION_Vicuna0", "llama2": "CONV_VISION_LLama2", "v2": "CONV_VISION_minigptv2"}
 FEW = ChatSettings(max_new_tokens=8)
@@ -240,26 +241,10 @@ def test_answers_of_one_conversation_draw_anew(model):
     assert seeds == [0, 1, 2]
 
 
-class Telling:
-    """The model, but its answers are these pieces; an exception among them is raised."""
-
-    def __init__(self, model, *pieces):
-        self.model, self.pieces = model, pieces
-
-    def __getattr__(self, name):
-        return getattr(self.model, name)
-
-    def stream(self, sample, **settings):
-        for piece in self.pieces:
-            if isinstance(piece, BaseException):
-                raise piece
-            yield piece
-
-
 def test_interrupting_keeps_what_was_said(model):
     talk = Conversation("v2")
     talk.ask("What?")
-    answer = chat.reply(Telling(model, "A ", "large ", "dog."), talk, FEW)
+    answer = chat.reply(Scripted(model, "A ", "large ", "dog."), talk, FEW)
     assert [next(answer), next(answer)] == ["A ", "large "]
     answer.close()
     assert talk.turns == [chat.Turn("What?", "A large")]
@@ -271,7 +256,7 @@ def test_a_question_without_an_answer_is_taken_back(model, pieces):
     show(model, talk, IMAGES[0])
     talk.ask("What?")
     try:
-        list(chat.reply(Telling(model, *pieces), talk, FEW))
+        list(chat.reply(Scripted(model, *pieces), talk, FEW))
     except KeyboardInterrupt:
         pass
     assert talk.turns == [] and len(talk.images) == 1
@@ -281,7 +266,7 @@ def test_a_question_without_an_answer_is_taken_back(model, pieces):
 def test_only_the_assistants_last_words_are_kept_as_in_the_original(model, template, answer):
     talk = Conversation(template)
     talk.ask("What?")
-    list(chat.reply(Telling(model, "Human: x Assist", "ant: A cat. "), talk, FEW))
+    list(chat.reply(Scripted(model, "Human: x Assist", "ant: A cat. "), talk, FEW))
     assert talk.turns[0].answer == answer
 
 
@@ -382,7 +367,7 @@ def test_a_pipe_of_questions_makes_a_line_for_each(monkeypatch, capsys, tmp_path
 
 def test_an_interrupted_answer_does_not_end_the_program(monkeypatch, capsys):
     answers = iter([["Some ", "words ", KeyboardInterrupt()], ["Other words."]])
-    monkeypatch.setattr(Loaded, "stream", lambda self, sample, **_: Telling(self, *next(answers)).stream(sample))
+    monkeypatch.setattr(Loaded, "stream", lambda self, sample, **_: Scripted(self, *next(answers)).stream(sample))
     call(monkeypatch, ["One?", "Two?"])
     assert capsys.readouterr().out.splitlines() == ["Some words ", "Other words."]
 

@@ -23,6 +23,7 @@ from mmjax.inference.chat import ChatSettings
 from mmjax.inference.uploads import Uploads
 from mmjax.inference.web import Handlers, Page
 from tests import small
+from tests.inference.scripted import Scripted
 
 FEW = ChatSettings(max_new_tokens=8)
 KNOBS = (0.0, 1, 0.9, 8)  # temperature, beams, top-p, longest answer
@@ -40,20 +41,7 @@ def uploads(tmp_path):
 
 @pytest.fixture
 def does(model, uploads):
-    return Handlers(Telling(model, "A ", "<p>large</p> ", "dog & cat."), Page("small", "vicuna", FEW), uploads)
-
-
-class Telling:
-    """The model, but its answers are these pieces."""
-
-    def __init__(self, model, *pieces):
-        self.model, self.pieces = model, pieces
-
-    def __getattr__(self, name):
-        return getattr(self.model, name)
-
-    def stream(self, sample, **settings):
-        yield from self.pieces
+    return Handlers(Scripted(model, "A ", "<p>large</p> ", "dog & cat."), Page("small", "vicuna", FEW), uploads)
 
 
 def sent(uploads, name, data, visitor="anna"):
@@ -221,7 +209,7 @@ def test_examples_are_scenes_of_the_models_world(model, uploads):
 
 
 def test_a_template_without_memory_shows_what_the_next_question_is_about(model, uploads):
-    does = Handlers(Telling(model, "Yes."), Page("small", "plain", FEW), uploads)
+    does = Handlers(Scripted(model, "Yes."), Page("small", "plain", FEW), uploads)
     visit = does.visit()
     does.take_images([uploaded(uploads, "1.jpg"), uploaded(uploads, "2.jpg")], visit)
     list(does.answer("What?", visit, *KNOBS))

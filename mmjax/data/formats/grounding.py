@@ -83,30 +83,47 @@ def instances(file: Path) -> tuple[dict[int, Any], dict[int, Any]]:
     return images, boxes
 
 
+def read_references(file: Path, train: bool) -> tuple[list[tuple[Any, Any]], dict[int, Any], dict[int, Any]]:
+    """Returns ((reference, sentence) of each sentence, images by id, boxes by id) of a `refs(SPLITTER).p`.
+
+    train: whether to return the references of the split `train`, or all others. An invalid reference is returned once
+           with the sentence None: `reference_ids` raises for it
+
+    Raises the errors of `instances` and `plain_pickle`.
+    """
+    images, boxes = instances(file)
+    rows: list[tuple[Any, Any]] = []
+    for ref in plain_pickle(file):
+        if not (isinstance(ref, dict) and isinstance(ref.get("sentences"), list) and ref["sentences"]):
+            rows.append((ref, None))
+        elif (ref.get("split") == "train") == train:
+            rows += [(ref, sentence) for sentence in ref["sentences"]]
+    return rows, images, boxes
+
+
+def reference_ids(ref: Any, images: dict[int, Any], boxes: dict[int, Any]) -> tuple[int, int]:
+    """Returns the ids of a reference's image and box. Raises ValueError if it, or the file of boxes, lacks one."""
+    field(ref, "sentences", list)
+    key, box = field(ref, "image_id", int), field(ref, "ann_id", int)
+    if key not in images or box not in boxes:
+        raise ValueError(f"instances.json has no image {key}, or no box {box}")
+    return key, box
+
+
 def _references(path: str, root: str | None, inverse: bool) -> Sequence[Record]:
     file = the_file(path, "refs(*).p", "RefCOCO's refs(SPLITTER).p")
     if file.suffix == ".json":
         rows = read_json(file, list, expected='a list of {"img_id", "sents", "bbox", "height", "width"}')
         return RowRecords(file, image_root(file, root), rows, functools.partial(_evaluation, inverse))
     root = str(file.absolute().parent.parent) if root is None else root
-    images, boxes = instances(file)
-    rows = []  # an invalid reference is kept as one row, whose problem names it
-    for ref in plain_pickle(file):
-        if isinstance(ref, dict) and isinstance(ref.get("sentences"), list) and ref["sentences"]:
-            if ref.get("split") == "train":
-                rows += [(ref, sentence) for sentence in ref["sentences"]]
-        else:
-            rows.append((ref, None))
+    rows, images, boxes = read_references(file, train=True)
     return RowRecords(file, root, rows, functools.partial(_reference, images, boxes, inverse))
 
 
 def _reference(images: dict[int, Any], boxes: dict[int, Any], inverse: bool, root: str, name: str, number: int,
                row: tuple[Any, Any]) -> Record:
     ref, sentence = row
-    field(ref, "sentences", list)
-    key, box = field(ref, "image_id", int), field(ref, "ann_id", int)
-    if key not in images or box not in boxes:
-        raise ValueError(f"instances.json has no image {key}, or no box {box}")
+    key, box = reference_ids(ref, images, boxes)
     size, bbox = images[key], field(boxes[box], "bbox", list)
     box = box_text(bbox, field(size, "width", int, float), field(size, "height", int, float))
     return _record(name, number, image_path(root, coco_name(SPLIT, key)), caption_text(sentence, "raw"), box, inverse)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from mmjax.data.formats.grounding import SPLIT, instances, plain_pickle
+from mmjax.data.formats.grounding import SPLIT, read_references, reference_ids
 from mmjax.data.formats.record import clean_caption
 from mmjax.data.formats.rows import caption_text, coco_name, field, image_root, read_json, shown, the_file
 from mmjax.evaluate.benchmarks.items import Item, check_template, find_image, items, to_sample
@@ -30,23 +30,14 @@ def refer(path: str, root: str | None = None, prompt: str | None = None) -> list
         root = image_root(file, root)
         return items(file, root, rows, functools.partial(_evaluation, root, prompt))
     root = str(file.absolute().parent.parent) if root is None else root
-    images, boxes = instances(file)
-    rows = []  # a reference that is not as expected stays one row, so that it is named
-    for ref in plain_pickle(file):
-        if not (isinstance(ref, dict) and isinstance(ref.get("sentences"), list) and ref["sentences"]):
-            rows.append((ref, None))
-        elif ref.get("split") != "train":
-            rows += [(ref, sentence) for sentence in ref["sentences"]]
+    rows, images, boxes = read_references(file, train=False)
     return items(file, root, rows, functools.partial(_reference, root, images, boxes, prompt))
 
 
 def _reference(root: str, images: dict[int, Any], boxes: dict[int, Any], prompt: str, number: int,
                row: tuple[Any, Any]) -> Item:
     ref, sentence = row
-    field(ref, "sentences", list)
-    key, box = field(ref, "image_id", int), field(ref, "ann_id", int)
-    if key not in images or box not in boxes:
-        raise ValueError(f"instances.json has no image {key}, or no box {box}")
+    key, box = reference_ids(ref, images, boxes)
     expression = clean_caption(caption_text(sentence, "raw"))
     if not expression:
         raise ValueError("nothing but punctuation in the expression")
