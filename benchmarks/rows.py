@@ -50,9 +50,9 @@ def table(rows: Sequence[Row]) -> Table:
     for row in rows:
         style = "" if row.ratio is None or row.target is None else "green" if row.ratio >= row.target else "red"
         result.add_row(row.name, row.unit, number(row.ours), number(row.theirs),
-                     "" if row.ratio is None else f"[{style or 'default'}]{row.ratio:.2f}[/]",
-                     pair(row.ceiling, lambda share: f"{share:.0%}"),
-                     pair(row.memory, lambda size: f"{size / 1e9:.2f} GB"), row.note)
+                       "" if row.ratio is None else f"[{style or 'default'}]{row.ratio:.2f}[/]",
+                       pair(row.ceiling, lambda share: f"{share:.0%}"),
+                       pair(row.memory, lambda size: f"{size / 1e9:.2f} GB"), row.note)
     return result
 
 

@@ -48,7 +48,7 @@ def _bound(cfg: Any, feature: int) -> imagebind_llm.ImageBindLLMConfig:
     """Returns an ImageBind-LLM config for cached features: only the smallest tower, and gates on every layer."""
     towers = imagebind.ImageBindConfig(imagebind.TINY.vision, None, None, None, None, None, feature)
     return imagebind_llm.ImageBindLLMConfig(towers, bind.BindConfig(feature, cfg.dim, 4 * cfg.dim),
-                                dataclasses.replace(cfg, injection="head"), query_layers=cfg.depth)
+                                            dataclasses.replace(cfg, injection="head"), query_layers=cfg.depth)
 
 
 _LLAMA = llama.LlamaConfig(depth=12, dim=768, heads=12, kv_heads=12, head_dim=64, hidden=2_048)
@@ -56,7 +56,7 @@ SIZES = {size.name: size for size in (
     Size(
         "small",
         minigpt4.MiniGPT4Config(eva_vit.VitConfig(dim=384, depth=12, heads=6, hidden=1_536),
-                        qformer.QFormerConfig(dim=384, depth=6, heads=6, hidden=1_536), _LLAMA),
+                                qformer.QFormerConfig(dim=384, depth=6, heads=6, hidden=1_536), _LLAMA),
         _bound(_LLAMA, 1_024), rows=8, length=128, dtype="float32", pack_length=512, pack_rows=5, pack_images=4,
         matmul=2_048, stream=2**28, turns=5),
     Size(

@@ -18,7 +18,7 @@ from mmjax.inference import predictions  # noqa: E402
 from tests import small  # noqa: E402
 
 ASKS = [predictions.Request(str(n), mmjax.Sample(images=[scenes.draw(scene)], prompt="What is it? " * (1 + n % 2)),
-                        ("red", "a large green star", "no")[:2 + n % 2])
+                            ("red", "a large green star", "no")[:2 + n % 2])
         for n, scene in enumerate(scenes.scenes("train", 5))]
 
 

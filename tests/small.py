@@ -22,7 +22,7 @@ def checkpoint() -> Path:
     """The reference set's MiniGPT-4, converted (images of 56 pixels, vocabulary 600)."""
     ckpt, out = GOLDEN / "ckpt", Path(_folder().name) / "checkpoint [1]"  # a name that is a pattern, too
     write.command("minigpt4")(ckpt / "eva_vit.pth", ckpt / "llama_hf", out, qformer=ckpt / "blip2_pretrained.pth",
-                     projector=ckpt / "minigpt4_proj.pth", arch=GOLDEN / "model_sizes.json")
+                              projector=ckpt / "minigpt4_proj.pth", arch=GOLDEN / "model_sizes.json")
     return out
 
 

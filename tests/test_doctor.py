@@ -36,7 +36,7 @@ def scenes() -> Path:
     """MiniGPT-4 on the shipped towers, which were trained; its projector was not."""
     out = Path(_folder().name) / "scenes"
     write.command("minigpt4")(SHIPPED / "eva_vit.pth", SHIPPED / "llama", out, qformer=SHIPPED / "blip2_pretrained.pth",
-                     arch=SHIPPED / "arch.json")
+                              arch=SHIPPED / "arch.json")
     return out
 
 
@@ -45,7 +45,7 @@ def minigpt_v2() -> Path:
     """The reference set's, with LoRA and without Q-Former."""
     ckpt, out = small.GOLDEN / "ckpt", Path(_folder().name) / "v2"
     write.command("minigpt4")(ckpt / "eva_vit.pth", ckpt / "llama_hf", out, projector=ckpt / "minigpt_v2.pth",
-                     lora=ckpt / "minigpt_v2.pth", arch=small.GOLDEN / "model_sizes.json")
+                              lora=ckpt / "minigpt_v2.pth", arch=small.GOLDEN / "model_sizes.json")
     return out
 
 
@@ -57,7 +57,7 @@ def imagebind_llm() -> Path:
     torch_file.save(towers, {key: value for key, value in released.tensors(golden / "imagebind.pth").items()
                              if key.split(".")[1] in kept})
     write.command("imagebind_llm")(towers, golden / "llama_meta", out, adapter=golden / "adapter.pth",
-                          arch=golden / "config.json")
+                                   arch=golden / "config.json")
     return out
 
 

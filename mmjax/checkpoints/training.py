@@ -274,8 +274,8 @@ class Checkpoints:
             self._remove_leftovers()  # makes room; what is still being written is removed when the run resumes
             saved = f"Those of steps {self.steps} are complete" if self.steps else "None had been saved before"
             raise SaveError(f"The checkpoint of step {step} could not be saved in {self.folder}: "
-                           f"{storage.explained(error.__cause__ or error)}\n{saved}. Make sure that the folder can be "
-                           "written and has room; the same command then resumes the run.") from error
+                            f"{storage.explained(error.__cause__ or error)}\n{saved}. Make sure that the folder can be "
+                            "written and has room; the same command then resumes the run.") from error
 
     def progress(self, step: int | None = None) -> Progress:
         """Returns the progress of the run at `step` (default: the newest).

@@ -70,7 +70,7 @@ class EvaluateOptions:
     def given(self, names: Iterable[str]) -> list[str]:
         """Returns the names of those options whose values are not the defaults."""
         changed = {field.name: getattr(owner, field.name) != field.default for owner in (self, self.decoding)
-                 for field in dataclasses.fields(owner)}
+                   for field in dataclasses.fields(owner)}
         return [name for name in names if changed[name]]
 
 

@@ -241,7 +241,7 @@ class AbstractStep:
         trained, frozen = trees.split(params, trees.mask(params, spec.trained))
         optimizer = optim.optimizer(config.optim)
         return AbstractStep(spec.module, steps.train_step(spec.module, optimizer),
-                    _state(trained, optimizer, config.seed, mesh), frozen, batch_of(config, spec, length), mesh)
+                            _state(trained, optimizer, config.seed, mesh), frozen, batch_of(config, spec, length), mesh)
 
     @property
     def held(self) -> dict[str, int]:
@@ -393,7 +393,7 @@ def show(made: Plan, console: Console) -> None:
                   f"{sizes['frozen']:,} frozen", highlight=False)
     console.print(f"on {made.topology}, {math.prod(made.mesh.values())} device(s) ({mesh}); batch {made.rows} x "
                   f"{made.length} tokens; " + ("not compiled" if made.compiled is None else
-                                              f"compiled in {made.compiled:.0f} s"), highlight=False)
+                                               f"compiled in {made.compiled:.0f} s"), highlight=False)
     for note in made.notes:
         console.print(note, highlight=False)
     for title, table in (_memory_table(made.memory), _flops_table(made.flops), *_traffic_tables(made)):

@@ -265,7 +265,7 @@ def _check(samples: Sequence[Sample], text: TextConfig, image_tokens: int) -> No
         if count != len(sample.images) and (count or image_tokens and whole):  # without a prompt: stage 1
             mismatched.append(f"row {row}: {count} {PLACEHOLDER} for {len(sample.images)} images in {whole!r}")
         mismatched += [f"row {row}: {PLACEHOLDER} in a later question, {question!r}"
-                  for question in later if PLACEHOLDER in question]
+                       for question in later if PLACEHOLDER in question]
     messages = []
     if unfit:
         messages.append("These rows do not fit the text settings:\n  " + "\n  ".join(unfit))

@@ -67,7 +67,7 @@ PRESETS = {
     "imagebind-llm-7b": ImageBindLLMConfig(),
     "imagebind-llm-7b-token": ImageBindLLMConfig(llm=dataclasses.replace(LLAMA_7B, injection="layer")),
     "tiny": ImageBindLLMConfig(imagebind.TINY, bind.BindConfig(imagebind.TINY.out, llama.TINY.dim, 24),
-                   dataclasses.replace(llama.TINY, injection="head"), query_layers=1),
+                               dataclasses.replace(llama.TINY, injection="head"), query_layers=1),
 }
 AXES = (
     *prefixed("imagebind", imagebind.AXES),

@@ -72,7 +72,7 @@ PRESETS = {
     "llama-adapter-7b": LlamaAdapterConfig(),
     "llama-adapter-v2-7b": LlamaAdapterConfig(query_layers=31, clip=CLIP_VIT_L14, visual=VISUAL_7B),
     "tiny": LlamaAdapterConfig(dataclasses.replace(llama.TINY, injection="head"), query_layers=1, query_len=3,
-                   clip=clip.TINY, visual=visual.TINY),
+                               clip=clip.TINY, visual=visual.TINY),
 }
 AXES = (
     *prefixed("clip", clip.AXES),

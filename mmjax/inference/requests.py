@@ -160,7 +160,7 @@ def _parse(root: str, number: int, line: bytes) -> Request:
     if (count := prompt.count(PLACEHOLDER)) not in (0, len(names)):
         raise ValueError(f"{count} {PLACEHOLDER} in the prompt for {len(names)} images")
     return Request(name, Sample(images=[image_path(root, each) for each in names], media=_media(root, row),
-                            weights=_weights(row), prompt=prompt))
+                                weights=_weights(row), prompt=prompt))
 
 
 def _id(row: dict[str, Any]) -> str:

@@ -39,7 +39,7 @@ def arrays():
 @pytest.fixture
 def folder(tmp_path):
     frozen_weights.save(tmp_path / "weights",
-                 {path: Sliced(array, 1 if path == "vit/w" else len(array)) for path, array in arrays().items()})
+                        {path: Sliced(array, 1 if path == "vit/w" else len(array)) for path, array in arrays().items()})
     return tmp_path / "weights"
 
 

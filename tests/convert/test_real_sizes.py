@@ -155,7 +155,7 @@ def test_release_is_recognised_and_fills_the_model(released, preset):
     released.place({"pytorch_model.bin": unread(language_model(LLAMA_CONFIGS[size]), np.float16)}, folder)
 
     write.command("minigpt4")(vit, folder, released.folder / "out", projector=checkpoint,
-                     qformer=qformer if has_qformer else None, lora=checkpoint if has_lora else None)
+                              qformer=qformer if has_qformer else None, lora=checkpoint if has_lora else None)
 
     card = json.loads((released.folder / "out" / "config.json").read_text())
     assert config_from_dict(MiniGPT4Config, card["architecture"]) == PRESETS[preset]
@@ -225,7 +225,7 @@ def expected_llm(size, phase):
     if size == "7b":
         return imagebind_llm.with_phase(imagebind_llm.PRESETS["imagebind-llm-7b"], phase)
     base = imagebind_llm.ImageBindLLMConfig(bind=BindConfig(1_024, 5_120, 20_480),
-                                llm=dataclasses.replace(LLAMA_13B, injection="head"))
+                                            llm=dataclasses.replace(LLAMA_13B, injection="head"))
     return imagebind_llm.with_phase(base, phase)
 
 

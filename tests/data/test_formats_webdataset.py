@@ -197,7 +197,7 @@ def test_many_tars(tmp_path):
 @pytest.mark.parametrize(("path", "expected"), [
     ("a.tar", ["a.tar"]), ("{08..11}.tar", ["08.tar", "09.tar", "10.tar", "11.tar"]), ("{3..3}", ["3"]),
     ("{a,b}/{0..1}.tar", ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar"]), ("gs://b/{0..1}.tar",
-                                                                        ["gs://b/0.tar", "gs://b/1.tar"])])
+                                                                         ["gs://b/0.tar", "gs://b/1.tar"])])
 def test_braces(path, expected):
     assert shards(path) == expected
 

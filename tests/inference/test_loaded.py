@@ -241,7 +241,7 @@ def mixing(tmp_path_factory):
     """The reference set's ImageBind-LLM."""
     golden, out = small.GOLDEN.parent / "imagebind_llm", tmp_path_factory.mktemp("imagebind_llm") / "checkpoint"
     write.command("imagebind_llm")(golden / "imagebind.pth", golden / "llama_meta", out, adapter=golden / "adapter.pth",
-                          arch=golden / "config.json", words=golden / "bpe_tiny.txt.gz")
+                                   arch=golden / "config.json", words=golden / "bpe_tiny.txt.gz")
     return mmjax.load(out, dtype="float32")
 
 

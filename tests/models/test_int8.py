@@ -193,7 +193,7 @@ def test_restoring_quantises_what_is_stored(tmp_path, monkeypatch, slice_bytes):
     frozen_weights.save(tmp_path / "weights", {"w": Sliced(w, 1), "b": Sliced(w[0], 8)})
     place = jax.sharding.NamedSharding(mesh(), jax.sharding.PartitionSpec(None, "fsdp", "tensor"))
     found = frozen_weights.restore(tmp_path / "weights", {"w": int8.shapes(w.shape, place, (1,)),
-                                                   "b": jax.ShapeDtypeStruct(w.shape[1:], jnp.float32)})
+                                                          "b": jax.ShapeDtypeStruct(w.shape[1:], jnp.float32)})
     expected = int8.quantise(jnp.asarray(w), (1,))
     jax.tree.map(np.testing.assert_array_equal, found, {"w": expected, "b": w[0].astype(np.float32)})
     assert found["w"].values.sharding.is_equivalent_to(place, 3)

@@ -32,7 +32,7 @@ def converted(files: tuple[str, ...], raw_gates: bool = False) -> Loaded:
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "converted"
         write.command("llama_adapter")(llama, out, adapter=own, clip=clip[0] if clip else None, raw_gates=raw_gates,
-                              arch=golden.folder() / "config.json")
+                                       arch=golden.folder() / "config.json")
         return load(out, dtype="float32")
 
 

@@ -67,7 +67,7 @@ def imagebind(tmp_path_factory):
     """(config, folder of its features): images, and among them text alone."""
     folder = tmp_path_factory.mktemp("imagebind")
     write.command("imagebind_llm")(GOLDEN / "imagebind.pth", GOLDEN / "llama_meta", folder / "base",
-                          adapter=GOLDEN / "adapter_pretrain.pth", arch=GOLDEN / "config.json")
+                                   adapter=GOLDEN / "adapter_pretrain.pth", arch=GOLDEN / "config.json")
     data = folder / "asked"
     scenes.write_finetune(data, scenes.scenes("train", 3, most=1))
     asked = json.loads((data / "finetune.json").read_text())[::3]
@@ -87,7 +87,7 @@ def imagebind(tmp_path_factory):
 def llama_adapter(folder):
     data = GOLDEN / "cases" / "adapter_v2"
     write.command("llama_adapter")(GOLDEN / "llama_meta", folder / "base", adapter=data / "adapter_v2.pth",
-                          clip=data / "clip_visual.pth", arch=GOLDEN / "config.json")
+                                   clip=data / "clip_visual.pth", arch=GOLDEN / "config.json")
     weights = WeightsConfig(checkpoint=str(folder / "base"), dtype="float32")
     return small.run_config(folder / "run", weights=weights)
 

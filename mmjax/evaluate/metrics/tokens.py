@@ -17,7 +17,8 @@ captions what it does, in one pass of one expression:
 
 It differs where the program looks into the next caption, and on rare things: telephone numbers, some smileys, scripts
 that combine marks, two words with a space missing between them. Of 10,000 generated captions full of traps none came
-out otherwise, of 4,000 with spaces missing 16; tests/metrics/reference.json has what the program made of some hundred.
+out otherwise, of 4,000 with spaces missing 16; tests/evaluate/metrics/reference.json has what the program made of some
+hundred.
 """
 
 import html
