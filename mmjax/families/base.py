@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
+from rich.console import Console
 
 from mmjax import trees
 from mmjax.batch import Batch
@@ -26,6 +27,7 @@ from mmjax.convert.tables import Entry, SourceCheckpoint
 from mmjax.models import pixels
 
 NUMBER = "{i}"  # the number of a layer in the names of a `Stage`
+console = Console(stderr=True, markup=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,12 +244,14 @@ class Family:
 
 
 class _Registry(Mapping[str, Family]):
-    """The families by name. Families of other packages are imported at the first lookup of an unknown name."""
+    """The families by name. Families of other packages are imported when an unknown name is looked up for the first
+    time, or when the families are listed."""
 
     GROUP = "mmjax.families"
 
     def __init__(self):
         self._known: dict[str, Family] = {}
+        self._imported = False
 
     def add(self, family: Family) -> None:
         known = self._known.get(family.name)
@@ -269,15 +273,25 @@ class _Registry(Mapping[str, Family]):
         return self._known[name]
 
     def _import_entry_points(self) -> None:
+        if self._imported:
+            return
+        self._imported = True
         for point in importlib.metadata.entry_points(group=self.GROUP):
-            loaded = point.load()
-            if isinstance(loaded, Family):
-                self.add(loaded)
+            try:
+                loaded = point.load()
+                if isinstance(loaded, Family):
+                    self.add(loaded)
+            except Exception as error:  # of the other package, whatever it does when it is imported
+                console.print(f"The family of {point.value} (entry-point group {self.GROUP!r}) is not available: "
+                              f"{type(error).__name__}: {error}. Repair or uninstall the package that names it.",
+                              highlight=False, soft_wrap=True)
 
     def __iter__(self) -> Iterator[str]:
+        self._import_entry_points()
         return iter(self._known)
 
     def __len__(self) -> int:
+        self._import_entry_points()
         return len(self._known)
 
 

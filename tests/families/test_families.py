@@ -36,6 +36,7 @@ def test_unknown_fields_are_named_with_their_place():
 def registry(monkeypatch):
     """The registry, which afterwards knows what it knew before."""
     monkeypatch.setattr(FAMILIES, "_known", dict(FAMILIES.items()))
+    monkeypatch.setattr(FAMILIES, "_imported", False)
     return FAMILIES
 
 
@@ -72,6 +73,19 @@ def test_families_of_installed_packages_are_imported_when_they_are_asked_for(reg
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points if group == "mmjax.families" else [])
     assert find("llama").name == "llama" and not loaded
     assert find("first").name == "first" and len(loaded) == 2
+
+
+def test_families_of_installed_packages_are_listed_and_one_that_fails_is_named(registry, monkeypatch, capsys):
+    def fail():
+        raise ImportError("No module named 'torch'")
+
+    points = [types.SimpleNamespace(load=fail, value="broken.family"),
+              types.SimpleNamespace(load=lambda: other("second"), value="second:FAMILY")]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points)
+    assert "second" in list(registry) and len(registry) == len(list(registry))
+    lines = capsys.readouterr().err.splitlines()  # once, however often they are listed
+    assert lines == ["The family of broken.family (entry-point group 'mmjax.families') is not available: ImportError: "
+                     "No module named 'torch'. Repair or uninstall the package that names it."]
 
 
 def test_rules_of_a_run_a_phase_or_the_family():
