@@ -18,7 +18,7 @@ from mmjax.models import int8  # noqa: E402
 from mmjax.models.int8 import Int8  # noqa: E402
 from mmjax.training import optim, steps  # noqa: E402
 from tests import small, tiny  # noqa: E402
-from tests.models.test_int8 import held, test_restoring_quantises_what_is_stored  # noqa: E402, F401
+from tests.models.test_int8 import MATRICES, held, test_restoring_quantises_what_is_stored  # noqa: E402, F401
 
 ADAMW = optim.optimizer(OptimConfig(init_lr=1e-3, min_lr=1e-3, warmup_steps=0))
 MODULE = minigpt4.MiniGPT4(tiny.MINIGPT4)
@@ -30,7 +30,7 @@ def on(mesh, flat):
     def put(path, leaf):
         if not isinstance(leaf, Int8):
             return jax.device_put(leaf, places[path])
-        wanted = int8.shapes(leaf.shape, places[path], int8.summed(path, leaf.values.ndim))
+        wanted = int8.shapes(leaf.shape, places[path], int8.summed(path, leaf.values.ndim, MATRICES))
         return jax.tree.map(lambda part, shape: jax.device_put(part, shape.format), leaf, wanted)
 
     return trees.unflatten({path: put(path, leaf) for path, leaf in flat.items()})

@@ -12,7 +12,7 @@ LEVELS = (
     {"files"},
     {"batch", "compilation", "config", "tokenizer", "trees"},
     {"sharding", "models.pixels", "models.int8", "models.senses"},
-    {"models.layers"},
+    {"models.layers", "models.language_model"},
     {"models"},
     {"convert"},  # readers of weight files, tables, and one module a source of weights
     {"families"},

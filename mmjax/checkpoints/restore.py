@@ -43,11 +43,16 @@ class ModelSpec:
     def module(self) -> nn.Module:
         return self.source.family.Model(self.source.config, jnp.dtype(self.dtype), self.remat)
 
+    @property
+    def matrices(self) -> int8.Matrices:
+        """The matrices that can be stored as int8."""
+        return self.source.family.all_matrices(self.source.config)
+
     def param_dtype(self, path: str) -> Any:
-        """Returns float32 for trained parameters, int8 for frozen ones of `int8.MATRICES` if enabled, else `dtype`."""
+        """Returns float32 for trained parameters, int8 for frozen ones of `matrices` if enabled, else `dtype`."""
         if trees.matches(path, self.trained):
             return jnp.float32
-        quantised = self.frozen_dtype == "int8" and path not in self.exact and int8.holds(path)
+        quantised = self.frozen_dtype == "int8" and path not in self.exact and int8.holds(path, self.matrices)
         return jnp.int8 if quantised else jnp.dtype(self.dtype)
 
     def param_specs(self, only: Callable[[str], bool] = lambda path: True) -> dict[str, Any]:
@@ -57,7 +62,7 @@ class ModelSpec:
         """
         every = shapes(self.source.family, self.source.config)
         shardings = sharding.shardings(every, self.source.family.all_axes(self.source.config), self.mesh)
-        return {path: param_spec(path, shape.shape, self.param_dtype(path), shardings[path])
+        return {path: self._param_spec(path, shape.shape, shardings[path])
                 for path, shape in every.items() if only(path)}
 
     def restore(
@@ -86,24 +91,25 @@ class ModelSpec:
             raise ValueError("The trained parameters are of another model:\n  " + "\n  ".join(wrong))
         flat = trees.flatten(frozen_weights.restore(
             source.folder / "weights", specs, only=lambda path: path not in trained and path not in fresh))
-        flat |= {path: jax.device_put(_cast(path, leaf, specs[path]), formats[path])
+        flat |= {path: jax.device_put(self._cast(path, leaf, specs[path]), formats[path])
                  for path, leaf in trained.items() if only(path)}
 
         def init() -> dict[str, jax.Array]:
             params = trees.flatten(initial(source.family, source.config)(jax.random.key(init_fresh)))
-            return {path: _cast(path, params[path], specs[path]) for path in fresh}
+            return {path: self._cast(path, params[path], specs[path]) for path in fresh}
 
         if fresh:
             flat |= jax.jit(init, out_shardings={path: formats[path] for path in fresh})()
         return trees.unflatten(flat)
 
+    def _param_spec(self, path: str, shape: tuple[int, ...], sharding: Any) -> Any:
+        """Returns the spec of a parameter on the devices: `jax.ShapeDtypeStruct`, or an `Int8` of two."""
+        dtype = self.param_dtype(path)
+        if jnp.dtype(dtype) == jnp.int8:
+            return int8.shapes(shape, sharding, int8.summed(path, len(shape), self.matrices))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-def param_spec(path: str, shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
-    """Returns the spec of a parameter on the devices: `jax.ShapeDtypeStruct`, or an `Int8` of two."""
-    if jnp.dtype(dtype) == jnp.int8:
-        return int8.shapes(shape, sharding, int8.summed(path, len(shape)))
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-
-def _cast(path: str, leaf: jax.Array, spec: Any) -> Any:
-    return int8.quantise(leaf, int8.summed(path, leaf.ndim)) if isinstance(spec, Int8) else leaf.astype(spec.dtype)
+    def _cast(self, path: str, leaf: jax.Array, spec: Any) -> Any:
+        if isinstance(spec, Int8):
+            return int8.quantise(leaf, int8.summed(path, leaf.ndim, self.matrices))
+        return leaf.astype(spec.dtype)

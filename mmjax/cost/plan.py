@@ -239,7 +239,7 @@ class AbstractStep:
         spec = run.model_spec(config, source, mesh)
         params = trees.unflatten(spec.param_specs(run.loaded_by(config, source.family)))
         trained, frozen = trees.split(params, trees.mask(params, spec.trained))
-        optimizer = optim.optimizer(config.optim)
+        optimizer = optim.optimizer(config.optim, source.config.llm)
         return AbstractStep(spec.module, steps.train_step(spec.module, optimizer),
                             _state(trained, optimizer, config.seed, mesh), frozen, batch_of(config, spec, length), mesh)
 

@@ -72,7 +72,12 @@ class Collator:
     def tokenize(self, sample: Sample) -> Tokenized:
         """Tokenises a sample. Raises ValueError naming what the model or the text settings do not support."""
         check_senses([sample], self.config)
-        return text.tokenize([sample], self.tokenizer, self.text, self.config.image_tokens)[0]
+        tokenized = text.tokenize([sample], self.tokenizer, self.text, self.config.image_tokens)[0]
+        llm = self.config.llm
+        if llm.learned_positions and tokenized.length > llm.max_positions:
+            raise ValueError(f"This sample has {tokenized.length} tokens, images included, but the language model has "
+                             f"{llm.max_positions} positions. Shorten its text, or lower text.max_txt_len.")
+        return tokenized
 
     def image(self, image: Any, random: np.random.Generator | None) -> np.ndarray:
         """Returns uint8[S,S,3], float32[3,S,S] for a normalised image, or the image's feature.

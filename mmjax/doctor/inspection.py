@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mmjax.checkpoints.converted import ConvertedCheckpoint
 from mmjax.convert.adapter import REPLACED
 from mmjax.doctor.finding import Finding, some
 from mmjax.families import shapes
+from mmjax.models.language_model import LanguageModelConfig
 
 SLICE_BYTES = 16 * 2**20  # read at once from a tensor
 
@@ -101,6 +102,15 @@ class Inspection:
 
     def matching(self, pattern: str) -> dict[str, Tensor]:
         return {path: tensor for path, tensor in self.tensors.items() if re.fullmatch(pattern, path)}
+
+    def matching_llm(self, patterns: Sequence[str]) -> dict[str, Tensor]:
+        """Returns the tensors of the language model that match; the patterns are of paths below `llm/`."""
+        return {path: tensor for path, tensor in self.tensors.items()
+                if path.startswith("llm/") and trees.matches(path.removeprefix("llm/"), patterns)}
+
+    @property
+    def llm(self) -> LanguageModelConfig:
+        return self.source.config.llm
 
     def comes_from(self, path: str) -> str:
         """Returns the file that a parameter came from, for a message."""

@@ -136,10 +136,9 @@ def judged(figures: Mapping[str, float], look_at: Sequence[str]) -> tuple[Verdic
 
 def suspects(findings: Sequence[Finding]) -> list[str]:
     """Returns the parameters of the language model that have wrong findings."""
-    named = [finding.figures.get("tensor", (finding.figures.get("tensors") or [""])[0])
-             for finding in findings if finding.verdict == "wrong"]
-    delta = ["llm/layers/attn_norm/scale"] * any((f.name, f.verdict) == ("delta", "wrong") for f in findings)
-    return list(dict.fromkeys([*delta, *(name for name in named if name.startswith("llm/"))]))
+    wrong = sorted((finding for finding in findings if finding.verdict == "wrong"), key=lambda f: f.name != "delta")
+    named = [finding.figures.get("tensor", (finding.figures.get("tensors") or [""])[0]) for finding in wrong]
+    return list(dict.fromkeys(name for name in named if name.startswith("llm/")))
 
 
 def text_rows(texts: Sequence[Sequence[int]], bos: int) -> Batch:
@@ -209,7 +208,14 @@ def images(model: Loaded, inspection: Inspection) -> Iterator[Finding]:
         yield Finding("images", "ok", f"{message}.", figures)
     else:
         yield Finding("images", "warning", f"{message}, which the language model has never seen. The projector belongs "
-                      f"to another language model, or is untrained ({inspection.comes_from('projector/w')}).", figures)
+                      f"to another language model, or is untrained ({inspection.comes_from(_between(inspection))}).",
+                      figures)
+
+
+def _between(inspection: Inspection) -> str:
+    """Returns a parameter between the encoder and the language model, or "" if there is none."""
+    family = inspection.source.family
+    return next((path for path in inspection.read if not path.startswith("llm/") and not family.in_encoder(path)), "")
 
 
 def seeing(model: Loaded) -> Batch | None:

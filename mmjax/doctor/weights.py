@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from mmjax import trees
 from mmjax.convert.vocabulary import DELTA_SCALE
 from mmjax.doctor.finding import Finding, some
 from mmjax.doctor.inspection import Inspection, Moments, StoredRows
@@ -16,7 +17,6 @@ OUTLIER = 30.0  # largest factor between the RMS of a layer's matrix and the med
 SATURATED = 0.999  # of tanh(gate)
 MATRIX = r".*/(w|embedding|pos|cls|query_tokens|query)|query"
 NORM = r".*norm\d?/scale"
-GATE = r"llm/(layers/)?(attn/)?gate"
 LORA_B = r"llm/.*/lora_b"
 
 
@@ -113,17 +113,17 @@ def _layer(inspection: Inspection, path: str, index: int | None) -> np.ndarray:
 
 def delta(inspection: Inspection) -> Iterator[Finding]:
     """Finds a delta in place of the language model: its norm scales are around 0."""
-    scales = {path: inspection.array(path) for path in inspection.matching(r"llm/.*norm/scale")}
+    scales = {path: inspection.array(path) for path in inspection.matching_llm(inspection.llm.norm_scales)}
     if not scales:
         return
     middle = float(np.median(np.concatenate([np.abs(np.atleast_2d(x)).mean(-1) for x in scales.values()])))
     negative = float((np.concatenate([x.reshape(-1) for x in scales.values()]) < 0).mean())
-    figures = {"median norm scale": middle, "negative": negative}
+    figures = {"tensor": next(iter(scales)), "median norm scale": middle, "negative": negative}
     if middle < DELTA_SCALE:
         yield Finding(
             "delta", "wrong", f"The language model is a delta, not a model: the scales of its norms are {middle:.2g} "
             f"in the median ({negative:.0%} of them negative); a model's are 0.1 to 1, and positive. Convert the base "
-            f"model as --llm, and what was given here ({inspection.comes_from('llm/norm/scale')}) as --delta.",
+            f"model as --llm, and what was given here ({inspection.comes_from(figures['tensor'])}) as --delta.",
             figures)
     else:
         yield Finding("delta", "ok", f"The language model is no delta: norm scales are {middle:.2g} in the median, "
@@ -132,10 +132,12 @@ def delta(inspection: Inspection) -> Iterator[Finding]:
 
 def word_vectors(inspection: Inspection) -> Iterator[Finding]:
     """Checks whether the embedding table and the head look trained: the norms of fresh random vectors hardly differ."""
-    for path, axis in (("llm/embedding", 0), ("llm/head/w", 1)):
-        tensor = inspection.tensors.get(path)
-        if tensor is None or tensor.whole.bad or tensor.whole.constant:
+    rules = trees.prefixed("llm", inspection.llm.axes)
+    for path, tensor in inspection.matching("llm/.*").items():
+        axes = trees.lookup(path, rules)
+        if len(axes) != 2 or "vocab" not in axes or tensor.whole.bad or tensor.whole.constant:
             continue
+        axis = axes.index("vocab")
         spread, blank = _spread(inspection.read[path], axis)
         figures = {"tensor": path, "rms": tensor.whole.rms, "spread": spread, "zero words": blank}
         vocab = tensor.shape[axis]
@@ -184,14 +186,14 @@ def never_trained(inspection: Inspection) -> Iterator[Finding]:
 def gates(inspection: Inspection) -> Iterator[Finding]:
     """Checks the gates through which images and prompts reach the language model."""
     cfg = inspection.source.config
-    for path in inspection.matching(GATE):
-        if inspection.tensors[path].whole.bad:
+    for path, tensor in inspection.matching_llm(cfg.llm.gates).items():
+        if tensor.whole.bad:
             continue
         values = np.abs(inspection.array(path))
         values = values.reshape(len(values), -1)
-        if by_head := cfg.llm.injection == "head":
-            values = values[len(values) - cfg.query_layers :]  # the layers below read no prompts
-            values = np.tanh(values) if cfg.llm.gate_tanh else values
+        if cfg.injected_layers is not None:
+            values = values[len(values) - cfg.injected_layers :]
+        values = np.tanh(values) if cfg.llm.tanh_gates else values
         widest = values.max(1)
         closed, figures = int((widest == 0).sum()), {"tensor": path, "widest of each layer": widest.tolist()}
         if closed == len(widest):
@@ -202,7 +204,7 @@ def gates(inspection: Inspection) -> Iterator[Finding]:
         elif closed:
             yield Finding("gates", "warning", f"{closed} of the {len(widest)} layers of {path} that read prompts have "
                           "closed gates (0): they were never trained.", figures)
-        elif by_head and cfg.llm.gate_tanh and (values > SATURATED).mean() > 0.5:
+        elif cfg.llm.tanh_gates and (values > SATURATED).mean() > 0.5:
             yield Finding("gates", "warning", f"More than half of {path} is as wide open as tanh allows, where "
                           "gradients vanish: the learning rate was too high.", figures)
         else:

@@ -24,7 +24,8 @@ from mmjax.batch import Batch
 from mmjax.config import TextConfig
 from mmjax.convert import torch_file
 from mmjax.convert.tables import Entry, SourceCheckpoint
-from mmjax.models import pixels
+from mmjax.models import int8, pixels
+from mmjax.models.language_model import LanguageModelConfig
 
 NUMBER = "{i}"  # the number of a layer in the names of a `Stage`
 console = Console(stderr=True, markup=False)
@@ -76,16 +77,18 @@ class FamilyConfig:
     """Base class of the families' configs. A family's `Config` is a frozen dataclass that inherits this, has a field
     `llm`, and overrides what differs.
 
-    llm:        the language model's config; `llm.build(...)` returns its module, see `mmjax.families.model`
+    llm:        the language model's config, see `mmjax.models.language_model`
     images:     how images are preprocessed; None: the model reads no images
     media:      the encoder of the other senses (`mmjax.models.imagebind.ImageBindConfig`); None: there is none
     injects:    whether the family injects vectors into the layers of the language model, one set per row
+    injected_layers: how many layers, the last ones, read the injection; None: all of them
     """
 
-    llm: Any
+    llm: LanguageModelConfig
     images: ImageSpec | None = None
     media: Any = None
     injects: bool = False
+    injected_layers: int | None = None
 
     @property
     def image_size(self) -> int | None:
@@ -121,10 +124,19 @@ class Stage:
     kind: Literal["encoder", "embedding", "decoder"] = "encoder"
     flatten: tuple[int, int] | None = None
 
+    def __str__(self) -> str:
+        return self.name
+
     def of(self, number: str | int) -> "Stage":
         """Returns the stage of one layer."""
         names = (text.replace(NUMBER, str(number)) for text in (self.name, self.path, self.reads, self.original))
         return Stage(*names, self.kind, self.flatten)
+
+
+LOGITS = Stage("logits", "", "the language model's head", "the output head", "decoder")
+LOSS = Stage("loss", "", "nothing: `targets` against `logits`", "loss")
+EMBEDDING = Stage("embedding", "", "the language model's table, and the slots of soft tokens",
+                  "the input of the first layer", "embedding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +201,7 @@ class Family:
     Config:     frozen dataclass, see `FamilyConfig`
     Model:      `Model(cfg, dtype, remat)`, see `mmjax.families.model.LanguageModel`
     axes:       logical axes of the parameters, without the language model's (`cfg.llm.axes`)
+    matrices:   matrices that can be stored as int8, without the language model's (`cfg.llm.matrices`)
     presets:    configs by name
     example:    `cfg -> Batch` of zeros, to initialize every parameter
     trained:    path rules of the trained parameters, unless a run sets its own
@@ -201,7 +214,8 @@ class Family:
     conversion: how released files are converted; None: there is no conversion
     exports:    parts that can be exported, by name
     replaces:   paths that an adapter may replace in the language model
-    stages:     intermediate results to compare with the original, in the order of computation
+    stages:     intermediate results to compare with the original, in the order of computation. The doctor needs one
+                of kind "embedding" and one named "logits"; without them ValueError
     """
 
     name: str
@@ -210,6 +224,7 @@ class Family:
     axes: tuple[tuple[str, tuple[str, ...]], ...]
     presets: Mapping[str, Any]
     example: Callable[[Any], Batch]
+    matrices: int8.Matrices = int8.MATRICES
     trained: tuple[str, ...] = ()
     phases: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     with_phase: Callable[[Any, str], Any] = lambda cfg, phase: cfg
@@ -219,7 +234,13 @@ class Family:
     conversion: Conversion | None = None
     exports: Mapping[str, Export] = dataclasses.field(default_factory=dict)
     replaces: tuple[str, ...] = ()
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[Stage, ...] = (EMBEDDING, LOGITS, LOSS)
+
+    def __post_init__(self):
+        if not any(stage.kind == "embedding" for stage in self.stages) or LOGITS.name not in map(str, self.stages):
+            raise ValueError(f"The family {self.name} has the stages {', '.join(map(str, self.stages)) or 'none'}; it "
+                             "needs one of kind 'embedding' and one named 'logits', such as `mmjax.families.base."
+                             "EMBEDDING` and `LOGITS`.")
 
     def __str__(self) -> str:
         return self.name
@@ -227,6 +248,10 @@ class Family:
     def all_axes(self, cfg: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
         """Returns `axes` with those of a config's language model."""
         return (*self.axes, *trees.prefixed("llm", cfg.llm.axes))
+
+    def all_matrices(self, cfg: Any) -> int8.Matrices:
+        """Returns `matrices` with those of a config's language model."""
+        return (*self.matrices, *trees.prefixed("llm", cfg.llm.matrices))
 
     def in_encoder(self, path: str) -> bool:
         """Returns whether the parameter at a path is part of the encoder."""

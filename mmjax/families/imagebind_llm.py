@@ -59,6 +59,10 @@ class ImageBindLLMConfig(FamilyConfig):
         return ImageSpec(self.imagebind.vision.image_size, "center_crop") if self.imagebind.vision else None
 
     @property
+    def injected_layers(self) -> int | None:
+        return self.query_layers if self.llm.injection == "head" else None
+
+    @property
     def media(self) -> ImageBindConfig:
         return self.imagebind
 

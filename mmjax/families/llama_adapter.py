@@ -62,6 +62,10 @@ class LlamaAdapterConfig(FamilyConfig):
                              f"only {'clip' if self.clip else 'visual'} is given.")
 
     @property
+    def injected_layers(self) -> int:
+        return self.query_layers
+
+    @property
     def images(self) -> ImageSpec | None:
         """The original reads images with OpenCV and does not reorder the channels: blue is normalised with red's
         mean and deviation and multiplied by red's weights."""

@@ -50,14 +50,12 @@ def _as_in_format1(rng: Any) -> Any:
 class LanguageModel(nn.Module):
     """An encoder and a language model. A family creates its encoder in `setup` and encodes a batch in `encode`.
 
-    The language model is the module that `cfg.llm.build(dtype, remat, scan_layers, transposed_weights)` returns; its
-    parameters are below `llm/`. It has `embed(tokens)`, `__call__(x, positions, mask, cache, start, injection)`,
-    `logits(hidden)` and `empty_cache(rows, length)`, as `mmjax.models.llama.Llama` documents them; its config has
-    `vocab`, `dim`, `depth`, `max_positions` and `axes`.
+    The language model is the module that `cfg.llm.build(...)` returns; its parameters are below `llm/`. The protocol of
+    both is `mmjax.models.language_model`.
 
     dtype: of the activations; parameters of another dtype are cast when they are used
     remat: recompute the layers in the backward pass
-    scan_layers, transposed_weights: of the language model, see `mmjax.models.llama.Llama`
+    scan_layers, transposed_weights: of a language model that `unrolls`; others accept the defaults alone
     """
 
     cfg: Any
@@ -72,8 +70,13 @@ class LanguageModel(nn.Module):
             self.llm.scope.rngs = {name: _as_in_format1(rng) for name, rng in self.llm.scope.rngs.items()}
 
     def _language_model(self, **fields: Any) -> nn.Module:
-        return self.cfg.llm.build(dtype=self.dtype, remat=self.remat, scan_layers=self.scan_layers,
-                                  transposed_weights=self.transposed_weights, **fields)
+        layout = {"scan_layers": self.scan_layers, "transposed_weights": self.transposed_weights}
+        if self.cfg.llm.unrolls:
+            fields |= layout
+        elif layout != {"scan_layers": True, "transposed_weights": False}:
+            raise ValueError(f"{type(self.cfg.llm).__name__} has one layout of its layers: keep scan_layers=True and "
+                             "transposed_weights=False.")
+        return self.cfg.llm.build(dtype=self.dtype, remat=self.remat, **fields)
 
     def encode(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         """Returns (embedded tokens with soft tokens in their slots [B,T,D], injection [L,B,P,D] or None)."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.convert import llama, meta
-from mmjax.families.base import Export, ExportContext, Stage
+from mmjax.families.base import LOSS, Export, ExportContext, Stage
 
 
 def _write_hf(out: Path, tensors: Mapping[str, Any], context: ExportContext) -> None:
@@ -29,5 +29,5 @@ LLM_STAGES = (
           "model.layers.{i} (transformers), layers.{i} (Meta)", "decoder"),
     Stage("llama_norm", "llm/norm", "llm/norm", "model.norm", "decoder"),
     Stage("logits", "", "llm/head (llm/embedding if tied)", "lm_head, output", "decoder"),
-    Stage("loss", "", "nothing: `targets` against `logits`", "loss"),
+    LOSS,
 )

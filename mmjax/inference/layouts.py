@@ -11,13 +11,14 @@ from mmjax.models import int8
 from mmjax.models.layers import transpose_weight
 
 
-def unstack(params: dict[str, Any], transposed: bool = False) -> dict[str, Any]:
+def unstack(params: dict[str, Any], matrices: int8.Matrices, transposed: bool = False) -> dict[str, Any]:
     """Returns parameters for a module with `scan_layers=False`: "llm/layers/attn/q/w" becomes ".../0/attn/q/w" etc.
 
     With a scan, XLA on a CPU copies each layer's weights out of the stack in every step, at a fifth of the speed of
     reading them in place. The unstacked arrays are views of the stacked ones (except a few small ones that are not
     aligned to 64 bytes, as XLA requires), so they take no memory as long as both live equally long.
 
+    matrices:   of the language model, `cfg.llm.matrices`; only read if `transposed`
     transposed: for `transposed_weights=True`: the matrices of the layers and of the head are transposed copies, which
                 take as much memory as the originals and are faster for several rows
 
@@ -32,8 +33,9 @@ def unstack(params: dict[str, Any], transposed: bool = False) -> dict[str, Any]:
               for layer in range(len(stacks[0]))}
     flat = trees.flatten(params | {"llm": llm | {"layers": layers}})
     if transposed:
-        flat |= {path: transpose_weight(leaf, len(int8.summed(path, len(leaf.shape)))) for path, leaf in flat.items()
-                 if path.startswith("llm/") and path.endswith("/w")}
+        below = trees.prefixed("llm", matrices)
+        flat |= {path: transpose_weight(leaf, len(int8.summed(path, len(leaf.shape), below)))
+                 for path, leaf in flat.items() if path.startswith("llm/") and path.endswith("/w")}
     return trees.unflatten(flat)
 
 

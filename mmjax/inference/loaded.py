@@ -249,13 +249,14 @@ class Loaded:
 
     @functools.cached_property
     def _decoder(self) -> tuple[nn.Module, Any]:
-        """Module and parameters in the layout that decodes fastest. On one CPU the layers are unstacked; if they are
-        not large, their weights are transposed too, which takes their memory once more."""
-        if self.mesh.size > 1 or self.mesh.devices.flat[0].platform != "cpu":
+        """Module and parameters in the layout that decodes fastest. On one CPU the layers are unstacked, if the model
+        `unrolls`; if they are not large, their weights are transposed too, which takes their memory once more."""
+        llm = self.config.llm
+        if not llm.unrolls or self.mesh.size > 1 or self.mesh.devices.flat[0].platform != "cpu":
             return self.module, self.params
         transposed = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params["llm"])) <= TRANSPOSED_BYTES
         module = self.module.clone(scan_layers=False, transposed_weights=transposed)
-        return module, unstack(self.params, transposed)
+        return module, unstack(self.params, llm.matrices, transposed)
 
     def _recalled(self, batch: Batch, recall: Recall) -> Batch:
         """Returns the batch with each row's senses replaced by their mix, moved towards known images."""

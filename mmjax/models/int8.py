@@ -7,6 +7,7 @@ B batch   T tokens   D model   F feed-forward   N heads   H head   V vocabulary 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,14 +17,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mmjax import trees
 
+Matrices = Sequence[tuple[str, tuple[int, ...]]]  # (path rule, contracted axes)
+
 LANES = 128  # of a TPU's tile
 MAX_VALUE = 127  # -128 is not used, so that a matrix and its negative round alike
-MATRICES = (  # parameters that can be stored as int8, and their contracted axes, counted from the end
-    (r".*/(attn|cross)/[qkv]/w", (-3,)),  # D N H
-    (r".*/attn/qkv/w", (-4,)),  # D S N H
-    (r".*/(attn|cross)/o/w", (-3, -2)),  # N H D
-    (r"(.*/mlp|bind/block_\d+)/(gate|up|down|fc1|fc2)/w|llm/head/w", (-2,)),  # D F, F D, D V
-    (r"llm/embedding", (-1,)),  # V D: as a head it sums over D too
+MATRICES = (  # of encoders: parameters that can be stored as int8, and their contracted axes, counted from the end
+    (r"(?!llm/).*/(attn|cross)/[qkv]/w", (-3,)),  # D N H
+    (r"(?!llm/).*/attn/qkv/w", (-4,)),  # D S N H
+    (r"(?!llm/).*/(attn|cross)/o/w", (-3, -2)),  # N H D
+    (r"(?!llm/)(.*/mlp|bind/block_\d+)/(gate|up|down|fc1|fc2)/w", (-2,)),  # D F, F D
 )
 
 
@@ -45,14 +47,14 @@ class Int8:
     nbytes = property(lambda self: self.values.nbytes + self.scale.nbytes)
 
 
-def holds(path: str) -> bool:
-    """Returns whether the parameter at a path is one of `MATRICES`."""
-    return trees.matches(path, (pattern for pattern, _ in MATRICES))
+def holds(path: str, matrices: Matrices) -> bool:
+    """Returns whether the parameter at a path is one of `matrices`, such as `Family.all_matrices(cfg)`."""
+    return trees.matches(path, (pattern for pattern, _ in matrices))
 
 
-def summed(path: str, rank: int) -> tuple[int, ...]:
-    """Returns the contracted axes, from 0 on, of the matrix at a path. Raises KeyError if it is not in `MATRICES`."""
-    return tuple(rank + axis for axis in trees.lookup(path, MATRICES))
+def summed(path: str, rank: int, matrices: Matrices) -> tuple[int, ...]:
+    """Returns the contracted axes, from 0 on, of the matrix at a path. Raises KeyError if it is not in `matrices`."""
+    return tuple(rank + axis for axis in trees.lookup(path, matrices))
 
 
 def quantise(w: jax.Array, axes: tuple[int, ...]) -> Int8:

@@ -24,11 +24,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from mmjax.models.language_model import Axes, LanguageModelConfig, Matrices
 from mmjax.models.layers import Project, RMSNorm, attend, einsum, embedding_lookup, uniform_fan_in
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(LanguageModelConfig):
     vocab: int = 32_000
     depth: int = 32
     dim: int = 4_096
@@ -53,9 +54,23 @@ class LlamaConfig:
         if self.injection not in ("", "head", "layer", "shared"):
             raise ValueError(f"injection = {self.injection!r}: '' (none), 'head', 'layer' or 'shared'")
 
+    unrolls = True
+    no_decay = (r"(layers/)?gate",)  # one axis in the original; a head gate has four there
+    skipped_without_gradient = (r"layers/attn/(new_)?gate",)  # one parameter a layer in the original: torch skips it
+    gates = (r"(layers/)?(attn/)?gate",)
+    norm_scales = (r"(layers/(attn|mlp)_)?norm/scale",)
+
     @property
-    def axes(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    def tanh_gates(self) -> bool:
+        return self.injection == "head" and self.gate_tanh
+
+    @property
+    def axes(self) -> Axes:
         return AXES
+
+    @property
+    def matrices(self) -> Matrices:
+        return MATRICES
 
     def build(self, **fields: Any) -> "Llama":
         """Returns the module of this config; `fields` are those of `Llama`."""
@@ -94,6 +109,12 @@ AXES = (
     (r"layers/mlp/down/lora_b", ("layer", "rank", "embed")),
     (r"layers/mlp/(gate|up)/b", ("layer", "ff")),
     (r"layers/mlp/down/b", ("layer", "embed")),
+)
+MATRICES = (
+    (r"layers/(\d+/)?attn/[qkv]/w", (-3,)),  # D N H
+    (r"layers/(\d+/)?attn/o/w", (-3, -2)),  # N H D
+    (r"layers/(\d+/)?mlp/(gate|up|down)/w|head/w", (-2,)),  # D F, F D, D V
+    (r"embedding", (-1,)),  # V D: as a head it sums over D too
 )
 
 

@@ -7,8 +7,8 @@ writes, for all processes.
 import dataclasses
 import json
 import os
-import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +104,13 @@ class MetricsLog(JsonlLog):
 
     peak: operations a second of all devices, or None. If known, lines have "mfu", the share of it that the model used;
           if not, "gflops_per_second"
+    gates: patterns of the language model's gates, see `LanguageModelConfig`; lines have "gates" if any is trained
     """
 
-    def __init__(self, path: Path, started: int, position: int, config: RunConfig, peak: float | None = None):
+    def __init__(self, path: Path, started: int, position: int, config: RunConfig, peak: float | None = None,
+                 gates: Sequence[str] = ()):
         super().__init__(path, "step", started)
-        self._config, self._peak = config, peak
+        self._config, self._peak, self._gates = config, peak, gates
         self._start_window(position)
 
     def _start_window(self, position: int) -> None:
@@ -143,7 +145,7 @@ class MetricsLog(JsonlLog):
         }
         if self._operations:
             line |= utilization(self._operations / seconds, self._peak)
-        if gates := open_gates(trained):
+        if gates := open_gates(trained, self._gates):
             line["gates"] = gates
         self.write(line)
         self._start_window(item.end)
@@ -155,8 +157,11 @@ def utilization(speed: float, peak: float | None) -> dict[str, float]:
     return {name: float(f"{value:.3g}")}
 
 
-def open_gates(trained: Any) -> list[float]:
-    """Returns the mean of |tanh(gate)| of each layer; an empty list if no gate is trained."""
-    gates = [leaf for path, leaf in trees.flatten(trained).items()
-             if leaf is not None and re.fullmatch(r"llm/layers/(attn/)?gate", path)]
+def open_gates(trained: Any, patterns: Sequence[str]) -> list[float]:
+    """Returns the mean of |tanh(gate)| of each layer; an empty list if no layer has a trained gate.
+
+    patterns: of the language model's gates, below `llm/`
+    """
+    gates = [leaf for path, leaf in trees.flatten(trained).items() if leaf is not None and leaf.ndim > 1
+             and path.startswith("llm/") and trees.matches(path.removeprefix("llm/"), patterns)]
     return [round(float(layer), 6) for gate in gates for layer in np.abs(np.tanh(np.asarray(gate))).mean(-1)]

@@ -10,11 +10,9 @@ import optax
 
 from mmjax import trees
 from mmjax.config import OptimConfig
+from mmjax.models.language_model import LanguageModelConfig
 
-# Parameters with one axis in the original, and every bias. There a head gate has four axes, a token gate has one.
-NO_DECAY = (r".*/(b|q_b|v_b|bias|scale)", r"llm/(layers/)?gate")
-# One parameter a layer in the original. In layers that read no prompts they get no gradient, and torch skips them.
-SKIPPED_WITHOUT_GRADIENT = (r"llm/layers/attn/(new_)?gate",)
+NO_DECAY = (r".*/(b|q_b|v_b|bias|scale)",)  # one axis in the original. A language model's config may add others
 
 
 def whole_cosine(cfg: OptimConfig, step: Any, xp: Any) -> Any:
@@ -54,14 +52,21 @@ def index_in_window(cfg: OptimConfig, step: Any) -> Any:
     return (step % cfg.steps_per_epoch if cfg.average else step) % cfg.accumulate
 
 
-def decay_mask(params: Any) -> Any:
-    """Returns a tree that is True where weight decay applies: matrices, tables and head gates, but not biases, norm
-    scales and token gates."""
-    return trees.map_with_path(lambda path, _: not trees.matches(path, NO_DECAY), params)
+def _below_llm(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"llm/(?:{pattern})" for pattern in patterns)
 
 
-def weight_decay(share: float) -> optax.GradientTransformation:
-    """Adds `share` times each decaying parameter to its Adam step, as AdamW does."""
+def decay_mask(params: Any, llm: LanguageModelConfig | None = None) -> Any:
+    """Returns a tree that is True where weight decay applies: not to biases, norm scales and the language model's
+    `no_decay`."""
+    rules = NO_DECAY + _below_llm(llm.no_decay if llm else ())
+    return trees.map_with_path(lambda path, _: not trees.matches(path, rules), params)
+
+
+def weight_decay(share: float, llm: LanguageModelConfig | None = None) -> optax.GradientTransformation:
+    """Adds `share` times each decaying parameter to its Adam step, as AdamW does. Without a gradient torch skips a
+    parameter, but not a slice of one: `llm.skipped_without_gradient` are parameters that have no other slices there."""
+    rules = _below_llm(llm.skipped_without_gradient if llm else ())
 
     def add(step: jax.Array, param: jax.Array, decays: bool, skipped: bool) -> jax.Array:
         if not decays:
@@ -70,8 +75,8 @@ def weight_decay(share: float) -> optax.GradientTransformation:
         return jnp.where(step == 0, 0, both) if skipped else both
 
     def update(steps: Any, params: Any) -> Any:
-        skipped = trees.map_with_path(lambda path, _: trees.matches(path, SKIPPED_WITHOUT_GRADIENT), params)
-        return jax.tree.map(add, steps, params, decay_mask(params), skipped)
+        skipped = trees.map_with_path(lambda path, _: trees.matches(path, rules), params)
+        return jax.tree.map(add, steps, params, decay_mask(params, llm), skipped)
 
     return optax.stateless(update)
 
@@ -106,8 +111,10 @@ def accumulate_gradients(inner: optax.GradientTransformation, cfg: OptimConfig) 
     return optax.GradientTransformation(init, update)
 
 
-def optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
+def optimizer(cfg: OptimConfig, llm: LanguageModelConfig | None = None) -> optax.GradientTransformation:
     """Returns the optimizer of the trained parameters (None where a leaf is frozen); frozen ones have no state.
+
+    llm: config of the language model, which has rules for some of its parameters; None: the parameters have no such
 
     Raises ValueError for an unknown schedule, or for accumulation windows longer than an epoch.
     """
@@ -126,6 +133,6 @@ def optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
 
     clip = [] if cfg.clip is None else [optax.clip_by_global_norm(cfg.clip)]
     chain = optax.chain(
-        *clip, optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps), weight_decay(cfg.weight_decay),
+        *clip, optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps), weight_decay(cfg.weight_decay, llm),
         optax.scale_by_learning_rate(rate))
     return chain if cfg.accumulate == 1 else accumulate_gradients(chain, cfg)

@@ -162,7 +162,7 @@ def train(config: RunConfig, score: Score | None = None) -> RunResult:
         contextlib.closing(training_checkpoints.Checkpoints(
             out / "checkpoints", config.keep, config.keep_best)) as checkpoints,
     ):
-        optimizer = optim.optimizer(config.optim)
+        optimizer = optim.optimizer(config.optim, job.source.config.llm)
         state, frozen, progress = begin(job, optimizer, checkpoints)
         started, step = int(state.step), steps.train_step(job.module, optimizer)
 
@@ -175,7 +175,7 @@ def train(config: RunConfig, score: Score | None = None) -> RunResult:
         batches = job.batches(started, progress.position)
         work = StepFlops.of(job, step, frozen)
         with preemption.StopSignal(started) as stop:
-            state, loss = loop(config, started, progress, advance, diagnose, work, state, batches, checkpoints, stop)
+            state, loss = loop(job, started, progress, advance, diagnose, work, state, batches, checkpoints, stop)
             checkpoints.wait()
         after = resume.fingerprints(frozen)
         if changed := [path for path in after if after[path] != progress.frozen[path]]:
@@ -345,7 +345,7 @@ def loaded_by(config: RunConfig, family: Family) -> Callable[[str], bool]:
 
 
 def loop(
-    config: RunConfig,
+    job: Job,
     started: int,
     progress: training_checkpoints.Progress,
     advance: Callable[[steps.TrainState, Batch], tuple[steps.TrainState, dict[str, Any]]],
@@ -366,11 +366,11 @@ def loop(
 
     Raises TrainingStopped.
     """
-    loss = None
+    loss, config, out = None, job.config, job.out
     columns = (TextColumn(config.phase or "training"), BarColumn(), MofNCompleteColumn(),
                TextColumn("{task.fields[loss]}"), TimeElapsedColumn(), TimeRemainingColumn())
-    out = Path(config.out)
-    with (metrics_log.MetricsLog(out / "metrics.jsonl", started, progress.position, config, work.peak) as log,
+    with (metrics_log.MetricsLog(out / "metrics.jsonl", started, progress.position, config, work.peak,
+                                 job.source.config.llm.gates) as log,
           metrics_log.DataErrorsLog(out / "data_errors.jsonl", progress.position, config) as bad,
           Progress(*columns, console=console) as bar):
         task = bar.add_task("", total=config.optim.steps, completed=started, loss="")

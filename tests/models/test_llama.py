@@ -306,7 +306,7 @@ APART = {**CACHED, "LoRA and biases": (BIASED, 3), "tied": (dataclasses.replace(
 
 
 def apart(params, transposed=False):
-    return unstack({"llm": params}, transposed)["llm"]
+    return unstack({"llm": params}, TINY.matrices, transposed)["llm"]
 
 
 def in_steps(model, params, injection):
@@ -348,8 +348,10 @@ def test_unrolled_layers_without_a_cache():
 
 
 def test_unrolled_layers_of_int8():
-    held = trees.unflatten({path: int8.quantise(leaf, int8.summed(path, leaf.ndim)) if int8.holds(path) else leaf
-                            for path, leaf in trees.flatten({"llm": params(LORA)}).items()})["llm"]
+    rules = LORA.matrices
+    held = trees.unflatten({
+        path: int8.quantise(leaf, int8.summed(path, leaf.ndim, rules)) if int8.holds(path, rules) else leaf
+        for path, leaf in trees.flatten(params(LORA)).items()})
     expected = in_steps(Llama(LORA), held, None)
     for transposed in (False, True):
         weights = apart(held, transposed)
@@ -366,7 +368,7 @@ def test_unstacked_parameters_are_those_of_the_unrolled_module(family_name):
     for transposed in (True, False):
         module = family.Model(cfg, scan_layers=False, transposed_weights=transposed)
         expected = jax.eval_shape(module.init, jax.random.key(0), family.example(cfg))["params"]
-        found = trees.flatten(unstack(stacked, transposed))
+        found = trees.flatten(unstack(stacked, cfg.llm.matrices, transposed))
         assert not trees.compare(trees.flatten(expected), found)
     for path, stack in trees.flatten(stacked["llm"]["layers"]).items():
         for layer in range(cfg.llm.depth):

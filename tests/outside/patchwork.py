@@ -13,7 +13,7 @@ from mmjax.batch import Batch
 from mmjax.config import TextConfig
 from mmjax.convert import language_model
 from mmjax.convert.minigpt4 import read
-from mmjax.convert.tables import Problems, SourceCheckpoint, expand, forward
+from mmjax.convert.tables import Parameter, Problems, SourceCheckpoint, expand, forward
 from mmjax.families import parts
 from mmjax.families.base import (
     Conversion,
@@ -100,10 +100,22 @@ PROJECTOR = (
     ("2.weight", "fc2/w", "D H -> H D"),
     ("2.bias", "fc2/b", "D -> D"),
 )
+FRESH = tuple(path for _, path, _ in PROJECTOR)
+STAGES = (Stage("patches_out", "patches", "patches", "encoder"),
+          Stage("fc2_out", "fc2", "fc1, fc2", "projector", flatten=(0, 2)))
 
 
 def sizes(cfg: PatchConfig, hidden: int = 0, dim: int = 0) -> dict[str, int]:
     return {"C": 3, "P": cfg.patch, "Q": cfg.patch, "E": cfg.dim, "H": hidden, "D": dim}
+
+
+def encoder(path: Path, problems: Problems) -> tuple[PatchConfig, dict[str, Parameter]]:
+    """Config and parameters of the encoder in a file."""
+    tensors = read(path, problems)
+    problems.check("Cannot convert")
+    dim, _, patch, _ = tensors["embed.weight"].shape
+    cfg = PatchConfig(2 * patch, patch, dim)
+    return cfg, forward(expand(ENCODER, sizes(cfg)), tensors, (), path.name, problems)
 
 
 def inspect(patches: Path, llm: Path, *, hidden: int = Config.hidden) -> SourceCheckpoint:
@@ -115,16 +127,11 @@ def inspect(patches: Path, llm: Path, *, hidden: int = Config.hidden) -> SourceC
         hidden: width of the projector
     """
     problems = Problems()
-    tensors = read(patches, problems)
-    release, found = language_model.read(llm, None, problems)
+    cfg, found = encoder(patches, problems)
+    release, of_llm = language_model.read(llm, None, problems)
     problems.check("Cannot convert")
-    dim, _, patch, _ = tensors["embed.weight"].shape
-    cfg = PatchConfig(2 * patch, patch, dim)
-    found |= forward(expand(ENCODER, sizes(cfg)), tensors, (), patches.name, problems)
-    problems.check("Cannot convert")
-    return SourceCheckpoint({"patches": cfg, "llm": release.cfg, "hidden": hidden}, found, TEXT, release.generation,
-                            {"patches": (patches,), "llm": release.files}, release.tokenizer,
-                            fresh=tuple(path for _, path, _ in PROJECTOR))
+    return SourceCheckpoint({"patches": cfg, "llm": release.cfg, "hidden": hidden}, found | of_llm, TEXT,
+                            release.generation, {"patches": (patches,), "llm": release.files}, release.tokenizer, FRESH)
 
 
 FAMILY = register(Family(
@@ -138,5 +145,4 @@ FAMILY = register(Family(
         "patches": Export(lambda cfg, replaced: expand(ENCODER, sizes(cfg.patches)), save_flat),
         "projector": Export(lambda cfg, replaced: expand(PROJECTOR, sizes(cfg.patches, cfg.hidden, cfg.llm.dim)),
                             save_flat)},
-    stages=(Stage("patches_out", "patches", "patches", "encoder"),
-            Stage("fc2_out", "fc2", "fc1, fc2", "projector", flatten=(0, 2)), *parts.LLM_STAGES)))
+    stages=(*STAGES, *parts.LLM_STAGES)))

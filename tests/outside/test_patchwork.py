@@ -8,49 +8,30 @@ import numpy as np
 import pytest
 
 import mmjax
-from mmjax import cli
-from mmjax.checkpoints import training as training_checkpoints
 from mmjax.config import DataConfig, OptimConfig, RunConfig, WeightsConfig
 from mmjax.convert import torch_file
 from mmjax.cost import plan
-from mmjax.families import FAMILIES, register
+from mmjax.families import register
 from mmjax.inference import chat
 from mmjax.parity import NO_TARGET
 from mmjax.parity import stages as stages_of
-from mmjax.training import metrics_log, run
+from mmjax.training import run
 from tests import small
 from tests.outside import patchwork
+from tests.outside.commands import call, encoder_file, forget, saved, train_killed
 
 ROOT = Path(__file__).parents[2]
 QUESTION = "<ImageHere> What is it?"
 KNOWN_GOOD = ("parameters", "run", "outputs", "base weights")  # findings of the doctor
 
 
-def call(*args):
-    """A command line, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["mmjax", *map(str, args)])
-        cli.main()
-
-
-def encoder_file(path: Path) -> Path:
-    random = np.random.default_rng(0)
-
-    def drawn(*shape):
-        return random.normal(0, 0.2, shape).astype(np.float32)
-
-    torch_file.save(path, {"embed.weight": drawn(24, 3, 16, 16), "embed.bias": drawn(24), "norm.weight": 1 + drawn(24),
-                           "norm.bias": drawn(24)})
-    return path
-
-
-FAMILIES.remove(patchwork.FAMILY)  # importing it has registered it, and the other tests know nothing of it
+forget(patchwork.FAMILY)  # importing it has registered it, and the other tests know nothing of it
 
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
     yield register(patchwork.FAMILY)
-    FAMILIES.remove(patchwork.FAMILY)
+    forget(patchwork.FAMILY)
 
 
 @pytest.fixture(scope="module")
@@ -81,29 +62,8 @@ def trained(checkpoint, folder):
     return folder / "run"
 
 
-class Killed(BaseException):
-    """Ends a run at once, as SIGKILL does: nothing is saved."""
-
-
-def saved(run_folder):
-    step = training_checkpoints.saved(run_folder / "checkpoints")[-1]
-    return {path: np.asarray(leaf) for path, leaf in
-            training_checkpoints.arrays((run_folder / "checkpoints" / str(step)).absolute()).items()}
-
-
-def test_a_killed_run_ends_as_the_one_that_was_left_alone(checkpoint, trained, folder, monkeypatch):
-    add = metrics_log.MetricsLog.add
-
-    def killed(self, item, *rest):
-        add(self, item, *rest)
-        if item.number == 2:
-            raise Killed
-
-    monkeypatch.setattr(metrics_log.MetricsLog, "add", killed)
-    with pytest.raises(Killed):
-        run.train(config(checkpoint, folder / "killed"))
-    monkeypatch.undo()
-    run.train(config(checkpoint, folder / "killed"))
+def test_a_killed_run_ends_as_the_one_that_was_left_alone(checkpoint, trained, folder):
+    train_killed(config(checkpoint, folder / "killed"))
     expected, found = saved(trained), saved(folder / "killed")
     assert expected.keys() == found.keys()
     for path, leaf in expected.items():

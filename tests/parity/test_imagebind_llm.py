@@ -213,7 +213,7 @@ def test_nothing_to_learn(case):
 @golden.each(lambda case: OURS.match(case.name) and "no_weight_decay" in case.spec)
 def test_what_decays(case):
     m = model(case)
-    flags = trees.flatten(optim.decay_mask(m.params))
+    flags = trees.flatten(optim.decay_mask(m.params, m.config.llm))
     for entry in golden.entries(m, flags):
         for key in entry.keys:
             if key in case.spec["trainable"]:

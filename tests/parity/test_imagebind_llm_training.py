@@ -52,7 +52,7 @@ def test_trajectory(case):
     zeros = {pattern: np.zeros_like for word, pattern in START.items() if word in spec["start"]}
     m = golden.changed(golden.model(golden.adapter(case)), zeros)
     trained, frozen = trees.split(m.params, trees.mask(m.params, family.PHASES[spec["phase"]]))
-    optimizer = optim.optimizer(cfg)
+    optimizer = optim.optimizer(cfg, m.config.llm)
     state = tiny.jit(lambda trained: steps.start(trained, optimizer, 0))(trained)
     batches = [golden.batch(tokens, labels, image=images)
                for tokens, labels, images in zip(arrays["tokens"], arrays["labels"], arrays["images"], strict=True)]

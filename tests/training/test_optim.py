@@ -10,6 +10,7 @@ import pytest
 from mmjax import trees
 from mmjax.config import OptimConfig
 from mmjax.families import FAMILIES, shapes
+from mmjax.models.llama import TINY
 from mmjax.training import optim
 from tests import tiny
 
@@ -17,7 +18,7 @@ FLAT = OptimConfig(init_lr=0.1, min_lr=0.1, warmup_steps=0, weight_decay=0.5, ep
 
 
 def update(cfg, gradients, params, state=None):
-    optimizer = optim.optimizer(cfg)
+    optimizer = optim.optimizer(cfg, TINY)
     return tiny.jit(optimizer.update)(gradients, optimizer.init(params) if state is None else state, params)
 
 
@@ -37,7 +38,7 @@ def test_weight_decay_acts_on_what_has_two_axes_in_the_original(preset):
 def test_weight_decay_of_gates():
     """Those of heads have four axes in the original (1, N, 1, 1), those of tokens one. tests/parity has all others."""
     gates = {"gate": 0, "layers": {"gate": 0, "attn": {"gate": 0, "new_gate": 0}, "mlp": {"gate": {"w": 0, "b": 0}}}}
-    decays = trees.flatten(optim.decay_mask({"llm": gates, "query": 0}))
+    decays = trees.flatten(optim.decay_mask({"llm": gates, "query": 0}, TINY))
     assert {path for path, decay in decays.items() if decay} == {
         "llm/layers/attn/gate", "llm/layers/attn/new_gate", "llm/layers/mlp/gate/w", "query"}
 
