@@ -98,6 +98,16 @@ def test_functions_are_short():
     assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
 
 
+def test_no_console_reads_paths_as_markup():
+    """In rich's markup a path with [1] loses it, and one with [/] is an error."""
+    consoles = [(file, node) for file, tree in SOURCES.items() for node in ast.walk(tree) if isinstance(node, ast.Call)
+                and (getattr(node.func, "id", "") or getattr(node.func, "attr", "")) == "Console"]
+    plain = ("markup", False)
+    assert len(consoles) > 10
+    assert [f"{file}:{node.lineno}" for file, node in consoles
+            if plain not in ((each.arg, getattr(each.value, "value", None)) for each in node.keywords)] == []
+
+
 def test_no_imports_go_in_circles():
     """A module is removed once all it imports is; what is left then waits for itself."""
     left = {name: imported(path) - {name} for path, name in MODULES.items()}

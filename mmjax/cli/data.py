@@ -54,7 +54,7 @@ def data_check(
     from mmjax.data import check
     from mmjax.data.formats import FORMATS
 
-    console = Console()
+    console = Console(markup=False)
     if config is None and (format is None or path is None):
         raise ValueError("Name a config file, or a format and a path: data check --config configs/minigpt4_stage2.py, "
                          f"or data check --format FORMAT --path PATH. The formats are {', '.join(FORMATS)}.")
@@ -105,7 +105,7 @@ def data_prepare(
     from mmjax.data import prepare
 
     files.refuse(Source(format, source, root=root).url_problems("SOURCE", "--root"))
-    info = prepare.prepare(format, source, out, name, root, shard_size, decode, Console())
+    info = prepare.prepare(format, source, out, name, root, shard_size, decode, Console(markup=False))
     print(*prepare.summary(info, out), sep="\n")
 
 
@@ -119,7 +119,7 @@ def data_verify(folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(meta
 
     from mmjax.data import prepare
 
-    info = prepare.verify(folder, Console())
+    info = prepare.verify(folder, Console(markup=False))
     print(f"All {len(info.shards):,} shards of {folder} are as they were written: {info.records:,} records.")
 
 

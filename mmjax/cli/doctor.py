@@ -43,9 +43,9 @@ def examine(
         texts = tuple(line for line in text.read_text(encoding="utf-8").splitlines() if line.strip())
         if not texts:
             raise ValueError(f"{text} has no sentence.")
-    with Console(stderr=True).status("Opening") as status:
+    with Console(stderr=True, markup=False).status("Opening") as status:
         findings = checks.examine(checkpoint, quick, dtype, frozen_dtype, texts, status.update)
-    checks.show(findings, Console())
+    checks.show(findings, Console(markup=False))
     if json:
         json.write_text(checks.to_json(checkpoint, findings))
     if checks.worst(findings) == "wrong":

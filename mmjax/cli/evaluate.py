@@ -103,12 +103,12 @@ def score(options: EvaluateOptions) -> None:
                                       AT_ONCE if options.batch_size is None else options.batch_size, cache, text)
         done = benchmarks.evaluate(test, items, answers, options.checkpoint, options.out)
         for line in predictions.summary(done):
-            Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
+            Console(stderr=True, markup=False).print(line, highlight=False, soft_wrap=True)
     result = benchmarks.scored(test, items, options.out)
     page = benchmarks.write(result, options.out)
     benchmarks.show(result, console)
     console.print(f"{options.out / benchmarks.SCORES} has the figures, {page} the worst and best images.",
-                  highlight=False, markup=False, soft_wrap=True)
+                  highlight=False, soft_wrap=True)
     if result.errors:
         sys.exit(1)
 

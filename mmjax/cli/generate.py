@@ -141,11 +141,11 @@ def _many(model: Any, options: GenerateOptions, samples: Sequence[Any], recall: 
 
     from mmjax.inference import predictions
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     answerer = predictions.TextAnswerer(model, options.decoding, options.batch_size, recall, options.text)
     card = predictions.card(samples, answerer, predictions.identity(options.checkpoint))
     done = predictions.predict(options.out, samples, answerer, card, console)
     for line in predictions.summary(done):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True)
     if done.errors:
         sys.exit(1)

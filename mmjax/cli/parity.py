@@ -41,7 +41,7 @@ def compare(
 
     compilation.enable()
     rows = stages.parity(load(checkpoint, dtype=dtype), reference, tolerance)
-    stages.show(rows, Console())
+    stages.show(rows, Console(markup=False))
     if json:
         results = [{name: None if value != value else value for name, value in dataclasses.asdict(row).items()}
                    | {"stage": row.stage.name} for row in rows]  # JSON has no NaN

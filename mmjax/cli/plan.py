@@ -26,6 +26,7 @@ def plan(args: Sequence[str]) -> None:
 
     import jax
     from rich.console import Console
+    from rich.markup import escape
 
     if args[:1] in ([], ["--help"], ["-h"]):
         print(inspect.cleandoc(plan.__doc__))
@@ -51,7 +52,7 @@ def plan(args: Sequence[str]) -> None:
     for name, config in ({"": built} if isinstance(built, RunConfig) else built).items():
         if name:
             console.rule(name)
-        with Console(stderr=True).status(f"Compiling for {options.topology}"):
+        with Console(stderr=True, markup=False).status(escape(f"Compiling for {options.topology}")):
             plans[name] = planning.plan(config, options.topology, options.preset, options.length)
         planning.show(plans[name], console)
     if options.json:

@@ -19,7 +19,7 @@ SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".ms
 UNFINISHED = (".aria2", ".part", ".partial", ".incomplete", ".crdownload", ".download", ".tmp")  # downloads
 NUMBERED = re.compile(r"(.+-)\d+(-of-\d+.*)|(consolidated\.)\d+(\.pth)")
 
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,4 +145,4 @@ def listed(names: Iterable[str]) -> str:
 
 def _print(line: str) -> None:
     line = "".join(character if character.isprintable() else "?" for character in line)
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(line, highlight=False, soft_wrap=True)

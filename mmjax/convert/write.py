@@ -110,7 +110,7 @@ def write(family: Family, found: SourceCheckpoint, out: Path, overwrite: bool = 
 def progress_bar(task: str, total: int) -> Iterator[Callable[[int], None]]:
     """Shows bytes, speed and time left on stderr; yields the function that advances the bar by some bytes."""
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True, markup=False)) as bar:
         number = bar.add_task(task, total=total)
         yield lambda size: bar.advance(number, size)
 

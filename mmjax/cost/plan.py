@@ -31,8 +31,7 @@ from mmjax.cost import flops, hardware, hlo
 from mmjax.cost.flops import Flops
 from mmjax.cost.hardware import Topology
 from mmjax.cost.hlo import Collective
-from mmjax.data import text
-from mmjax.data.collate import batch_spec
+from mmjax.data import collate, text
 from mmjax.families import FAMILIES, Family, find
 from mmjax.training import encode_features, optim, run, steps
 
@@ -162,7 +161,9 @@ def architecture(config: RunConfig, preset: str | None) -> tuple[ConvertedCheckp
         if preset is None:
             notes.append(f"{folder} is not there; planned for the preset {name}.")
         source = ConvertedCheckpoint(Path(name), family, family.presets[name], config.text, {}, ())
-    return dataclasses.replace(source, config=run.architecture(source, config), text=config.text), notes
+    source = dataclasses.replace(source, config=run.architecture(source, config), text=config.text)
+    collate.check_model(config.data, source.config)
+    return source, notes
 
 
 def _family_of(preset: str, family: str, asked: str) -> Family:
@@ -271,8 +272,8 @@ def batch_of(config: RunConfig, spec: ModelSpec, length: int) -> Batch:
     feature = None
     if config.data.features:
         feature = jax.ShapeDtypeStruct(encode_features.feature_shape(spec), jnp.dtype(config.weights.dtype))
-    return batch_spec(spec.source.config, config.data.batch_size, length, sharding.batch_sharding(spec.mesh), packed,
-                      feature)
+    return collate.batch_spec(spec.source.config, config.data.batch_size, length, sharding.batch_sharding(spec.mesh),
+                              packed, feature)
 
 
 def _is_matrix(leaf: Any) -> bool:

@@ -106,7 +106,7 @@ def check(cfg: DataConfig, out: str | Path, rows: RowSettings | None = None, at_
     errors of a source's reader.
     """
     files.require_local({"out": out})
-    console = console or Console()
+    console = console or Console(markup=False)
     found = [_summary(source, records, cfg, rows, at_most, console)
              for source, records in zip(cfg.sources, read(cfg), strict=True)]
     weight = sum(each.source.ratio for each in found)
@@ -234,7 +234,7 @@ def _print(console: Console, found: Sequence[SourceSummary], share: float, limit
     table = Table(show_header=len(found) > 1)
     table.add_column("")
     for each in found:
-        table.add_column(escape(each.source.path), justify="right", overflow="fold")
+        table.add_column(each.source.path, justify="right", overflow="fold")
     lines = {
         "records": lambda each: f"{each.records:,}",
         "looked at": lambda each: of(each.looked_at, each.records),
@@ -254,8 +254,7 @@ def _print(console: Console, found: Sequence[SourceSummary], share: float, limit
     problems = [problem for each in found for problem in each.problems]
     for problem in problems[:SHOWN]:
         line = f"{problem.kind} {problem.name}: {problem.problem}"  # may quote untrusted data
-        console.print("".join(character if character.isprintable() else " " for character in line), markup=False,
-                      highlight=False)
+        console.print("".join(character if character.isprintable() else " " for character in line), highlight=False)
     if len(problems) > SHOWN:
         console.print(f"and {len(problems) - SHOWN:,} more")
     console.print(f"{share:.2%} of a run's samples would be replaced; data.max_bad_share allows {limit:.2%}. Written: "

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from mmjax.batch import Batch, Sample
-from mmjax.config import RunConfig, TextConfig
+from mmjax.config import DataConfig, RunConfig, TextConfig
 from mmjax.data import images, packing, senses, text
 from mmjax.data.features import Features
 from mmjax.data.text import Tokenized
@@ -104,6 +104,17 @@ class Collator:
         if self.most_images is None:
             return text.rows([sample for (sample,) in rows], self.tokenizer, self.text, slots, length)
         return packing.packed(rows, self.tokenizer, self.text, slots, length)
+
+
+def check_model(data: DataConfig, model: FamilyConfig) -> None:
+    """Raises ValueError for settings of the data that a model does not support: random crops, packed rows."""
+    images = model.images
+    if data.random_crop and not (images and images.fit == "center_crop"):
+        raise ValueError("data.random_crop is for models that crop images; this model "
+                         + (f"reads images with the fit {images.fit!r}" if images else "reads no images")
+                         + ". Set data.random_crop = False.")
+    if data.pack_length is not None:
+        packing.check(model)
 
 
 def batch_spec(config: FamilyConfig, rows: int, length: int, sharding: Any, packed_images: int | None = None,

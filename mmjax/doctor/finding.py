@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 Verdict = Literal["ok", "warning", "wrong"]
 
@@ -42,7 +43,7 @@ def show(findings: Sequence[Finding], console: Console) -> None:
     table = Table("check", "", "finding", show_lines=True)
     for finding in findings:
         style = {"ok": "green", "warning": "yellow", "wrong": "bold red"}[finding.verdict]
-        table.add_row(finding.name, f"[{style}]{finding.verdict}[/]", finding.words.replace("[", r"\["))
+        table.add_row(finding.name, Text(finding.verdict, style), finding.words)
     console.print(table)
     wrong = [finding.name for finding in findings if finding.verdict == "wrong"]
     console.print({"ok": "Nothing wrong was found.", "warning": "Nothing is surely wrong; see the warnings.",

@@ -27,9 +27,8 @@ from mmjax.batch import Batch, Sample
 from mmjax.checkpoints import converted
 from mmjax.checkpoints.restore import ModelSpec
 from mmjax.config import RunConfig, WeightsConfig
+from mmjax.data import collate, images, pipeline
 from mmjax.data import features as stored
-from mmjax.data import images, pipeline
-from mmjax.data.collate import inputs
 from mmjax.data.features import Card, Features, ImageBytes, ImageNames, Writer
 from mmjax.data.formats import Record
 from mmjax.families import shapes
@@ -161,8 +160,9 @@ def make(config: RunConfig, source: converted.ConvertedCheckpoint, folder: Path,
     files.require_local({"folder": folder})
     earlier = _earlier(config)
     encoder_card = encoder(source, config.weights, earlier)
+    collate.check_model(config.data, source.config)
     spec = ModelSpec(source, sharding.make_mesh(config.mesh), config.weights.dtype, config.weights.frozen_dtype)
-    card = Card(encoder_card, transform(config, source.config), _crops(config, source.config, crops),
+    card = Card(encoder_card, transform(config, source.config), _crops(config, crops),
                 config.data.seed if config.data.random_crop else 0, dtype or config.weights.dtype,
                 feature_shape(spec))
     records = pipeline.read(config.data)
@@ -194,10 +194,7 @@ def summary(result: EncodeResult) -> Iterator[str]:
     yield f"To train on them: --data.features {result.folder}"
 
 
-def _crops(config: RunConfig, model: Any, crops: int | None) -> int:
-    if config.data.random_crop and model.images.fit != "center_crop":
-        raise ValueError(f"This model's images are read with the fit {model.images.fit!r}, not cropped: set "
-                         "data.random_crop = False.")
+def _crops(config: RunConfig, crops: int | None) -> int:
     if not config.data.random_crop:
         if crops not in (None, 1):
             raise ValueError(f"crops = {crops}, but this run's images are not cropped at random (data.random_crop): "
@@ -245,7 +242,7 @@ def _batch(images: Sequence[np.ndarray | None], model: Any) -> Batch:
     zeros = np.zeros((len(samples), 1), np.int32)
     batch = Batch(tokens=zeros, soft_index=zeros - 1, valid=zeros == 0, loss_mask=zeros != 0, positions=zeros,
                   padded_length=zeros[:, 0] + 1)
-    return dataclasses.replace(batch, **inputs(samples, model))
+    return dataclasses.replace(batch, **collate.inputs(samples, model))
 
 
 def _images(records: Sequence[Sequence[Record]], names: ImageNames, with_blank: bool,

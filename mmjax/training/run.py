@@ -30,8 +30,7 @@ from mmjax.checkpoints.restore import ModelSpec
 from mmjax.config import RunConfig
 from mmjax.convert import write
 from mmjax.cost import flops, hardware
-from mmjax.data import formats, pipeline, scenes
-from mmjax.data.collate import Collator
+from mmjax.data import collate, formats, pipeline, scenes
 from mmjax.data.features import Features
 from mmjax.families import FAMILIES, Family
 from mmjax.training import distributed, encode_features, metrics_log, optim, preemption, resume, steps
@@ -98,7 +97,7 @@ class Job:
     def batches(self, started: int, position: int) -> Iterator[tuple[pipeline.PipelineBatch, Batch]]:
         """Yields the remaining batches from step `started` on, see `prefetch`."""
         config, data = self.config, self.config.data
-        collator = Collator.of(config, self.source.tokenizer, self.source.config, self.stored)
+        collator = collate.Collator.of(config, self.source.tokenizer, self.source.config, self.stored)
         read = pipeline.batches(self.records, data, collator, started, position,
                                 sharding.process_local_rows(self.mesh, data.batch_size))
         return prefetch(itertools.islice(read, config.optim.steps - started), self.mesh, data.batch_size)
@@ -200,11 +199,7 @@ def set_up(config: RunConfig) -> Job:
     if config.data.batch_size % sharding.num_shards(mesh, "batch"):
         raise ValueError(f"data.batch_size = {config.data.batch_size} cannot be divided into "
                          f"{sharding.num_shards(mesh, 'batch')} shards (mesh {dict(mesh.shape)}).")
-    images = source.config.images
-    if config.data.random_crop and not (images and images.fit == "center_crop"):
-        raise ValueError(f"data.random_crop is for models that crop images; images of {source.family} "
-                         + (f"are read with the fit {images.fit!r}" if images else "are not read")
-                         + ". Set data.random_crop = False.")
+    collate.check_model(config.data, source.config)
     spec = model_spec(config, source, mesh)
     earlier = converted.trained_params(Path(config.weights.start_from)) if config.weights.start_from else None
     stored = encode_features.load(config, source, spec.trained, records, earlier) if config.data.features else None

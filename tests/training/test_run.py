@@ -12,8 +12,11 @@ import pytest
 import mmjax
 from mmjax import trees
 from mmjax.checkpoints import training as training_checkpoints
+from mmjax.checkpoints.converted import ConvertedCheckpoint
 from mmjax.config import DataConfig, MeshConfig, Source, TextConfig
 from mmjax.convert import torch_file
+from mmjax.cost import plan
+from mmjax.families import FAMILIES
 from mmjax.training import run, steps
 from tests import small
 
@@ -149,6 +152,19 @@ def test_images_that_are_squashed_are_not_cropped(tmp_path):
     data = DataConfig(path=str(small.images()), prompts=(small.PROMPT,), random_crop=True, batch_size=2)
     with pytest.raises(ValueError, match=r"fit 'stretch'\. Set data\.random_crop = False"):
         run.train(small.run_config(tmp_path / "run", data=data))
+
+
+def test_rows_of_a_family_that_injects_are_not_packed(tmp_path):
+    """Refused before any weight is read, in the plan's words."""
+    family = FAMILIES["llama_adapter"]
+    source = ConvertedCheckpoint(tmp_path, family, family.presets["tiny"], TextConfig(), {}, ())
+    config = small.run_config(tmp_path / "run", data=DataConfig(path=str(small.images()), batch_size=2, pack_length=64))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConvertedCheckpoint, "open", lambda folder: source)
+        with pytest.raises(ValueError, match=r"one injection for each row: set data\.pack_length = None"):
+            run.set_up(config)
+        with pytest.raises(ValueError, match=r"one injection for each row: set data\.pack_length = None"):
+            plan.architecture(config, None)
 
 
 def test_metrics_tell_how_much_the_model_computes(finished):

@@ -154,4 +154,4 @@ def _write(path: Path, content: bytes) -> None:
 @functools.cache
 def _say(message: str) -> None:
     """Prints a message once, for any number of tars."""
-    Console(stderr=True).print(message, markup=False, highlight=False)
+    Console(stderr=True, markup=False).print(message, highlight=False)

@@ -60,7 +60,7 @@ def _read(path: str, root: None) -> Sequence[Record]:
         except ValueError as error:
             return error
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         indices = list(track(pool.map(read_index, files), "headers of tars", len(files), console=console,
                              transient=True, disable=not console.is_terminal))
