@@ -1,13 +1,13 @@
-"""ImageBind-LLM 7B, fine-tuning: norms, biases and LoRA of the language model learn from instructions.
+"""ImageBind-LLM 7B, fine-tuning: trains norms, biases and LoRA of the language model on instructions.
 
     python train.py --config configs/imagebind_llm_finetune.py --data.path finetune.yaml
 
 The original's recipe (imagebind_LLM/exps/finetune.sh): 8 GPUs x batch 4, 4 epochs, 1 of them warm-up, learning rate
 1e-3 x 32 / 256. It starts from the pretraining run; to start from a released adapter (7B-pretrained.pth) convert it
-with `--adapter` and set `weights.start_from` to None. `optim.steps_per_epoch` belongs to the data: rows / 32.
+with `--adapter` and set `weights.start_from` to None. Set `optim.steps_per_epoch` to rows / 32 of your data.
 Weights: 8.5 billion frozen parameters, 17.1 GB in bfloat16; 41 million trained ones, 0.5 GB with their optimizer state.
 
-What it needs (compiled with libtpu 0.0.42):
+Memory and time (compiled with libtpu 0.0.42):
 
     mmjax plan --config configs/imagebind_llm_finetune.py --topology v5e:4x4 --mesh.fsdp 16
         2.65 of 15.75 GiB a device; a step takes 310 ms at least (links)

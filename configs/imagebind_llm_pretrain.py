@@ -1,15 +1,15 @@
-"""ImageBind-LLM 7B, pretraining: bind network, queries and gates learn from images and their captions.
+"""ImageBind-LLM 7B, pretraining: trains the bind network, queries and gates on images with captions.
 
     python convert_weights.py imagebind-llm --imagebind imagebind_huge.pth --llm LLAMA_FOLDER \\
         --out checkpoints/imagebind-llm-7b
     python train.py --config configs/imagebind_llm_pretrain.py --data.path pretrain.yaml
 
 The original's recipe (imagebind_LLM/exps/pretrain.sh): 8 GPUs x batch 4, 150 epochs of a fiftieth of the data each, 5
-of them warm-up, learning rate 1e-4 x 32 / 256. `optim.steps_per_epoch` belongs to the data: images / 50 / 32 (and
-`optim.warmup_steps` five times that); the value here is for 4.8 million images.
+of them warm-up, learning rate 1e-4 x 32 / 256. Set `optim.steps_per_epoch` to images / 50 / 32 of your data, and
+`optim.warmup_steps` to five times that; the value here is for 4.8 million images.
 Weights: 7.9 billion frozen parameters, 15.9 GB in bfloat16; 608 million trained ones, 7.3 GB with optimizer state.
 
-What it needs (compiled with libtpu 0.0.42):
+Memory and time (compiled with libtpu 0.0.42):
 
     mmjax plan --config configs/imagebind_llm_pretrain.py --topology v5e:4x4 --mesh.fsdp 16
         1.98 of 15.75 GiB a device; a step takes 279 ms at least (links)

@@ -1,14 +1,14 @@
-"""LLaMA-Adapter 7B (v1): prompts of the top 30 layers and their gates learn from Alpaca's instructions.
+"""LLaMA-Adapter 7B (v1): trains prompts of the top 30 layers and their gates on Alpaca's instructions.
 
     python convert_weights.py llama-adapter --llm LLAMA_FOLDER --out checkpoints/llama-adapter-7b
     python train.py --config configs/llama_adapter.py --data.path alpaca.yaml
 
 `alpaca.yaml` is one line, `META: [alpaca_data.json]`. The original's recipe (alpaca_finetuning_v1/finetuning.sh):
-8 GPUs x batch 4, 5 epochs, 2 of them warm-up, learning rate 9e-3 x 32 / 256. `optim.steps_per_epoch` belongs to the
-data: rows / 32.
+8 GPUs x batch 4, 5 epochs, 2 of them warm-up, learning rate 9e-3 x 32 / 256. Set `optim.steps_per_epoch` to
+rows / 32 of your data.
 Weights: 6.7 billion frozen parameters, 13.5 GB in bfloat16; 1.2 million trained ones, 15 MB with their optimizer state.
 
-What it needs (compiled with libtpu 0.0.42):
+Memory and time (compiled with libtpu 0.0.42):
 
     mmjax plan --config configs/llama_adapter.py --topology v5e:4x4 --mesh.fsdp 16
         1.76 of 15.75 GiB a device; a step takes 284 ms at least (links)

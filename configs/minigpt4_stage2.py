@@ -1,11 +1,11 @@
-"""MiniGPT-4 7B, stage 2: the projector on CC-SBU-align, from a stage-1 run.
+"""MiniGPT-4 7B, stage 2: trains the projector of a stage-1 run on CC-SBU-align.
 
     python train.py --config configs/minigpt4_stage2.py --weights.start-from runs/minigpt4_stage1
 
 The original's recipe (train_configs/minigpt4_stage2_finetune.yaml): 5 epochs of 200 steps, batch 12, 3e-5 to 1e-5.
 Weights: 7.8 billion frozen parameters, 15.7 GB in bfloat16; 3.1 million trained ones with 38 MB of optimizer state.
 
-What it needs (compiled with libtpu 0.0.42):
+Memory and time (compiled with libtpu 0.0.42):
 
     mmjax plan --config configs/minigpt4_stage2.py --topology v5e:2x2 --mesh.fsdp 4
         5.23 of 15.75 GiB a device; a step takes 229 ms at least (links)

@@ -1,12 +1,12 @@
-"""MiniGPT-v2 on Llama-2 7B chat at 448 px: projector and LoRA on q and v.
+"""MiniGPT-v2 on Llama-2 7B chat at 448 px: trains the projector and LoRA on q and v.
 
     python train.py --config configs/minigpt_v2.py --data.path data/captions
 
-The rates of the original's fine-tuning (train_configs/minigptv2_finetune.yaml): 50 epochs of 1,000 steps, 1e-5 to 1e-6.
-The original mixes 22 data sets; this trains on one in the CC-SBU-align layout. The checkpoint is converted with
-`--lora FILE` (to go on from the released one) or `--lora-rank 64` (to start anew), without `--qformer`.
+The learning rates of the original's fine-tuning (train_configs/minigptv2_finetune.yaml): 50 epochs of 1,000 steps, 1e-5
+to 1e-6. The original mixes 22 data sets; this trains on one in the CC-SBU-align layout. The checkpoint is converted with
+`--lora FILE` (to continue from the released one) or `--lora-rank 64` (new LoRA), without `--qformer`.
 
-What it needs (compiled with libtpu 0.0.42):
+Memory and time (compiled with libtpu 0.0.42):
 
     mmjax plan --config configs/minigpt_v2.py --topology v5e:2x2 --mesh.fsdp 4
         6.01 of 15.75 GiB a device; a step takes 288 ms at least (arithmetic)

@@ -1,11 +1,12 @@
-"""The embedded default of ImageBind-LLM: in small on a laptop CPU, nothing to download.
+"""The embedded default of ImageBind-LLM: a small model that trains on a laptop CPU, without a download.
 
     python train.py --config configs/tiny_imagebind_llm.py
 
-Two towers that share a space, for images and for depth maps, and a language model that read text alone. First the
-bind network, the queries and the gates learn to caption images; then norms, biases and LoRA of the language model
-learn to answer questions. No depth map is ever trained on; afterwards the model is asked about depth maps as well.
-Three minutes on two cores; on held-out images 0.98 of the attributes are right, of depth maps 0.94 of the shapes.
+The model has two encoders with a common embedding space, for images and for depth maps, and a language model that was
+trained on text alone. The first phase trains the bind network, the queries and the gates on captions of images, the
+second one norms, biases and LoRA of the language model on questions. Depth maps are used for evaluation only.
+It takes three minutes on two cores; 0.98 of the attributes of held-out images are right, and 0.94 of the shapes of
+depth maps.
 """
 
 from importlib.resources import files

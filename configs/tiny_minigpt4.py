@@ -1,9 +1,10 @@
-"""The embedded default: MiniGPT-4 in small on a laptop CPU, nothing to download.
+"""The embedded default: a small MiniGPT-4 that trains on a laptop CPU, without a download.
 
     python train.py --config configs/tiny_minigpt4.py
 
-Converts the shipped tiny towers (released PyTorch formats), draws 3,000 scenes of one to three shapes, trains only the
-projector (9,312 parameters), then captions and questions scenes it never saw. The language model never saw an image.
+It converts the small encoders that are part of mmjax (in the released PyTorch formats), draws 3,000 scenes of one to
+three shapes, trains only the projector (9,312 parameters), and is evaluated on captions and questions about held-out
+scenes. The language model was trained on text alone.
 """
 
 from importlib.resources import files

@@ -1,7 +1,7 @@
-"""Where a model parts from its PyTorch original: the same inputs through both, compared stage by stage.
+"""Compares a model with its PyTorch original stage by stage, for the same inputs.
 
-The reference is an npz file with the inputs and with what the original's modules gave for them; docs/parity.md has the
-format, and a recipe that writes such a file. Inputs and stages have names: `INPUTS`, and the family's `stages`.
+The reference is an npz file with the inputs and the outputs of the original's modules; docs/parity.md has the format
+and a recipe that writes such a file. The names of inputs are in `INPUTS`, those of stages in the family's `stages`.
 
 B rows   T tokens   F images a row   N = B·F   D model   V vocabulary
 """
@@ -30,29 +30,29 @@ from mmjax.inference.loaded import Loaded
 from mmjax.training import steps
 
 INPUTS = {
-    "images": "images as the original takes them, normalised: [B,3,H,W], or several a row [B,F,3,H,W]",
-    "tokens": "int[B,T]: ids, the beginning's included; -1 where a soft token of an image stands",
-    "valid": "bool or int[B,T]: what attention sees (the original's attention_mask); without it, everything",
-    "targets": "int[B,T]: the ids to be predicted, -100 where there is none (the original's labels); for `loss`",
-    "positions": "int[B,T]: rotary positions; without it, 0, 1, 2, ... in every row",
-    "media_{sense}": "what ImageBind takes: media_image, media_video, media_audio, media_depth, ...",
-    "weight_{sense}": "float[B]: of that sense in the mix; without it, 1",
+    "images": "normalised images, the original's input: [B,3,H,W], or several a row [B,F,3,H,W]",
+    "tokens": "int[B,T]: token ids, BOS included; -1 for a soft token of an image",
+    "valid": "bool or int[B,T]: the original's attention_mask; by default all",
+    "targets": "int[B,T]: the original's labels, -100 where there is no target; for `loss`",
+    "positions": "int[B,T]: positions of the tokens; by default 0, 1, 2, ... in every row",
+    "media_{sense}": "inputs of ImageBind: media_image, media_video, media_audio, media_depth, ...",
+    "weight_{sense}": "float[B]: weight of that sense in the mix; by default 1",
 }
 NO_TARGET = -100
-# Relative to the largest magnitude, and typical to typical. In float32 models differ by some 1e-6 (docs/parity.md); the
-# others have 11 and 8 bits, and lose a few of them on the way.
+# Of the relative and of the typical difference. In float32 models differ by some 1e-6 (docs/parity.md); the others have
+# 11 and 8 bits, and rounding errors of several operations add up.
 TOLERANCES = {"float32": 3e-5, "float16": 1e-2, "bfloat16": 0.15}
 
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """A stage of both.
+    """The comparison of a stage.
 
-    absolute: largest difference
-    relative: the same over the original's largest magnitude
-    typical:  median difference over the original's median magnitude: sees what hides below a few huge values
-    verdict:  "agrees", "parts", or "shape" where there is nothing to subtract
-    words:    of what is wrong
+    absolute: largest absolute difference
+    relative: `absolute` over the original's largest magnitude
+    typical:  median difference over the original's median magnitude; not dominated by a few huge values
+    verdict:  "agrees", "parts" (differs), or "shape" if the shapes differ
+    words:    message: what is wrong
     """
 
     stage: Stage
@@ -66,25 +66,25 @@ class Compared:
 
 
 def parity(model: Loaded, reference: str | Path, tolerance: float | None = None) -> list[Compared]:
-    """Compares every stage that a file holds, in order.
+    """Compares every stage that a file has, in order.
 
     reference: the npz file
-    tolerance: largest relative and typical difference of what agrees; None for what suits the coarser dtype of both
+    tolerance: largest relative and typical difference of stages that agree; None: by the coarser dtype of both
 
-    Raises ValueError naming what is in the file and belongs to no stage, or what a stage would need and is not there.
+    Raises ValueError naming arrays of the file that are no stage, or inputs that its stages need and it does not have.
     """
-    held = read(reference)
-    wanted = [name for name in held if not is_input(name)]
+    arrays = read(reference)
+    wanted = [name for name in arrays if not is_input(name)]
     if not wanted:
-        raise ValueError(f"{reference} holds no stage to compare, only {', '.join(held) or 'nothing'}.")
-    batch, given = inputs(model, held)
+        raise ValueError(f"{reference} has no stage to compare, only {', '.join(arrays) or 'nothing'}.")
+    batch, given = inputs(model, arrays)
     possible = known(model.family, model.config)
     embedding = next((stage.name for stage in possible.values() if stage.kind == "embedding"), None)
     if unknown := [name for name in wanted if name not in possible]:
-        raise ValueError(f"{reference} holds {', '.join(unknown)}, which this model does not have. It has the stages "
-                         f"{', '.join(summary(possible))}, and takes the inputs {', '.join(INPUTS)}.")
+        raise ValueError(f"{reference} has {', '.join(unknown)}, which this model does not have. The model has the "
+                         f"stages {', '.join(summary(possible))} and the inputs {', '.join(INPUTS)}.")
     with sharding.use_mesh(model.mesh):
-        found = compute(model.module, model.family, frozenset(wanted), "targets" in held, model.params, batch, given)
+        found = compute(model.module, model.family, frozenset(wanted), "targets" in arrays, model.params, batch, given)
         if missing := [name for name in wanted if name not in found]:
             raise ValueError(f"{reference} has no inputs for {', '.join(summary(missing))}: images need `images`, "
                              "senses `media_image` and the like, the language model's stages `tokens` or "
@@ -93,16 +93,16 @@ def parity(model: Loaded, reference: str | Path, tolerance: float | None = None)
     ordered = [name for name in possible if name in wanted and not (given is not None and name == embedding)]
     if not ordered:
         raise ValueError(
-            f"{reference} holds `{embedding}` without `tokens`: then it is an input, and there is no other "
-            "stage to compare."
+            f"{reference} has `{embedding}` without `tokens`: then it is an input, and there is no other stage to "
+            "compare."
         )
-    return [compare(possible[name], found[name], held[name], np.asarray(batch.valid),
-                    tolerance or max(TOLERANCES[kind], TOLERANCES.get(held[name].dtype.name, 0.0)))
+    return [compare(possible[name], found[name], arrays[name], np.asarray(batch.valid),
+                    tolerance or max(TOLERANCES[kind], TOLERANCES.get(arrays[name].dtype.name, 0.0)))
             for name in ordered]
 
 
 def read(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz file, nothing of which is executed. Raises FileNotFoundError or ValueError naming it."""
+    """Returns the arrays of an npz file, executing nothing. Raises FileNotFoundError or ValueError naming the file."""
     try:
         return read_npz(path)
     except FileNotFoundError:
@@ -117,7 +117,7 @@ def is_input(name: str) -> bool:
 
 
 def inputs(model: Loaded, held: Mapping[str, np.ndarray]) -> tuple[Batch, np.ndarray | None]:
-    """(batch, vectors [B,T,D] that enter the first layer where the file gives those in place of tokens).
+    """Returns (batch, the input of the first layer [B,T,D] if the file has that in place of tokens).
 
     Raises ValueError for inputs that do not fit each other or the model.
     """
@@ -127,7 +127,7 @@ def inputs(model: Loaded, held: Mapping[str, np.ndarray]) -> tuple[Batch, np.nda
     if tokens is None and embedding in held:
         given = held[embedding].astype(np.float32)
         tokens = np.zeros(given.shape[:2], np.int32) if targets is None else np.maximum(targets, 0)
-    if tokens is None:  # of no stage of the language model
+    if tokens is None:  # no stage of the language model is compared
         rows = next((len(x) for name, x in held.items() if name == "images" or name.startswith("media_")), 1)
         tokens = np.zeros((rows, 1), np.int32)
     tokens = tokens.astype(np.int32)
@@ -137,25 +137,25 @@ def inputs(model: Loaded, held: Mapping[str, np.ndarray]) -> tuple[Batch, np.nda
             raise ValueError(f"`{name}` has the shape {held[name].shape}, but there are {rows} rows of {length} "
                              "tokens.")
     if (vocab := model.config.llm.vocab) <= tokens.max(initial=0) or tokens.min(initial=0) < -1:
-        raise ValueError(f"`tokens` holds ids from {tokens.min()} to {tokens.max()}; this model has 0 to {vocab - 1}, "
-                         "and -1 for soft tokens.")
+        raise ValueError(f"`tokens` has ids from {tokens.min()} to {tokens.max()}; expected 0 to {vocab - 1}, and -1 "
+                         "for soft tokens.")
     soft = tokens == -1
     marked = np.zeros(tokens.shape, bool) if targets is None else targets != NO_TARGET
     if targets is not None and np.any(marked & (targets != np.where(soft, NO_TARGET, tokens))):
-        raise ValueError("`targets` differ from `tokens` where they are not -100: they are the tokens themselves, "
-                         "at their own places (as transformers' labels), not moved by one.")
+        raise ValueError("`targets` differ from `tokens` where they are not -100. They must be the tokens at the same "
+                         "positions, as transformers' labels, not shifted by one.")
     if soft.any() and "images" not in held:
-        raise ValueError("`tokens` marks places of soft tokens (-1), but there are no `images`.")
+        raise ValueError("`tokens` has slots of soft tokens (-1), but there are no `images`.")
     images = held.get("images")
     if images is not None:
         images = images[:, None] if images.ndim == 4 else images
         images = images.astype(np.float32)
         if len(images) != rows:
-            raise ValueError(f"`images` has {len(images)} rows, the text {rows}. Several images a row are given as "
+            raise ValueError(f"`images` has {len(images)} rows, the text {rows}. The shape of several images a row is "
                              "[B,F,3,H,W].")
         room = images.shape[1] * model.config.image_tokens
         if (most := soft.sum(1).max(initial=0)) > room:
-            raise ValueError(f"`tokens` marks {most} places of soft tokens in a row, its images become {room}.")
+            raise ValueError(f"`tokens` has {most} slots of soft tokens in a row; its images give {room}.")
     media = {name.removeprefix("media_"): _narrow(x) for name, x in held.items() if name.startswith("media_")}
     mixed = [*media]
     if "image" in media:  # of a model that mixes senses
@@ -174,23 +174,23 @@ def inputs(model: Loaded, held: Mapping[str, np.ndarray]) -> tuple[Batch, np.nda
 
 
 def _narrow(x: np.ndarray) -> np.ndarray:
-    """An array as JAX holds it."""
+    """Returns an array in the dtype that JAX uses by default."""
     return x.astype(np.float32 if np.issubdtype(x.dtype, np.floating) else np.int32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def compute(module: nn.Module, family: Family, wanted: frozenset[str], has_targets: bool, params: Any, batch: Batch,
             given: Any = None) -> dict[str, jax.Array]:
-    """Those of the `wanted` stages that these inputs reach; nothing else is computed."""
+    """Returns the `wanted` stages that can be computed from these inputs; nothing else is computed."""
     found = stages(module, family, params, batch, given, has_targets)
     return {name: x for name, x in found.items() if name in wanted}
 
 
 def stages(module: nn.Module, family: Family, params: Any, batch: Batch, given: Any = None,
            has_targets: bool = False) -> dict[str, jax.Array]:
-    """`{name: array}`: every stage that these inputs reach.
+    """Returns `{name: array}` of every stage that can be computed from these inputs.
 
-    given: vectors that enter the first layer, in place of those of the tokens
+    given: the input of the first layer, in place of the embedded tokens
     """
 
     patterns = [stage.path.replace(NUMBER, r"\d+") for stage in family.stages if stage.path]
@@ -219,7 +219,7 @@ def stages(module: nn.Module, family: Family, params: Any, batch: Batch, given: 
 
 
 def _named(family: Family, calls: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """What modules gave, by stage: scanned layers one by one, in the original's shapes."""
+    """Returns the modules' outputs by stage: scanned layers one by one, in the original's shapes."""
     found = {}
     for path, value in calls.items():
         value = value[0] if isinstance(value, tuple) else value
@@ -234,7 +234,7 @@ def _named(family: Family, calls: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 
 def _as_original(stage: Stage, value: jax.Array) -> jax.Array:
-    """With those leading axes of ours as one that are one in the original."""
+    """Returns an output with the leading axes of `Stage.flatten` merged, as in the original."""
     if stage.flatten is None:
         return value
     start, stop = stage.flatten
@@ -243,20 +243,20 @@ def _as_original(stage: Stage, value: jax.Array) -> jax.Array:
 
 @functools.cache
 def known(family: Family, config: Any) -> dict[str, Stage]:
-    """`{name: stage}`: all that such a model has, in order."""
-    made = jax.eval_shape(functools.partial(stages, family.Model(config), family, has_targets=True),
+    """Returns `{name: stage}` of all stages of such a model, in order."""
+    outputs = jax.eval_shape(functools.partial(stages, family.Model(config), family, has_targets=True),
                           trees.unflatten(shapes(family, config)), family.example(config))
     found = {}
     for stage in family.stages:
         pattern = re.compile(re.escape(stage.name).replace(re.escape(NUMBER), r"(\d+)"))
-        matches = [match for match in map(pattern.fullmatch, made) if match]
+        matches = [match for match in map(pattern.fullmatch, outputs) if match]
         numbers = sorted(int(match[1]) if NUMBER in stage.name else 0 for match in matches)
         found |= {stage.of(number).name: stage.of(number) for number in numbers}
     return found
 
 
 def summary(names: Collection[str]) -> list[str]:
-    """Names with the layers of a tower as one: `llama_layer_0…31`."""
+    """Returns the names, with the layers of a model as one: `llama_layer_0…31`."""
     groups: dict[str, list[int]] = {}
     for name in names:
         stem, _, number = name.rpartition("_")
@@ -268,8 +268,8 @@ def summary(names: Collection[str]) -> list[str]:
 
 
 def compare(stage: Stage, got: Any, expected: np.ndarray, valid: np.ndarray, tolerance: float) -> Compared:
-    """got, expected: arrays of one shape, but for axes of length 1. Of the language model's stages only the places that
-    are `valid` bool[B,T] are compared."""
+    """Compares the outputs of a stage. Their shapes may differ in axes of length 1; stages of the language model are
+    compared where `valid` bool[B,T] is True."""
     got, expected = np.asarray(got, np.float32), np.asarray(expected, np.float32)
     nan = float("nan")
     if [n for n in got.shape if n != 1] != [n for n in expected.shape if n != 1]:
@@ -278,32 +278,31 @@ def compare(stage: Stage, got: Any, expected: np.ndarray, valid: np.ndarray, tol
     shape, expected = got.shape, expected.reshape(got.shape)
     if stage.kind == "decoder":
         got, expected = got[valid], expected[valid]
-    if wrong := [whose for whose, x in (("the original's", expected), ("ours", got)) if not np.isfinite(x).all()]:
+    if wrong := [name for name, x in (("the original's", expected), ("ours", got)) if not np.isfinite(x).all()]:
         return Compared(stage, shape, nan, nan, nan, tolerance, "parts",
-                        f"{' and '.join(wrong)} holds numbers that are not finite")
-    apart, size = np.abs(got.astype(np.float64) - expected), np.abs(expected)
-    absolute = float(apart.max(initial=0))
-    relative, typical = _share(absolute, size.max(initial=0)), _share(np.median(apart), np.median(size))
+                        f"{' and '.join(wrong)} has numbers that are not finite")
+    difference, size = np.abs(got.astype(np.float64) - expected), np.abs(expected)
+    absolute = float(difference.max(initial=0))
+    relative, typical = _ratio(absolute, size.max(initial=0)), _ratio(np.median(difference), np.median(size))
     agrees = max(relative, typical) <= tolerance
     return Compared(stage, shape, absolute, relative, typical, tolerance, "agrees" if agrees else "parts")
 
 
-def _share(difference: float, scale: float) -> float:
-    """Of nothing, everything is too much."""
+def _ratio(difference: float, scale: float) -> float:
+    """Returns difference / scale; infinity for a difference if the scale is 0."""
     return float(difference / scale) if scale else float("inf") if difference else 0.0
 
 
 def verdict(rows: list[Compared]) -> str:
-    """Where the two first part, in words."""
-    place = next((i for i, row in enumerate(rows) if row.verdict != "agrees"), None)
-    if place is None:
+    """Returns a message about the first stage that differs."""
+    first = next((i for i, row in enumerate(rows) if row.verdict != "agrees"), None)
+    if first is None:
         return f"All {len(rows)} stages agree."
-    row = rows[place]
-    how = row.words or (f"{max(row.relative, row.typical):.1e} where {row.tolerance:.0e} is allowed")
-    before = (f"{rows[place - 1].stage.name}, which comes before it in the file, agrees" if place
-              else "nothing before it was compared")
-    return (f"They first part at {row.stage.name}: {how}; {before}. It reads {row.stage.reads}; in the original that "
-            f"is {row.stage.original}. Whatever comes after it can only be judged when this is right.")
+    row = rows[first]
+    how = row.words or f"the difference is {max(row.relative, row.typical):.1e}, the tolerance {row.tolerance:.0e}"
+    before = f"{rows[first - 1].stage.name} before it agrees" if first else "no stage before it was compared"
+    return (f"The first stage that differs is {row.stage.name}: {how}; {before}. It reads {row.stage.reads}, in the "
+            f"original {row.stage.original}. Correct it first: the later stages depend on it.")
 
 
 def show(rows: list[Compared], console: Console) -> None:

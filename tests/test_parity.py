@@ -107,7 +107,7 @@ def test_what_was_changed_is_where_they_first_part(caption, path, layer, where):
     rows = parity.parity(changed(m, {path: spoilt}), reference)
     assert first_parted(rows) == where
     told = parity.verdict(rows)
-    assert f"first part at {where}:" in told and path.split("/")[0] in told
+    assert f"first stage that differs is {where}:" in told and path.split("/")[0] in told
 
 
 def test_nan_is_told(caption):
@@ -164,9 +164,9 @@ def test_coarser_arrays_are_held_to_less(caption, tmp_path):
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"llama_layer_3": "logits"}, "holds llama_layer_3, which this model does not have. It has the stages .*"
-                                  "vit_block_0…2.*llama_layer_0…2.*takes the inputs images, tokens"),
+                                  "vit_block_0…2.*llama_layer_0…2.*and the inputs images, tokens"),
     ({"tokens": None}, "no inputs for .*loss|it is an input"),
-    ({"images": None}, "marks places of soft tokens"),
+    ({"images": None}, "has slots of soft tokens"),
     ({"valid": "logits"}, "`valid` has the shape"),
     ({"targets": "valid"}, "`targets` differ from `tokens`"),
 ])
@@ -217,6 +217,6 @@ def test_command(caption, tmp_path, monkeypatch, capsys):
         else:
             cli.main()
         told, out = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
-        assert ("first part at proj_out" in told["verdict"]) == bool(status)
+        assert ("first stage that differs is proj_out" in told["verdict"]) == bool(status)
         assert "proj_out" in out
         assert {row["verdict"] for row in told["stages"]} == ({"agrees", "parts"} if status else {"agrees"})

@@ -35,7 +35,7 @@ class EvaluateOptions:
         checkpoint: converted checkpoint or run folder
         data: the benchmark's folder or file
         root: the folder of the images (default: the folder of the data)
-        prompt: template with {} for the question (default: the benchmark's own)
+        prompt: template with {} for the question (default: the benchmark's)
         limit: number of items, evenly spread over all (default: all)
         rank_by: the loss that ranks choices: sum over the answer, mean of its tokens, or the original's
             multi_select, where it depends on the other rows of the batch
@@ -93,7 +93,7 @@ def score(options: EvaluateOptions) -> None:
     test = benchmarks.Test(options.benchmark, options.data or "", options.root, options.prompt, options.limit,
                            options.in_words, options.rank_by)
     if options.score_only:
-        test = benchmarks.begun(options.out, test)
+        test = benchmarks.stored_test(options.out, test)
     _check(options, test)
     items, console = test.items(), Console(markup=False)
     if not options.score_only:
@@ -124,14 +124,14 @@ def _check(options: EvaluateOptions, test: Any) -> None:
         wrong.append("--data is missing: the benchmark's folder or file")
     unused, why = benchmarks.unused(test, options.decoding, options.recall)
     if unused:
-        wrong.append(f"{_written(unused)}: {why}")
+        wrong.append(f"{_option_list(unused)}: {why}")
     if options.score_only and (unused := options.given(NOT_OF_ANSWERS)):
-        wrong.append(f"{_written(unused)}: --score-only scores answers that are there; leave that out, or answer "
+        wrong.append(f"{_option_list(unused)}: --score-only scores answers that are there; leave that out, or answer "
                      "again into another folder")
     _refuse(options, wrong)
 
 
-def _written(names: Iterable[str]) -> str:
+def _option_list(names: Iterable[str]) -> str:
     return ", ".join("--" + name.replace("_", "-") for name in names)
 
 
@@ -176,7 +176,7 @@ def _config_of_scenes(options: EvaluateOptions) -> dict[str, Any]:
 
     run, wrong = options.checkpoint, []
     if unused := options.given(NOT_OF_SCENES):
-        wrong.append(f"{_written(unused)}: the images are drawn, and the questions are their own, answered in words; "
+        wrong.append(f"{_option_list(unused)}: the images and the questions are generated, and the answers are text; "
                      "leave that out")
     if run is None:
         wrong.append("--checkpoint is missing: the run to score")

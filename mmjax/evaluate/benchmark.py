@@ -48,7 +48,7 @@ class Test:
     name:     one of BENCHMARKS
     data:     the folder or file of that benchmark
     root:     the folder of the images, if it is not the folder of the data file
-    prompt:   template with {} for the question; None for the benchmark's own
+    prompt:   template with {} for the question; None for the benchmark's default
     limit:    number of items, evenly spread over all of them; None for all
     in_words: generate text and read the choice from it, instead of ranking the choices by their loss
     rank_by:  the rule by which choices are ranked; see `mmjax.evaluate.rank.chosen`
@@ -124,8 +124,8 @@ def evaluate(test: Test, items: Sequence[Item], answers: Choices | predictions.T
     return predictions.predict(Path(out) / PREDICTIONS, requests(items), answers, card, console)
 
 
-def begun(out: str | Path, test: Test) -> Test:
-    """Returns the test of the answers in OUT, with the scoring rule of the given one.
+def stored_test(out: str | Path, test: Test) -> Test:
+    """Returns the test whose answers are stored in OUT, with the scoring rule of the given one.
 
     Raises FileNotFoundError if there are no answers, ValueError if their benchmark or settings are others.
     """
@@ -156,13 +156,13 @@ class Scored:
     """The scores of the answers in a folder.
 
     answers: the line of each item
-    taken:   the value of each that was scored: text, or the index of a choice; a wrong one for items with an error
+    values:  the value of each that is scored: text, or the index of a choice; a wrong one for items with an error
     """
 
     test: Test
     items: list[Item]
     answers: list[dict[str, Any]]
-    taken: list[str | int]
+    values: list[str | int]
     scores: Scores
     card: dict[str, Any]
 
@@ -183,13 +183,13 @@ def scored(test: Test, items: Sequence[Item], out: str | Path) -> Scored:
                          f"{test.data}: the data, or the prompts, have changed since.")
     lines, _ = predictions.read_answers(path.read_bytes(), [item.id for item in items], path)
     if len(lines) < len(items):
-        raise ValueError(f"{path} has {len(lines)} of {len(items)} answers. Without score_only the same command makes "
-                         "the others.")
-    taken = [_taken(*pair, test) for pair in zip(items, lines, strict=True)]
-    return Scored(test, list(items), lines, taken, BENCHMARKS[test.name].score(items, taken), card)
+        raise ValueError(f"{path} has {len(lines)} of {len(items)} answers. Without score_only the same command "
+                         "computes the others.")
+    values = [_scored_value(*pair, test) for pair in zip(items, lines, strict=True)]
+    return Scored(test, list(items), lines, values, BENCHMARKS[test.name].score(items, values), card)
 
 
-def _taken(item: Item, line: Mapping[str, Any], test: Test) -> str | int:
+def _scored_value(item: Item, line: Mapping[str, Any], test: Test) -> str | int:
     """Returns the value of a line that is scored."""
     if "error" not in line:
         return chosen(line, test.rank_by) if test.ranked else line["answer"]
@@ -273,20 +273,20 @@ def _ends(each: Sequence[float], indices: Sequence[int]) -> tuple[list[int], lis
 
 def example(result: Scored, index: int) -> Example:
     """Returns an item and its answer, for the page."""
-    item, line, taken, each = (column[index] for column in
-                               (result.items, result.answers, result.taken, result.scores.each))
-    said = item.choices[taken] if isinstance(taken, int) else taken
+    item, line, value, each = (column[index] for column in
+                               (result.items, result.answers, result.values, result.scores.each))
+    answer = item.choices[value] if isinstance(value, int) else value
     note = f"{item.id} · score {each:.3f}" + (f" · {item.group}" if item.group else "")
     right = {0.0: False, 1.0: True}.get(float(each))
     truth, image = _truth(item), _image(item)
     if item.box is not None:
-        box = answered_box(said, item.size)
-        drawn = {"truth": item.box} | ({} if box is None else {"said": box})
+        box = answered_box(answer, item.size)
+        drawn = {"truth": item.box} | ({} if box is None else {"answer": box})
         image, right = report.boxed(image, item.size, drawn), each > 0.5
     options = []
-    if isinstance(taken, int):
+    if isinstance(value, int):
         options = zip(item.choices, line["losses"], strict=True)
-    return Example(image, without_placeholders(item.sample.prompt), said, truth, right, note, tuple(options))
+    return Example(image, without_placeholders(item.sample.prompt), answer, truth, right, note, tuple(options))
 
 
 def _truth(item: Item) -> str:

@@ -85,7 +85,7 @@ class Choices:
         for request, *scores in zip(requests, *(column[:len(requests)] for column in columns), strict=True):
             scores = scores[:len(request.choices)]
             if not np.isfinite([loss for loss, *_ in scores]).all():
-                lines.append({"error": "a choice has no finite loss: `mmjax doctor` tells which part of the model is "
+                lines.append({"error": "a choice has no finite loss: `mmjax doctor` shows which part of the model is "
                                        "broken"})
                 continue
             line = dict(zip(("losses", "tokens", "padded"), map(list, zip(*scores, strict=True)), strict=True))

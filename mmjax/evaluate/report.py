@@ -26,7 +26,7 @@ class Example(NamedTuple):
 
     image: np.ndarray | None  # uint8[H,W,3]; None where there is none
     question: str
-    said: str
+    answer: str
     truth: str
     right: bool | None = None
     note: str = ""
@@ -229,7 +229,7 @@ def _draw_gates(curves: Curves, colors: Mapping[str, str]) -> bytes:
 
 
 def _draw_sheet(title: str, examples: Sequence[Example]) -> bytes:
-    """The images enlarged, four in a row, with what was asked, what was said, and the truth where it differs."""
+    """Draws the images enlarged, four in a row, each with its question, its answer, and the truth if that differs."""
     from matplotlib.figure import Figure
 
     columns = min(4, max(1, len(examples)))
@@ -260,14 +260,14 @@ def _draw_sheet(title: str, examples: Sequence[Example]) -> bytes:
 
 
 def _sheet_lines(example: Example) -> list[tuple[list[str], str, str]]:
-    """(lines, colour, weight) of what stands below an image."""
+    """Returns (lines, colour, weight) of the texts below an image."""
 
     def wrap(words: str, width: int) -> list[str]:
         return textwrap.wrap(words, width, max_lines=5, placeholder=" …", break_on_hyphens=False) or [""]
 
-    said = f"{MARKS[example.right]} {example.said or NOTHING}".strip()
+    answer = f"{MARKS[example.right]} {example.answer or NOTHING}".strip()
     below = [(wrap(example.question, 46), "muted", "normal"),
-             (wrap(said, 39), "bad" if example.right is False else "ink", "bold")]
+             (wrap(answer, 39), "bad" if example.right is False else "ink", "bold")]
     return below if example.right else [*below, (wrap(f"truth: {example.truth}", 46), "muted", "normal")]
 
 
@@ -306,16 +306,16 @@ figure img.photo { aspect-ratio: 4 / 3; object-fit: contain; background: var(--g
 .none { aspect-ratio: 4 / 3; display: grid; place-items: center; color: var(--muted); background: var(--grid);
   font-size: 13px; }
 figcaption { padding: 11px 14px 14px; overflow-wrap: anywhere; }
-.asked, .truth { color: var(--muted); font-size: 13px; margin: 0; }
-.said { margin: 3px 0 0; font-weight: 600; }
+.question, .truth { color: var(--muted); font-size: 13px; margin: 0; }
+.answer { margin: 3px 0 0; font-weight: 600; }
 .truth { margin-top: 6px; }
 .choices { list-style: none; margin: 8px 0 0; padding: 0; font-size: 13px; }
 .choices li { display: flex; justify-content: space-between; gap: 12px; padding: 3px 0; color: var(--muted);
   border-top: 1px solid var(--grid); font-variant-numeric: tabular-nums; }
-.choices .taken { color: var(--ink); font-weight: 600; }
+.choices .chosen { color: var(--ink); font-weight: 600; }
 .note { color: var(--muted); font-size: 12px; margin: 8px 0 0; }
 .lines { margin: 0; padding: 12px 16px 12px 34px; font-size: 13px; overflow-wrap: anywhere; }
-.mark.good { color: var(--good); } .mark.bad, .said.bad { color: var(--bad); }
+.mark.good { color: var(--good); } .mark.bad, .answer.bad { color: var(--bad); }
 """
 
 
@@ -365,13 +365,13 @@ def _figure(example: Example) -> str:
     kind = {True: "good", False: "bad", None: ""}[example.right]
     mark = f'<span class="mark {kind}">{MARKS[example.right]}</span> ' if kind else ""
     truth = "" if example.right else f'<p class="truth">truth: {text(example.truth)}</p>'
-    options = "".join(f'<li{" class=taken" if choice == example.said else ""}><span>{text(choice)}</span>'
+    options = "".join(f'<li{" class=chosen" if choice == example.answer else ""}><span>{text(choice)}</span>'
                       f'<span title="loss in nats">{loss:.2f}</span></li>' for choice, loss in example.choices)
     below = (f'<ul class="choices">{options}</ul>' if options else "") + (
         f'<p class="note">{text(example.note)}</p>' if example.note else "")
     return f"""<figure class="card">{_image(example)}
-<figcaption><p class="asked">{text(example.question)}</p>
-<p class="said {kind}">{mark}{text(example.said or NOTHING)}</p>{truth}{below}</figcaption></figure>
+<figcaption><p class="question">{text(example.question)}</p>
+<p class="answer {kind}">{mark}{text(example.answer or NOTHING)}</p>{truth}{below}</figcaption></figure>
 """
 
 

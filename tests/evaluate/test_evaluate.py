@@ -123,9 +123,9 @@ def test_nothing_is_carried_over_from_item_to_item(tmp_path, model, data, name):
     first, turned, alone = (run(test, model, tmp_path / str(n), some, **given)
                             for n, some in enumerate((items, items[::-1], items[3:4])))
     for other in (turned, alone):
-        for item, line, taken in zip(other.items, other.answers, other.taken, strict=True):
+        for item, line, taken in zip(other.items, other.answers, other.values, strict=True):
             place = [each.id for each in first.items].index(item.id)
-            assert taken == first.taken[place]
+            assert taken == first.values[place]
             if test.ranked:
                 np.testing.assert_allclose(line["losses"], first.answers[place]["losses"], rtol=1e-5)
 
@@ -138,7 +138,7 @@ def test_an_item_that_cannot_be_answered_counts_as_wrong(tmp_path, model, data):
     items[2] = dataclasses.replace(items[2], sample=dataclasses.replace(items[2].sample, images=[str(broken)]))
     result = run(test, model, tmp_path, items)
     assert [line["id"] for line in result.errors] == ["q2"]
-    assert result.taken[2] != items[2].right
+    assert result.values[2] != items[2].right
     assert result.scores.each[2] == 0
     page = benchmark.write(result, tmp_path).read_text()
     assert "broken.jpg is not an image that can be read" in page
@@ -149,7 +149,7 @@ def test_scoring_refuses_other_items_and_missing_answers(tmp_path, model, data):
     test = asked_of(data, "vqa")
     run(test, model, tmp_path, max_new_tokens=4)
     with pytest.raises(ValueError, match="answers to vqa, not to pope"):
-        benchmark.begun(tmp_path, asked_of(data, "pope"))
+        benchmark.stored_test(tmp_path, asked_of(data, "pope"))
     with pytest.raises(ValueError, match="answers to 5 items, but not to the 3"):
         benchmark.scored(test, dataclasses.replace(test, limit=3).items(), tmp_path)
     path = tmp_path / "predictions.jsonl"
@@ -157,15 +157,15 @@ def test_scoring_refuses_other_items_and_missing_answers(tmp_path, model, data):
     with pytest.raises(ValueError, match="4 of 5 answers. Without score_only"):
         benchmark.scored(test, test.items(), tmp_path)
     with pytest.raises(FileNotFoundError, match="no answers to score"):
-        benchmark.begun(tmp_path / "nowhere", test)
+        benchmark.stored_test(tmp_path / "nowhere", test)
 
 
 def test_what_was_asked_is_remembered_for_scoring(tmp_path, model, data):
     test = asked_of(data, "vqa", prompt="Q: {} A:", limit=2)
     run(test, model, tmp_path, max_new_tokens=4)
-    assert benchmark.begun(tmp_path, asked_of(data, "vqa")) == test
+    assert benchmark.stored_test(tmp_path, asked_of(data, "vqa")) == test
     with pytest.raises(ValueError, match="limit = 3, but the answers are with 2"):
-        benchmark.begun(tmp_path, asked_of(data, "vqa", limit=3))
+        benchmark.stored_test(tmp_path, asked_of(data, "vqa", limit=3))
 
 
 def test_scoring_refuses_what_is_for_answering(tmp_path, monkeypatch, capsys, model, data):

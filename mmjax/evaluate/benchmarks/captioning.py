@@ -17,10 +17,10 @@ KARPATHY_SPLIT = "test"
 def captions(path: str, root: str | None = None, prompt: str | None = None) -> list[Item]:
     """Reads every image with all its captions.
 
-    path: `annotations/captions_SPLIT.json` beside the folder SPLIT of images (COCO's own), any other file of that
-          layout beside its images (NoCaps, whose domains become groups), Karpathy's `dataset_coco.json`, of which the
-          5000 images of the split `test` are taken, or a list of {"image", "caption": [...]}
-          (coco_karpathy_test.json)
+    path: `annotations/captions_SPLIT.json`, with the images in the folder SPLIT next to `annotations` (COCO); another
+          file of that layout in the folder of its images (NoCaps, whose domains become groups); Karpathy's
+          `dataset_coco.json`, of which only the 5000 images of the split `test` are read; or a list of
+          {"image", "caption": [...]} (coco_karpathy_test.json)
     root: the folder of the images; None for the file's, or for its parent if that is `annotations`
 
     Raises FileNotFoundError, or ValueError naming what cannot be used.
@@ -42,14 +42,14 @@ def captions(path: str, root: str | None = None, prompt: str | None = None) -> l
     return items(file, root, rows, functools.partial(_released, root, prompt, folder))
 
 
-def captions_too(name: str, path: str, root: str | None = None, prompt: str | None = None) -> list[Item]:
-    """`captions`, scored with METEOR or SPICE too. Raises ValueError if those cannot be computed on this machine."""
+def captions_with(name: str, path: str, root: str | None = None, prompt: str | None = None) -> list[Item]:
+    """Reads `captions` that are scored with METEOR or SPICE too. Raises ValueError if Java or the extra is missing."""
     java.scorer(name)
     return captions(path, root, prompt)
 
 
 def _by_image(images: dict[int, Any], annotations: Sequence[Any]) -> list[tuple[Any, list[Any]]]:
-    """Returns (image, its annotations); annotations of unknown images are rows of their own, which become errors."""
+    """Returns (image, its annotations); annotations of unknown images are separate rows, which become errors."""
     grouped: dict[Any, list[Any]] = {key: [] for key in images}
     lost = []
     for row in annotations:
@@ -75,17 +75,18 @@ def _released(root: str, prompt: str, folder: str, number: int, row: tuple[Any, 
 
 def _karpathy(root: str, prompt: str, number: int, row: Any) -> Item:
     path = find_image(root, str(Path(field(row, "filepath", str), field(row, "filename", str))))
-    said = tuple(caption_text(each, "raw") for each in field(row, "sentences", list))
-    return _described(str(field(row, "cocoid", int)), prompt, path, said)
+    captions = tuple(caption_text(each, "raw") for each in field(row, "sentences", list))
+    return _item(str(field(row, "cocoid", int)), prompt, path, captions)
 
 
 def _listed(root: str, prompt: str, number: int, row: Any) -> Item:
     name, given = field(row, "image", str), field(row, "caption", str, list)
-    said = tuple(caption_text({"caption": each}, "caption") for each in ([given] if isinstance(given, str) else given))
-    return _described(name, prompt, find_image(root, name), said)
+    given = [given] if isinstance(given, str) else given
+    captions = tuple(caption_text({"caption": each}, "caption") for each in given)
+    return _item(name, prompt, find_image(root, name), captions)
 
 
-def _described(name: str, prompt: str, path: str, said: tuple[str, ...]) -> Item:
-    if not said:
+def _item(name: str, prompt: str, path: str, captions: tuple[str, ...]) -> Item:
+    if not captions:
         raise ValueError(f"the image {name} has no caption")
-    return Item(name, to_sample(prompt, "", path), said)
+    return Item(name, to_sample(prompt, "", path), captions)

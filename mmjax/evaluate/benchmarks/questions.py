@@ -15,7 +15,7 @@ VSR = "[vqa] Based on the image, is this statement true or false? {}"
 
 
 def vqa(path: str, root: str | None = None, prompt: str | None = None) -> list[Item]:
-    """VQAv2 and OK-VQA: `..._questions.json` with its `..._annotations.json` in the same folder, images in `val2014`.
+    """Reads VQAv2 and OK-VQA: `..._questions.json` and `..._annotations.json` in one folder, images in `val2014`.
 
     path: the file of questions, or the folder that has exactly one; or a list of {"image", "question", "answer": [...]}
           (LAVIS's vqa_val.json)
@@ -34,7 +34,7 @@ def vqa(path: str, root: str | None = None, prompt: str | None = None) -> list[I
 
 
 def gqa(path: str, root: str | None = None, prompt: str | None = None) -> list[Item]:
-    """`testdev_balanced_questions.json`, {ID: {"imageId", "question", "answer"}}, beside `images/IMAGEID.jpg`.
+    """Reads `testdev_balanced_questions.json`, {ID: {"imageId", "question", "answer"}}, beside `images/IMAGEID.jpg`.
 
     path: the file, or the folder that has exactly one *questions*.json; or a list of {"image", "question", "answer"}
           (as in MiniGPT-v2's evaluation), whose images are in `images` too
@@ -52,7 +52,7 @@ def gqa(path: str, root: str | None = None, prompt: str | None = None) -> list[I
 
 
 def vizwiz(path: str, root: str | None = None, prompt: str | None = None) -> list[Item]:
-    """`val.json`, a list of {"image", "question", "answers": [{"answer"}, ...]}, images in `root`.
+    """Reads `val.json`, a list of {"image", "question", "answers": [{"answer"}, ...]}, images in `root`.
 
     path: the file
     root: the folder of the images; None for the file's folder, or its parent if that is `annotations`
@@ -66,7 +66,7 @@ def vizwiz(path: str, root: str | None = None, prompt: str | None = None) -> lis
 
 
 def vsr(path: str, root: str | None = None, prompt: str | None = None) -> list[Item]:
-    """VSR's statements that are true or false: JSON lines {"image", "caption", "label": 1 or 0}, images in `root`.
+    """Reads VSR's statements, true or false: JSON lines {"image", "caption", "label": 1 or 0}, images in `root`.
 
     path: the file, or the folder that has exactly one *.jsonl
     root: the folder of the images; None for the file's folder, or its parent if that is `annotations`

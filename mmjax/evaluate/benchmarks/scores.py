@@ -1,6 +1,6 @@
-"""What answers to a benchmark's items are worth: its figures, how good each answer is, and the groups' own figures.
+"""Scores of the answers to a benchmark's items: of all items, of each item, and of each group.
 
-Shares are between 0 and 1, CIDEr-D between 0 and 10. Every interval draws the images
+Shares are between 0 and 1, CIDEr-D between 0 and 10. Intervals are by a bootstrap over the images
 (`mmjax.evaluate.metrics.bootstrap`).
 """
 
@@ -18,9 +18,11 @@ Columns = tuple[np.ndarray, Callable[[np.ndarray], Mapping[str, np.ndarray]]]
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """figures: the benchmark's, the one that it is known by first
-    each:    how good the answer to every item is, 0 to 1 (CIDEr-D: to 10), for finding the worst and the best
-    groups:  the same for the items of each group, where there are groups
+    """The scores of a benchmark.
+
+    figures: of all items; the first is the benchmark's main score
+    each:    of each item, 0 to 1 (CIDEr-D: to 10), to find the worst and the best
+    groups:  of the items of each group, if there are groups
     """
 
     figures: dict[str, Figure]
@@ -28,89 +30,90 @@ class Scores:
     groups: dict[str, Figure]
 
 
-def described(items: Sequence[Item], answers: Sequence[str]) -> Scores:
-    """CIDEr-D, BLEU-1 to 4 and ROUGE-L of captions; groups by CIDEr-D, whose weights are those of all items."""
+def caption_scores(items: Sequence[Item], answers: Sequence[str]) -> Scores:
+    """Returns CIDEr-D, BLEU-1 to 4 and ROUGE-L of captions. Groups have the mean CIDEr-D, weighted as for all items."""
     _check(items, answers)
-    said = captions.tokenised(_clean(answers))
+    given = captions.tokenised(_clean(answers))
     references = [captions.tokenised(item.references) for item in items]
-    each = captions.cider_d(said, references)
-    rouge = [captions.rouge_l(*pair) for pair in zip(said, references, strict=True)]
-    counts = np.stack([captions.bleu_columns(*pair) for pair in zip(said, references, strict=True)])
+    each = captions.cider_d(given, references)
+    rouge = [captions.rouge_l(*pair) for pair in zip(given, references, strict=True)]
+    counts = np.stack([captions.bleu_columns(*pair) for pair in zip(given, references, strict=True)])
     images = [item.image for item in items]
     cider = bootstrap.means({"CIDEr-D": each}, images)
     figures = cider | bootstrap.figures(counts, captions.bleu, images) | bootstrap.means({"ROUGE-L": rouge}, images)
     return Scores(figures, each.tolist(), _group_means(items, each))
 
 
-def described_too(name: str, items: Sequence[Item], answers: Sequence[str]) -> Scores:
-    """`described` with METEOR or SPICE, by their Java programs.
+def caption_scores_with(name: str, items: Sequence[Item], answers: Sequence[str]) -> Scores:
+    """Returns `caption_scores` with METEOR or SPICE, by their Java programs.
 
-    The interval is that of the mean over captions, moved to the score, which for METEOR is no such mean.
+    METEOR's score is not the mean over captions; its interval is that of the mean, shifted to the score.
     """
-    scores = described(items, answers)
+    scores = caption_scores(items, answers)
     score, each = java.java_scores(name, captions.tokenised(_clean(answers)),
                                    [captions.tokenised(item.references) for item in items])
     mean = bootstrap.means({name: each}, [item.image for item in items])[name]
-    moved = Figure(score, mean.low + score - mean.value, mean.high + score - mean.value)
-    return dataclasses.replace(scores, figures=scores.figures | {name: moved})
+    shifted = Figure(score, mean.low + score - mean.value, mean.high + score - mean.value)
+    return dataclasses.replace(scores, figures=scores.figures | {name: shifted})
 
 
 def vqa_accuracy(items: Sequence[Item], answers: Sequence[str]) -> Scores:
-    """The VQA accuracy (VQAv2, OK-VQA)."""
+    """Returns the VQA accuracy (VQAv2, OK-VQA)."""
     return _mean_scores(items, answers, {"VQA accuracy": vqa.accuracy})
 
 
 def gqa_accuracy(items: Sequence[Item], answers: Sequence[str]) -> Scores:
-    """Exact match after lower case, as MiniGPT-v2 scores GQA and VSR; and after the VQA normalisation."""
+    """Returns the share of exact matches ignoring case, as MiniGPT-v2 scores GQA and VSR, and after normalisation."""
     return _mean_scores(items, answers, {"exact match": vqa.exact, "normalised match": vqa.exact_normalised})
 
 
 def vizwiz_accuracy(items: Sequence[Item], answers: Sequence[str]) -> Scores:
-    """The VQA accuracy, which is VizWiz's own; and MiniGPT-v2's min(matches / 3, 1)."""
+    """Returns the VQA accuracy, VizWiz's metric, and MiniGPT-v2's min(matches / 3, 1)."""
     return _mean_scores(items, answers, {"VQA accuracy": vqa.accuracy, "min(matches / 3, 1)": vqa.capped_matches})
 
 
-def own_accuracy(items: Sequence[Item], answers: Sequence[str]) -> Scores:
-    """Match with any reference, exact and normalised; the VQA accuracy too where every item has four or more."""
+def match_any(items: Sequence[Item], answers: Sequence[str]) -> Scores:
+    """Returns the share of matches with any reference, exact and normalised; with four references or more of every item
+    also the VQA accuracy."""
     measures = {"exact match": vqa.exact, "normalised match": vqa.exact_normalised}
-    if all(len(item.references) > 3 for item in items):  # fewer can never give 1
+    if all(len(item.references) > 3 for item in items):  # with fewer it is always below 1
         measures["VQA accuracy"] = vqa.accuracy
     return _mean_scores(items, answers, measures)
 
 
-def chosen_right(items: Sequence[Item], answers: Sequence[int | str]) -> Scores:
-    """How many choices are right. answers: places of the choices; or words, wrong if they are none of the choices."""
+def choice_accuracy(items: Sequence[Item], answers: Sequence[int | str]) -> Scores:
+    """Returns the share of right choices. answers: indices of the choices; or text, wrong if it names no choice"""
     _check(items, answers)
-    each = np.array([_place(item, answer) == item.right for item, answer in zip(items, answers, strict=True)], float)
-    unread = [_place(item, answer) is None for item, answer in zip(items, answers, strict=True)]
+    each = np.array([_index(item, answer) == item.right for item, answer in zip(items, answers, strict=True)], float)
+    unread = [_index(item, answer) is None for item, answer in zip(items, answers, strict=True)]
     values = {"accuracy": each} | ({"unreadable": unread} if any(isinstance(answer, str) for answer in answers) else {})
     return Scores(bootstrap.means(values, [item.image for item in items]), each.tolist(), _group_means(items, each))
 
 
-def said_yes(items: Sequence[Item], answers: Sequence[int | str]) -> Scores:
-    """POPE's figures. answers: places of the choices (yes, no); or words, read as POPE's own script does.
+def pope_scores(items: Sequence[Item], answers: Sequence[int | str]) -> Scores:
+    """Returns POPE's scores. answers: indices of the choices (yes, no); or text, read as POPE's script does
 
     Groups are named "SETTING, FIGURE".
     """
     _check(items, answers)
-    said = [choice.says_yes(answer) if isinstance(answer, str) else item.choices[answer] == "yes"
-            for item, answer in zip(items, _clean(answers), strict=True)]
+    yes = [choice.is_yes(answer) if isinstance(answer, str) else item.choices[answer] == "yes"
+           for item, answer in zip(items, _clean(answers), strict=True)]
     right = [item.choices[item.right] == "yes" for item in items]
-    counts = choice.yes_no_columns(said, right)
+    counts = choice.yes_no_columns(yes, right)
     images = [item.image for item in items]
     figures = bootstrap.figures(counts, choice.yes_no_figures, images)
     groups = {}
-    for group, places in _groups(items).items():
-        own = bootstrap.figures(counts[places], choice.yes_no_figures, [images[place] for place in places])
-        groups |= {f"{group}, {name}": figure for name, figure in own.items()}
-    return Scores(figures, [float(a == b) for a, b in zip(said, right, strict=True)], groups)
+    for group, indices in _groups(items).items():
+        found = bootstrap.figures(counts[indices], choice.yes_no_figures, [images[index] for index in indices])
+        groups |= {f"{group}, {name}": figure for name, figure in found.items()}
+    return Scores(figures, [float(a == b) for a, b in zip(yes, right, strict=True)], groups)
 
 
-def pointed(items: Sequence[Item], answers: Sequence[str]) -> Scores:
-    """The share of expressions whose box covers the right one by more than half (IoU > 0.5), over all expressions.
+def box_scores(items: Sequence[Item], answers: Sequence[str]) -> Scores:
+    """Returns the share of expressions whose box has an IoU above 0.5 with the right one, over all expressions.
 
-    The same with MiniGPT-v2's pixel more on every side, the mean IoU, and the share of answers that hold no box (and
-    count as wrong). `each` is the IoU.
+    Also the same with boxes one pixel larger, as in MiniGPT-v2; the mean IoU; and the share of answers without a box,
+    which count as wrong. `each` is the IoU.
     """
     _check(items, answers)
     boxes = [grounding.answered_box(answer, item.size) for item, answer in zip(items, answers, strict=True)]
@@ -132,25 +135,25 @@ def _mean_scores(items: Sequence[Item], answers: Sequence[str],
 
 
 def _group_means(items: Sequence[Item], each: np.ndarray) -> dict[str, Figure]:
-    return {group: bootstrap.means({"": each[places]}, [items[place].image for place in places])[""]
-            for group, places in _groups(items).items()}
+    return {group: bootstrap.means({"": each[indices]}, [items[index].image for index in indices])[""]
+            for group, indices in _groups(items).items()}
 
 
 def _groups(items: Sequence[Item]) -> dict[str, list[int]]:
-    """The places of the items of each group, in the groups' order of appearance; those without one in none."""
+    """Returns the indices of the items of each group, in the order in which the groups appear."""
     groups: dict[str, list[int]] = {}
-    for place, item in enumerate(items):
+    for index, item in enumerate(items):
         if item.group:
-            groups.setdefault(item.group, []).append(place)
+            groups.setdefault(item.group, []).append(index)
     return groups
 
 
-def _place(item: Item, answer: int | str) -> int | None:
+def _index(item: Item, answer: int | str) -> int | None:
     return choice.read_choice(answer, item.choices) if isinstance(answer, str) else int(answer)
 
 
 def _clean(answers: Sequence[int | str]) -> list:
-    """Words as the original's scripts take them: without the unknown piece, without outer spaces."""
+    """Removes the text of the unknown token and outer spaces, as the original's scripts do."""
     return [answer.replace("<unk>", "").strip() if isinstance(answer, str) else answer for answer in answers]
 
 

@@ -1,4 +1,4 @@
-"""How good answers are: the published scores of captions, questions, choices and boxes, each with its interval.
+"""Published metrics of captions, answers to questions, choices and boxes, with confidence intervals.
 
-Everything here takes words and numbers and gives numbers; no module of it knows a model or a file.
+The functions take text and numbers and return numbers. None of them depends on a model or a file.
 """

@@ -1,8 +1,7 @@
-"""Boxes: what an answer's box covers of the right one.
+"""Intersection over union of the box in an answer and the right box.
 
-An answer that holds no box counts as wrong. Every expression counts once: MiniGPT-v2's own eval_ref.py keys the right
-boxes by image, so that of several expressions about one image all but the last one's box are lost, and divides by
-the number of expressions all the same.
+An answer without a box counts as wrong, and every expression counts once. MiniGPT-v2's eval_ref.py differs: it keys the
+right boxes by image, which drops all but the last expression of an image, and divides by the number of expressions.
 """
 
 from collections.abc import Sequence
@@ -15,22 +14,22 @@ Box = tuple[float, float, float, float]
 
 
 def pixels(box: Sequence[float], size: tuple[int, int]) -> Box:
-    """A box (x1, y1, x2, y2) on the grid in pixels of an image of (width, height)."""
+    """Converts a box (x1, y1, x2, y2) from the grid to pixels of an image of (width, height)."""
     width, height = size
     x1, y1, x2, y2 = box
     return x1 / GRID * width, y1 / GRID * height, x2 / GRID * width, y2 / GRID * height
 
 
 def answered_box(answer: str, size: tuple[int, int]) -> Box | None:
-    """The box in pixels that an answer about an image of (width, height) begins with; None if it begins with none."""
+    """Returns the box at the start of an answer about an image of (width, height), in pixels; None if there is none."""
     box = read_box(answer)
     return None if box is None else pixels(box, size)
 
 
 def iou(first: Sequence[float], second: Sequence[float], pixel: float = 0.0) -> float:
-    """Intersection over union of two boxes (x1, y1, x2, y2), 0 to 1; 0 if one of them has its ends in the wrong order.
+    """Returns the intersection over union of two boxes (x1, y1, x2, y2), 0 to 1; 0 if one has x2 < x1 or y2 < y1.
 
-    pixel: what is added to every width and height: 1 as in MiniGPT-v2's computeIoU, where both ends belong to the box
+    pixel: added to every width and height; 1 as in MiniGPT-v2's computeIoU, whose boxes include both ends
     """
     a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
     sides = [box[2:] - box[:2] for box in (a, b)]

@@ -1,23 +1,22 @@
-"""Captions as tokens, as COCO's scorer has them: split as the Penn Treebank does, lower case, without punctuation.
+"""Tokenizes captions as COCO's scorer does: Penn Treebank tokens in lower case, without punctuation.
 
-coco-caption calls a Java program for this, Stanford's PTBTokenizer (CoreNLP 3.4.1, -preserveLines -lowerCase), and
-then leaves out a list of punctuation. What is here was found by asking that program about captions, and does for
-captions what it does, in one pass of one expression:
+coco-caption runs Stanford's PTBTokenizer (CoreNLP 3.4.1, -preserveLines -lowerCase), a Java program, and then removes
+a list of punctuation. This is a reimplementation from that program's output on captions, as one regular expression:
 
 - n't, 's, 'm, 'd, 're, 've and 'll are tokens of their own: "do n't", "dog 's"; "cannot", "gonna", "'tis" and the like
   are two: "can not", "gon na", "'t is". "o'clock", "o'brien", "ma'am", "c'mon" stay whole
 - hyphens and single underscores join: "t-shirt", "3-year-old"; so do one or two slashes: "his/her", "1/2"; and a
   period, ! or ? between two words without a space: "dog.the"
-- numbers keep what is in them: "3:30", "1,000", "3.5-inch", "-5"; "$", "%" and "#" stand alone; "£" is "#", "€" is "$"
+- numbers are one token: "3:30", "1,000", "3.5-inch", "-5"; so are "$", "%" and "#"; "£" is "#", "€" is "$"
 - initials and known abbreviations keep their period: "u.s.", "p.m.", "mr.", "etc."; so does a word before a comma,
-  as in "dog.,"; all other periods go
+  as in "dog.,"; all other periods are removed
 - brackets become -lrb-, -rrb-, -lsb-, -rsb-, -lcb- and -rcb-, which stay: the scorer's list has them in capitals
-- entities are what they stand for
-- quotes, commas, colons, semicolons, dashes, and single ! and ? go; "!!", "&", "*" and other signs stay
+- HTML entities are decoded
+- quotes, commas, colons, semicolons, dashes, and single ! and ? are removed; "!!", "&", "*" and other signs stay
 
-It differs where the program looks into the next caption, and on rare things: telephone numbers, some smileys, scripts
-that combine marks, two words with a space missing between them. Of 10,000 generated captions full of traps none came
-out otherwise, of 4,000 with spaces missing 16; tests/evaluate/metrics/reference.json has what the program made of some
+It differs where the program reads ahead into the next caption, and in rare cases: telephone numbers, some emoticons,
+scripts with combining marks, two words with a missing space. Of 10,000 generated captions with difficult cases none
+differed, of 4,000 with missing spaces 16; tests/evaluate/metrics/reference.json has the program's output for about a
 hundred.
 """
 
@@ -73,7 +72,7 @@ _SMILEY = re.compile(r"[:;=]-?[()]")
 
 
 def tokens(caption: str) -> list[str]:
-    """A caption's tokens."""
+    """Returns the tokens of a caption."""
     found: list[str] = []
     for part in _PARTS.findall(html.unescape(caption)):
         token = part.lower().replace("\u2019", "'")

@@ -1,14 +1,14 @@
-"""Short answers to questions: the VQA challenge's normalisation and accuracy, and what GQA and VizWiz are scored by.
+"""Scores of short answers: the VQA challenge's normalisation and accuracy, and the metrics of GQA and VizWiz.
 
-The rules are those of the challenge's published script (GT-Vision-Lab/VQA, vqaEval.py, VQAEval), read in the form in
-which MiniGPT-4 brings it along (common/vqa_tools). Where that one departs from what the challenge's page says in words,
-the script is followed, because published figures come from it:
+The rules are those of the challenge's script (GT-Vision-Lab/VQA, vqaEval.py, VQAEval) in MiniGPT-4's copy
+(common/vqa_tools). Where the script differs from the description on the challenge's page, it follows the script, which
+published results were computed with:
 
-- an answer is only normalised where the annotators gave different ones; where all agree it must be theirs, letter case
-  aside. ("two" is then no "2".)
-- a punctuation mark becomes a space, but goes without leaving one if that mark stands beside a space, or any comma
-  between digits, anywhere in the answer: "well-lit" is "well lit", and "1,000 well-lit" is "1000 welllit"
-- a period goes unless a digit follows it, whatever stands before it
+- answers are normalised only if the annotators gave different ones; if all agree, an answer must be equal to theirs,
+  ignoring case ("two" does not match "2")
+- a punctuation mark is replaced by a space. It is removed instead if, anywhere in the answer, that mark is next to a
+  space or a comma is between digits: "well-lit" becomes "well lit", and "1,000 well-lit" becomes "1000 welllit"
+- a period is removed unless a digit follows it, whatever precedes it
 """
 
 import functools
@@ -18,16 +18,16 @@ from collections.abc import Sequence
 _PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"  # neither the apostrophe nor the colon: "girl's", "2:50"
 _PERIOD = re.compile(r"\.(?!\d)")
 _THOUSANDS = re.compile(r"\d,\d")
-_MOST_PERIODS = 32  # what one call of the script takes out: it passes a flag, of the value 32, as the number
+_MOST_PERIODS = 32  # that one call of the script removes: it passes a flag with the value 32 as the count
 _NUMBERS = {word: str(number) for number, word in enumerate(
     ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"))} | {"none": "0"}
 _ARTICLES = frozenset(("a", "an", "the"))
 
 
 def _contractions() -> dict[str, str]:
-    """What the script writes for a contraction that lacks an apostrophe.
+    """Returns the script's table of contractions that lack an apostrophe: `{misspelling: contraction}`.
 
-    Its table as families: whole words whose apostrophes are left out, those with two of them with either one left out.
+    Of a contraction with one apostrophe that is left out; of one with two, either of them.
     """
     one = (
         "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's "
@@ -46,16 +46,16 @@ def _contractions() -> dict[str, str]:
     at = "'ow's'at"
     table |= {"ow's'at": at, "'ows'at": at, "'ow'sat": at}
     table |= {form: "y'all'd've" for form in ("yall'd've", "y'alld've", "y'all'dve")}
-    return table | {"somebody'd": "somebodyd"}  # the one line of the table that takes an apostrophe away
+    return table | {"somebody'd": "somebodyd"}  # the only entry of the table that removes an apostrophe
 
 
 CONTRACTIONS = _contractions()
 
 
-@functools.lru_cache(maxsize=1 << 16)  # people give the same answers
+@functools.lru_cache(maxsize=1 << 16)  # annotators repeat answers
 def normalise(answer: str) -> str:
-    """An answer as it is compared: lower case, without punctuation, articles and periods at the ends of words, number
-    words up to ten as digits, contractions with their apostrophes.
+    """Normalises an answer for comparison: lower case, without punctuation, articles and final periods, numbers up to
+    ten as digits, contractions with their apostrophes.
 
     >>> normalise("The two dogs, they dont run!")
     "2 dogs they don't run"
@@ -74,37 +74,36 @@ def _without_punctuation(answer: str) -> str:
 
 
 def accuracy(answer: str, references: Sequence[str]) -> float:
-    """The VQA accuracy of an answer, 0 to 1: right if three people gave it, averaged over leaving out each of them.
+    """Returns the VQA accuracy of an answer, 0 to 1: min(matches / 3, 1), averaged over leaving out each reference.
 
-    references: what people answered, ten in VQAv2, OK-VQA and VizWiz. Two or three that agree are never enough: of n
-                references that all match, the others of each are n - 1.
+    references: the annotators' answers, ten in VQAv2, OK-VQA and VizWiz. With fewer than four the accuracy is below 1
     """
-    given, said = [_one_line(reference) for reference in references], _one_line(answer)
+    given, answer = [_one_line(reference) for reference in references], _one_line(answer)
     if len(set(given)) > 1:
-        given, said = [normalise(reference) for reference in given], normalise(said)
-    matches = [reference.lower() == said.lower() for reference in given]
+        given, answer = [normalise(reference) for reference in given], normalise(answer)
+    matches = [reference.lower() == answer.lower() for reference in given]
     total = sum(matches)
     return sum(min((total - match) / 3, 1.0) for match in matches) / len(matches) if matches else 0.0
 
 
 def capped_matches(answer: str, references: Sequence[str]) -> float:
-    """min(people who gave this answer / 3, 1), letter case aside: MiniGPT-v2's figure for VizWiz (eval_vqa.py).
+    """Returns min(number of equal references / 3, 1), ignoring case: MiniGPT-v2's score for VizWiz (eval_vqa.py).
 
-    Above the VQA accuracy where exactly three agree: that leaves each of them out once.
+    With exactly three equal references it is above the VQA accuracy, which leaves out each of them once.
     """
     return min(sum(reference.lower() == answer.lower() for reference in references) / 3, 1.0)
 
 
 def exact(answer: str, references: Sequence[str]) -> float:
-    """1 if an answer in lower case is one of the references, letter case and outer spaces aside; else 0.
+    """Returns 1 if an answer is equal to one of the references, ignoring case and outer spaces; else 0.
 
-    MiniGPT-v2's figure for GQA and VSR, where there is one reference.
+    MiniGPT-v2's score for GQA and VSR, which have one reference.
     """
     return float(answer.lower().strip() in {reference.lower().strip() for reference in references})
 
 
 def exact_normalised(answer: str, references: Sequence[str]) -> float:
-    """`exact` of what `normalise` makes of both."""
+    """Returns `exact` of the normalised answer and references."""
     return float(normalise(_one_line(answer)) in {normalise(_one_line(reference)) for reference in references})
 
 

@@ -11,7 +11,7 @@ YES = {"Yes": True, "yes, it is": True, "No": False, "no.": False, "No, there is
 
 @pytest.mark.parametrize("answer", YES)
 def test_yes_as_pope_reads_it(answer):
-    assert choice.says_yes(answer) == YES[answer]
+    assert choice.is_yes(answer) == YES[answer]
 
 
 CHOICES = ("A dog", "two cats", "b")

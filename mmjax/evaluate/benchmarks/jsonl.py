@@ -1,4 +1,4 @@
-"""Your own questions: one JSON object a line, with generated answers or with choices."""
+"""Custom questions: one JSON object a line, with generated answers or with choices."""
 
 import functools
 from typing import Any
