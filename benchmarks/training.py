@@ -62,7 +62,7 @@ class Ours:
     def __init__(self, model: Model, params: Mapping[str, np.ndarray]):
         tree = trees.unflatten({path: jnp.asarray(leaf) for path, leaf in params.items()})
         self.trained, self.frozen = trees.split(tree, trees.mask(tree, model.rules))
-        self.model, optimizer = model, optim.optimizer(OPTIM)
+        self.model, optimizer = model, optim.optimizer(OPTIM, model.cfg.llm)
         self.state = steps.start(jax.tree.map(jnp.copy, self.trained), optimizer, seed=0)
         self.step = steps.train_step(model.module, optimizer)
 

@@ -3,7 +3,7 @@
     python train.py --config configs/minigpt_v2.py --data.path data/captions
 
 The learning rates of the original's fine-tuning (train_configs/minigptv2_finetune.yaml): 50 epochs of 1,000 steps, 1e-5
-to 1e-6. The original mixes 22 data sets; this trains on one in the CC-SBU-align layout. The checkpoint is converted with
+to 1e-6. The original mixes 22 data sets; this trains on one in the CC-SBU-align layout. Convert the checkpoint with
 `--lora FILE` (to continue from the released one) or `--lora-rank 64` (new LoRA), without `--qformer`.
 
 Memory and time (compiled with libtpu 0.0.42):

@@ -116,25 +116,25 @@ def is_input(name: str) -> bool:
     return any(re.fullmatch(known.replace("{sense}", r"\w+"), name) for known in INPUTS)
 
 
-def inputs(model: Loaded, held: Mapping[str, np.ndarray]) -> tuple[Batch, np.ndarray | None]:
+def inputs(model: Loaded, arrays: Mapping[str, np.ndarray]) -> tuple[Batch, np.ndarray | None]:
     """Returns (batch, the input of the first layer [B,T,D] if the file has that in place of tokens).
 
     Raises ValueError for inputs that do not fit each other or the model.
     """
-    targets, given = held.get("targets"), None
-    tokens = held.get("tokens")
+    targets, given = arrays.get("targets"), None
+    tokens = arrays.get("tokens")
     embedding = next((stage.name for stage in model.family.stages if stage.kind == "embedding"), None)
-    if tokens is None and embedding in held:
-        given = held[embedding].astype(np.float32)
+    if tokens is None and embedding in arrays:
+        given = arrays[embedding].astype(np.float32)
         tokens = np.zeros(given.shape[:2], np.int32) if targets is None else np.maximum(targets, 0)
     if tokens is None:  # no stage of the language model is compared
-        rows = next((len(x) for name, x in held.items() if name == "images" or name.startswith("media_")), 1)
+        rows = next((len(x) for name, x in arrays.items() if name == "images" or name.startswith("media_")), 1)
         tokens = np.zeros((rows, 1), np.int32)
     tokens = tokens.astype(np.int32)
     rows, length = tokens.shape
     for name in ("valid", "targets", "positions"):
-        if name in held and held[name].shape != tokens.shape:
-            raise ValueError(f"`{name}` has the shape {held[name].shape}, but there are {rows} rows of {length} "
+        if name in arrays and arrays[name].shape != tokens.shape:
+            raise ValueError(f"`{name}` has the shape {arrays[name].shape}, but there are {rows} rows of {length} "
                              "tokens.")
     if (vocab := model.config.llm.vocab) <= tokens.max(initial=0) or tokens.min(initial=0) < -1:
         raise ValueError(f"`tokens` has ids from {tokens.min()} to {tokens.max()}; expected 0 to {vocab - 1}, and -1 "
@@ -144,9 +144,9 @@ def inputs(model: Loaded, held: Mapping[str, np.ndarray]) -> tuple[Batch, np.nda
     if targets is not None and np.any(marked & (targets != np.where(soft, NO_TARGET, tokens))):
         raise ValueError("`targets` differ from `tokens` where they are not -100. They must be the tokens at the same "
                          "positions, as transformers' labels, not shifted by one.")
-    if soft.any() and "images" not in held:
+    if soft.any() and "images" not in arrays:
         raise ValueError("`tokens` has slots of soft tokens (-1), but there are no `images`.")
-    images = held.get("images")
+    images = arrays.get("images")
     if images is not None:
         images = images[:, None] if images.ndim == 4 else images
         images = images.astype(np.float32)
@@ -156,20 +156,20 @@ def inputs(model: Loaded, held: Mapping[str, np.ndarray]) -> tuple[Batch, np.nda
         room = images.shape[1] * model.config.image_tokens
         if (most := soft.sum(1).max(initial=0)) > room:
             raise ValueError(f"`tokens` has {most} slots of soft tokens in a row; its images give {room}.")
-    media = {name.removeprefix("media_"): _narrow(x) for name, x in held.items() if name.startswith("media_")}
+    media = {name.removeprefix("media_"): _narrow(x) for name, x in arrays.items() if name.startswith("media_")}
     mixed = [*media]
     if "image" in media:  # of a model that mixes senses
         images = media.pop("image")[:, None]
     return Batch(
         tokens=np.where(soft, 0, tokens),
         soft_index=np.where(soft, np.cumsum(soft, axis=1) - 1, -1).astype(np.int32),
-        valid=held["valid"].astype(bool) if "valid" in held else np.ones(tokens.shape, bool),
+        valid=arrays["valid"].astype(bool) if "valid" in arrays else np.ones(tokens.shape, bool),
         loss_mask=marked,
-        positions=held.get("positions", np.tile(np.arange(length), (rows, 1))).astype(np.int32),
+        positions=arrays.get("positions", np.tile(np.arange(length), (rows, 1))).astype(np.int32),
         padded_length=np.full(rows, length, np.int32),
         images=images,
         media=media or None,
-        weights={name: held.get(f"weight_{name}", np.ones(rows)).astype(np.float32) for name in mixed} or None,
+        weights={name: arrays.get(f"weight_{name}", np.ones(rows)).astype(np.float32) for name in mixed} or None,
     ), given
 
 

@@ -111,7 +111,7 @@ def test_healthy_one_passes():
     assert wrong(found) == {}
     assert set(wrong(found, "warning")) == {"never trained", "plain text"}
     assert "projector/w, projector/b" in wrong(found, "warning")["never trained"]
-    assert "not made for English" in wrong(found, "warning")["plain text"]
+    assert "is not for English" in wrong(found, "warning")["plain text"]
     names = {finding.name for finding in found}
     assert names >= {"parameters", "finite", "empty", "layers", "delta", "word vectors", "tokenizer", "special ids",
                      "round trip", "beginning", "outputs", "images"}
@@ -146,13 +146,13 @@ def test_other_families_are_tried():
 
 
 DAMAGES = [  # name of the check, what is said, how
-    ("finite", "attn/q/w holds 1 numbers that are not finite, in layer 1. It came from --llm: pytorch_model.bin",
+    ("finite", "attn/q/w has 1 numbers that are not finite, in layer 1. It came from --llm: pytorch_model.bin",
      {"llm__layers__attn__q__w": with_((1, 0, 0, 0), np.nan)}),
-    ("finite", "vit/pos holds 2 numbers that are not finite. It came from --vit: eva_vit.pth",
+    ("finite", "vit/pos has 2 numbers that are not finite. It came from --vit: eva_vit.pth",
      {"vit__pos": with_((slice(2), 0), np.inf)}),
-    ("empty", "llm/embedding is nothing but zeros. It came from --llm", {"llm__embedding": np.zeros_like}),
-    ("empty", "llm/layers/mlp/up/w is nothing but zeros in layer 2", {"llm__layers__mlp__up__w": with_(2, 0)}),
-    ("empty", "vit/pos is nothing but zeros. It came from --vit: eva_vit.pth", {"vit__pos": np.zeros_like}),
+    ("empty", "llm/embedding has only zeros. It came from --llm", {"llm__embedding": np.zeros_like}),
+    ("empty", "llm/layers/mlp/up/w has only zeros in layer 2", {"llm__layers__mlp__up__w": with_(2, 0)}),
+    ("empty", "vit/pos has only zeros. It came from --vit: eva_vit.pth", {"vit__pos": np.zeros_like}),
     ("word vectors", "llm/head/w looks like fresh random numbers", {"llm__head__w": random_like}),
     ("word vectors", "llm/embedding: 256 of 512 tokens are zeros", {"llm__embedding": with_(slice(256, None), 0)}),
     ("layers", "Layers 0 and 2 of llm are bit for bit the same in 1 of 7 matrices (llm/layers/attn/v/w)",
@@ -323,7 +323,7 @@ FIGURES = {"loss": 9.0, "shuffled": 9.1, "uniform": 10.37, "entropy": 5.0, "toke
     ({"loss": 10.37, "shuffled": 10.37, "entropy": 10.37}, [], "wrong", "absent, zero or vanishingly small"),
     ({}, [], "wrong", "a Vicuna delta added to another LLaMA"),
     ({"loss": 7.0}, ["llm/head/w"], "warning", "Look at llm/head/w first"),
-    ({"loss": 12.0, "tokens a word": 3.0}, [], "warning", "was not made for English"),
+    ({"loss": 12.0, "tokens a word": 3.0}, [], "warning", "is not for English"),
     ({"loss": 12.0, "tokens a word": 3.0}, ["llm/head/w"], "wrong", "or worse"),
 ])
 def test_judged(changes, look_at, verdict, words):

@@ -114,7 +114,7 @@ def test_nan_is_told(caption):
     m, reference = caption
     rows = parity.parity(changed(m, {"llm/layers/mlp/up/w": lambda leaf: leaf.at[1, 0, 0].set(jnp.nan)}), reference)
     assert first_parted(rows) == "llama_layer_1"
-    assert "ours holds numbers that are not finite" in parity.verdict(rows)
+    assert "ours has numbers that are not finite" in parity.verdict(rows)
 
 
 def test_vectors_in_place_of_tokens(caption, tmp_path):
@@ -163,7 +163,7 @@ def test_coarser_arrays_are_held_to_less(caption, tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"llama_layer_3": "logits"}, "holds llama_layer_3, which this model does not have. It has the stages .*"
+    ({"llama_layer_3": "logits"}, "has llama_layer_3, which this model does not have. The model has the stages .*"
                                   "vit_block_0…2.*llama_layer_0…2.*and the inputs images, tokens"),
     ({"tokens": None}, "no inputs for .*loss|it is an input"),
     ({"images": None}, "has slots of soft tokens"),

@@ -27,7 +27,7 @@ def examine(folder: str | Path, quick: bool = False, dtype: str | None = None, f
     texts:    sentences like those the model was trained on, for models that were not trained on English
     progress: called with the name of each step
 
-    Raises FileNotFoundError or ValueError if the folder holds no checkpoint at all, or its config.json is damaged.
+    Raises FileNotFoundError or ValueError if the folder has no checkpoint, or its config.json is damaged.
     """
     progress("Opening")
     inspection, findings = inspect_folder(Path(folder))

@@ -31,7 +31,7 @@ TEXTS = (
 AT_ONCE = 2**27  # elements of frozen parameters that are read together
 SEEN = 0.6  # share of ln V; a model that knows the text has a lower loss
 UNIFORM = 0.97  # share of ln V; predictions with a higher entropy are as good as uniform
-ENGLISH = 1.7  # largest number of tokens a word of a vocabulary that was made for such texts
+ENGLISH = 1.7  # largest number of tokens a word of a vocabulary for English
 ORDER = 1.0  # nats a token by which shuffling raises the loss of a model that knows the language
 STILL = 1e-5  # share of the largest logit; an image that changes the logits less does not reach the answer
 FAINT, LOUD = 1 / 30, 1000.0  # norms of soft tokens over those of embedded tokens
@@ -62,7 +62,7 @@ def base_weights(inspection: Inspection) -> Iterator[Finding]:
 
 
 def _together(paths: Sequence[str], inspection: Inspection) -> Iterator[list[str]]:
-    """Yields groups of parameters of at most `AT_ONCE` elements; a larger parameter is a group of its own."""
+    """Yields groups of parameters of at most `AT_ONCE` elements; a larger parameter is a separate group."""
     part, count = [], 0
     for path in paths:
         size = inspection.tensors[path].whole.count
@@ -110,7 +110,7 @@ def plain_text(model: Loaded, texts: Sequence[str], before: Sequence[Finding]) -
 
 
 def judged(figures: Mapping[str, float], look_at: Sequence[str]) -> tuple[Verdict, str]:
-    """Returns (verdict, message) of the losses. English tests a model only if its vocabulary was made for English."""
+    """Returns (verdict, message) of the losses. English tests only models with a vocabulary for English."""
     loss, shuffled, uniform, entropy, tokens = (
         figures[name] for name in ("loss", "shuffled", "uniform", "entropy", "tokens a word"))
     losses = (f"the loss of the sentences is {loss:.2f} nats a token, shuffled {shuffled:.2f}; a uniform prediction "
@@ -118,7 +118,7 @@ def judged(figures: Mapping[str, float], look_at: Sequence[str]) -> tuple[Verdic
     if look_at:
         look = f"Look at {some(look_at)} first."
     else:
-        look = ("The usual causes: a Vicuna delta added to another LLaMA than it was made from, an embedding or head "
+        look = ("The usual causes: a Vicuna delta added to another LLaMA than its base, an embedding or head "
                 "of another release, heads permuted for another format.")
     if entropy > UNIFORM * uniform:
         return "wrong", (f"As good as uniform: {losses}, and the predictions are about uniform everywhere. The "
@@ -128,7 +128,7 @@ def judged(figures: Mapping[str, float], look_at: Sequence[str]) -> tuple[Verdic
     if shuffled - loss > ORDER and loss < uniform:
         return "warning", f"It knows some word order, but little: {losses}. A part of it may be wrong. {look}"
     if tokens > ENGLISH and not look_at:
-        return "warning", (f"It does not know English: {losses}. But its vocabulary was not made for English "
+        return "warning", (f"It does not know English: {losses}. But its vocabulary is not for English "
                            f"({tokens:.1f} tokens a word), and its word vectors look trained: it may know "
                            "other texts well. Give sentences like those it was trained on with --text.")
     return "wrong", f"As good as uniform, or worse: {losses}. {look}"

@@ -46,7 +46,7 @@ def _special(inspection: Inspection, tokenizer: Tokenizer, rows: int) -> Finding
         kind = "end" if tokenizer.bos == tokenizer.eos else "unknown token"
         return Finding(
             "special ids", "wrong", f"There is no BOS: the tokenizer begins a text with {tokenizer.bos_text!r} (id "
-            f"{tokenizer.bos}), which is its {kind}; the model's own is {bos}. Every answer suffers: "
+            f"{tokenizer.bos}), which is its {kind}; the model's BOS is {bos}. Every answer is affected: "
             "correct bos_token in special_tokens_map.json or "
             "tokenizer_config.json.", figures)
     different = [f"{name} {special[name]} (generation: {generation[f'{name}_token_id']})" for name, same in (
@@ -76,4 +76,4 @@ def _round_trip(tokenizer: Tokenizer) -> Iterator[Finding]:
     elif unknown:
         yield Finding("round trip", "warning", f"The vocabulary cannot write {some(map(repr, unknown))}.", figures)
     else:
-        yield Finding("round trip", "ok", f"{len(STRINGS)} strings come back as they were.")
+        yield Finding("round trip", "ok", f"{len(STRINGS)} strings are unchanged.")

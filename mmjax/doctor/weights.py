@@ -25,7 +25,7 @@ def finite(inspection: Inspection) -> Iterator[Finding]:
     bad = {path: tensor for path, tensor in inspection.tensors.items() if tensor.whole.bad}
     for path, tensor in bad.items():
         where = [i for i, layer in enumerate(tensor.layers) if layer.bad]
-        yield Finding("finite", "wrong", f"{path} holds {tensor.whole.bad} numbers that are not finite"
+        yield Finding("finite", "wrong", f"{path} has {tensor.whole.bad} numbers that are not finite"
                       + (f", in layer {some(where)}" if where else "") + f". It came from "
                       f"{inspection.comes_from(path)}: that file is damaged, or overflowed in float16 "
                       "training; get it again.",
@@ -46,7 +46,7 @@ def empty(inspection: Inspection) -> Iterator[Finding]:
             wrong = True
             where = "" if tensor.whole.constant else f" in layer {some(layers)}"
             content = "zeros" if tensor.whole.zero or where else f"the number {tensor.whole.low:g}"
-            yield Finding("empty", "wrong", f"{path} is nothing but {content}{where}. It came from "
+            yield Finding("empty", "wrong", f"{path} has only {content}{where}. It came from "
                           f"{inspection.comes_from(path)}: there it was absent, or never filled; get that file again "
                           "and convert it.", {"tensor": path, "layers": layers})
     ones = [path for path, tensor in inspection.matching(NORM).items()
