@@ -101,10 +101,11 @@ class Terminal:
     def run(self) -> None:
         if self.interactive:
             _remember_lines()
-            tell(f"{self.model.family}, template {self.talk.template}. Ask, or /help. Ctrl-C stops an answer, "
+            print_notice(f"{self.model.family}, template {self.talk.template}. Ask, or /help. Ctrl-C stops an answer, "
                  "Ctrl-D leaves.")
             if not self.talk.remembers:
-                tell("This template keeps inputs but not the conversation: each question is answered separately.")
+                print_notice("This template keeps inputs but not the conversation: each question is answered "
+                             "separately.")
         while (line := self._line()) is not None:
             if line == "/quit":
                 break
@@ -118,10 +119,10 @@ class Terminal:
                 return input("> " if self.interactive else "").strip()
             except EOFError:
                 if self.interactive:
-                    tell("")
+                    print_notice("")
                 return None
             except KeyboardInterrupt:  # clears the line, as shells do
-                tell("")
+                print_notice("")
 
     def _do(self, line: str) -> None:
         name, _, rest = line.partition(" ")
@@ -131,11 +132,11 @@ class Terminal:
             elif name in self.commands:
                 self.commands[name][2](rest.strip())
             else:
-                tell(f"There is no command {name}. There are {', '.join(self.commands)}, /quit.")
+                print_notice(f"There is no command {name}. There are {', '.join(self.commands)}, /quit.")
         except (ValueError, OSError) as error:
-            tell(" ".join(str(error).split()))
+            print_notice(" ".join(str(error).split()))
         except KeyboardInterrupt:
-            tell("")
+            print_notice("")
 
     def _ask(self, question: str) -> None:
         """Prints the answer as it is generated. Ctrl-C ends it; the conversation keeps the text so far."""
@@ -145,42 +146,42 @@ class Terminal:
             with contextlib.closing(reply(self.model, self.talk, self.settings)) as pieces:
                 for piece in pieces:
                     if self.talk.left_out and not begun:
-                        tell(self.talk.left_out)
+                        print_notice(self.talk.left_out)
                     begun = True
                     print(piece, end="", flush=True)
         except KeyboardInterrupt:
             print(end=" (interrupted)" if self.interactive else "")
         if not begun:
-            tell("(no answer)")
+            print_notice("(no answer)")
         print(flush=True)
 
     def _giver(self, sense: str) -> Callable[[str], None]:
         def give(source: str) -> None:
             if not source:
-                raise ValueError(f"/{sense} {self.commands[f'/{sense}'][0]}: say which")
+                raise ValueError(f"/{sense} {self.commands[f'/{sense}'][0]}: name one")
             add_input(self.model, self.talk, sense, read_input(self.model, sense, _unquoted(source)))
             mixed = f"; mixed with {', '.join(others)}" if (others := sorted(self.talk.given.keys() - {sense})) else ""
-            tell(f"{sense}: {source}{mixed}")
+            print_notice(f"{sense}: {source}{mixed}")
         return give
 
     def _reset(self, _: str) -> None:
         self.talk.reset()
-        tell("The conversation is empty.")
+        print_notice("The conversation is empty.")
 
     def _set(self, rest: str) -> None:
         if rest:
             name, _, value = rest.replace("=", " ").partition(" ")
             self.settings = self.settings.changed(name.replace("-", "_"), value.strip())
-        tell("  ".join(f"{name}={value}" for name, value in vars(self.settings).items()))
+        print_notice("  ".join(f"{name}={value}" for name, value in vars(self.settings).items()))
 
     def _help(self, _: str) -> None:
         lines = [(f"{name} {takes}".strip(), what) for name, (takes, what, _) in self.commands.items()]
         for usage, what in (*lines, ("/quit", "leave, as Ctrl-D does")):
-            tell(f"{usage:24}{what}")
+            print_notice(f"{usage:24}{what}")
 
 
-def tell(message: str) -> None:
-    """Prints a line to stderr, apart from the answers."""
+def print_notice(message: str) -> None:
+    """Prints a line to stderr; answers go to stdout."""
     print(message, file=sys.stderr, flush=True)
 
 

@@ -14,7 +14,7 @@ def train(args: Sequence[str]) -> None:
     """Train as a config file says; every field of it can be overridden: --config FILE [--optim.init-lr 1e-5 ...].
 
     Where a file has several phases, a field is behind its phase's name: --finetune.optim.init-lr 1e-5.
-    Exit status 75: told to end (SIGTERM); its state is saved, and the same command goes on.
+    Exit status 75: stopped by SIGTERM; the state is saved, and the same command resumes.
     """
     from mmjax import compilation
     from mmjax.evaluate.scenes import score_job

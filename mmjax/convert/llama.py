@@ -321,7 +321,7 @@ def _sum(base: LazyTensor, delta: LazyTensor) -> np.ndarray:
     return result
 
 
-def check_vocabulary(folder: Path, said: int, key: str, tensors: Mapping[str, Any], source: str,
+def check_vocabulary(folder: Path, expected: int, key: str, tensors: Mapping[str, Any], source: str,
                      problems: Problems) -> None:
     """Adds problems unless the rows of the embedding `key`, the vocab_size of `source` and the tokenizer agree.
 
@@ -333,8 +333,8 @@ def check_vocabulary(folder: Path, said: int, key: str, tensors: Mapping[str, An
         return  # reported as missing
     rows = table.shape[0]
     hint = "Released models differ here (32000 or 32001 tokens): take all files from the same release."
-    if rows != said:
-        problems.append(f"{key} has {rows} rows, {source} says vocab_size {said}. {hint}")
+    if rows != expected:
+        problems.append(f"{key} has {rows} rows, {source} says vocab_size {expected}. {hint}")
     if not _has_tokenizer(folder):
         problems.append(f"{folder} has neither tokenizer.model nor tokenizer.json. Copy the tokenizer files of the "
                         "release into it.")

@@ -57,8 +57,8 @@ STYLE = """
 #shown .sense {padding: .3rem .7rem; border-radius: 8px; background: var(--background-fill-secondary)}
 #shown .nothing {color: var(--body-text-color-subdued); font-size: .9rem}
 #shown .prose, #notice .prose {padding: 0; margin: 0}
-#notice:not(:has(.said)) {display: none}
-#notice .said {border-left: 3px solid #c2410c; padding: .35rem .8rem; font-size: .9rem;
+#notice:not(:has(.message)) {display: none}
+#notice .message {border-left: 3px solid #c2410c; padding: .35rem .8rem; font-size: .9rem;
     background: color-mix(in srgb, #c2410c 8%, transparent); border-radius: 0 6px 6px 0}
 #chat img {height: 120px; width: auto !important; max-width: 100%; border-radius: 8px; margin: 0 .4rem .2rem 0;
     display: inline-block; object-fit: contain}
@@ -175,7 +175,7 @@ def _literal(text: str) -> str:
 
 
 def _notice(messages: Sequence[str]) -> str:
-    return "".join(f'<div class="said">{_literal(message)}</div>' for message in messages)
+    return "".join(f'<div class="message">{_literal(message)}</div>' for message in messages)
 
 
 # ---- the page ----
@@ -299,7 +299,7 @@ def blocks(model: Loaded, page: Page, uploads: Uploads) -> Any:
     import gradio as gr
 
     handlers, supported = Handlers(model, page, uploads), supported_inputs(model)
-    with gr.Blocks(title=f"{page.name} - mmjax", analytics_enabled=False, delete_cache=(600, 600)) as made:
+    with gr.Blocks(title=f"{page.name} - mmjax", analytics_enabled=False, delete_cache=(600, 600)) as page_blocks:
         visit = gr.State(handlers.visit())
         gr.HTML(_title(model, page), elem_id="title", padding=False)
         with gr.Row(equal_height=False):
@@ -334,14 +334,14 @@ def blocks(model: Loaded, page: Page, uploads: Uploads) -> Any:
         private = {"api_visibility": "private"}
         model_alone = {"concurrency_limit": 1, "concurrency_id": "model", **private}
         outputs = [chat, question, notice]
-        asked = [gr.on([send.click, question.submit], handlers.answer, [question, visit, *knobs], outputs,
+        answers = [gr.on([send.click, question.submit], handlers.answer, [question, visit, *knobs], outputs,
                        show_progress="hidden", **model_alone)]
         for button in suggestions:
-            asked.append(button.click(_always(handlers.answer, button.value), [visit, *knobs], outputs,
+            answers.append(button.click(_always(handlers.answer, button.value), [visit, *knobs], outputs,
                                       show_progress="hidden", **model_alone))
-        stop.click(lambda visit: visit.messages, visit, chat, cancels=asked, queue=False, **private)
+        stop.click(lambda visit: visit.messages, visit, chat, cancels=answers, queue=False, **private)
         for cleared in (reset.click, chat.clear):
-            cleared(handlers.reset, None, [visit, chat, question, panel, notice], cancels=asked, queue=False, **private)
+            cleared(handlers.reset, None, [visit, chat, question, panel, notice], cancels=answers, queue=False, **private)
         files.upload(handlers.take_images, [files, visit], [files, panel, notice], show_progress="hidden", **private)
         sound.upload(handlers.take_sound, [sound, visit], [sound, panel, notice], show_progress="hidden", **private)
         if handlers.examples:
@@ -349,8 +349,8 @@ def blocks(model: Loaded, page: Page, uploads: Uploads) -> Any:
                 return handlers.take_example(event.index, visit)
 
             gallery.select(chosen, visit, [panel, notice], show_progress="hidden", **private)
-        made.queue(default_concurrency_limit=4, max_size=64)
-    return made
+        page_blocks.queue(default_concurrency_limit=4, max_size=64)
+    return page_blocks
 
 
 def _sliders(start: ChatSettings) -> list[Any]:
@@ -391,15 +391,15 @@ def app(model: Loaded, page: Page, host: str = LOOPBACK[0]) -> Any:
     theme = gr.themes.Base(primary_hue="teal", neutral_hue="stone", radius_size="md",
                            font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     uploads = Uploads(gr.utils.get_upload_folder())  # Gradio does not copy files in it
-    made = blocks(model, page, uploads)
+    page_blocks = blocks(model, page, uploads)
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    outer.add_middleware(RequestFilter, uploads=uploads, pages=_paths(made.get_config_file()), most=MAX_BYTES,
+    outer.add_middleware(RequestFilter, uploads=uploads, pages=_paths(page_blocks.get_config_file()), most=MAX_BYTES,
                          total=MAX_BYTES * MAX_IMAGES)
     outer.add_middleware(Headers)
     if host in LOOPBACK:
         outer.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK])
     return gr.mount_gradio_app(
-        outer, made, path="/", server_name=host, footer_links=[], run_history=False, allowed_paths=[],
+        outer, page_blocks, path="/", server_name=host, footer_links=[], run_history=False, allowed_paths=[],
         max_file_size=MAX_BYTES, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, theme=theme,
         css=STYLE)
 

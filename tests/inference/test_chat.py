@@ -354,7 +354,7 @@ def test_a_pipe_of_questions_makes_a_line_for_each(monkeypatch, capsys, tmp_path
     assert told == [(1, 300), (2, 5), (0, 5)]
     lines = err.splitlines()
     assert "No image at nowhere.jpg." in lines
-    assert "/image PATH: say which" in lines
+    assert "/image PATH: name one" in lines
     for part in (
         "There is no setting 'colour'",
         "There is no command /audio",
