@@ -101,8 +101,8 @@ class Terminal:
     def run(self) -> None:
         if self.interactive:
             _remember_lines()
-            print_notice(f"{self.model.family}, template {self.talk.template}. Ask, or /help. Ctrl-C stops an answer, "
-                 "Ctrl-D leaves.")
+            print_notice(f"{self.model.family}, template {self.talk.template}. Ask, or /help. Ctrl-C stops an "
+                         "answer, Ctrl-D leaves.")
             if not self.talk.remembers:
                 print_notice("This template keeps inputs but not the conversation: each question is answered "
                              "separately.")

@@ -88,6 +88,8 @@ class LanguageModel(nn.Module):
 
     def decode(self, x, positions, mask, cache=None, start=0, injection=None):
         """See the language model's `__call__`."""
+        if self.cfg.llm.learned_positions:  # padding may be longer than the table
+            positions = jnp.minimum(positions, self.cfg.llm.max_positions - 1)
         return self.llm(x, positions, mask, cache, start, injection)
 
     def logits(self, hidden):

@@ -341,7 +341,8 @@ def blocks(model: Loaded, page: Page, uploads: Uploads) -> Any:
                                       show_progress="hidden", **model_alone))
         stop.click(lambda visit: visit.messages, visit, chat, cancels=answers, queue=False, **private)
         for cleared in (reset.click, chat.clear):
-            cleared(handlers.reset, None, [visit, chat, question, panel, notice], cancels=answers, queue=False, **private)
+            cleared(handlers.reset, None, [visit, chat, question, panel, notice], cancels=answers, queue=False,
+                    **private)
         files.upload(handlers.take_images, [files, visit], [files, panel, notice], show_progress="hidden", **private)
         sound.upload(handlers.take_sound, [sound, visit], [sound, panel, notice], show_progress="hidden", **private)
         if handlers.examples:

@@ -7,6 +7,7 @@ else in mmjax knows which one it is.
 
 Parameters are named as in the rest of the package, and weight decay and the doctor go by these names: `w` is a matrix,
 `embedding` and `pos` are tables, `b` and `bias` are biases, `scale` belongs to a norm, `lora_a` and `lora_b` to LoRA.
+Dropout uses the random stream "llm", which exists only while a parameter of the language model is trained.
 """
 
 import abc
@@ -30,7 +31,7 @@ class Decoder(Protocol):
                  start: int | jax.Array = 0, injection: jax.Array | None = None) -> tuple[jax.Array, Any]:
         """Returns (hidden states [B,T,D], updated cache). They depend on positions and mask, not on the order of slots.
 
-        positions: int[B,T], from 0 in every segment; any valid number at padding
+        positions: int[B,T], from 0 in every segment, in any order at padding; below `max_positions` if they are learned
         mask:      bool[B,T,S], True is seen; S = T without a cache
         cache:     what `empty_cache` returns, or None: the tokens read each other. With a cache the new keys and
                    values go to the slots start .. start+T-1, and the queries read all S slots through the mask

@@ -21,7 +21,7 @@ from mmjax.families import register
 from mmjax.inference import chat
 from mmjax.inference.generate import GenerateConfig, generate
 from mmjax.models.int8 import Int8
-from mmjax.training import run
+from mmjax.training import run, steps
 from tests import small
 from tests.outside import gpt, patchwork
 from tests.outside.commands import call, encoder_file, forget, saved, train_killed
@@ -250,6 +250,13 @@ def test_samples_beyond_the_table_of_positions_are_refused(checkpoint, folder):
     with pytest.raises(run.TrainingStopped, match="cannot be used"):
         run.train(config(checkpoint, folder / "long", text=text, pack_length=None))
     assert f"has {CFG.max_positions} positions" in (folder / "long" / "data_errors.jsonl").read_text()
+
+
+def test_padding_beyond_the_table_of_positions_changes_nothing(model):
+    losses = [steps.loss(model.module, model.params, model.batch([sample(answer="A dog.")], length=length))[0]
+              for length in (64, CFG.max_positions + 32)]
+    assert np.isfinite(losses).all()
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_it_has_one_layout_of_its_layers():
