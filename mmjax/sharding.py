@@ -60,8 +60,11 @@ def num_batch_shards() -> int:
 def shardings(shapes: Mapping[str, Any], axes: Sequence[tuple[str, tuple[str, ...]]], mesh: Mesh) -> dict[str, Any]:
     """Returns `{path: NamedSharding}` for `{path: anything with a shape}`.
 
-    Raises ValueError naming every parameter that no line of `axes` describes, or that the mesh cannot divide, together
-    with the largest number of shards that would work.
+    A parameter that fsdp does not divide along its "embed" dimension is sharded along another one that it divides, or
+    stays whole; `exceptions` names them.
+
+    Raises ValueError naming every parameter that no line of `axes` describes, or that another mesh axis than fsdp
+    cannot divide, together with the largest number of shards that would work.
     """
     result, problems = {}, []
     for path, leaf in shapes.items():
@@ -74,15 +77,56 @@ def shardings(shapes: Mapping[str, Any], axes: Sequence[tuple[str, tuple[str, ..
             problems.append(f"{path} {tuple(leaf.shape)}: AXES names {len(names)} dimensions: {names}")
             continue
         for name, size in zip(names, leaf.shape, strict=True):
-            if size % num_shards(mesh, name):
+            if PLACEMENT.get(name) != "fsdp" and size % num_shards(mesh, name):
                 most = math.gcd(size, num_shards(mesh, name))
                 problems.append(f"{path}: {name} = {size} cannot be cut into {num_shards(mesh, name)} (mesh axis "
                                 f"{PLACEMENT[name]}); {most} would work")
-        result[path] = NamedSharding(mesh, PartitionSpec(*(PLACEMENT.get(name) for name in names)))
+        result[path] = NamedSharding(mesh, _spec(names, leaf.shape, mesh))
     if problems:
         raise ValueError(
             f"{len(problems)} parameters do not fit the mesh {dict(mesh.shape)}:\n  " + "\n  ".join(problems))
     return result
+
+
+def _spec(names: Sequence[str], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """Returns the spec of a parameter. If fsdp does not divide its own dimension, it is moved to the largest other one
+    that it divides beside the mesh axis that is there; never to the layers, whose scan would gather the whole stack."""
+    placed, fsdp = [PLACEMENT.get(name) for name in names], mesh.shape["fsdp"]
+    for axis, size in enumerate(shape):
+        if placed[axis] == "fsdp" and size % fsdp:
+            placed[axis] = None
+            others = [other for other, length in enumerate(shape) if other != axis and names[other] != "layer"
+                      and length % (fsdp * num_shards(mesh, names[other])) == 0]
+            if others:
+                other = max(others, key=lambda other: shape[other])
+                placed[other] = "fsdp" if placed[other] is None else (placed[other], "fsdp")
+    return PartitionSpec(*placed)
+
+
+def exceptions(shapes: Mapping[str, Any], axes: Sequence[tuple[str, tuple[str, ...]]], mesh: Mesh) -> str | None:
+    """Returns a line about the parameters that fsdp does not divide as PLACEMENT says; None if it divides all.
+
+    shapes: `{path: anything with a shape and a dtype}`
+    """
+    other, whole, sizes = [], [], {}
+    for path, leaf in shapes.items():
+        names = trees.lookup(path, axes)
+        undivided = {name: size for name, size in zip(names, leaf.shape, strict=True)
+                     if PLACEMENT.get(name) == "fsdp" and size % mesh.shape["fsdp"]}
+        if undivided:
+            sizes |= undivided
+            moved = any(axis == "fsdp" or "fsdp" in (axis or ()) for axis in _spec(names, leaf.shape, mesh))
+            (other if moved else whole).append(path)
+    if not sizes:
+        return None
+    kept = shardings({path: shapes[path] for path in whole}, axes, mesh)
+    held = sum(math.prod(spec.shard_shape(shapes[path].shape)) * np.dtype(shapes[path].dtype).itemsize
+               for path, spec in kept.items())
+    parts = [f"{len(paths)} parameter{'s' * (len(paths) > 1)} (such as {paths[0]}) {what}" for paths, what in (
+        (other, "sharded along another dimension"),
+        (whole, f"not sharded over it, {held / 1e6:,.0f} MB on each device")) if paths]
+    undivided = ", ".join(f"{name} = {size:,}" for name, size in sizes.items())
+    return f"fsdp = {mesh.shape['fsdp']} does not divide {undivided}: {'; '.join(parts)}."
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -44,14 +44,29 @@ def test_every_parameter_that_does_not_fit_is_named():
             sized(a_w=(6, 3, 3), a_b=(7, 7), b_c=(2,), a_table=(8, 8)), AXES, mesh(1, 4, 2))
     message = str(error.value)
     for expected in (
-        "4 parameters do not fit the mesh {'data': 1, 'fsdp': 4, 'tensor': 2}",
-        "a/w: embed = 6 cannot be cut into 4 (mesh axis fsdp); 2 would work",
+        "3 parameters do not fit the mesh {'data': 1, 'fsdp': 4, 'tensor': 2}",
         "a/w: heads = 3 cannot be cut into 2 (mesh axis tensor); 1 would work",
         "a/b (7, 7): AXES names 1 dimensions",
         "b/c (2,): no line of AXES describes it",
     ):
         assert expected in message
-    assert "table" not in message
+    assert "table" not in message and "embed" not in message
+
+
+def test_parameters_that_fsdp_does_not_divide_are_sharded_along_another_dimension_or_kept_whole():
+    axes = (*AXES, (r"stack/w", ("layer", "embed", "ff")), (r"norm", ("embed",)))
+    leaves = sized(a_w=(6, 2, 8), stack_w=(8, 6, 6), norm=(6,), a_table=(4, 8))
+    placed = sharding.shardings(leaves, axes, mesh(1, 4, 2))
+    assert {path: sharding_.spec for path, sharding_ in placed.items()} == {
+        "a/w": PartitionSpec(None, "tensor", "fsdp"),
+        "stack/w": PartitionSpec(None, None, "tensor"),  # never along the layers
+        "norm": PartitionSpec(None),
+        "a/table": PartitionSpec("tensor", "fsdp"),
+    }
+    assert sharding.exceptions(leaves, axes, mesh(1, 4, 2)) == (
+        "fsdp = 4 does not divide embed = 6: 1 parameter (such as a/w) sharded along another dimension; 2 parameters "
+        "(such as stack/w) not sharded over it, 0 MB on each device.")
+    assert sharding.exceptions(leaves, axes, mesh(1, 2, 2)) is None
 
 
 @pytest.mark.parametrize("sizes", [

@@ -65,6 +65,11 @@ class ModelSpec:
         return {path: self._param_spec(path, shape.shape, shardings[path])
                 for path, shape in every.items() if only(path)}
 
+    @property
+    def sharding_note(self) -> str | None:
+        """A line about the parameters that the mesh's fsdp axis does not divide; None if it divides all."""
+        return sharding.exceptions(self.param_specs(), self.source.family.all_axes(self.source.config), self.mesh)
+
     def restore(
         self,
         init_fresh: int | None = None,

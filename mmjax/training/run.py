@@ -489,3 +489,5 @@ def announce(job: Job, params: Any, mask: Any) -> None:
                   f"{sizes[False]:,} frozen ({config.weights.frozen_dtype or config.weights.dtype})")
     console.print(f"mesh {dict(mesh.shape)} of {mesh.size} {mesh.devices.flat[0].platform} device(s); "
                   f"run folder {config.out}")
+    if note := job.spec.sharding_note:
+        console.print(note)

@@ -8,7 +8,7 @@ import re
 
 import jax
 import pytest
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from mmjax import sharding, trees
 from mmjax.families import FAMILIES, shapes
@@ -198,14 +198,17 @@ def test_meshes_that_divide_every_parameter(family, preset):
         assert held <= count(paths) / (fsdp * tensor) + 0.01 * count(paths)
 
 
-def test_a_mesh_too_fine_for_the_image_tower():
-    """1408 = 128 · 11, so fsdp ends at 128 where there is a image tower; LLaMA alone goes on."""
-    for preset in ("llama-7b", "llama-13b"):
-        sharding.shardings(parameters("llama", preset), axes("llama", preset), mesh(256, 8))
-    minigpt4 = parameters("minigpt4", "minigpt4-7b"), axes("minigpt4", "minigpt4-7b")
-    sharding.shardings(*minigpt4, mesh(128, 2))
-    with pytest.raises(ValueError, match="vit/blocks/mlp/fc1/w: embed = 1408 cannot be cut into 256.*128 would work"):
-        sharding.shardings(*minigpt4, mesh(256, 1))
+def test_a_mesh_that_does_not_divide_the_image_tower():
+    """1408 = 128 · 11: fsdp 256 shards the feed-forward matrices along their other dimension and no other parameter."""
+    every = parameters("minigpt4", "minigpt4-7b")
+    rules = axes("minigpt4", "minigpt4-7b")
+    assert sharding.exceptions(every, rules, mesh(128, 2)) is None
+    placed = sharding.shardings(every, rules, mesh(256, 1))
+    assert placed["vit/blocks/mlp/fc1/w"].spec == PartitionSpec(None, None, ("tensor", "fsdp"))
+    held = sum(math.prod(placed[path].shard_shape(shape.shape)) for path, shape in every.items())
+    assert count(every) / 256 < held < 0.06 * count(every)
+    assert "fsdp = 256 does not divide embed = 1,408" in sharding.exceptions(every, rules, mesh(256, 1))
+    assert sharding.exceptions(parameters("llama", "llama-13b"), axes("llama", "llama-13b"), mesh(256, 8)) is None
 
 
 def test_nothing_is_allocated():
