@@ -55,6 +55,16 @@ def test_config_fields_are_overridden(monkeypatch, tmp_path):
     assert (seen[0].optim.init_lr, seen[0].out, seen[0].data.scenes.count) == (0.5, str(tmp_path), 7)
 
 
+def test_a_path_on_the_command_line_replaces_a_mixture(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr("mmjax.training.run.train", lambda config, score: seen.append(config))
+    call(monkeypatch, "train", "--config", "configs/minigpt4_stage1.py", "--data.format", "tfds", "--data.path", "cc")
+    assert (seen[0].data.format, seen[0].data.path, seen[0].data.mixture) == ("tfds", "cc", ())
+    assert "--data.path replaces data.mixture of configs/minigpt4_stage1.py." in capsys.readouterr().err
+    call(monkeypatch, "train", "--config", "configs/minigpt4_stage1.py", "--data.batch-size", "32")
+    assert len(seen[1].data.mixture) == 2
+
+
 def test_fields_of_a_phase_are_behind_its_name(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr("mmjax.training.run.train_phases", lambda phases, score: seen.append(phases))

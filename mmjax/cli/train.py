@@ -1,6 +1,7 @@
 """`mmjax train`, and a config file with the fields that the command line changes."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 
 import tyro
@@ -43,14 +44,26 @@ def overridden(path: str, args: Sequence[str], command: str) -> RunConfig | dict
     built, options = load_config(path), {"args": args, "prog": f"{command} --config {path}",
                                          "config": (tyro.conf.AvoidSubcommands,)}
     if isinstance(built, RunConfig):
+        built = _with_path_for_mixture(built, path, args)
         config = tyro.cli(RunConfig, default=built, **options)
         files.refuse(config.url_problems())
         return config
     # each phase's fields are behind its name: --pretrain.optim.init-lr
+    built = {name: _with_path_for_mixture(config, path, args, f"{name}.") for name, config in built.items()}
     phases = dataclasses.make_dataclass("Phases", [(name, RunConfig) for name in built])
     configs = vars(tyro.cli(phases, default=phases(**built), **options))
     files.refuse([problem for name, config in configs.items() for problem in config.url_problems(f"{name}.")])
     return configs
+
+
+def _with_path_for_mixture(config: RunConfig, path: str, args: Sequence[str], prefix: str = "") -> RunConfig:
+    """Returns the config of a file without its mixture if the command line names other data, and prints that."""
+    named = {arg.partition("=")[0] for arg in args}
+    option = f"--{prefix}data.path"
+    if not config.data.mixture or option not in named or f"--{prefix}data.mixture" in named:
+        return config
+    print(f"{option} replaces data.mixture of {path}.", file=sys.stderr)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, mixture=()))
 
 
 def _renamed_options(args: Sequence[str]) -> list[str]:
