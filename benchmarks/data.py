@@ -6,7 +6,7 @@ Floor: Pillow alone decodes the same JPEG files and resizes them (bicubic, 224 x
 batches of a MiniGPT-4 run, one sample per row and packed, from the records' order to the arrays. Floor and pipeline
 alternate in one process; the figures are medians.
 
-Python's own work: the same pipeline without opening images. Only this part holds the GIL, so it gives the number of
+Work of Python: the same pipeline without opening images. Only this part needs the GIL, so it gives the number of
 samples that one process can feed to its devices with any number of cores.
 
 Waiting: a run's loop with a simulated device that takes a given time per step; the share of the time that the loop
@@ -124,9 +124,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = make(Path(folder), args.count)
         size = sum(file.stat().st_size for file in files)
-        apart = DataConfig(path=folder, prompts=("<Img><ImageHere></Img> Describe this image in detail.",),
+        unpacked = DataConfig(path=folder, prompts=("<Img><ImageHere></Img> Describe this image in detail.",),
                            batch_size=12, threads=args.threads)
-        packed = DataConfig(path=folder, prompts=apart.prompts, batch_size=4, threads=args.threads, pack_length=512,
+        packed = DataConfig(path=folder, prompts=unpacked.prompts, batch_size=4, threads=args.threads, pack_length=512,
                             pack_images=5)
         tokenizer = Tokenizer.from_folder(TOKENIZER)
 
@@ -135,8 +135,8 @@ def main() -> None:
             records = pipeline.read(cfg)
             return lambda: pipeline.batches(records, cfg, kind(tokenizer, TEXT, CONFIG, most))
 
-        feeds = {"one sample a row": feed(apart), "packed": feed(packed)}
-        own = {name: feed(cfg, Unopened) for name, cfg in zip(feeds, (apart, packed), strict=True)}
+        feeds = {"one sample a row": feed(unpacked), "packed": feed(packed)}
+        unopened = {name: feed(cfg, Unopened) for name, cfg in zip(feeds, (unpacked, packed), strict=True)}
         floors, found = [], {name: [] for name in feeds}
         for turn in range(args.turns):
             floors.append(floor(files, args.threads))
@@ -149,16 +149,17 @@ def main() -> None:
         for name, pairs in found.items():
             ratio = statistics.median(rate / base for (rate, _), base in zip(pairs, floors, strict=True))
             rate = statistics.median(rate for rate, _ in pairs)
-            most = statistics.median(speed(own[name], 4 * args.count)[0] for _ in range(args.turns))
+            most = statistics.median(speed(unopened[name], 4 * args.count)[0] for _ in range(args.turns))
             print(f"{name:18} {rate:6.1f} samples/s, {ratio:.3f} of the floor; {pairs[0][1]:.3f} real tokens; "
-                  f"Python's own work allows {most:.0f} samples/s")
+                  f"without opening images {most:.0f} samples/s")
         if args.json:
             speeds = {name: statistics.median(rate for rate, _ in pairs) for name, pairs in found.items()}
             args.json.write_text(json.dumps({"floor": lowest, "pipeline": speeds}) + "\n")
             return
         for slack in (1.1, 1.5, 2.0):
-            seconds = slack * apart.batch_size / lowest
-            share = waiting(feeds["one sample a row"], seconds, apart.batch_size, 2 + args.count // apart.batch_size)
+            seconds = slack * unpacked.batch_size / lowest
+            share = waiting(feeds["one sample a row"], seconds, unpacked.batch_size,
+                            2 + args.count // unpacked.batch_size)
             print(f"steps {slack} x as long as the floor ({seconds:.2f} s): {share:.4f} of the time waiting")
 
 

@@ -194,15 +194,15 @@ def measure(loaded: mmjax.Loaded, theirs: Theirs, rows: int, prompt: int, count:
 
 
 def table(results: list[dict[str, Any]]) -> Table:
-    made = Table("rows", "phase", "mmjax", "transformers", "ratio", "mmjax / floor", "transformers / floor",
-                 title="tokens per second")
+    result_table = Table("rows", "phase", "mmjax", "transformers", "ratio", "mmjax / floor", "transformers / floor",
+                         title="tokens per second")
     for result in results:
         for phase in ("prefill", "decode"):
             part = result[phase]
             shares = [f"{part[name]:.2f}" if name in part else "" for name in ("ours_of_floor", "theirs_of_floor")]
-            made.add_row(str(result["rows"]), phase, f"{part['ours']:.1f}", f"{part['theirs']:.1f}",
-                         f"{part['ratio']:.2f}", *shares)
-    return made
+            result_table.add_row(str(result["rows"]), phase, f"{part['ours']:.1f}", f"{part['theirs']:.1f}",
+                                 f"{part['ratio']:.2f}", *shares)
+    return result_table
 
 
 def main() -> None:

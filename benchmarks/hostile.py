@@ -1,6 +1,6 @@
 """Reads small malicious files and checks that each gives a result or a one-line error in little memory.
 
-    python benchmarks/hostile.py                 about 40 files, made in a temporary folder; half a minute
+    python benchmarks/hostile.py                 about 40 files, written to a temporary folder; half a minute
     python benchmarks/hostile.py FILE ...        other files, read by their endings: .wav, .npy, .npz, .p, images
     python benchmarks/hostile.py --most 500      fails above this many megabytes
 
@@ -66,7 +66,7 @@ def nested(depth: int, around: bytes, key: bool = False) -> bytes:
 
 
 def doubling(depth: int) -> bytes:
-    """Returns a pickled list that holds a list twice, and so on, `depth` times: 2 to the power of `depth` values."""
+    """Returns a pickled list that contains a list twice, and so on, `depth` times: 2 to the power of `depth` values."""
     program = b"]q\x00"
     for level in range(depth):
         program += b"](h" + bytes([level]) + b"h" + bytes([level]) + b"eq" + bytes([level + 1])

@@ -36,7 +36,7 @@ def first_step(folder: Path, config: Path = CONFIG, out: str = "runs/tiny_minigp
     try:
         while not (metrics.exists() and metrics.stat().st_size):
             if job.poll() is not None or time.perf_counter() - begun > TIMEOUT:
-                raise RuntimeError(f"{config.name} made no first step in {TIMEOUT} s, or ended before with status "
+                raise RuntimeError(f"{config.name} had no first step after {TIMEOUT} s, or ended before with status "
                                    f"{job.poll()}:\n{log_file.read_text()[-4000:]}")
             time.sleep(0.01)
         return time.perf_counter() - begun

@@ -132,3 +132,11 @@ def test_prompts_with_images():
     assert FAMILIES["minigpt4"].prompt.with_images("What?", 2) == "<Img><ImageHere></Img><Img><ImageHere></Img> What?"
     assert FAMILIES["minigpt4"].prompt.with_images("What?", 0) == "What?"
     assert FAMILIES["imagebind_llm"].prompt.with_images("What?", 2) == "What?"
+
+
+def test_a_family_needs_the_stages_that_the_doctor_reads():
+    family = FAMILIES["llama"]
+    with pytest.raises(ValueError, match="llama has the stages none; it needs one of kind 'embedding'"):
+        dataclasses.replace(family, stages=())
+    with pytest.raises(ValueError, match="has the stages loss; it needs"):
+        dataclasses.replace(family, stages=family.stages[-1:])
