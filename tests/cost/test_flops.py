@@ -55,7 +55,7 @@ def test_the_longest_branch_counts():
 def test_what_cannot_be_counted_is_an_error():
     with pytest.raises(ValueError, match="conv_general_dilated"):
         operations(lambda x, w: jax.lax.conv(x, w, (1, 1), "VALID"), (1, 3, 8, 8), (4, 3, 2, 2))
-    with pytest.raises(ValueError, match="ends when its condition says so"):
+    with pytest.raises(ValueError, match="depends on its condition"):
         operations(lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ x, x), (3, 3))
     assert operations(lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x + 1, x), (3, 3)) == 0
 
@@ -76,7 +76,8 @@ def test_a_kernel_counts_as_the_dense_attention_that_it_replaces():
     shape = (3, 2, 256, 128)
     found = [operations(jax.grad(lambda q, k, v: attention(q, k, v).sum(), (0, 1, 2)), shape, shape, shape)  # noqa: B023
              for attention in (splash, dense)]
-    assert found[0] == found[1] == 6 * 2 * 3 * 2 * 256 * 256 * 128
+    assert found[1] == 6 * 2 * 3 * 2 * 256 * 256 * 128
+    assert found[0] == found[1] + 2 * 3 * 2 * 256 * 128  # it sums out · dO, which the dense form does without a product
 
 
 def test_shards_count_together():
