@@ -418,8 +418,22 @@ def show(plan: Plan, console: Console) -> None:
     for title, table in (_memory_table(plan.memory), _flops_table(plan.flops), *_traffic_tables(plan)):
         console.print(f"\n{title}", highlight=False, style="bold")
         console.print(table)
+    console.print(f"\n{summary(plan)}", highlight=False, soft_wrap=True)
     for line in plan.advice:
         console.print(line, highlight=False)
+
+
+def summary(plan: Plan) -> str:
+    """Returns the line that the configs quote: memory, the largest lower bound of a step's time, and the estimate."""
+    limit = "" if plan.memory.limit is None else f" of {plan.memory.limit / GIB:.2f}"
+    parts = [f"{plan.memory.total / GIB:.2f}{limit} GiB a device"]
+    if plan.compiled is None:
+        return f"{parts[0]}; it does not compile"
+    if plan.seconds:
+        parts.append(f"a step takes {1e3 * plan.seconds[plan.bottleneck]:,.0f} ms at least ({plan.bottleneck})")
+    if plan.estimate is not None:
+        parts[-1] += f", {1e3 * plan.estimate:,.0f} ms by the compiler's estimate"
+    return "; ".join(parts)
 
 
 def _table(*columns: str) -> Table:

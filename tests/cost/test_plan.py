@@ -138,6 +138,7 @@ def test_what_is_shown(made):
     for expected in ("minigpt4 of tiny", f"{made.parameters['trained']:,} parameters trained", "batch 2 x 16 tokens",
                      "nowhere/tiny does not exist", "frozen weights", "headroom", "recomputed", "nothing"):
         assert expected in words
+    assert plan.summary(made) in words
     again = json.loads(json.dumps(made.to_json()))
     assert again["memory"]["total"] == made.memory.total and again["flops"]["executed"] == made.flops.executed
 
@@ -240,6 +241,40 @@ def test_times_are_of_the_published_figures():
     seconds = plan.lower_bounds(place, 16, count, found, 819 * 10**9 // 2)
     assert seconds == {"compute": pytest.approx(1.0), "memory": pytest.approx(0.5), "links": pytest.approx(0.75)}
     assert plan.lower_bounds(dataclasses.replace(place, chip=None), 16, count, found, 1) == {}
+
+
+def test_the_summary_and_the_table_have_the_compilers_estimate(made):
+    memory = dataclasses.replace(made.memory, limit=int(15.75 * 2**30))
+    slow = dataclasses.replace(made, seconds={"compute": 0.683, "memory": 0.2}, estimate=1.019, memory=memory)
+    assert plan.summary(slow) == (f"{memory.total / 2**30:.2f} of 15.75 GiB a device; a step takes 683 ms at least "
+                                  "(compute), 1,019 ms by the compiler's estimate")
+    words = text(slow)
+    assert re.search(r"at least, for compute +683\.0", words)
+    assert re.search(r"by the compiler's estimate, links excluded +1,019\.0", words)
+    assert plan.summary(dataclasses.replace(slow, compiled=None, estimate=None)).endswith("; it does not compile")
+
+
+SPLASH = """HloModule jit_step
+
+ENTRY %main (q: bf16[4,256,128]) -> bf16[4,256,128] {
+  %q = bf16[4,256,128]{2,1,0} parameter(0)
+  %KERNEL = bf16[4,256,128]{2,1,0} custom-call(%q, %q, %q), custom_call_target="tpu_custom_call"
+  ROOT %e = bf16[4,256,128]{2,1,0} exponential(%KERNEL), backend_config={"estimated_cycles":"1500"}
+}
+"""
+
+
+def test_a_step_with_kernels_is_estimated_by_one_rule():
+    chip = hardware.CHIPS["v5e"]
+    place = hardware.Topology("v5e:1x1", (), chip, chip.memory, 100e9)
+    mesh = sharding.make_mesh(TINY.mesh)
+    _, traffic, seconds, notes = plan._read(SPLASH.replace("KERNEL", "splash_mha_fwd_no_residuals"), mesh, place)
+    operations = 2 * 2 * 4 * 256 * 256 * 128
+    assert seconds == pytest.approx(1500 / chip.clock + operations / (0.5 * chip.flops)) and traffic == 6 * 2**18
+    assert len(notes) == 1 and "50% of the chip's peak" in notes[0]
+    *_, notes = plan._read(SPLASH.replace("KERNEL", "mine"), mesh, place)
+    assert notes == ["The estimate leaves out kernels whose operations are unknown: mine."]
+    assert plan._read(SPLASH, mesh, dataclasses.replace(place, chip=None))[2:] == (None, [])
 
 
 # ---- the command ----
