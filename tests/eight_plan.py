@@ -30,7 +30,7 @@ def found(mesh, function, *arguments):
 def test_data_parallel_gradients():
     mesh = sharding.make_mesh(MeshConfig(data=8))
     (one,) = found(mesh, jax.grad(lambda w, x: (x @ w).sum()), ((D, D), ()), ((B, D), ("data",)))
-    assert (one.kind, one.axes, one.ways, one.dtype, one.times) == ("all-reduce", ("data",), 8, "f32", 1)
+    assert (one.kind, one.axes, one.group_size, one.dtype, one.times) == ("all-reduce", ("data",), 8, "f32", 1)
     assert one.bytes in (4 * D * D, 4 * D)  # XLA may sum before it spreads
 
 
@@ -53,7 +53,7 @@ def test_tensor_parallel_sums():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     (one,) = found(mesh, lambda x, w: jax.lax.with_sharding_constraint(x @ w, PartitionSpec(("data", "fsdp"))),
                    ((B, D), (("data", "fsdp"), "tensor")), ((D, D), ("tensor",)))
-    assert (one.kind, one.axes, one.ways, one.bytes) == ("all-reduce", ("tensor",), 2, 4 * D * B // 4)
+    assert (one.kind, one.axes, one.group_size, one.bytes) == ("all-reduce", ("tensor",), 2, 4 * D * B // 4)
 
 
 def config(mesh, **changes):
@@ -115,7 +115,7 @@ def advised(settings, temporaries, limit):
     held = plan.AbstractStep.of(settings, source, mesh, 16).held
     memory = plan.Memory(**held, layout=0, temporaries=int(temporaries * hardware.GIB), program=0, limit=place.memory)
     made = plan.Plan("minigpt4", "x", "v5e:2x4", dict(mesh.shape), settings.data.batch_size, 16, {}, memory, None, None,
-                     None, None, {}, [], [])
+                     None, None, {}, None, [], [])
     assert not made.memory.fits
     return plan.advice(settings, source, place, made)
 

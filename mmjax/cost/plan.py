@@ -1,9 +1,8 @@
-"""What a training run needs of devices that nobody has rented yet: memory, operations, traffic, time, and whether it
+"""What a training run needs on devices that need not be present: memory, operations, traffic, time, and whether it
 fits.
 
-The step that `mmjax.training.run` trains is compiled for them as it is, at full size, from shapes alone. What XLA says
-of its memory is what it will take; the times are lower bounds, of devices that never wait for anything but the named
-wall.
+The step of `mmjax.training.run` is compiled for them at full size, from shapes alone. The memory is what XLA reports.
+The times are the compiler's own estimate, and lower bounds for a step that is limited by one resource alone.
 """
 
 import dataclasses
@@ -27,7 +26,7 @@ from mmjax.batch import Batch, Sample
 from mmjax.checkpoints.converted import ConvertedCheckpoint
 from mmjax.checkpoints.restore import ModelSpec
 from mmjax.config import MeshConfig, RunConfig
-from mmjax.cost import flops, hardware, hlo
+from mmjax.cost import estimate, flops, hardware, hlo
 from mmjax.cost.flops import Flops
 from mmjax.cost.hardware import Topology
 from mmjax.cost.hlo import Collective
@@ -42,10 +41,10 @@ GIB = hardware.GIB
 class Memory:
     """Bytes of one device.
 
-    layout:      what the device's layout adds to the arrays above
-    temporaries: activations, gradients and whatever else lives within a step; if the step did not compile for lack of
-                 memory, what XLA would have needed
-    limit:       what a program may use; None where that is not known
+    layout:      padding of the arrays above in the device's memory
+    temporaries: activations, gradients and everything else that is allocated within a step; if the step did not compile
+                 for lack of memory, what XLA would have needed
+    limit:       what a program may use; None if unknown
     """
 
     frozen: int
@@ -69,14 +68,16 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What `plan` found.
+    """The result of `plan`.
 
     rows, length: of a batch over all devices, in rows and tokens
     parameters:   {"trained": count, "frozen": count}
-    compiled:     seconds that it took; None if the step needs more memory than there is, and then `collectives` and
-                  `traffic`, the bytes that a device moves between itself and its memory in a step, are not known
-    seconds:      that a step takes at least, by what it waits for: "compute", "memory", "links"
-    notes:        what was assumed
+    compiled:     seconds of the compilation; None if the step needs more memory than there is, and then `collectives`,
+                  `traffic` and `estimate` are unknown
+    traffic:      bytes that a device moves to and from its memory in a step
+    seconds:      lower bounds of a step's time, by resource: "compute", "memory", "links"
+    estimate:     seconds of a step by the compiler's estimate, see `mmjax.cost.estimate`; None if it makes none
+    notes:        assumptions
     advice:       what to change if it does not fit
     """
 
@@ -93,61 +94,77 @@ class Plan:
     collectives: list[Collective] | None
     traffic: int | None
     seconds: dict[str, float]
+    estimate: float | None
     notes: list[str]
     advice: list[str]
 
     @property
-    def wall(self) -> str | None:
-        """What a step waits for."""
+    def bottleneck(self) -> str | None:
+        """The resource with the largest lower bound."""
         return max(self.seconds, key=self.seconds.get) if self.seconds else None
 
     def to_json(self) -> dict[str, Any]:
-        made = dataclasses.asdict(self)
-        made["memory"] |= {"total": self.memory.total, "fits": self.memory.fits}
-        made["flops"] |= {"model": self.flops.model, "executed": self.flops.executed}
-        for told, one in zip(made["collectives"] or (), self.collectives or (), strict=True):
-            told["sent"] = one.sent
-        return made | {"wall": self.wall}
+        values = dataclasses.asdict(self)
+        values["memory"] |= {"total": self.memory.total, "fits": self.memory.fits}
+        values["flops"] |= {"model": self.flops.model, "executed": self.flops.executed}
+        for entry, collective in zip(values["collectives"] or (), self.collectives or (), strict=True):
+            entry["sent"] = collective.sent
+        return values | {"bottleneck": self.bottleneck}
 
 
-def plan(config: RunConfig, where: str, preset: str | None = None, length: int | None = None) -> Plan:
+def plan(config: RunConfig, topology_name: str, preset: str | None = None, length: int | None = None) -> Plan:
     """Compiles the training step of a run for the devices of a topology (see `mmjax.cost.hardware.find`).
 
-    preset: an architecture of the config's family; None for that of its checkpoint, or if that does not exist for the
-            preset of the checkpoint folder's name
-    length: tokens of a row; None for the longest that the text settings allow
+    preset: an architecture of the config's family; None: that of its checkpoint or, if that does not exist, the preset
+            with the checkpoint folder's name
+    length: tokens of a row; None: the largest number that the text settings allow
 
     Raises ValueError for a configuration, an architecture, a topology or a mesh that cannot work, and for a step that
     XLA cannot compile.
     """
     run.check(config)
-    place = hardware.find(where)
+    topology = hardware.find(topology_name)
     source, notes = architecture(config, preset)
-    length, said = (length, []) if length else row_length(config, source)
-    notes += said
-    mesh = sharding.make_mesh(config.mesh, place.devices)
-    ways = sharding.num_shards(mesh, "batch")
-    if config.data.batch_size % ways:
-        raise ValueError(f"data.batch_size = {config.data.batch_size} cannot be cut into {ways} (mesh "
-                         f"{dict(mesh.shape)}); {math.ceil(config.data.batch_size / ways) * ways} would work.")
+    length, length_notes = (length, []) if length else row_length(config, source)
+    notes += length_notes
+    mesh = sharding.make_mesh(config.mesh, topology.devices)
+    shards = sharding.num_shards(mesh, "batch")
+    if config.data.batch_size % shards:
+        raise ValueError(f"data.batch_size = {config.data.batch_size} cannot be cut into {shards} (mesh "
+                         f"{dict(mesh.shape)}); {math.ceil(config.data.batch_size / shards) * shards} would work.")
     step = AbstractStep.of(config, source, mesh, length)
     count = flops.train_step(step.module, step.state.params, step.frozen, step.batch)
     begun = time.monotonic()
     compiled, needed = _compile(step)
-    seconds = time.monotonic() - begun
-    memory = _memory(step.held, compiled, needed, place.memory)
-    words = compiled and compiled.as_text()
-    found, traffic = (hlo.collectives(words, mesh), hlo.memory_traffic(words)) if words else (None, None)
+    seconds = None if compiled is None else time.monotonic() - begun
+    memory = _memory(step.held, compiled, needed, topology.memory)
+    found, traffic, estimated = None, None, None
+    if compiled:
+        found, traffic, estimated, kernel_notes = _read(compiled.as_text(), mesh, topology)
+        notes += kernel_notes
     sizes = {kind: sum(leaf.size for leaf in jax.tree.leaves(tree, is_leaf=_is_matrix))
              for kind, tree in (("trained", step.state.params), ("frozen", step.frozen))}
-    made = Plan(source.family.name, str(source.folder), where, dict(mesh.shape), config.data.batch_size, length, sizes,
-                memory, count, None if compiled is None else seconds, found, traffic,
-                least(place, mesh.size, count, found, traffic), notes, [])
-    return made if memory.fits else dataclasses.replace(made, advice=advice(config, source, place, made))
+    result = Plan(source.family.name, str(source.folder), topology_name, dict(mesh.shape), config.data.batch_size,
+                  length, sizes, memory, count, seconds, found, traffic,
+                  lower_bounds(topology, mesh.size, count, found, traffic), estimated, notes, [])
+    return result if memory.fits else dataclasses.replace(result, advice=advice(config, source, topology, result))
+
+
+def _read(text: str, mesh: Any, topology: Topology) -> tuple[list[Collective], int, float | None, list[str]]:
+    """Returns a compiled step's collectives, a device's memory traffic in bytes, the compiler's estimate in seconds,
+    and lines about its kernels."""
+    collectives, traffic = hlo.collectives(text, mesh), hlo.memory_traffic(text)
+    if topology.chip is None:
+        return collectives, traffic, None, []
+    found = estimate.estimate(text, topology.chip)
+    notes = [estimate.RULE] if found.kernel_flops else []
+    if found.uncounted:
+        notes.append(f"The estimate leaves out kernels whose operations are unknown: {', '.join(found.uncounted)}.")
+    return collectives, traffic, found.seconds or None, notes
 
 
 def architecture(config: RunConfig, preset: str | None) -> tuple[ConvertedCheckpoint, list[str]]:
-    """What a run trains, and a line for what had to be guessed.
+    """Returns the checkpoint with the architecture that a run trains, and lines about what was assumed.
 
     Raises ValueError if there is neither a checkpoint nor a preset, or for a phase or image size that does not exist.
     """
@@ -156,37 +173,38 @@ def architecture(config: RunConfig, preset: str | None) -> tuple[ConvertedCheckp
         source = ConvertedCheckpoint.open(folder)
     else:
         name = preset or folder.name
-        asked = f"preset = {preset!r}" if preset else f"There is no checkpoint {folder}"
-        family = _family_of(name, config.weights.family, asked)
+        reason = f"preset = {preset!r}" if preset else f"There is no checkpoint {folder}"
+        family = _family_of(name, config.weights.family, reason)
         if preset is None:
-            notes.append(f"{folder} is not there; planned for the preset {name}.")
+            notes.append(f"{folder} does not exist; planned for the preset {name}.")
         source = ConvertedCheckpoint(Path(name), family, family.presets[name], config.text, {}, ())
     source = dataclasses.replace(source, config=run.architecture(source, config), text=config.text)
     collate.check_model(config.data, source.config)
     return source, notes
 
 
-def _family_of(preset: str, family: str, asked: str) -> Family:
-    """The family that has a preset of that name; `family` names the one to look at, "" all of them.
+def _family_of(preset: str, family: str, reason: str) -> Family:
+    """Returns the family with a preset of that name; `family` names the one to search, "" all of them.
 
-    Raises ValueError, which begins with `asked`, if none or several have it.
+    Raises ValueError, which begins with `reason`, if none or several have it.
     """
     families = [find(family)] if family else list(FAMILIES.values())
     found = [each for each in families if preset in each.presets]
     if len(found) > 1:
-        raise ValueError(f"{asked}: several families have a preset {preset!r}: {', '.join(map(str, found))}. Name one "
+        raise ValueError(f"{reason}: several families have a preset {preset!r}: {', '.join(map(str, found))}. Name one "
                          "of them with --weights.family.")
     if not found:
         known = dict.fromkeys(name for each in families for name in each.presets)
-        raise ValueError(f"{asked}: name one of the presets{f' of {find(family)}' if family else ''} with --preset: "
+        raise ValueError(f"{reason}: name one of the presets{f' of {find(family)}' if family else ''} with --preset: "
                          f"{', '.join(known)}.")
     return found[0]
 
 
 def row_length(config: RunConfig, source: ConvertedCheckpoint) -> tuple[int, list[str]]:
-    """Tokens of the longest row that the text settings allow, rounded up as batches are; and how it was found.
+    """Returns the tokens of the longest row that the text settings allow, rounded up as batches are, and lines about
+    how it was computed.
 
-    Without a tokenizer a prompt is taken to have a token a byte. Questions that come with the data are not known here:
+    Without a tokenizer each byte of a prompt counts as a token. Questions that are part of the data are unknown here;
     their rows may be longer.
     """
     if config.data.pack_length is not None:
@@ -198,25 +216,25 @@ def row_length(config: RunConfig, source: ConvertedCheckpoint) -> tuple[int, lis
     tokenizer = source.tokenizer if known else _Bytes()
     model = source.config
 
-    def count(words: str) -> int:
-        images = words.count(text.PLACEHOLDER) if words else int(model.image_size is not None)
-        sample = Sample(images=[""] * images, prompt=words, answer="")
+    def count(prompt: str) -> int:
+        images = prompt.count(text.PLACEHOLDER) if prompt else int(model.image_size is not None)
+        sample = Sample(images=[""] * images, prompt=prompt, answer="")
         return len(text.prompt_slots(sample, tokenizer, settings, model.image_tokens))
 
     prompt = max(map(count, config.data.prompts or ("",)))
     length = _up(1 + prompt + settings.max_txt_len, multiple)
-    how = "" if known or not config.data.prompts else ", counted in bytes for want of a tokenizer"
+    how = "" if known or not config.data.prompts else ", counted in bytes because there is no tokenizer"
     return length, [f"Rows of {length} tokens: 1 + {prompt} of the longest prompt{how} + {settings.max_txt_len} of the "
                     f"answer, rounded up to a multiple of {multiple}."]
 
 
 class _Bytes:
-    """In place of a tokenizer: the most tokens that one can make of a text."""
+    """A stand-in for a tokenizer that returns the largest number of tokens a text can have."""
 
     pad = 0
 
-    def encode(self, words: str) -> list[int]:
-        return [0, *words.encode()]
+    def encode(self, text: str) -> list[int]:
+        return [0, *text.encode()]
 
 
 def _up(number: int, multiple: int) -> int:
@@ -225,7 +243,7 @@ def _up(number: int, multiple: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class AbstractStep:
-    """A training step and its arguments as shapes on a mesh; nothing is allocated."""
+    """A training step and its arguments on a mesh, as shapes; nothing is allocated."""
 
     module: Any
     call: Any
@@ -236,7 +254,8 @@ class AbstractStep:
 
     @staticmethod
     def of(config: RunConfig, source: ConvertedCheckpoint, mesh: Any, length: int) -> "AbstractStep":
-        """As `mmjax.training.run.train` would call it. Raises ValueError for parameters that the mesh cannot divide."""
+        """Returns the step as `mmjax.training.run.train` calls it. Raises ValueError if the mesh cannot divide a
+        parameter."""
         spec = run.model_spec(config, source, mesh)
         params = trees.unflatten(spec.param_specs(run.loaded_by(config, source.family)))
         trained, frozen = trees.split(params, trees.mask(params, spec.trained))
@@ -246,28 +265,28 @@ class AbstractStep:
 
     @property
     def held(self) -> dict[str, int]:
-        """Bytes of one device for each kind of argument; what the state has beside parameters is the optimizer's."""
+        """Bytes of one device for each kind of argument; the state without its parameters is the optimizer's."""
         return {"frozen": nbytes(self.frozen), "trained": nbytes(self.state.params),
                 "optimizer": nbytes(dataclasses.replace(self.state, params=None)), "batch": nbytes(self.batch)}
 
 
 def _state(trained: Any, optimizer: optax.GradientTransformation, seed: int, mesh: Any) -> steps.TrainState:
-    """A fresh state: what the optimizer has for a parameter lies where that lies, all else everywhere."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    """Returns a fresh state: the optimizer's arrays for a parameter have its sharding, all others are replicated."""
+    replicated = NamedSharding(mesh, PartitionSpec())
 
     def whole(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
 
-    def beside(leaf: Any, param: Any) -> jax.ShapeDtypeStruct:
+    def like(leaf: Any, param: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding)
 
     state = jax.eval_shape(lambda trained: steps.start(trained, optimizer, seed), trained)
-    opt_state = optax.tree_map_params(optimizer, beside, state.opt_state, trained, transform_non_params=whole)
+    opt_state = optax.tree_map_params(optimizer, like, state.opt_state, trained, transform_non_params=whole)
     return steps.TrainState(whole(state.step), trained, opt_state, whole(state.key))
 
 
 def batch_of(config: RunConfig, spec: ModelSpec, length: int) -> Batch:
-    """The batch that the pipeline feeds, as shapes: rows with an image each, `pack_images` of packed rows."""
+    """Returns the batch that the pipeline feeds, as shapes: rows with one image, packed rows with `pack_images`."""
     packed = None if config.data.pack_length is None else config.data.pack_images
     feature = None
     if config.data.features:
@@ -281,25 +300,25 @@ def _is_matrix(leaf: Any) -> bool:
 
 
 def nbytes(tree: Any) -> int:
-    """Of one device, for a tree of shapes with places."""
+    """Returns the bytes of one device, for a tree of shapes with shardings."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _memory(held: dict[str, int], compiled: Any, needed: int, limit: int | None) -> Memory:
-    """held: bytes of the arguments; compiled, needed: what `_compile` gives"""
+    """held: bytes of the arguments; compiled, needed: the result of `_compile`"""
     arguments = sum(held.values())
     if compiled is None:
         return Memory(**held, layout=0, temporaries=max(needed - arguments, 0), program=0, limit=limit)
-    told = compiled.memory_analysis()
-    return Memory(**held, layout=max(told.argument_size_in_bytes - arguments, 0),
-                  temporaries=told.temp_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes,
-                  program=told.generated_code_size_in_bytes, limit=limit)
+    sizes = compiled.memory_analysis()
+    return Memory(**held, layout=max(sizes.argument_size_in_bytes - arguments, 0),
+                  temporaries=sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+                  program=sizes.generated_code_size_in_bytes, limit=limit)
 
 
 def _compile(step: AbstractStep) -> tuple[Any, int]:
-    """The compiled step and 0; or None and the bytes that it would need, if that is more than there are.
+    """Returns the compiled step and 0; or None and the bytes that it would need, if that is more than there are.
 
-    Raises ValueError with XLA's words if it cannot compile the step for another reason.
+    Raises ValueError with XLA's message if it cannot compile the step for another reason.
     """
     with sharding.use_mesh(step.mesh):
         lowered = step.call.lower(step.state, step.frozen, step.batch)
@@ -312,96 +331,110 @@ def _compile(step: AbstractStep) -> tuple[Any, int]:
         return None, int(float(needed[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[needed[2]])
 
 
-def least(place: Topology, devices: int, count: Flops, found: list[Collective] | None,
-          traffic: int | None) -> dict[str, float]:
-    """Seconds that a step takes at least if it waits for nothing but its arithmetic, the memory, or the links between
-    devices; without figures of the chip nothing."""
-    if place.chip is None:
+def lower_bounds(topology: Topology, devices: int, count: Flops, found: list[Collective] | None,
+                 traffic: int | None) -> dict[str, float]:
+    """Returns the seconds of a step that is limited by its arithmetic alone, by the memory, and by the links between
+    devices; {} if the chip's figures are unknown."""
+    if topology.chip is None:
         return {}
-    seconds = {"compute": count.executed / devices / place.chip.flops}
+    seconds = {"compute": count.executed / devices / topology.chip.flops}
     if traffic is not None:
-        seconds["memory"] = traffic / place.chip.bandwidth
+        seconds["memory"] = traffic / topology.chip.bandwidth
     if found:
-        seconds["links"] = sum(one.sent for one in found) / place.links
+        seconds["links"] = sum(one.sent for one in found) / topology.links
     return seconds
 
 
 # ---- what to change ----
 
 
-def advice(config: RunConfig, source: ConvertedCheckpoint, place: Topology, made: Plan) -> list[str]:
-    """Changes with which a plan fits by arithmetic, the fewest that do.
+def advice(config: RunConfig, source: ConvertedCheckpoint, topology: Topology, plan: Plan) -> list[str]:
+    """Returns lines with the smallest sets of changes that should make a plan fit.
 
-    What a device holds is computed as for the plan itself; temporaries are taken to grow with the rows of a device and
-    not to change otherwise. Only planning again tells.
+    The arguments of a step are computed exactly; temporaries are assumed to grow with the rows of a device and not to
+    depend on anything else, so a new plan is needed to be sure.
     """
     lines = []
     if not config.remat:
-        lines.append(f"--remat: of the {_gib(made.memory.temporaries)} of temporaries most are activations of layers, "
-                     "which would be computed again instead of kept.")
-    found = _changes(config, source, place, made)
-    lines += [f"{options}: about {_gib(total)} of {_gib(made.memory.limit)}." for options, total in found]
+        lines.append(f"--remat: of the {_gib(plan.memory.temporaries)} of temporaries most are activations of layers, "
+                     "which would be recomputed instead of saved.")
+    found = _changes(config, source, topology, plan)
+    lines += [f"{options}: about {_gib(total)} of {_gib(plan.memory.limit)}." for options, total in found]
     if not lines:
-        held = made.memory.frozen + made.memory.trained + made.memory.optimizer
-        return [f"By arithmetic no mesh, batch size or int8 makes it fit: weights and optimizer alone are {_gib(held)} "
-                f"of a device. Take more or larger chips than {made.topology}."]
+        held = plan.memory.frozen + plan.memory.trained + plan.memory.optimizer
+        return [f"By this estimate no mesh, batch size or int8 makes it fit: weights and optimizer alone need "
+                f"{_gib(held)} on each device. Take more or larger chips than {plan.topology}."]
     return [*lines, "These are estimates: plan again with them."]
 
 
-def _changes(config: RunConfig, source: ConvertedCheckpoint, place: Topology, made: Plan) -> list[tuple[str, int]]:
-    """(options, bytes that a device then needs) for each smallest set of options that suffices."""
-    ways = made.mesh["data"] * made.mesh["fsdp"]
-    rows, before = made.rows // ways, MeshConfig(**made.mesh)
-    meshes = [MeshConfig(ways // fsdp, fsdp, made.mesh["tensor"])
-              for fsdp in range(made.mesh["fsdp"], ways + 1) if ways % fsdp == 0]
+def _changes(config: RunConfig, source: ConvertedCheckpoint, topology: Topology, plan: Plan) -> list[tuple[str, int]]:
+    """Returns (options, bytes that a device then needs) for each of the smallest sufficient sets of options."""
+    shards = plan.mesh["data"] * plan.mesh["fsdp"]
+    rows, before = plan.rows // shards, MeshConfig(**plan.mesh)
+    meshes = [MeshConfig(shards // fsdp, fsdp, plan.mesh["tensor"])
+              for fsdp in range(plan.mesh["fsdp"], shards + 1) if shards % fsdp == 0]
     dtypes = dict.fromkeys((config.weights.frozen_dtype, "int8"))
     found: dict[tuple[str, ...], tuple[str, int]] = {}
     for dtype, mesh in itertools.product(dtypes, meshes):
         weights = dataclasses.replace(config.weights, frozen_dtype=dtype)
-        held = _held(dataclasses.replace(config, weights=weights, mesh=mesh), source, place, made.length)
+        held = _held(dataclasses.replace(config, weights=weights, mesh=mesh), source, topology, plan.length)
         if held is None:
             continue
-        fixed = held + made.memory.program
-        fewer = min(rows, (made.memory.limit - fixed) * rows // max(made.memory.temporaries, 1))
+        fixed = held + plan.memory.program
+        fewer = min(rows, (plan.memory.limit - fixed) * rows // max(plan.memory.temporaries, 1))
         if fewer < 1:
             continue
         options = {"mesh": f"--mesh.data {mesh.data} --mesh.fsdp {mesh.fsdp}" if mesh != before else "",
-                   "rows": f"--data.batch-size {fewer * ways}" if fewer < rows else "",
+                   "rows": f"--data.batch-size {fewer * shards}" if fewer < rows else "",
                    "dtype": "--weights.frozen-dtype int8" if dtype != config.weights.frozen_dtype else ""}
         if kinds := tuple(kind for kind, option in options.items() if option):
             found.setdefault(kinds, (" ".join(filter(None, options.values())),
-                                     fixed + made.memory.temporaries * fewer // rows))
+                                     fixed + plan.memory.temporaries * fewer // rows))
     fewest = min(map(len, found), default=0)
     return [change for kinds, change in found.items() if len(kinds) == fewest]
 
 
-def _held(config: RunConfig, source: ConvertedCheckpoint, place: Topology, length: int) -> int | None:
-    """Bytes of all arguments on a device; None where the mesh cannot divide the parameters."""
+def _held(config: RunConfig, source: ConvertedCheckpoint, topology: Topology, length: int) -> int | None:
+    """Returns the bytes of all arguments on a device; None if the mesh cannot divide the parameters."""
     try:
-        step = AbstractStep.of(config, source, sharding.make_mesh(config.mesh, place.devices), length)
+        step = AbstractStep.of(config, source, sharding.make_mesh(config.mesh, topology.devices), length)
     except ValueError:
         return None
     return sum(step.held.values())
 
 
-# ---- showing it ----
+# ---- output ----
 
 
-def show(made: Plan, console: Console) -> None:
-    """The plan as tables."""
-    sizes, mesh = made.parameters, " ".join(f"{name}={size}" for name, size in made.mesh.items())
-    console.print(f"{made.family} of {made.source}: {sizes['trained']:,} parameters trained, "
+def show(plan: Plan, console: Console) -> None:
+    """Prints the plan as tables."""
+    sizes, mesh = plan.parameters, " ".join(f"{name}={size}" for name, size in plan.mesh.items())
+    console.print(f"{plan.family} of {plan.source}: {sizes['trained']:,} parameters trained, "
                   f"{sizes['frozen']:,} frozen", highlight=False)
-    console.print(f"on {made.topology}, {math.prod(made.mesh.values())} device(s) ({mesh}); batch {made.rows} x "
-                  f"{made.length} tokens; " + ("not compiled" if made.compiled is None else
-                                               f"compiled in {made.compiled:.0f} s"), highlight=False)
-    for note in made.notes:
+    console.print(f"on {plan.topology}, {math.prod(plan.mesh.values())} device(s) ({mesh}); batch {plan.rows} x "
+                  f"{plan.length} tokens; " + ("not compiled" if plan.compiled is None else
+                                               f"compiled in {plan.compiled:.0f} s"), highlight=False)
+    for note in plan.notes:
         console.print(note, highlight=False)
-    for title, table in (_memory_table(made.memory), _flops_table(made.flops), *_traffic_tables(made)):
+    for title, table in (_memory_table(plan.memory), _flops_table(plan.flops), *_traffic_tables(plan)):
         console.print(f"\n{title}", highlight=False, style="bold")
         console.print(table)
-    for line in made.advice:
+    console.print(f"\n{summary(plan)}", highlight=False, soft_wrap=True)
+    for line in plan.advice:
         console.print(line, highlight=False)
+
+
+def summary(plan: Plan) -> str:
+    """Returns the line that the configs quote: memory, the largest lower bound of a step's time, and the estimate."""
+    limit = "" if plan.memory.limit is None else f" of {plan.memory.limit / GIB:.2f}"
+    parts = [f"{plan.memory.total / GIB:.2f}{limit} GiB a device"]
+    if plan.compiled is None:
+        return f"{parts[0]}; it does not compile"
+    if plan.seconds:
+        parts.append(f"a step takes {1e3 * plan.seconds[plan.bottleneck]:,.0f} ms at least ({plan.bottleneck})")
+    if plan.estimate is not None:
+        parts[-1] += f", {1e3 * plan.estimate:,.0f} ms by the compiler's estimate"
+    return "; ".join(parts)
 
 
 def _table(*columns: str) -> Table:
@@ -412,7 +445,7 @@ def _table(*columns: str) -> Table:
 
 
 def _unit(largest: float, units: dict[str, float]) -> tuple[str, float]:
-    """The largest unit that a number has at least one of; else the smallest."""
+    """Returns the name and size of the largest unit that is at most `largest`, or else of the smallest unit."""
     return next(((name, size) for name, size in units.items() if largest >= size), list(units.items())[-1])
 
 
@@ -426,9 +459,9 @@ def _memory_table(memory: Memory) -> tuple[str, Table]:
     table.add_row("total", f"{memory.total / size:,.3f}", style="bold")
     if memory.limit is not None:
         left = memory.limit - memory.total
-        table.add_row("headroom" if memory.fits else "too much", f"{abs(left) / size:,.3f}",
+        table.add_row("headroom" if memory.fits else "missing", f"{abs(left) / size:,.3f}",
                       style="green" if memory.fits else "red")
-        table.add_row("there is", f"{memory.limit / size:,.3f}")
+        table.add_row("limit", f"{memory.limit / size:,.3f}")
     return "Memory of a device", table
 
 
@@ -442,25 +475,28 @@ def _flops_table(count: Flops) -> tuple[str, Table]:
     return f"Operations of a step, in {unit}", table
 
 
-def _traffic_tables(made: Plan) -> Iterator[tuple[str, Table]]:
-    if made.collectives is not None:
-        sent = by_kind(made.collectives)
+def _traffic_tables(plan: Plan) -> Iterator[tuple[str, Table]]:
+    if plan.collectives is not None:
+        sent = by_kind(plan.collectives)
         unit, scale = _unit(max(sent.values(), default=0), {"GB": 1e9, "MB": 1e6, "kB": 1e3})
         table = _table("", "along", "dtype", unit)
         for (kind, axes, dtype), size in sent.items():
             table.add_row(kind, ", ".join(axes), dtype, f"{size / scale:,.3f}")
         if not sent:
             table.add_row("nothing", "", "", "")
-        yield "Between devices, sent by each in a step", table
-    if made.seconds:
-        table = _table("if it waits for", "ms")
-        for name, seconds in made.seconds.items():
-            table.add_row(name, f"{seconds * 1e3:,.1f}", style="bold" if name == made.wall else "")
-        yield "A step takes at least", table
+        yield "Sent by each device in a step", table
+    if plan.seconds:
+        table = _table("", "ms")
+        for name, seconds in plan.seconds.items():
+            table.add_row(f"at least, for {name}", f"{seconds * 1e3:,.1f}",
+                          style="bold" if name == plan.bottleneck else "")
+        if plan.estimate is not None:
+            table.add_row("by the compiler's estimate, links excluded", f"{plan.estimate * 1e3:,.1f}")
+        yield "Time of a step", table
 
 
 def by_kind(found: list[Collective]) -> dict[tuple[str, tuple[str, ...], str], int]:
-    """`{(kind, axes, dtype): bytes that a device sends in a step}`, the most first."""
+    """Returns `{(kind, axes, dtype): bytes that a device sends in a step}`, the largest first."""
     total: dict[tuple[str, tuple[str, ...], str], int] = {}
     for one in found:
         key = one.kind, one.axes, one.dtype

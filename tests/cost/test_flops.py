@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.experimental import pallas
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
 from mmjax import trees
 from mmjax.batch import Batch
@@ -53,9 +55,50 @@ def test_the_longest_branch_counts():
 def test_what_cannot_be_counted_is_an_error():
     with pytest.raises(ValueError, match="conv_general_dilated"):
         operations(lambda x, w: jax.lax.conv(x, w, (1, 1), "VALID"), (1, 3, 8, 8), (4, 3, 2, 2))
-    with pytest.raises(ValueError, match="ends when its condition says so"):
+    with pytest.raises(ValueError, match="depends on its condition"):
         operations(lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ x, x), (3, 3))
     assert operations(lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x + 1, x), (3, 3)) == 0
+
+
+def splash(q, k, v):
+    """Causal attention of [B,N,T,H] by JAX's kernel; only traced here."""
+    heads, length = q.shape[1:3]
+    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * heads)
+    kernel = splash_attention_kernel.make_splash_mha_single_device(mask)
+    return jax.vmap(kernel)(q, k, v)
+
+
+def dense(q, k, v):
+    return jnp.einsum("bnts,bnsh->bnth", jax.nn.softmax(jnp.einsum("bnth,bnsh->bnts", q, k)), v)
+
+
+def test_a_kernel_counts_as_the_dense_attention_that_it_replaces():
+    shape = (3, 2, 256, 128)
+    found = [operations(jax.grad(lambda q, k, v: attention(q, k, v).sum(), (0, 1, 2)), shape, shape, shape)  # noqa: B023
+             for attention in (splash, dense)]
+    assert found[1] == 6 * 2 * 3 * 2 * 256 * 256 * 128
+    assert found[0] == found[1] + 2 * 3 * 2 * 256 * 128  # it sums out · dO, which the dense form does without a product
+
+
+def test_shards_count_together():
+    mesh = jax.sharding.AbstractMesh((2, 4), ("data", "tensor"))
+    spec = jax.sharding.PartitionSpec("data", "tensor")
+
+    def sharded(x):
+        return jax.shard_map(lambda x: x @ x.T @ x, mesh=mesh, in_specs=spec, out_specs=spec)(x)
+
+    assert operations(sharded, (8, 32)) == 8 * 2 * 2 * 4 * 4 * 8
+
+
+def test_an_unknown_kernel_is_an_error():
+    def double(x):
+        def kernel(source, target):
+            target[...] = 2 * source[...]
+
+        return pallas.pallas_call(kernel, jax.ShapeDtypeStruct(x.shape, x.dtype), name="double")(x)
+
+    with pytest.raises(ValueError, match="kernel double are not counted"):
+        operations(double, (8, 128))
 
 
 def test_a_trained_language_model_is_6N():
@@ -127,7 +170,7 @@ def test_packed_rows_and_features_are_counted():
 def test_only_the_logits_of_targets_are_useful():
     c = tiny.MINIGPT4
     found = count("minigpt4", c, minigpt4.TRAINED, tiny.batch(B, T))
-    assert found.logits == 2 * head(c.llm, B, T) and found.places == B * T
+    assert found.logits == 2 * head(c.llm, B, T) and found.slots == B * T
     assert found.useful(B * T) == found.model
     assert found.model - found.useful(6) == found.logits * (B * T - 6) // (B * T)
     tied = dataclasses.replace(FAMILIES["llama"].presets["tiny"].llm, tied=True)
@@ -160,12 +203,12 @@ def test_each_shape_of_batch_is_counted_once_and_traced_with_its_step(monkeypatc
     assert longer.model > first.model
 
 
-@pytest.mark.parametrize(("length", "places"), [(T, B * T), (200, 512)])  # chunks of 256 places hold 400
-def test_a_step_does_what_its_loss_does(monkeypatch, length, places):
+@pytest.mark.parametrize(("length", "slots"), [(T, B * T), (200, 512)])  # chunks of 256 slots hold 400
+def test_a_step_does_what_its_loss_does(monkeypatch, length, slots):
     counted, _, state, _ = by_shape(monkeypatch)
     batch = tiny.batch(B, length)
     found, expected = counted(state, batch), count("minigpt4", tiny.MINIGPT4, minigpt4.TRAINED, batch)
-    assert (found.places, expected.places) == (places, B * length)
+    assert (found.slots, expected.slots) == (slots, B * length)
     assert [found.useful(targets) for targets in (0, 6, B * length)] == [
         expected.useful(targets) for targets in (0, 6, B * length)]
     assert found.recomputed == expected.recomputed and found.forward["vit"] == expected.forward["vit"]

@@ -182,7 +182,7 @@ def test_progress_line_tells_how_much_of_the_devices_is_used(peak, operations, t
 
 
 def test_operations_are_those_of_the_targets():
-    count = run.flops.Flops({"llm": 600}, {"llm": 600}, {"llm": 99}, logits=200, places=10)
+    count = run.flops.Flops({"llm": 600}, {"llm": 600}, {"llm": 99}, logits=200, slots=10)
     work = run.StepFlops(lambda state, batch: count, None)
     assert work.operations(None, None, {"tokens": jnp.int32(4)}) == 1000 + 80
 
