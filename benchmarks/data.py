@@ -35,7 +35,6 @@ from mmjax.data import pipeline
 from mmjax.data.collate import Collator
 from mmjax.families.minigpt4 import PRESETS
 from mmjax.tokenizer import Tokenizer
-from mmjax.training import run
 
 TOKENIZER = Path(__file__).parents[1] / "tests/golden/minigpt4/ckpt/llama_hf"
 TEXT = TextConfig("###Human: {} ###Assistant: ", end_sym="###", max_txt_len=160)
@@ -97,20 +96,21 @@ class Unopened(Collator):
 
 
 def waiting(feed: Callable[[], Iterator[pipeline.PipelineBatch]], seconds: float, rows: int, count: int) -> float:
-    """Returns the share of time that a loop waits for batches, if a step takes `seconds`."""
+    """Returns the share of time that a device waits for batches, if a step takes `seconds`. As in
+    `mmjax.training.loop`, the next batch is fetched while the device computes, and one more step is dispatched."""
     mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    batches = itertools.islice(feed(), count)
-    waited = total = 0.0
-    requested = time.perf_counter()
-    for number, (_, batch) in enumerate(run.prefetch(batches, mesh, rows)):
-        jax.block_until_ready(batch)
-        ready = time.perf_counter()
-        time.sleep(seconds)
-        if number >= 2:  # the first ones fill the buffers
-            waited += ready - requested
-            total += time.perf_counter() - requested
-        requested = time.perf_counter()
-    return waited / total
+    waited, began, ends = 0.0, 0.0, []
+    for item in itertools.islice(feed(), count):
+        jax.block_until_ready(sharding.put_batch(item.batch, mesh, rows))
+        now = time.perf_counter()
+        if len(ends) == 2:  # the first ones fill the buffers
+            began = ends[-1]
+        if len(ends) >= 2:
+            waited += max(0.0, now - ends[-1])
+        ends.append(max(now, *ends[-1:]) + seconds)
+        if len(ends) > 1:
+            time.sleep(max(0.0, ends[-2] - time.perf_counter()))  # reads the metrics of the step before
+    return waited / (ends[-1] - began)
 
 
 def main() -> None:

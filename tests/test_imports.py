@@ -20,7 +20,7 @@ LEVELS = (
     {"convert.write", "convert.export"},
     {"training", "inference"},
     {"cost"},
-    {"training.run"},
+    {"training.loop", "training.run"},
     {"evaluate", "parity", "cost.plan"},
     {"doctor"},
     {"cli"},

@@ -5,6 +5,7 @@ its host, and only the primary process writes files and messages.
 """
 
 import importlib.util
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -94,6 +95,25 @@ def run_on_primary(work: Callable[[], Any], what: str, timeout: int) -> None:
 def all_sum(*numbers: int) -> list[int]:
     """Returns each number summed over all processes."""
     return [int(total) for total in _all_gather(np.asarray(numbers, np.int32)).sum(0)]
+
+
+class ProcessCounts:
+    """Makes arrays that hold a number of each process, int32[devices of the mesh]. A compiled function returns their
+    sum to every process, and none of them has to wait for the others before it calls that function."""
+
+    def __init__(self, mesh: jax.sharding.Mesh):
+        self._mesh = mesh
+        self._zero = self._array(0)
+
+    def __call__(self, number: int) -> jax.Array:
+        """Returns the array with this process's number; each of the others passes its own."""
+        return self._array(number) if number else self._zero
+
+    def _array(self, number: int) -> jax.Array:
+        sharding = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec(self._mesh.axis_names))
+        numbers = itertools.chain([number], itertools.repeat(0))  # on the first device of the process, 0 on the others
+        return jax.make_array_from_callback(
+            (self._mesh.size,), sharding, lambda _: np.asarray([next(numbers)], np.int32))
 
 
 def all_gather_objects(items: list[Any]) -> list[Any]:

@@ -8,14 +8,13 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from mmjax import files, trees
+from mmjax import files
 from mmjax.config import RunConfig
 from mmjax.data.pipeline import PipelineBatch
 from mmjax.training import distributed, optim
@@ -84,10 +83,12 @@ class DataErrorsLog(JsonlLog):
         self._data = config.data
         self.count, self.tried = distributed.all_sum(self.kept)[0], 0
 
-    def add(self, item: PipelineBatch) -> bool:
-        """Writes a batch's unusable records; returns whether there are now more than the configuration allows."""
-        local = [dataclasses.asdict(record) for record in item.bad]
-        bad = distributed.all_gather_objects(local) if distributed.all_sum(len(local))[0] else []
+    def add(self, item: PipelineBatch, count: int) -> bool:
+        """Writes a batch's unusable records; returns whether there are now more than the configuration allows.
+
+        count: their number in the batches of all processes, which exchange them if there are any
+        """
+        bad = distributed.all_gather_objects([dataclasses.asdict(record) for record in item.bad]) if count else []
         # Several processes may read the same rows.
         for record in {(record["position"], record["attempt"]): record for record in bad}.values():
             self.write(record)
@@ -104,24 +105,22 @@ class MetricsLog(JsonlLog):
 
     peak: operations a second of all devices, or None. If known, lines have "mfu", the share of it that the model used;
           if not, "gflops_per_second"
-    gates: patterns of the language model's gates, see `LanguageModelConfig`; lines have "gates" if any is trained
     """
 
-    def __init__(self, path: Path, started: int, position: int, config: RunConfig, peak: float | None = None,
-                 gates: Sequence[str] = ()):
+    def __init__(self, path: Path, started: int, position: int, config: RunConfig, peak: float | None = None):
         super().__init__(path, "step", started)
-        self._config, self._peak, self._gates = config, peak, gates
+        self._config, self._peak = config, peak
         self._start_window(position)
 
     def _start_window(self, position: int) -> None:
         self._since, self._waited, self._from, self._real = time.monotonic(), 0.0, position, 0
         self._operations: int | None = 0
 
-    def add(self, item: PipelineBatch, metrics: dict[str, Any], trained: Any, waited: float,
-            operations: int | None) -> None:
+    def add(self, item: PipelineBatch, metrics: Mapping[str, Any], waited: float, operations: int | None) -> None:
         """Adds a step, and writes a line if one is due.
 
-        waited:     seconds that the step waited for its batch
+        metrics:    see `steps.train_step`
+        waited:     seconds that the devices waited for the step's batch
         operations: the step's, see `mmjax.cost.flops.Flops.useful`; None if unknown
         """
         self._waited += waited
@@ -145,8 +144,8 @@ class MetricsLog(JsonlLog):
         }
         if self._operations:
             line |= utilization(self._operations / seconds, self._peak)
-        if gates := open_gates(trained, self._gates):
-            line["gates"] = gates
+        if "gates" in metrics:
+            line["gates"] = [round(float(gate), 6) for gate in metrics["gates"]]
         self.write(line)
         self._start_window(item.end)
 
@@ -155,13 +154,3 @@ def utilization(speed: float, peak: float | None) -> dict[str, float]:
     """Returns {"mfu": share of the peak}, or {"gflops_per_second": ...} if the peak is unknown, in three digits."""
     name, value = ("gflops_per_second", speed / 1e9) if peak is None else ("mfu", speed / peak)
     return {name: float(f"{value:.3g}")}
-
-
-def open_gates(trained: Any, patterns: Sequence[str]) -> list[float]:
-    """Returns the mean of |tanh(gate)| of each layer; an empty list if no layer has a trained gate.
-
-    patterns: of the language model's gates, below `llm/`
-    """
-    gates = [leaf for path, leaf in trees.flatten(trained).items() if leaf is not None and leaf.ndim > 1
-             and path.startswith("llm/") and trees.matches(path.removeprefix("llm/"), patterns)]
-    return [round(float(layer), 6) for gate in gates for layer in np.abs(np.tanh(np.asarray(gate))).mean(-1)]

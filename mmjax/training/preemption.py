@@ -1,4 +1,5 @@
-"""Handling of stop signals: a run finishes its step, saves its state, and exits with a status that says why.
+"""Handling of stop signals: a run finishes the steps in progress, saves its state, and exits with a status that says
+why.
 
 SIGTERM, and a preemption notice in a run of several processes: exit status 75 (EX_TEMPFAIL: start it again).
 Ctrl-C: exit status 130; a second Ctrl-C ends the run at once.
@@ -52,7 +53,7 @@ class StopSignal:
         if self._signal is None:
             again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
             # the signal may have interrupted a `print`
-            os.write(2, f"\n{signal.Signals(number).name}: saving after this step{again}.\n".encode())
+            os.write(2, f"\n{signal.Signals(number).name}: saving after the steps in progress{again}.\n".encode())
         self._signal = number
 
     def should_stop(self, step: int) -> bool:

@@ -10,7 +10,6 @@ import math
 import os
 import platform
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,8 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mmjax import compilation, files, sharding, trees
+from mmjax import files, sharding, trees
 from mmjax.batch import Batch
 from mmjax.checkpoints import converted, storage
 from mmjax.checkpoints import training as training_checkpoints
@@ -33,13 +31,10 @@ from mmjax.cost import flops, hardware
 from mmjax.data import collate, formats, pipeline, scenes
 from mmjax.data.features import Features
 from mmjax.families import FAMILIES, Family
-from mmjax.training import distributed, encode_features, metrics_log, optim, preemption, resume, steps
+from mmjax.training import distributed, encode_features, loop, optim, preemption, resume, steps
+from mmjax.training.loop import TrainingStopped
 
 console = Console(stderr=True, markup=False)
-
-
-class TrainingStopped(RuntimeError):
-    """Training cannot continue; the message says why, which checkpoint is the last good one, and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,43 +90,13 @@ class Job:
         return self.spec.restore(self.config.seed, self.earlier, only)
 
     def batches(self, started: int, position: int) -> Iterator[tuple[pipeline.PipelineBatch, Batch]]:
-        """Yields the remaining batches from step `started` on, see `prefetch`."""
+        """Yields the remaining batches from step `started` on, each as it was read and on the devices (`put_batch`)."""
         config, data = self.config, self.config.data
         collator = collate.Collator.of(config, self.source.tokenizer, self.source.config, self.stored)
         read = pipeline.batches(self.records, data, collator, started, position,
                                 sharding.process_local_rows(self.mesh, data.batch_size))
-        return prefetch(itertools.islice(read, config.optim.steps - started), self.mesh, data.batch_size)
-
-
-@dataclasses.dataclass(frozen=True)
-class StepFlops:
-    """The operations of a training step, to report the utilisation of the devices.
-
-    count: returns the operations of a step for a state and a batch; None if unknown
-    peak:  operations a second of all devices; None if unknown
-    """
-
-    count: Callable[[steps.TrainState, Batch], flops.Flops | None]
-    peak: float | None
-
-    @staticmethod
-    def of(job: Job, step: Any, frozen: Any) -> "StepFlops":
-        """Returns the counter of a job's compiled `steps.train_step`."""
-        peak = hardware.peak(job.mesh.devices.flat[0])
-        count = flops.by_shape(lambda state, batch: step.trace(state, frozen, batch), job.source.config.llm)
-        return StepFlops(count, None if peak is None else peak * job.mesh.size)
-
-    def operations(self, state: steps.TrainState, batch: Batch, metrics: dict[str, Any]) -> int | None:
-        """Returns the operations of the step that returned this state and these metrics; None if unknown."""
-        count = self.count(state, batch)
-        return None if count is None else count.useful(int(metrics["tokens"]))
-
-    def format_throughput(self, operations: int | None, seconds: float) -> str:
-        """Returns text for the progress line, such as "  mfu 0.52"; "" if unknown."""
-        if operations is None:
-            return ""
-        (name, value), = metrics_log.utilization(operations / seconds, self.peak).items()
-        return f"  mfu {value:.2f}" if name == "mfu" else f"  {value:,.0f} GFLOP/s"
+        return ((item, sharding.put_batch(item.batch, self.mesh, data.batch_size))
+                for item in itertools.islice(read, config.optim.steps - started))
 
 
 # Scores the model of a finished job. The second argument has the parameters that the run loaded and trained.
@@ -164,17 +129,20 @@ def train(config: RunConfig, score: Score | None = None) -> RunResult:
         optimizer = optim.optimizer(config.optim, job.source.config.llm)
         state, frozen, progress = begin(job, optimizer, checkpoints)
         started, step = int(state.step), steps.train_step(job.module, optimizer)
+        counts = distributed.ProcessCounts(job.mesh)
 
-        def advance(state: steps.TrainState, batch: Batch) -> tuple[steps.TrainState, dict[str, Any]]:
-            return step(state, frozen, batch)
+        def advance(state: steps.TrainState, item: pipeline.PipelineBatch,
+                    batch: Batch) -> tuple[steps.TrainState, dict[str, Any]]:
+            return step(state, frozen, batch, counts(len(item.bad)))
 
         def diagnose(loss: float, state: steps.TrainState) -> None:
             check_first_loss(loss, job.source.config.llm.vocab, {"trained": state.params, "frozen": frozen})
 
         batches = job.batches(started, progress.position)
-        work = StepFlops.of(job, step, frozen)
+        work = step_flops(job, lambda state, batch: step.trace(state, frozen, batch, counts(0)))
         with preemption.StopSignal(started) as stop:
-            state, loss = loop(job, started, progress, advance, diagnose, work, state, batches, checkpoints, stop)
+            state, loss = loop.loop(config, started, progress, advance, diagnose, work, state, batches, checkpoints,
+                                    stop, console)
             checkpoints.wait()
         after = resume.fingerprints(frozen)
         if changed := [path for path in after if after[path] != progress.frozen[path]]:
@@ -334,115 +302,16 @@ def model_spec(config: RunConfig, source: converted.ConvertedCheckpoint, mesh: j
                      source.family.rules(config.phase, config.trained), remat=config.remat)
 
 
+def step_flops(job: Job, trace: Callable[[steps.TrainState, Batch], jax.stages.Traced]) -> loop.StepFlops:
+    """Returns the operations of a job's training step. trace: returns the trace of the compiled step"""
+    peak = hardware.peak(job.mesh.devices.flat[0])
+    count = flops.by_shape(trace, job.source.config.llm)
+    return loop.StepFlops(count, None if peak is None else peak * job.mesh.size)
+
+
 def loaded_by(config: RunConfig, family: Family) -> Callable[[str], bool]:
     """Returns a predicate on the paths of the parameters that a run loads: with stored features, not the encoder's."""
     return lambda path: not (config.data.features and family.in_encoder(path))
-
-
-def loop(
-    job: Job,
-    started: int,
-    progress: training_checkpoints.Progress,
-    advance: Callable[[steps.TrainState, Batch], tuple[steps.TrainState, dict[str, Any]]],
-    diagnose: Callable[[float, steps.TrainState], None],
-    work: StepFlops,
-    state: steps.TrainState,
-    batches: Iterator[tuple[pipeline.PipelineBatch, Batch]],
-    checkpoints: training_checkpoints.Checkpoints,
-    stop: preemption.StopSignal,
-) -> tuple[steps.TrainState, float | None]:
-    """Trains from step `started` to the last step or a stop signal. Returns the state and the last loss.
-
-    progress: of the run, at step `started`
-    advance:  one training step
-    diagnose: checks the first loss of a run
-    work:     operations of the steps
-    batches:  each batch as it was read, and on the devices
-
-    Raises TrainingStopped.
-    """
-    loss, config, out = None, job.config, job.out
-    columns = (TextColumn(config.phase or "training"), BarColumn(), MofNCompleteColumn(),
-               TextColumn("{task.fields[loss]}"), TimeElapsedColumn(), TimeRemainingColumn())
-    with (metrics_log.MetricsLog(out / "metrics.jsonl", started, progress.position, config, work.peak,
-                                 job.source.config.llm.gates) as log,
-          metrics_log.DataErrorsLog(out / "data_errors.jsonl", progress.position, config) as bad,
-          Progress(*columns, console=console) as bar):
-        task = bar.add_task("", total=config.optim.steps, completed=started, loss="")
-        step_start = time.monotonic()
-        for item, batch in batches:
-            waited = time.monotonic() - step_start
-            check_batch(config, item, bad, checkpoints)
-            first = item.number == started
-            with compilation.announce("the training step", console) if first else contextlib.nullcontext():
-                state, metrics = advance(state, batch)
-            loss = float(metrics["loss"])
-            check_step(item, metrics, checkpoints)
-            if item.number == 0 and config.check_first_loss:
-                diagnose(loss, state)
-            operations = work.operations(state, batch, metrics)
-            log.add(item, metrics, state.params, waited, operations)
-            seconds = time.monotonic() - step_start
-            speed = "" if first else work.format_throughput(operations, seconds)  # the first step compiles
-            bar.update(task, advance=1, loss=f"loss {loss:.3f}{speed}")
-            checkpoints.check()
-            done, progress = item.number + 1, progress.after(loss, item.end)
-            if due := done % config.save_every == 0 or done == config.optim.steps:
-                progress = progress.due()
-            if (stopping := stop.should_stop(done)) or due:
-                log.sync()
-                bad.sync()
-                checkpoints.save(done, state, progress)
-            if stopping:
-                break
-            step_start = time.monotonic()
-    return state, loss
-
-
-def check_batch(config: RunConfig, item: pipeline.PipelineBatch, bad: metrics_log.DataErrorsLog,
-                checkpoints: training_checkpoints.Checkpoints) -> None:
-    """Logs the batch's unusable records. Raises TrainingStopped if there are too many, or if no target is left."""
-    if bad.add(item):
-        raise TrainingStopped(
-            f"{bad.count} of the first {bad.tried} records that were tried cannot be used, more than "
-            f"data.max_bad_share = {config.data.max_bad_share} allows. {Path(config.out) / 'data_errors.jsonl'} lists "
-            f"them. Repair them, or increase data.max_bad_share. {last_good(checkpoints)}")
-    if not distributed.all_sum(item.batch.loss_mask[:, 1:].any())[0]:
-        raise TrainingStopped(
-            f"Batch {item.number} has no token to learn: all its answers are empty or cut off "
-            f"(text.max_txt_len = {config.text.max_txt_len}). {samples(item)} {last_good(checkpoints)}")
-
-
-def check_step(item: pipeline.PipelineBatch, metrics: Mapping[str, Any],
-               checkpoints: training_checkpoints.Checkpoints) -> None:
-    """Raises TrainingStopped if the step's numbers are not finite."""
-    if not bool(metrics["finite"]):
-        raise TrainingStopped(
-            f"The loss, a gradient or the update of batch {item.number} is not finite (loss {float(metrics['loss'])}, "
-            f"gradient norm {float(metrics['grad_norm'])}). The update was not applied. {samples(item)} "
-            f"{last_good(checkpoints)}")
-
-
-def prefetch(batches: Iterator[pipeline.PipelineBatch], mesh: Any,
-             rows: int) -> Iterator[tuple[pipeline.PipelineBatch, Batch]]:
-    """Yields each batch as read and on the devices, while the next one is being transferred. rows: of all processes"""
-    previous = None
-    for item in batches:
-        if previous is not None:
-            yield previous
-        previous = item, sharding.put_batch(item.batch, mesh, rows)
-    if previous is not None:
-        yield previous
-
-
-def samples(item: pipeline.PipelineBatch) -> str:
-    return f"Its samples: {', '.join(item.names)}."
-
-
-def last_good(checkpoints: training_checkpoints.Checkpoints) -> str:
-    if checkpoints.latest is None:
-        return "No checkpoint has been saved yet."
-    return f"The last good checkpoint is of step {checkpoints.latest}; the same command resumes from there."
 
 
 def check_first_loss(loss: float, vocab: int, parts: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ B rows   T tokens   V vocabulary
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -80,14 +80,24 @@ def start(trained: Any, optimizer: optax.GradientTransformation, seed: int) -> T
 
 
 def train_step(module: nn.Module, optimizer: optax.GradientTransformation) -> Callable[..., tuple[TrainState, dict]]:
-    """Returns a compiled `(state, frozen, batch) -> (state, metrics)`, which donates the state's memory.
+    """Returns a compiled `(state, frozen, batch, counts=None) -> (state, metrics)`, which donates the state's memory.
 
-    Only trained parameters get gradients. Dropout is active in the parts that have a trained parameter. If the loss, a
-    gradient or an update is not finite, parameters and optimizer stay unchanged and metrics["finite"] is False.
-    metrics: "loss", "tokens" (targets), "grad_norm", "finite".
+    Only trained parameters get gradients. Dropout is active in the parts that have a trained parameter. A step whose
+    loss, gradients or updates are not finite, or that has no targets, changes neither parameters nor optimizer;
+    `state.step` counts it.
+
+    counts: a number of each process, see `distributed.ProcessCounts`
+
+    metrics, the same on all devices:
+    loss, grad_norm: float32
+    tokens:          number of targets
+    finite:          whether loss, gradients and updates are
+    applied:         False if the step changed nothing
+    gates:           of families with trained gates: mean of |tanh(gate)| of each layer after the step, float32[L]
+    unusable:        the sum of `counts`, if they are given
     """
 
-    def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict]:
+    def step(state: TrainState, frozen: Any, batch: Batch, counts: jax.Array | None = None) -> tuple[TrainState, dict]:
         parts = [part for part, leaves in state.params.items() if jax.tree.leaves(leaves)]
         rngs = dict(zip(parts, jax.random.split(jax.random.fold_in(state.key, state.step), len(parts)), strict=True))
 
@@ -95,16 +105,31 @@ def train_step(module: nn.Module, optimizer: optax.GradientTransformation) -> Ca
             return mean_loss(module, trees.merge(trained, frozen), batch, rngs)
 
         value, grads = jax.value_and_grad(objective)(state.params)
-        norm = optax.global_norm(grads)
+        norm, tokens = optax.global_norm(grads), batch.loss_mask[:, 1:].sum()
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
+        applied = finite & (tokens > 0)
         params = optax.apply_updates(state.params, updates)
         params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state))
-        metrics = {"loss": value, "tokens": batch.loss_mask[:, 1:].sum(), "grad_norm": norm, "finite": finite}
+            lambda new, old: jnp.where(applied, new, old), (params, opt_state), (state.params, state.opt_state))
+        metrics = {"loss": value, "tokens": tokens, "grad_norm": norm, "finite": finite, "applied": applied}
+        if gates := open_gates(params, module.cfg.llm.gates):
+            metrics["gates"] = jnp.concatenate(gates)
+        if counts is not None:
+            metrics["unusable"] = counts.sum()
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def open_gates(trained: Any, patterns: Sequence[str]) -> list[jax.Array]:
+    """Returns the mean of |tanh(gate)| of the layers of each trained gate, float32[L]; an empty list without gates.
+
+    patterns: of the language model's gates, below `llm/`
+    """
+    return [jnp.abs(jnp.tanh(leaf)).mean(-1) for path, leaf in trees.flatten(trained).items()
+            if leaf is not None and leaf.ndim > 1
+            and path.startswith("llm/") and trees.matches(path.removeprefix("llm/"), patterns)]
 
 
 @jax.jit

@@ -29,8 +29,8 @@ KILLS = ("killed behind a step", "killed in a line", "killed as a save begins", 
 # How a run ends to which something else is done: the status, and what the log must say, for another refusal may have
 # the same status.
 ENDS = {"full disk": (2, r"The checkpoint of step \d+ could not be saved in .*: (.|\n)*File too large"),
-        "SIGTERM": (75, r"SIGTERM: saving after this step\.\n(.|\n)*Saved at step \d+;"),
-        "SIGTERM storm": (75, r"SIGTERM: saving after this step\.\n(.|\n)*Saved at step \d+;")}
+        "SIGTERM": (75, r"SIGTERM: saving after the steps in progress\.\n(.|\n)*Saved at step \d+;"),
+        "SIGTERM storm": (75, r"SIGTERM: saving after the steps in progress\.\n(.|\n)*Saved at step \d+;")}
 # Of metrics.jsonl: no two runs have the same.
 TIMES = ("samples_per_second", "tokens_per_second", "waiting_share", "gflops_per_second")
 

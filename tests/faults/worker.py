@@ -22,7 +22,7 @@ import transformers  # noqa: F401
 
 from mmjax import cli, evaluate, files  # noqa: F401
 from mmjax.checkpoints import training as training_checkpoints
-from mmjax.training import metrics_log, run
+from mmjax.training import loop, metrics_log
 
 
 def die(*_: Any, **__: Any) -> None:
@@ -107,7 +107,7 @@ def child(task: dict[str, Any], tell: int) -> None:
     for stream in (1, 2):
         os.dup2(log, stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    at(run, "loop", 0, lambda *_: os.write(tell, b"steps\n"))
+    at(loop, "loop", 0, lambda *_: os.write(tell, b"steps\n"))
     if task["fault"]:
         name, call = task["fault"]
         FAULTS[name](call)

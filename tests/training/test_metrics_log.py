@@ -71,7 +71,7 @@ def test_operations_a_second_since_the_line_before(tmp_path, monkeypatch, peak, 
         for number in range(3):
             now[0] += 1
             item = types.SimpleNamespace(number=number, batch=batch, end=2 * number + 2)
-            log.add(item, measured, {}, 0.0, [1_000_000_000, 2_000_000_000, 4_000_000_000][number])
+            log.add(item, measured, 0.0, [1_000_000_000, 2_000_000_000, 4_000_000_000][number])
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 2]
     name, last = told
@@ -83,7 +83,7 @@ def test_a_step_that_cannot_be_counted_leaves_no_figure(tmp_path):
     config = RunConfig(log_every=2, optim=OptimConfig(epochs=1, steps_per_epoch=2))
     batch = types.SimpleNamespace(valid=np.ones((2, 8), bool), tokens=np.ones((2, 8), int))
     with metrics_log.MetricsLog(tmp_path / "metrics.jsonl", 1, 0, config) as log:
-        log.add(types.SimpleNamespace(number=1, batch=batch, end=2), {"loss": 1.0, "grad_norm": 1.0, "tokens": 4}, {},
+        log.add(types.SimpleNamespace(number=1, batch=batch, end=2), {"loss": 1.0, "grad_norm": 1.0, "tokens": 4},
                 0.0, None)
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line["step"] == 1 and not {"mfu", "gflops_per_second"} & line.keys()

@@ -17,7 +17,7 @@ from mmjax.config import DataConfig, MeshConfig, Source, TextConfig
 from mmjax.convert import torch_file
 from mmjax.cost import plan
 from mmjax.families import FAMILIES
-from mmjax.training import run, steps
+from mmjax.training import loop, metrics_log, run, steps
 from tests import small
 
 
@@ -56,14 +56,14 @@ def test_stopped_and_resumed_is_the_same_run(rows, request, tmp_path, monkeypatc
     config = small.run_config(tmp_path / "run")
     finished = request.getfixturevalue("finished" if rows == "apart" else "finished_packed")
     config = config if rows == "apart" else packed(config)
-    add = run.metrics_log.MetricsLog.add
+    add = metrics_log.MetricsLog.add
 
     def interrupted(self, item, *rest):
         add(self, item, *rest)
         if item.number == 2:  # one step beyond the checkpoint
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run.metrics_log.MetricsLog, "add", interrupted)
+    monkeypatch.setattr(metrics_log.MetricsLog, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.train(config)
     monkeypatch.undo()
@@ -113,7 +113,7 @@ def mixture(half_broken, max_bad_share):
 
 def test_bad_images_are_replaced_and_named(half_broken, tmp_path, monkeypatch):
     config = small.run_config(tmp_path / "run", data=mixture(half_broken, 0.5))
-    add, seen = run.metrics_log.MetricsLog.add, []
+    add, seen = metrics_log.MetricsLog.add, []
 
     def interrupted(self, item, *rest):
         add(self, item, *rest)
@@ -121,7 +121,7 @@ def test_bad_images_are_replaced_and_named(half_broken, tmp_path, monkeypatch):
         if len(seen) == 3:  # one step beyond the checkpoint
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run.metrics_log.MetricsLog, "add", interrupted)
+    monkeypatch.setattr(metrics_log.MetricsLog, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.train(config)
     assert run.train(config).step == 4
@@ -178,13 +178,7 @@ def test_operations_are_counted_from_the_trace_that_the_step_has(finished, looke
 @pytest.mark.parametrize(("peak", "operations", "told"), [
     (1e12, 5 * 10**11, "  mfu 0.25"), (None, 5 * 10**11, "  250 GFLOP/s"), (1e12, None, ""), (None, None, "")])
 def test_progress_line_tells_how_much_of_the_devices_is_used(peak, operations, told):
-    assert run.StepFlops(lambda state, batch: None, peak).format_throughput(operations, seconds=2.0) == told
-
-
-def test_operations_are_those_of_the_targets():
-    count = run.flops.Flops({"llm": 600}, {"llm": 600}, {"llm": 99}, logits=200, slots=10)
-    work = run.StepFlops(lambda state, batch: count, None)
-    assert work.operations(None, None, {"tokens": jnp.int32(4)}) == 1000 + 80
+    assert loop.StepFlops(lambda state, batch: None, peak).format_throughput(operations, seconds=2.0) == told
 
 
 def test_finished_run_has_nothing_left_to_do(finished, capsys):

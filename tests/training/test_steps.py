@@ -126,12 +126,27 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_reported():
     broken = trees.flatten(frozen)
     broken["llm/norm/scale"] = broken["llm/norm/scale"] * jnp.nan
     state, metrics = step(state, trees.unflatten(broken), tiny.batch())
-    assert not bool(metrics["finite"])
+    assert not bool(metrics["finite"]) and not bool(metrics["applied"])
     assert not np.isfinite(metrics["loss"])
     assert bits({"params": state.params, "adam": trees.unflatten(leaves(state.opt_state))}) == before
     assert int(state.step) == 2
     state, metrics = step(state, frozen, tiny.batch())
-    assert bool(metrics["finite"])
+    assert bool(metrics["finite"]) and bool(metrics["applied"])
+
+
+def without_targets(batch):
+    return dataclasses.replace(batch, loss_mask=np.zeros_like(batch.loss_mask))
+
+
+def test_a_step_without_targets_changes_nothing_and_is_reported():
+    """Adam's moments and the weight decay would move the parameters without a gradient."""
+    step, fresh, frozen = projector_step()
+    state, _ = step(fresh(), frozen, tiny.batch())
+    before = bits({"params": state.params, "adam": trees.unflatten(leaves(state.opt_state))})
+    state, metrics = step(state, frozen, without_targets(tiny.batch()))
+    assert bool(metrics["finite"]) and not bool(metrics["applied"]) and int(metrics["tokens"]) == 0
+    assert bits({"params": state.params, "adam": trees.unflatten(leaves(state.opt_state))}) == before
+    assert int(state.step) == 2
 
 
 def leaves(tree):
@@ -151,7 +166,7 @@ def test_a_batch_without_targets_has_no_loss_and_no_gradients(reduction):
         (_, told), gradients = jax.value_and_grad(total, has_aux=True)(params)
         return told, gradients
 
-    (value, tokens), gradients = run(params, dataclasses.replace(WORDS, loss_mask=np.zeros_like(WORDS.loss_mask)))
+    (value, tokens), gradients = run(params, without_targets(WORDS))
     assert not value.any() and not tokens
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients))
     assert all(np.any(leaf) for leaf in jax.tree.leaves(run(params, WORDS)[1]))
@@ -232,11 +247,13 @@ def test_mean_and_none_reduction():
 
 
 def test_accumulated_steps_equal_one_with_the_summed_gradient():
+    """A step that is refused is none of the window's."""
     module, rules = llama.TextLlama(LLAMA), ("llm/norm/.*", "llm/layers/mlp/.*")
     cfg = OptimConfig(init_lr=1e-2, min_lr=1e-2, warmup_steps=0, eps=1e-2, accumulate=2)
     batches = [WORDS, tiny.batch(image_count=0, seed=1)]
     first, frozen = parts("llama", LLAMA, rules)
-    state, _ = run(module, first, frozen, batches, optim.optimizer(cfg))
+    state, metrics = run(module, first, frozen, [WORDS, without_targets(WORDS), batches[1]], optim.optimizer(cfg))
+    assert [bool(each["applied"]) for each in metrics] == [True, False, True]
 
     @tiny.jit
     def gradients(trained, frozen, batch):
