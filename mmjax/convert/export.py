@@ -73,12 +73,12 @@ def lora_rank(cfg: Any) -> int:
 def _check_merge(source: ConvertedCheckpoint, part: str, export: Export) -> None:
     """Raises ConversionError if a part cannot be written with its LoRA merged."""
     if not export.base:
-        raise ConversionError(f"--merge-lora is for the language model (llm); {part} has no matrices that LoRA adds to.")
+        raise ConversionError(f"--merge-lora is for the language model (llm); LoRA adds to no matrix of {part}.")
     if not lora_rank(source.config):
         raise ConversionError(f"{source.folder} has no LoRA to merge. Export without --merge-lora.")
     if source.config.injects:
-        raise ConversionError(f"{source.folder}: the adapter's gates, norms and biases have no place in a plain language "
-                              "model, so its LoRA alone would give another one. Export the part adapter instead.")
+        raise ConversionError(f"{source.folder}: the adapter's gates, norms and biases have no place in a plain "
+                              "language model, so its LoRA alone would give another one. Export the part adapter.")
 
 
 def merged(arrays: Mapping[str, Any], llm: Any) -> dict[str, Any]:

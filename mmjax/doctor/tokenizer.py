@@ -71,8 +71,8 @@ def _never_ends(ends: Sequence[int], tokenizer: Tokenizer) -> str:
     kinds = {tokenizer.bos: "its beginning", tokenizer.unk: "its unknown token"}
     said = ", ".join(f"{end} ({kinds.get(end, 'no token')})" for end in ends)
     return (f"Answers never end: eos_token_id is {said}, the tokenizer's end is {tokenizer.eos_text!r} "
-            f"({tokenizer.eos}). Write \"eos_token_id\": {tokenizer.eos} into the config.json of the released folder (and "
-            "into its generation_config.json, if that names one), and convert again.")
+            f"({tokenizer.eos}). Write \"eos_token_id\": {tokenizer.eos} into the config.json of the released folder "
+            "(and into its generation_config.json, if that names one), and convert again.")
 
 
 def _round_trip(tokenizer: Tokenizer) -> Iterator[Finding]:

@@ -111,8 +111,8 @@ def test_everything_wrong_is_listed(capsys):
     source["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(3, np.float32)
     forward(entries, lazy(source), llama.IGNORED, "shard.bin", problems)
     assert sorted(problems) == [
-        "shard.bin: lm_head.weight is int8; weights are float16, bfloat16, float32. Quantised weights are not read; take "
-        "the same model in float16 or bfloat16.",
+        "shard.bin: lm_head.weight is int8; weights are float16, bfloat16, float32. Quantised weights are not read; "
+        "take the same model in float16 or bfloat16.",
         "shard.bin: model.layers.1.mlp.up_proj.weight is missing",
         "shard.bin: model.layers.2.self_attn.q_proj.weight has shape [12, 20], expected [20, 12] ((N H) D -> D N H "
         "with N=4, H=5, D=12)",
