@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 PAD_PIECE = "$$"  # minigpt4/models/base_model.py: init_llm
+UNKNOWN = " \u2047 "  # what sentencepiece decodes the unknown token to
+TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")  # a line of a vocabulary: base64 and the token
+MAX_TOKEN = 2**31  # tokens are int32
 WORDS = "bpe_simple_vocab_16e6.txt.gz"  # the merges of ImageBind's text tower, in a checkpoint's tokenizer folder
 
 
@@ -33,6 +36,8 @@ class Tokenizer(abc.ABC):
                    occur in text
     vocab_size:    rows of the embedding table, including added tokens
     folder:        the folder that it was read from
+
+    A vocabulary may have gaps: tokens below `vocab_size` without a text, see `has_text`.
     """
 
     bos: int
@@ -48,12 +53,14 @@ class Tokenizer(abc.ABC):
     def from_folder(path: str | Path) -> "Tokenizer":
         """Reads the tokenizer of a LLaMA folder.
 
+        A tokenizer.model in tiktoken's format (Llama 3) is not read; the tokenizer.json beside it is.
         Raises FileNotFoundError if the folder has none, and ValueError for a damaged or contradictory file.
         """
         folder = Path(path)
-        if (folder / "tokenizer.model").exists():
+        model, converted = folder / "tokenizer.model", folder / "tokenizer.json"
+        if model.exists() and not (converted.exists() and is_tiktoken(model)):
             return SentencePieceTokenizer(folder)
-        if (folder / "tokenizer.json").exists():
+        if converted.exists():
             return JsonTokenizer(folder)
         raise FileNotFoundError(
             f"{folder} has no tokenizer: expected tokenizer.model or tokenizer.json in it. "
@@ -66,21 +73,41 @@ class Tokenizer(abc.ABC):
         special: whether a special token written in the text is that token; if not, it is ordinary text
         """
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+    def decode(self, ids: Sequence[int], skip_special: bool = True, sentencepiece: bool = False) -> str:
         """Returns the text of tokens. Special tokens, including the pad token, are skipped or written out.
+
+        sentencepiece: decode as the sentencepiece library does, which Meta's code calls: the beginning and the end are
+                       skipped, the unknown token becomes " \u2047 ", and the pad token is an ordinary one
 
         Raises ValueError for tokens that are not in the vocabulary.
         """
         ids = [int(i) for i in ids]
-        if unknown := sorted({i for i in ids if not 0 <= i < self.vocab_size}):
+        if unknown := sorted({i for i in ids if not self.has_text(i)}):
             raise ValueError(
-                f"Cannot decode the tokens {unknown}: this tokenizer has tokens 0 to {self.vocab_size - 1}. "
-                "Use the tokenizer of the model.")
-        return self._decode(ids, skip_special)
+                f"Cannot decode the tokens {unknown}: this tokenizer has tokens 0 to {self.vocab_size - 1}"
+                + ", but not these" * (unknown[0] >= 0 and unknown[-1] < self.vocab_size)
+                + ". Use the tokenizer of the model.")
+        return self._decode_as_sentencepiece(ids) if sentencepiece else self._decode(ids, skip_special)
+
+    def without_text(self, rows: int) -> tuple[int, ...]:
+        """Returns the tokens below `rows`, the size of an embedding table, that this vocabulary does not have."""
+        return tuple(i for i in range(rows) if not self.has_text(i))
+
+    @abc.abstractmethod
+    def tokens_from(self, first: int) -> dict[int, str]:
+        """Returns the tokens from a number on with their texts, in order."""
+
+    @abc.abstractmethod
+    def has_text(self, token: int) -> bool:
+        """Returns whether a number is a token of this vocabulary."""
 
     @abc.abstractmethod
     def _decode(self, ids: list[int], skip_special: bool) -> str:
         """Implements `decode` for tokens in the vocabulary."""
+
+    @abc.abstractmethod
+    def _decode_as_sentencepiece(self, ids: list[int]) -> str:
+        """Implements `decode` for tokens in the vocabulary, with `sentencepiece`."""
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -126,16 +153,30 @@ class SentencePieceTokenizer(Tokenizer):
             ids += self._model.encode(part) if index % 2 == 0 else [self._splits[part][0]]
         return ids
 
+    def tokens_from(self, first: int) -> dict[int, str]:
+        pieces = {i: self._model.id_to_piece(i) for i in range(first, len(self._model))}
+        return pieces | {i: text for i, text in sorted(self._added.items()) if i >= first}
+
+    def has_text(self, token: int) -> bool:
+        return 0 <= token < len(self._model) or token in self._added
+
     def _decode(self, ids: list[int], skip_special: bool) -> str:
-        parts: list[list[int] | str] = [[]]  # added tokens are separate, between single spaces
+        kept = [i for i in ids if not (skip_special and i in self._special)]
+        return " ".join(part if isinstance(part, str) else self._join(part) for part in self._parts(kept) if part)
+
+    def _decode_as_sentencepiece(self, ids: list[int]) -> str:
+        return " ".join(part if isinstance(part, str) else self._model.decode(part)
+                        for part in self._parts(ids) if part)
+
+    def _parts(self, ids: list[int]) -> list[list[int] | str]:
+        """Returns tokens of the model file in lists, and between them the texts of added tokens."""
+        parts: list[list[int] | str] = [[]]
         for i in ids:
-            if skip_special and i in self._special:
-                continue
             if i in self._added:
                 parts += [self._added[i], []]
             else:
                 parts[-1].append(i)
-        return " ".join(part if isinstance(part, str) else self._join(part) for part in parts if part)
+        return parts
 
     def _join(self, ids: list[int]) -> str:
         # transformers 4.30, LlamaTokenizer.convert_tokens_to_string: a space before text that a special token follows
@@ -155,19 +196,26 @@ class JsonTokenizer(Tokenizer):
     def __init__(self, folder: Path):
         from transformers import PreTrainedTokenizerFast
 
+        DeclaredTokens.read(folder)  # names a damaged file
         try:
             self._fast = fast = PreTrainedTokenizerFast.from_pretrained(folder)
-        except Exception as error:  # transformers raises a bare Exception for a damaged file
-            raise ValueError(f"{folder / 'tokenizer.json'} cannot be read as a tokenizer: {error}") from error
+            vocabulary = fast.get_vocab()
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # transformers raises a bare Exception for a damaged file, tokenizers may panic
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            raise ValueError(f"{folder / 'tokenizer.json'} cannot be read as a tokenizer: {reason}") from error
+        if not vocabulary:
+            raise ValueError(f"{folder / 'tokenizer.json'} has an empty vocabulary. Copy the release's file again.")
         if missing := [name for name in ("bos_token", "eos_token") if getattr(fast, name) is None]:
             raise ValueError(f"{folder} declares no {' and no '.join(missing)}. Name them in tokenizer_config.json.")
         self.folder = folder
-        vocabulary = fast.get_vocab()
         self.bos, self.eos = fast.bos_token_id, fast.eos_token_id
         self.unk = self.eos if fast.unk_token_id is None else fast.unk_token_id  # byte-level vocabularies need none
         self.pad = vocabulary.get(PAD_PIECE, self.unk)
         self.bos_text, self.eos_text = fast.bos_token, fast.eos_token
         self.vocab_size = 1 + max(vocabulary.values())
+        self._ids = frozenset(vocabulary.values())
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         if not special:
@@ -184,6 +232,22 @@ class JsonTokenizer(Tokenizer):
     def _decode(self, ids: list[int], skip_special: bool) -> str:
         kept = [i for i in ids if not (skip_special and i == self.pad)]
         return self._fast.decode(kept, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+
+    def tokens_from(self, first: int) -> dict[int, str]:
+        return dict(sorted((i, text) for text, i in self._fast.get_vocab().items() if i >= first))
+
+    def has_text(self, token: int) -> bool:
+        return token in self._ids
+
+    def _decode_as_sentencepiece(self, ids: list[int]) -> str:
+        parts: list[list[int]] = [[]]
+        for i in ids:
+            if i == self.unk != self.eos:
+                parts.append([])
+            else:
+                parts[-1].append(i)
+        return UNKNOWN.join(self._fast.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                            for part in parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,43 +268,74 @@ class DeclaredTokens:
     @staticmethod
     def read(folder: Path) -> "DeclaredTokens":
         """Reads the JSON files of a folder. Raises ValueError naming a damaged one."""
-        config = _read_json(folder / "tokenizer_config.json")
-        special_map = _read_json(folder / "special_tokens_map.json")
-        added = _read_json(folder / "added_tokens.json")
-        records = config.get("added_tokens_decoder", {})
+        config_path, map_path, added_path = (folder / name for name in (
+            "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"))
+        config, special_map = _read_json(config_path), _read_json(map_path)
+        added = {text: _token(text, i, added_path) for text, i in _read_json(added_path).items()}
+        records = _records(config.get("added_tokens_decoder") or {}, config_path)
         strips = dict.fromkeys(added, (True, True))
-        strips |= {_content(record): _flags(record) for record in records.values()}
-        special = {_content(record) for record in records.values() if record.get("special")}
+        strips |= {record["content"]: _flags(record) for record in records.values()}
+        special = {record["content"] for record in records.values() if record.get("special")}
 
         # As transformers 4.30 reads a folder: special_tokens_map.json takes precedence. Its plain strings strip white
         # space, those of tokenizer_config.json do not. Vicuna-v0 leaves the latter's entries empty.
         named = {}
         for name, default in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")):
-            entry = special_map.get(name) or config.get(name) or default
-            named[name] = _content(entry)
+            entry, path = special_map.get(name), map_path
+            if not entry:
+                entry, path = config.get(name) or default, config_path
+            named[name] = _content(name, entry, path)
             strips[named[name]] = _flags(entry)
-        lists = (value if isinstance(value, list) else [value] for value in special_map.values())
-        entries = [entry for some in lists for entry in some if entry and _content(entry)]
+        entries = {name: value if isinstance(value, list) else [value] for name, value in special_map.items()}
+        entries = [entry for name, some in entries.items() for entry in some
+                   if entry and _content(name, entry, map_path)]
         strips |= {entry: (True, True) for entry in entries if isinstance(entry, str)}
-        strips |= {_content(entry): _flags(entry) for entry in entries if isinstance(entry, dict)}
-        special |= {*named.values(), *map(_content, entries)}
-        added |= {_content(record): int(i) for i, record in records.items()}
+        strips |= {entry["content"]: _flags(entry) for entry in entries if isinstance(entry, dict)}
+        special |= {*named.values(), *(entry if isinstance(entry, str) else entry["content"] for entry in entries)}
+        added |= {record["content"]: i for i, record in records.items()}
         return DeclaredTokens(named, added, special, strips)
 
 
-def _content(entry: str | dict[str, Any]) -> str:
+def _records(value: Any, path: Path) -> dict[int, dict[str, Any]]:
+    """Returns the records of added_tokens_decoder by token."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: added_tokens_decoder is a {type(value).__name__}; expected an object of tokens.")
+    for i, record in value.items():
+        if not isinstance(record, dict) or not isinstance(record.get("content"), str):
+            raise ValueError(f"{path}: added_tokens_decoder[{i!r}] is {_short(record)}; expected a record with a "
+                             "'content'.")
+    return {_token(record["content"], int(i) if re.fullmatch(r"\d{1,12}", i) else i, path): record
+            for i, record in value.items()}
+
+
+def _token(text: str, i: Any, path: Path) -> int:
+    """Returns the number of an added token. Raises ValueError if it is none, or the text is empty."""
+    if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < MAX_TOKEN:
+        raise ValueError(f"{path}: the token {_short(text)} has the number {_short(i)}; expected a whole number from 0 "
+                         f"to {MAX_TOKEN - 1}. Copy the file again from the release.")
+    if not text:
+        raise ValueError(f"{path}: the token {i} is empty text. Take it out, or copy the file again from the release.")
+    return i
+
+
+def _content(name: str, entry: Any, path: Path) -> str:
     """Returns the text of a token that is declared as a plain string or as a record."""
     text = entry.get("content") if isinstance(entry, dict) else entry
     if not isinstance(text, str):
-        raise ValueError(
-            f"A special token is declared as {entry!r}: expected a string or a record with a 'content'. "
-            "Correct special_tokens_map.json or tokenizer_config.json.")
+        raise ValueError(f"{path}: {name} is {_short(entry)}; expected a string or a record with a 'content'.")
     return text
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:80]}..."
 
 
 def _flags(entry: str | dict[str, Any]) -> tuple[bool, bool]:
     """Returns whether a token strips white space on its left and on its right."""
-    return (False, False) if isinstance(entry, str) else (entry.get("lstrip", False), entry.get("rstrip", False))
+    if isinstance(entry, str):
+        return False, False
+    return bool(entry.get("lstrip", False)), bool(entry.get("rstrip", False))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -249,19 +344,34 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}. Download the file again.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
     return value
 
 
+def is_tiktoken(path: Path) -> bool:
+    """Returns whether a tokenizer.model is a vocabulary of tiktoken (Llama 3): lines of base64 and a number."""
+    try:
+        with open(path, "rb") as file:
+            return TIKTOKEN.match(file.read(1000)) is not None
+    except OSError:
+        return False
+
+
 def _load_model(path: Path) -> Any:
     from sentencepiece import SentencePieceProcessor
 
     model = SentencePieceProcessor()
+    if is_tiktoken(path):
+        raise ValueError(
+            f"{path} is Llama 3's vocabulary in tiktoken's format, which is not read. Copy tokenizer.json, "
+            "tokenizer_config.json and special_tokens_map.json from the model's Hugging Face folder beside it.")
     try:
         model.LoadFromSerializedProto(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error}).") from error
     except RuntimeError as error:
         raise ValueError(
             f"{path} is not a sentencepiece model ({path.stat().st_size} bytes; {error}). Download the file again; "

@@ -268,8 +268,10 @@ def test_tokenizer_is_judged(file, change, name, words, tmp_path):
 
 def test_generation_ids_are_judged(tmp_path):
     for ids, verdict, words in (({"eos_token_id": 5}, "warning", "eos 2 (generation: 5)"),
-                                ({"eos_token_id": [2, 512]}, "wrong", "eos_token_id 512 have no row")):
-        out = tmp_path / verdict
+                                ({"eos_token_id": [2, 512]}, "wrong", "eos_token_id 512 have no row"),
+                                ({"eos_token_id": 1}, "wrong", "Answers never end: eos_token_id is 1 (its beginning)"),
+                                ({"eos_token_id": []}, "wrong", "Answers never end: eos_token_id is -1 (no token)")):
+        out = tmp_path / words[:20]
         shutil.copytree(scenes(), out)
         card = json.loads((out / "config.json").read_text())
         card["generation"] |= ids

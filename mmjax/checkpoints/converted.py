@@ -37,6 +37,10 @@ class ConvertedCheckpoint:
             raise FileNotFoundError(f"{folder} is neither a converted checkpoint (no {CARD}) nor a finished run "
                                     f"(no {RUN_CARD}). Make a checkpoint with convert_weights.py.")
         card = read_checkpoint_card(Path(folder))
+        if "family" not in card and ("model_type" in card or "architectures" in card):
+            raise ValueError(f"{folder} is a model as transformers saves it, not a converted checkpoint. Convert it "
+                             f"first: python convert_weights.py llama --llm {folder} --out OUT, or give it as --llm of "
+                             "another conversion.")
         if card.get("format") != FORMAT or card.get("family") not in FAMILIES:
             raise ValueError(
                 f"{path} is of format {card.get('format')!r} and family {card.get('family')!r}; this mmjax reads "
@@ -45,8 +49,8 @@ class ConvertedCheckpoint:
         require(path, card, "architecture", "text", "generation", "fresh")
         family = FAMILIES[card["family"]]
         config = config_from_dict(family.Config, card["architecture"])
-        return ConvertedCheckpoint(Path(folder), family, config, TextConfig(**card["text"]), card["generation"],
-                                   tuple(card["fresh"]))
+        return ConvertedCheckpoint(Path(folder), family, config, TextConfig(**card["text"]),
+                                   generation_ids(path, card["generation"]), tuple(card["fresh"]))
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -86,6 +90,26 @@ def read_run_card(folder: Path) -> dict[str, Any]:
     if card.get("format", format1.FORMAT) == format1.FORMAT:
         card = format1.run_card(card) | {"format": FORMAT}
     return card
+
+
+def generation_ids(path: Path, values: Any) -> dict[str, Any]:
+    """Returns {"bos_token_id", "eos_token_id", "pad_token_id"} of a card, as `GenerateConfig` takes them.
+
+    Conversion writes usable values; a card of an earlier version, or an edited one, may hold null or []: then no token
+    ends a row (-1).
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: generation is {str(values)[:80]!r}; expected an object with bos_token_id, "
+                         "eos_token_id and pad_token_id.")
+
+    def is_token(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    ids = {name: values.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ends = ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else [ids["eos_token_id"]]
+    ends = [token for token in ends if is_token(token)]
+    ids["eos_token_id"] = ends if len(ends) > 1 else ends[0] if ends else -1
+    return {name: value if name == "eos_token_id" or is_token(value) else 0 for name, value in ids.items()}
 
 
 def require(path: Path, card: Mapping[str, Any], *fields: str) -> None:

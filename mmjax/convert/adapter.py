@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmjax.config import ALPACA, ALPACA_INPUT, TextConfig
-from mmjax.convert import imagebind, language_model, meta, minigpt4
+from mmjax.convert import imagebind, kinds, language_model, meta, state_dict
 from mmjax.convert import llama_adapter as visual
 from mmjax.convert.lazy import LazyTensor
 from mmjax.convert.tables import (
@@ -77,7 +77,7 @@ INJECTIONS = {"released": "head", "token": "layer", "token-shared": "shared"}  #
 
 NORM_PATHS = tuple(path for _, path, _ in NORMS)
 REPLACED = "replaced/"  # in a checkpoint, prefix of the paths of parameters that an adapter replaced
-MEMBERS = {"optimizer", "scaler", "epoch", "args", "config"}  # besides "model"; training state
+OPTIONS = ("imagebind", "llm", "adapter", "clip")
 IGNORED = (
     *imagebind.BIND_IGNORED,
     (r"llama\.(?!.*(bias|gate|lora|norm)).*", "the base model's, which --llm gives"),
@@ -148,6 +148,9 @@ def with_adapter(cfg: LlamaConfig, tensors: Mapping[str, LazyTensor], problems: 
     if lora and not rank:
         problems.append(f"The adapter has LoRA ({lora[0]}, ...), but no matrix layers.N.attention.lora_wq_l1.weight; "
                         "without it the rank is unknown.")
+    if cfg.bias_on:
+        problems.append("--llm has biases (attention_bias or mlp_bias in its config.json); the adapters are made for "
+                        "models without.")
     full = adapted(cfg, rank)
     return dataclasses.replace(full if rank else cfg, bias_on=full.bias_on if biases else ())
 
@@ -159,9 +162,11 @@ def norms(tensors: Mapping[str, LazyTensor], names: AdapterNames) -> list[str]:
 
 
 def read(path: Path, problems: Problems) -> dict[str, LazyTensor]:
-    """Reads an adapter file or a training checkpoint: flat, or under "model"; renames `llma.` of older files."""
-    return {re.sub(r"^llma\.", "llama.", key): tensor
-            for key, tensor in minigpt4.read(path, problems, MEMBERS).items()}
+    """Reads an adapter file or a training checkpoint; renames `llma.` of older files."""
+    tensors = state_dict.read_part(path, problems)
+    if not kinds.expect(path, "adapter", tensors, OPTIONS, problems):
+        return {}
+    return {re.sub(r"^llma\.", "llama.", key): tensor for key, tensor in tensors.items()}
 
 
 def read_arch(path: Path | None, problems: Problems) -> dict[str, Any]:
@@ -409,7 +414,9 @@ def inspect_llama_adapter(
 def _read_imagebind(
     path: Path, given: Mapping[str, Any], words: Path | None, problems: Problems
 ) -> tuple[ImageBindConfig | None, dict[str, Parameter]]:
-    tensors = minigpt4.read(path, problems)
+    tensors = state_dict.read_part(path, problems)
+    if not kinds.expect(path, "imagebind", tensors, OPTIONS, problems):
+        return None, {}
     towers = imagebind.config(tensors, given, problems) if tensors else None
     if towers is None:
         return None, {}
@@ -422,7 +429,9 @@ def _read_clip(
     path: Path | None, arch: Mapping[str, Any], problems: Problems
 ) -> tuple[ClipConfig | None, dict[str, Parameter]]:
     given = visual.read_arch(arch, problems)["clip"]
-    tensors = minigpt4.read(path, problems) if path else {}
+    tensors = state_dict.read_part(path, problems) if path else {}
+    if path and not kinds.expect(path, "clip", tensors, OPTIONS, problems):
+        return None, {}
     cfg = visual.clip_config(tensors, given, problems) if tensors else None
     if cfg is None:
         return None, {}
@@ -447,11 +456,12 @@ def _inspect(
     found = fit(release.cfg, tensors) if release and (tensors or not adapter) else None
     added = forward(found.entries, tensors, found.ignored, adapter.name, problems) if found and tensors else {}
     problems.check("Cannot convert")
-    files = {name: (path,) for name, path in sources.items() if path} | {"llm": release.files}
+    files = {name: state_dict.files_of(path) for name, path in sources.items() if path} | {"llm": release.files}
     replaced = {path: base[path] for path in base.keys() & added.keys()}
     text = dataclasses.replace(TEXT, prompt_template=prompt_template)
     return SourceCheckpoint(found.parts, towers | base | added, text, release.generation, files, release.tokenizer,
-                            tuple(found.fresh), replaced=replaced, words=sources.get("words"))
+                            tuple(found.fresh), replaced=replaced, words=sources.get("words"),
+                            left_out=problems.left_out)
 
 
 def _check_words(path: Path, vocab: int | None, problems: Problems) -> None:

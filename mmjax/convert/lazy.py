@@ -44,21 +44,39 @@ class LazyTensor:
         Raises WeightFileError if the file can no longer be read to the tensor's end.
         """
         count = span(self.shape, self.strides)
-        raw = np.empty(count * self.dtype.itemsize, np.uint8)
+        values = self._bytes(self.offset, count * self.dtype.itemsize).view(self.dtype)
+        if self.strides == contiguous(self.shape) or not count:
+            return values.reshape(self.shape)
+        steps = [stride * self.dtype.itemsize for stride in self.strides]
+        return np.lib.stride_tricks.as_strided(values, self.shape, steps).copy()
+
+    def _bytes(self, offset: int, size: int) -> np.ndarray:
+        """Reads bytes of the file. Raises WeightFileError if they are not there."""
+        raw = np.empty(size, np.uint8)
         try:
             with open(self.path, "rb") as file:
-                file.seek(self.offset)
+                file.seek(offset)
                 got = file.readinto(raw)
         except OSError as error:
             raise WeightFileError(f"{self.source}: cannot read it ({error}).") from error
         if got != raw.nbytes:
             raise WeightFileError(f"{self.source}: only {got} of {raw.nbytes} bytes are left in the file. "
                                   "It was changed after it was opened; start again with the complete file.")
-        values = raw.view(self.dtype)
-        if self.strides == contiguous(self.shape) or not count:
-            return values.reshape(self.shape)
-        steps = [stride * self.dtype.itemsize for stride in self.strides]
-        return np.lib.stride_tricks.as_strided(values, self.shape, steps).copy()
+        return raw
+
+    def sample(self, count: int = 1024) -> np.ndarray:
+        """Returns the first, middle and last `count` numbers, flat; all of a smaller or a strided tensor.
+
+        Raises WeightFileError as `read` does.
+        """
+        size = math.prod(self.shape)
+        if size <= 3 * count or self.strides != contiguous(self.shape):
+            values = self.read().reshape(-1)
+            return values if size <= 3 * count else np.concatenate(
+                [values[start : start + count] for start in (0, (size - count) // 2, size - count)])
+        width = self.dtype.itemsize
+        return np.concatenate([self._bytes(self.offset + start * width, count * width).view(self.dtype)
+                               for start in (0, (size - count) // 2, size - count)])
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,22 +1,22 @@
 """Reads and writes LLaMA, Vicuna and other models of that architecture in the format of transformers.
 
-V vocabulary   D model   F feed-forward   N query heads   K key and value heads   H head   R LoRA rank
+V vocabulary   D model   F feed-forward   N query heads   K key and value heads   H head
 
-Facts: transformers' modeling_llama.py and configuration_llama.py, peft 0.2.0's key names, FastChat's apply_delta.py.
+Facts: transformers' modeling_llama.py and configuration_llama.py, FastChat's apply_delta.py.
 """
 
 import dataclasses
 import json
-import re
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mmjax.convert import safetensors, torch_file, weight_files
-from mmjax.convert.lazy import LazyTensor, WeightFileError
+from mmjax.convert import safetensors, state_dict, torch_file, vocabulary
+from mmjax.convert.lazy import LazyTensor
+from mmjax.convert.notes import note
 from mmjax.convert.tables import (
     Computed,
     Entry,
@@ -24,13 +24,12 @@ from mmjax.convert.tables import (
     Problems,
     atomic_folder,
     expand,
-    flat_tensors,
     read_json,
     reason,
+    widest,
 )
-from mmjax.convert.vocabulary import DELTA_SCALE, PADDED_VOCABULARY
+from mmjax.convert.vocabulary import DELTA_SCALE
 from mmjax.models.llama import LlamaConfig
-from mmjax.tokenizer import Tokenizer
 
 LLAMA = (
     ("model.embed_tokens.weight", "llm/embedding", "V D -> V D"),
@@ -46,18 +45,21 @@ LLAMA = (
     ("model.norm.weight", "llm/norm/scale", "D -> D"),
 )
 HEAD = (("lm_head.weight", "llm/head/w", "V D -> D V"),)
+ATTENTION_BIAS = (
+    ("model.layers.{L}.self_attn.q_proj.bias", "llm/layers/attn/q/b", "(N H) -> N H"),
+    ("model.layers.{L}.self_attn.k_proj.bias", "llm/layers/attn/k/b", "(K H) -> K H"),
+    ("model.layers.{L}.self_attn.v_proj.bias", "llm/layers/attn/v/b", "(K H) -> K H"),
+    ("model.layers.{L}.self_attn.o_proj.bias", "llm/layers/attn/o/b", "D -> D"),
+)
+MLP_BIAS = (
+    ("model.layers.{L}.mlp.gate_proj.bias", "llm/layers/mlp/gate/b", "F -> F"),
+    ("model.layers.{L}.mlp.up_proj.bias", "llm/layers/mlp/up/b", "F -> F"),
+    ("model.layers.{L}.mlp.down_proj.bias", "llm/layers/mlp/down/b", "D -> D"),
+)
 IGNORED = (
     (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "a buffer; rotary frequencies are computed from config"),
 )
 TIED = (("lm_head\\.weight", "the same matrix as the embedding (tie_word_embeddings)"),)
-_PEFT = "llama_model.base_model.model.model.layers.{L}.self_attn."
-LORA = (  # peft 0.2.0's names; newer ones have ".default" before ".weight", which `minigpt4.read_trained` removes
-    (_PEFT + "q_proj.lora_A.weight", "llm/layers/attn/q/lora_a", "R D -> D R"),
-    (_PEFT + "q_proj.lora_B.weight", "llm/layers/attn/q/lora_b", "(N H) R -> R N H"),
-    (_PEFT + "v_proj.lora_A.weight", "llm/layers/attn/v/lora_a", "R D -> D R"),
-    (_PEFT + "v_proj.lora_B.weight", "llm/layers/attn/v/lora_b", "(K H) R -> R K H"),
-)
-
 FIELDS = {  # config.json -> LlamaConfig
     "vocab_size": "vocab",
     "num_hidden_layers": "depth",
@@ -65,18 +67,29 @@ FIELDS = {  # config.json -> LlamaConfig
     "num_attention_heads": "heads",
     "intermediate_size": "hidden",
 }
+RANGES = {  # the largest plausible value of whole numbers in config.json
+    "vocab_size": 2**24, "num_hidden_layers": 4_096, "hidden_size": 2**20, "num_attention_heads": 2**16,
+    "intermediate_size": 2**22, "num_key_value_heads": 2**16, "head_dim": 2**14, "max_position_embeddings": 2**28,
+}
+NUMBERS = {"rms_norm_eps": 1.0, "rope_theta": 1e18}
+FLAGS = {"tie_word_embeddings": (), "attention_bias": ("q", "k", "v", "o"), "mlp_bias": ("gate", "up", "down")}
+EMBEDDING = "model.embed_tokens.weight"
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SHARD_BYTES = 5 * 10**9  # of the files that an export writes
 
 
 def entries(cfg: LlamaConfig) -> list[Entry]:
-    """Returns the entries of a folder's tensors, without LoRA."""
-    return expand(LLAMA if cfg.tied else LLAMA + HEAD, axes(cfg), {"L": range(cfg.depth)})
+    """Returns the entries of a folder's tensors, without LoRA and without the biases of an adapter."""
+    attention, mlp = base_biases(cfg)
+    table = (*LLAMA, *ATTENTION_BIAS * attention, *MLP_BIAS * mlp, *HEAD * (not cfg.tied))
+    return expand(table, axes(cfg), {"L": range(cfg.depth)})
 
 
-def lora_entries(cfg: LlamaConfig) -> list[Entry]:
-    return expand(LORA, axes(cfg), {"L": range(cfg.depth)}) if cfg.lora_rank else []
+def base_biases(cfg: LlamaConfig) -> tuple[bool, bool]:
+    """Returns (attention_bias, mlp_bias) of config.json. Adapters have biases too, but none on k."""
+    attention = "k" in cfg.bias_on
+    return attention, "gate" in cfg.bias_on and (attention or "q" not in cfg.bias_on)
 
 
 def axes(cfg: LlamaConfig) -> dict[str, int]:
@@ -115,171 +128,141 @@ def open_release(folder: Path, delta: Path | None, problems: Problems) -> Releas
     """
     cfg = read_config(folder, problems)
     wanted = [key for entry in entries(cfg) for key in entry.keys] if cfg else []
-    files, tensors = read_tensors(folder, problems, wanted)
+    files, tensors = state_dict.read_folder(folder, problems, wanted)
     if cfg is None:
         return None
+    tensors = _with_embedding(tensors, cfg)
     if is_delta(tensors):
         problems.append(f"{folder} holds a delta, not a model: its norm scales are near 0 (a model's are near 1). "
                         f"Give the base model as --llm and this folder as --delta.")
     tokenizer = folder
     if delta is not None:
-        delta_files, changes = read_tensors(delta, problems, [key for key in tensors if reason(key, IGNORED) is None])
+        delta_files, changes = state_dict.read_folder(
+            delta, problems, [key for key in tensors if reason(key, IGNORED) is None])
         if changes and not is_delta(changes):
             problems.append(f"{delta} was given as --delta, but it holds a whole model: its norm scales are not near "
                             "0. Give it as --llm, without --delta.")
         if tensors and changes:
             tensors = add_delta(tensors, changes, folder.name, delta.name, problems)
         files += delta_files
-        if _has_tokenizer(delta):  # a delta may add tokens
+        if vocabulary.has_tokenizer(delta):  # a delta may add tokens
             tokenizer = delta
-        if "model.embed_tokens.weight" in tensors:
-            rows = tensors["model.embed_tokens.weight"].shape[0]
+        if EMBEDDING in tensors:
+            rows = tensors[EMBEDDING].shape[0]
             if rows > cfg.vocab:  # a delta may add tokens: config.json is the base's
                 cfg = dataclasses.replace(cfg, vocab=rows)
-    check_vocabulary(tokenizer, cfg.vocab, "model.embed_tokens.weight", tensors, "config.json", problems)
-    if cfg.tied and "lm_head.weight" in tensors and "model.embed_tokens.weight" in tensors:
-        if not np.array_equal(tensors["lm_head.weight"].read(), tensors["model.embed_tokens.weight"].read()):
+    words = vocabulary.check_vocabulary(tokenizer, cfg.vocab, EMBEDDING, tensors, "config.json", problems)
+    if cfg.tied and "lm_head.weight" in tensors and EMBEDDING in tensors:
+        if not np.array_equal(tensors["lm_head.weight"].read(), tensors[EMBEDDING].read()):
             problems.append(f"{folder}: config.json says tie_word_embeddings, but lm_head.weight is not the same "
-                            "matrix as model.embed_tokens.weight. Correct whichever is wrong.")
-    return Release(tuple(files), tensors, cfg, generation_ids(folder, problems), tokenizer, entries(cfg), ignored(cfg))
+                            f"matrix as {EMBEDDING}. Correct whichever is wrong.")
+    generation = vocabulary.settle_ids(generation_sources(folder, problems), words, cfg.vocab) if words else {}
+    return Release(tuple(files), tensors, cfg, generation, tokenizer, entries(cfg), ignored(cfg))
+
+
+def _with_embedding(tensors: Mapping[str, LazyTensor], cfg: LlamaConfig) -> dict[str, LazyTensor]:
+    """Returns a tied model's tensors with the embedding if only the head, the same matrix, was saved."""
+    if cfg.tied and "lm_head.weight" in tensors and EMBEDDING not in tensors:
+        note(f"lm_head.weight stands for {EMBEDDING}, too: config.json says tie_word_embeddings.")
+        return {**tensors, EMBEDDING: tensors["lm_head.weight"]}
+    return dict(tensors)
 
 
 def read_config(folder: Path, problems: Problems) -> LlamaConfig | None:
-    """Reads config.json, in its old and new spelling. Adds a problem for every field that LLaMA does not support."""
+    """Reads config.json, in its old and new spelling. Adds a problem for every value that is of a wrong type, out of
+    range, or not supported; then returns None."""
     path = folder / "config.json"
     if not path.is_file():
         problems.append(f"{folder} has neither config.json nor params.json; --llm expects a folder as transformers "
                         "saves it, or as Meta ships it.")
         return None
-    values = read_json(path, problems)
-    missing = [name for name in FIELDS if not isinstance(values.get(name), int) or values[name] <= 0]
-    if missing:
-        problems.append(f"{path} has no valid {', '.join(missing)}; is it a LLaMA's config.json?")
+    before = len(problems)
+    values = {name: value for name, value in read_json(path, problems).items() if value is not None}
+    if len(problems) > before:
         return None
-    rope = dict(values.get("rope_parameters") or {})
-    scaling = {**rope, **dict(values.get("rope_scaling") or {})}
+    missing = [name for name in FIELDS if not is_whole(values.get(name), RANGES[name])]
+    if missing:
+        problems.append(f"{path} has no valid {', '.join(missing)}; is it a LLaMA's config.json? Expected "
+                        + ", ".join(f"{name} from 1 to {RANGES[name]}" for name in missing) + ".")
+    tables = {name: values.get(name, {}) for name in ("rope_parameters", "rope_scaling")}
+    problems.extend(f"{path}: {name} is {shown(value)}; expected an object." for name, value in tables.items()
+                    if not isinstance(value, dict))
+    rope = tables["rope_parameters"] if isinstance(tables["rope_parameters"], dict) else {}
+    scaling = {**rope, **(tables["rope_scaling"] if isinstance(tables["rope_scaling"], dict) else {})}
+    values = values | {"rope_theta": rope.get("rope_theta") or values.get("rope_theta") or 10_000.0}
     refused = {
         "model_type": (values.get("model_type", "llama"), "llama"),
         "hidden_act": (values.get("hidden_act", "silu"), "silu"),
-        "attention_bias": (values.get("attention_bias", False), False),
-        "mlp_bias": (values.get("mlp_bias", False), False),
         "quantization_config": (values.get("quantization_config"), None),
         "rope scaling": (scaling.get("rope_type", scaling.get("type", "default")), "default"),
         "partial_rotary_factor": (rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)), 1.0),
     }
-    problems.extend(f"{path}: {name} is {got!r}; only {wanted!r} is supported."
+    problems.extend(f"{path}: {name} is {shown(got)}; only {wanted!r} is supported."
                     for name, (got, wanted) in refused.items() if got != wanted)
+    problems.extend(f"{path}: {name} is {shown(values[name])}, expected a whole number from 1 to {most}."
+                    for name, most in RANGES.items() if name not in FIELDS and name in values
+                    and not is_whole(values[name], most))
+    problems.extend(f"{path}: {name} is {shown(values[name])}, expected a number above 0 and at most {most:g}."
+                    for name, most in NUMBERS.items() if name in values and not is_number(values[name], most))
+    problems.extend(f"{path}: {name} is {shown(values[name])}, expected true or false."
+                    for name in FLAGS if name in values and not isinstance(values[name], bool))
+    if len(problems) > before:
+        return None
+    return _config(values, path, problems)
+
+
+def _config(values: Mapping[str, Any], path: Path, problems: Problems) -> LlamaConfig | None:
+    """Returns the config of checked values; None with a problem if heads and widths do not fit each other."""
     heads = values["num_attention_heads"]
-    kv_heads = values.get("num_key_value_heads") or heads
+    kv_heads, head_dim = values.get("num_key_value_heads", heads), values.get("head_dim")
     if heads % kv_heads:
         problems.append(f"{path}: {kv_heads} key and value heads do not divide {heads} heads.")
+        return None
+    if head_dim is None and values["hidden_size"] % heads:
+        problems.append(f"{path}: {heads} heads do not divide hidden_size {values['hidden_size']}, and there is no "
+                        "head_dim.")
+        return None
+    head_dim = head_dim or values["hidden_size"] // heads
+    if head_dim % 2:
+        problems.append(f"{path}: heads of size {head_dim} cannot be rotated: the size must be even.")
+        return None
+    biases = [name for flag, names in FLAGS.items() if values.get(flag) for name in names]
     return LlamaConfig(
         **{ours: values[theirs] for theirs, ours in FIELDS.items()},
         kv_heads=kv_heads,
-        head_dim=values.get("head_dim") or values["hidden_size"] // heads,
-        eps=values.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10_000.0),
+        head_dim=head_dim,
+        eps=float(values.get("rms_norm_eps", 1e-6)),
+        rope_theta=float(values["rope_theta"]),
         max_positions=values.get("max_position_embeddings", 2_048),
-        tied=bool(values.get("tie_word_embeddings", False)),
+        tied=values.get("tie_word_embeddings", False),
+        bias_on=tuple(biases),
     )
 
 
-def generation_ids(folder: Path, problems: Problems) -> dict[str, Any]:
-    """Returns the tokens that generation starts from, stops at (one or a list) and pads with.
+def is_whole(value: Any, most: int) -> bool:
+    """Returns whether a value of a JSON file is a whole number from 1 to `most`."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
 
-    generation_config.json takes precedence, unless it says that it was derived from config.json. Without a pad token
-    finished rows are padded with the end token, as transformers does.
+
+def is_number(value: Any, most: float) -> bool:
+    """Returns whether a value of a JSON file is a number above 0 and at most `most`; NaN is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= most
+
+
+def shown(value: Any) -> str:
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "a number of more than 30 digits"
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def generation_sources(folder: Path, problems: Problems) -> list[tuple[str, dict[str, Any]]]:
+    """Returns [(file, its values)] of the files that name the ids of generation, the one that takes precedence first.
+
+    generation_config.json does, unless it says that it was derived from config.json.
     """
-    config = read_json(folder / "config.json", problems)
+    config = ("config.json", read_json(folder / "config.json", problems))
     path = folder / "generation_config.json"
     chosen = read_json(path, problems) if path.is_file() else {"_from_model_config": True}
-    names, defaults = ("bos_token_id", "eos_token_id", "pad_token_id"), (1, 2, None)
-    if chosen.get("_from_model_config"):
-        chosen = {}
-    ids = {name: chosen.get(name, config.get(name, default)) for name, default in zip(names, defaults, strict=True)}
-    if ids["pad_token_id"] is None:
-        end = ids["eos_token_id"]
-        ids["pad_token_id"] = end[0] if isinstance(end, list) else end
-    return ids
-
-
-def read_tensors(
-    folder: Path, problems: Problems, wanted: Collection[str] = ()
-) -> tuple[list[Path], dict[str, LazyTensor]]:
-    """Returns (weight files, tensors) of the set that transformers would read; prints its name.
-
-    wanted: keys that it should hold. If it is damaged or incomplete and another set of the folder is complete, a
-            problem names that set; it is not read instead.
-
-    With a problem returns no tensors, because those of a missing shard would be reported again one by one.
-    """
-    before = len(problems)
-    names = weight_files.candidates(folder, problems)
-    if not names:
-        if len(problems) == before:
-            problems.append(_no_weights(folder))
-        return [], {}
-    files, tensors = read_set(folder, names[0], problems, report=True)
-    if len(problems) > before or not tensors.keys() >= set(wanted):
-        problems.extend(_complete_set(folder, names, wanted))
-    return files, tensors
-
-
-def read_set(
-    folder: Path, name: str, problems: Problems, report: bool = False
-) -> tuple[list[Path], dict[str, LazyTensor]]:
-    """Returns (weight files, tensors) of one file or of an index's shards. report: print which files are read."""
-    before = len(problems)
-    chosen = weight_files.open_set(folder, name, problems)
-    if len(problems) > before:
-        return [], {}
-    if report:
-        used = {name, *(file.name for file in chosen.files)}
-        weight_files.report(folder, used, weight_files.why_ignored(folder, name))
-    where = chosen.weight_map
-    tensors: dict[str, LazyTensor] = {}
-    for file in chosen.files:
-        found = read_file(file, problems)
-        if where and found:  # a file that cannot be read has been reported
-            problems.extend(f"{file.name}: {key} is in this file, but not according to {name}"
-                            for key in found if where.get(key) != file.name)
-            problems.extend(f"{file.name}: {key} is missing, though {name} lists it"
-                            for key in where if where[key] == file.name and key not in found)
-        tensors.update(found)
-    return chosen.files, tensors if len(problems) == before else {}
-
-
-def _complete_set(folder: Path, names: Sequence[str], wanted: Collection[str]) -> list[str]:
-    """Returns a hint if the first of the sets `names` is damaged and a later one is complete: at most one line."""
-    for index, name in enumerate(names[1:], 1):
-        found = Problems()
-        _, tensors = read_set(folder, name, found)
-        if not found and tensors.keys() >= set(wanted):
-            return [f"{folder} also holds a complete set: {name}. If it is the one you want, delete "
-                    f"{' and '.join(names[:index])}, or move {'it' if index == 1 else 'them'} out of the folder."]
-    return []
-
-
-def _no_weights(folder: Path) -> str:
-    unread = weight_files.unread(folder)
-    line = f"{folder} holds no weights: none of {', '.join(weight_files.ORDER)} is there."
-    if unread:
-        line += f" It holds {weight_files.listed(unread)}, which transformers would not read either."
-    if any(re.fullmatch(r".+-\d+-of-\d+\.(safetensors|bin)", name) for name in unread):
-        line += " Shards are read through their index: download it as well."
-    if any(name.startswith("consolidated.") for name in unread):
-        line += " To convert Meta's consolidated.NN.pth, give a folder without config.json."
-    return line
-
-
-def read_file(path: Path, problems: Problems) -> dict[str, LazyTensor]:
-    """Reads a flat file of tensors, in either format."""
-    try:
-        content = safetensors.load(path) if path.suffix == ".safetensors" else torch_file.load(path)
-    except WeightFileError as error:
-        problems.append(str(error))
-        return {}
-    return flat_tensors(path, content, problems)
+    return [config] if chosen.get("_from_model_config") else [(path.name, chosen), config]
 
 
 def is_delta(tensors: Mapping[str, Any]) -> bool:
@@ -321,48 +304,17 @@ def _sum(base: LazyTensor, delta: LazyTensor) -> np.ndarray:
     return result
 
 
-def check_vocabulary(folder: Path, expected: int, key: str, tensors: Mapping[str, Any], source: str,
-                     problems: Problems) -> None:
-    """Adds problems unless the rows of the embedding `key`, the vocab_size of `source` and the tokenizer agree.
-
-    More rows than tokens are allowed only as padding to a multiple of 64. Fewer rows are not, because a token without
-    a row would silently use another token's.
-    """
-    table = tensors.get(key)
-    if table is None:
-        return  # reported as missing
-    rows = table.shape[0]
-    hint = "Released models differ here (32000 or 32001 tokens): take all files from the same release."
-    if rows != expected:
-        problems.append(f"{key} has {rows} rows, {source} says vocab_size {expected}. {hint}")
-    if not _has_tokenizer(folder):
-        problems.append(f"{folder} has neither tokenizer.model nor tokenizer.json. Copy the tokenizer files of the "
-                        "release into it.")
-        return
-    try:
-        size = Tokenizer.from_folder(folder).vocab_size
-    except ValueError as error:
-        problems.append(str(error))
-        return
-    if rows < size:
-        problems.append(f"{key} has {rows} rows, the tokenizer in {folder} has {size} tokens, "
-                        f"including added ones. {hint}")
-    elif rows > size and rows != -(-size // PADDED_VOCABULARY) * PADDED_VOCABULARY:
-        problems.append(f"{key} has {rows} rows, the tokenizer in {folder} has only {size} tokens, "
-                        f"including added ones. {hint}")
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
-
-
 # ---- export ----
 
 
 def write_folder(
-    cfg: LlamaConfig, generation: Mapping[str, Any], tokenizer: Path, out: Path, tensors: Mapping[str, LazyTensor]
+    cfg: LlamaConfig, generation: Mapping[str, Any], tokenizer: Path, out: Path, tensors: Mapping[str, LazyTensor],
+    safe: bool = False,
 ) -> None:
-    """Writes the weights in shards with their index, config.json, generation_config.json and the tokenizer."""
+    """Writes the weights in shards with their index, config.json, generation_config.json and the tokenizer.
+
+    safe: write safetensors, which need no index if one file is enough, instead of .bin files
+    """
     shards: list[dict[str, LazyTensor]] = [{}]
     room = SHARD_BYTES
     for key, tensor in tensors.items():
@@ -371,22 +323,33 @@ def write_folder(
             room = SHARD_BYTES
         shards[-1][key] = tensor
         room -= tensor.nbytes
-    names = [f"pytorch_model-{n:05}-of-{len(shards):05}.bin" for n in range(1, len(shards) + 1)]
+    stem, suffix, save = ("model", "safetensors", safetensors.save) if safe else ("pytorch_model", "bin",
+                                                                                  torch_file.save)
+    names = [f"{stem}-{n:05}-of-{len(shards):05}.{suffix}" for n in range(1, len(shards) + 1)]
     index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
              "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard}}
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        **{theirs: getattr(cfg, ours) for theirs, ours in FIELDS.items()},
-        "num_key_value_heads": cfg.kv_heads, "head_dim": cfg.head_dim, "rms_norm_eps": cfg.eps,
-        "rope_theta": cfg.rope_theta, "max_position_embeddings": cfg.max_positions, "tie_word_embeddings": cfg.tied,
-        "torch_dtype": str(next(iter(tensors.values())).dtype), **generation,
-    }
+    files = {f"{stem}.{suffix}.index.json": index}
+    if safe and len(shards) == 1:
+        names, files = [f"{stem}.{suffix}"], {}
+    files |= {"config.json": _config_json(cfg, generation, tensors), "generation_config.json": dict(generation)}
     with atomic_folder(out) as folder:
         for name, shard in zip(names, shards, strict=True):
-            torch_file.save(folder / name, shard)
-        files = {"pytorch_model.bin.index.json": index, "config.json": config, "generation_config.json": generation}
+            save(folder / name, shard)
         for name, content in files.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
         for file in TOKENIZER_FILES:
             if (tokenizer / file).is_file():
                 shutil.copyfile(tokenizer / file, folder / file)
+
+
+def _config_json(cfg: LlamaConfig, generation: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
+    """Returns the config.json of a config, the inverse of `read_config`."""
+    attention, mlp = base_biases(cfg)
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        **{theirs: getattr(cfg, ours) for theirs, ours in FIELDS.items()},
+        "num_key_value_heads": cfg.kv_heads, "head_dim": cfg.head_dim, "rms_norm_eps": cfg.eps,
+        "rope_theta": cfg.rope_theta, "max_position_embeddings": cfg.max_positions, "tie_word_embeddings": cfg.tied,
+        "attention_bias": attention, "mlp_bias": mlp,
+        "torch_dtype": str(widest(tensor.dtype for tensor in tensors.values())), **generation,
+    }

@@ -1,11 +1,13 @@
 """Reads and writes LLaMA in Meta's format: params.json and consolidated.00.pth, .01.pth, ... (model-parallel shards).
+LLaMA2-Accessory's consolidated.00-of-01.model.pth and Mistral's consolidated.safetensors are read, too.
 
 V vocabulary   D model   F feed-forward   N query heads   K key and value heads   H head   I, T a head's pairs (I T) = H
 
 Meta rotates neighbouring elements of a head (2i, 2i+1), mmjax rotates i against i + H/2, as Hugging Face does: the rows
 of the query and key matrices are permuted in each head. A shard holds a part of each matrix, and a copy of each norm.
 
-Facts: llama/model.py and llama/generation.py of facebookresearch/llama, for LLaMA-1 and Llama-2.
+Facts: llama/model.py and llama/generation.py of facebookresearch/llama, for LLaMA-1 and Llama-2, and of llama3, which
+splits the embedding by rows; accessory/util/tensor_parallel.py of LLaMA2-Accessory; mistral-inference's args.py.
 """
 
 import functools
@@ -19,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.convert import torch_file, weight_files
-from mmjax.convert.lazy import LazyTensor, WeightFileError
-from mmjax.convert.llama import Release, axes, check_vocabulary
+from mmjax.convert import state_dict, torch_file, vocabulary, weight_files
+from mmjax.convert.lazy import LazyTensor
+from mmjax.convert.llama import RANGES, Release, axes, is_number, is_whole, shown
+from mmjax.convert.notes import note
 from mmjax.convert.tables import (
     Computed,
     ConversionError,
@@ -29,12 +32,11 @@ from mmjax.convert.tables import (
     Problems,
     atomic_folder,
     expand,
-    flat_tensors,
     read_json,
     reason,
 )
 from mmjax.models.llama import LlamaConfig
-from mmjax.tokenizer import Tokenizer
+from mmjax.tokenizer import SentencePieceTokenizer, Tokenizer
 
 META = (
     ("tok_embeddings.weight", "llm/embedding", "V D -> V D"),
@@ -57,16 +59,20 @@ SPLIT = (  # the axis along which a tensor is split into shards; None: every sha
     (r"layers\.\d+\.(attention|ffn)_norm\.weight|norm\.weight", None),
 )
 
-SIZES = ("dim", "n_layers", "n_heads")
-OPTIONS = {  # further fields of params.json, and their types
-    "multiple_of": int, "n_kv_heads": int, "vocab_size": int, "norm_eps": float, "ffn_dim_multiplier": float,
-    "rope_theta": float, "max_seq_len": int, "max_batch_size": int,  # the last two are not used
+SIZES = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}  # as in config.json
+WHOLE = {  # further whole numbers of params.json, and the largest that are plausible
+    "multiple_of": 2**22, "n_kv_heads": RANGES["num_key_value_heads"], "vocab_size": RANGES["vocab_size"],
+    "head_dim": RANGES["head_dim"], "hidden_dim": RANGES["intermediate_size"], "sliding_window": 2**28,
+    "max_seq_len": 2**28, "max_batch_size": 2**28,  # these two are not used
 }
+NUMBERS = {"norm_eps": 1.0, "ffn_dim_multiplier": 1_000.0, "rope_theta": 1e18}
 EPS = 1e-5  # Meta's defaults
 MULTIPLE_OF = 256
-GENERATION = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # of every tokenizer.model by Meta
+GENERATION = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # of every sentencepiece model by Meta
 MAX_LISTED = 64  # missing shards in a message; Llama-2 70B has 8
-SHARD = re.compile(r"consolidated\.(\d+)\.pth")
+ROUNDING = 2.0**-7  # relative difference of the copies of a norm in the shards of Llama-3 70B
+SHARD = re.compile(r"consolidated\.(\d+)(?:-of-(\d+)\.model)?\.pth")
+MISTRAL, ACCESSORY = "consolidated.safetensors", "llma."  # a file, and a prefix of LLaMA2-Accessory's keys
 
 
 def entries(cfg: LlamaConfig) -> list[Entry]:
@@ -79,16 +85,16 @@ def meta_axes(cfg: LlamaConfig) -> dict[str, int]:
 
 def recognised(folder: Path) -> bool:
     """Returns whether a folder is in Meta's format. With a config.json it is read as transformers does."""
-    meta = (folder / "params.json").is_file() or any(folder.glob("consolidated*.pth"))
+    meta = (folder / "params.json").is_file() or any(folder.glob("consolidated*"))
     return meta and not (folder / "config.json").is_file()
 
 
 def open_release(folder: Path, problems: Problems) -> Release | None:
-    """Opens a folder; tokenizer.model is in it or in its parent.
+    """Opens a folder; the tokenizer is in it or in its parent.
 
     Adds to `problems`. With problems the release may have no tensors; without valid sizes returns None.
     """
-    home = next((path for path in (folder, folder.parent) if (path / "tokenizer.model").is_file()), None)
+    home = next((path for path in (folder, folder.parent) if vocabulary.has_tokenizer(path)), None)
     if home is None:
         problems.append(f"There is no tokenizer.model in {folder} or its parent; Meta ships it with the weights.")
     cfg = read_params(folder, home, problems)
@@ -96,47 +102,61 @@ def open_release(folder: Path, problems: Problems) -> Release | None:
     if cfg is None or home is None:
         return None
     tensors = joined(list(shards.values()), cfg, folder, problems)
+    generation = {}
     if tensors:
-        check_vocabulary(home, cfg.vocab, "tok_embeddings.weight", tensors, "params.json", problems)
-    return Release(tuple(folder / name for name in shards), tensors, cfg, dict(GENERATION), home, entries(cfg), IGNORED)
+        words = vocabulary.check_vocabulary(home, cfg.vocab, "tok_embeddings.weight", tensors, "params.json", problems)
+        known = [("Meta's code", GENERATION)] if isinstance(words, SentencePieceTokenizer) else []
+        generation = vocabulary.settle_ids(known, words, cfg.vocab) if words else {}
+    return Release(tuple(folder / name for name in shards), tensors, cfg, generation, home, entries(cfg), IGNORED)
 
 
 def read_params(folder: Path, tokenizer: Path | None, problems: Problems) -> LlamaConfig | None:
-    """Reads params.json. A vocab_size of -1 is replaced by the tokenizer's."""
+    """Reads params.json. A vocab_size of -1 is replaced by the tokenizer's. Adds a problem for every value that is of a
+    wrong type, out of range, or not supported; then returns None."""
     path = folder / "params.json"
     if not path.is_file():
-        problems.append(f"{folder} has consolidated*.pth, but no params.json. Copy it from where the weights came "
-                        "from.")
+        problems.append(f"{folder} has consolidated*, but no params.json. Copy it from where the weights came from.")
         return None
     before = len(problems)
     values = read_json(path, problems)
     if len(problems) > before:
         return None
-    problems.extend(f"{path}: {name} is {values.get(name)!r}, expected a whole number above 0." for name in SIZES
-                    if not _is(int, values.get(name)))
-    problems.extend(f"{path}: {name} is {values[name]!r}, expected a number above 0." for name, kind in OPTIONS.items()
-                    if values.get(name) is not None and not _is(kind, values[name])
-                    and (name, values[name]) != ("vocab_size", -1))
-    problems.extend(f"{path}: {name} = {values[name]!r} is not LLaMA-1's or Llama-2's; only these are supported."
-                    for name in values if name not in (*SIZES, *OPTIONS))
+    problems.extend(f"{path}: {name} is {shown(values.get(name))}, expected a whole number from 1 to {RANGES[most]}."
+                    for name, most in SIZES.items() if not is_whole(values.get(name), RANGES[most]))
+    given = {name: value for name, value in values.items() if value is not None}
+    if given.get("vocab_size") == -1:
+        del given["vocab_size"]
+    problems.extend(f"{path}: {name} is {shown(given[name])}, expected a whole number from 1 to {most}."
+                    for name, most in WHOLE.items() if name in given and not is_whole(given[name], most))
+    problems.extend(f"{path}: {name} is {shown(given[name])}, expected a number above 0 and at most {most:g}."
+                    for name, most in NUMBERS.items() if name in given and not is_number(given[name], most))
+    problems.extend(f"{path}: {name[:80]} = {shown(given[name])} is not LLaMA-1's or Llama-2's; only these are "
+                    "supported." for name in given if name not in {*SIZES, *WHOLE, *NUMBERS}
+                    and (name, given[name]) != ("use_scaled_rope", False))
     if len(problems) > before:
         return None
-    given = {name: value for name, value in values.items() if value is not None}
+    return _config(given, path, tokenizer, problems)
+
+
+def _config(given: Mapping[str, Any], path: Path, tokenizer: Path | None, problems: Problems) -> LlamaConfig | None:
+    """Returns the config of checked values; None with a problem if heads and width do not fit each other."""
     dim, heads, kv_heads = given["dim"], given["n_heads"], given.get("n_kv_heads", given["n_heads"])
-    if dim % (2 * heads) or heads % kv_heads:
+    if heads % kv_heads or "head_dim" not in given and dim % heads or given.get("head_dim", dim // heads) % 2:
         problems.append(f"{path}: {heads} heads ({kv_heads} of keys and values) do not divide a width of {dim}.")
         return None
-    vocab = given.get("vocab_size", -1)
-    if vocab == -1:
-        vocab = _vocab_size(tokenizer, problems)
-    return vocab and LlamaConfig(
-        vocab=vocab, depth=given["n_layers"], dim=dim, heads=heads, kv_heads=kv_heads, head_dim=dim // heads,
-        hidden=hidden_size(dim, given.get("multiple_of", MULTIPLE_OF), given.get("ffn_dim_multiplier")),
-        eps=given.get("norm_eps", EPS), rope_theta=float(given.get("rope_theta", LlamaConfig.rope_theta)))
-
-
-def _is(kind: type, value: Any) -> bool:
-    return isinstance(value, (int, kind)) and not isinstance(value, bool) and value > 0
+    vocab = given.get("vocab_size") or _vocab_size(tokenizer, problems)
+    if vocab is None:
+        return None
+    hidden = given.get("hidden_dim") or hidden_size(
+        dim, given.get("multiple_of", MULTIPLE_OF), given.get("ffn_dim_multiplier"))
+    positions = LlamaConfig.max_positions
+    if given.get("sliding_window", positions) < positions:  # a shorter text never reaches the end of the window
+        positions = given["sliding_window"]
+        note(f"{path}: sliding_window is {positions}: mmjax reads texts up to that length, without sliding.")
+    return LlamaConfig(
+        vocab=vocab, depth=given["n_layers"], dim=dim, heads=heads, kv_heads=kv_heads,
+        head_dim=given.get("head_dim", dim // heads), hidden=hidden, eps=float(given.get("norm_eps", EPS)),
+        rope_theta=float(given.get("rope_theta", LlamaConfig.rope_theta)), max_positions=positions)
 
 
 def _vocab_size(folder: Path | None, problems: Problems) -> int | None:
@@ -158,18 +178,16 @@ def hidden_size(dim: int, multiple_of: int, multiplier: float | None = None) -> 
 
 
 def read_shards(folder: Path, problems: Problems) -> dict[str, dict[str, LazyTensor]]:
-    """Returns {file name: tensors} in the order of the shards; {} if a number is missing or occurs twice."""
-    numbers: dict[int, str] = {}
+    """Returns {file name: tensors} in the order of the shards; {} if a number is missing or occurs twice.
+
+    A folder with no shards but `MISTRAL` has that one.
+    """
     before = len(problems)
-    for name in sorted(path.name for path in folder.iterdir() if SHARD.fullmatch(path.name)):
-        number = int(SHARD.fullmatch(name)[1])
-        if number in numbers:
-            problems.append(f"{folder} has shard {number} twice: {numbers[number]} and {name}. Move the wrong one "
-                            "out of the folder.")
-        numbers[number] = name
-    gaps = (number for number in range(max(numbers, default=0)) if number not in numbers)
-    # The number in a name may be any number, so the list is limited.
-    absent = [f"consolidated.{number:02}.pth" for number in itertools.islice(gaps, MAX_LISTED)]
+    numbers, expected = _numbered(folder, problems)
+    gaps = (number for number in range(max(expected, 1 + max(numbers, default=-1))) if number not in numbers)
+    absent = [*itertools.islice(gaps, MAX_LISTED)]  # the number in a name may be any number
+    if not numbers and (folder / MISTRAL).is_file():
+        numbers = {0: MISTRAL}
     if not numbers:
         unread = weight_files.listed(weight_files.unread(folder))
         problems.append(f"{folder} has no consolidated.00.pth"
@@ -177,8 +195,9 @@ def read_shards(folder: Path, problems: Problems) -> dict[str, dict[str, LazyTen
                         + ". Give a folder with Meta's consolidated.NN.pth, or one as transformers saves it, with its "
                           "config.json.")
     if absent:
-        problems.append(f"{folder} has {weight_files.listed(numbers.values())}, but not {', '.join(absent)}. Download "
-                        "what is missing.")
+        names = ", ".join(f"consolidated.{number:02}.pth" for number in absent)
+        problems.append(f"{folder} has {weight_files.listed(numbers.values())}, but not {names}. Download what is "
+                        "missing.")
     weight_files.check_finished([folder / name for name in numbers.values()], problems)
     if len(problems) > before:
         return {}
@@ -186,11 +205,26 @@ def read_shards(folder: Path, problems: Problems) -> dict[str, dict[str, LazyTen
     shards = {}
     for number in sorted(numbers):
         path = folder / numbers[number]
-        try:
-            shards[path.name] = flat_tensors(path, torch_file.load(path), problems)
-        except WeightFileError as error:
-            problems.append(str(error))
+        tensors = state_dict.read(path, problems)
+        if tensors and all(key.startswith(ACCESSORY) for key in tensors):
+            tensors = {key.removeprefix(ACCESSORY): tensor for key, tensor in tensors.items()}
+        shards[path.name] = tensors
     return shards if len(problems) == before else {}
+
+
+def _numbered(folder: Path, problems: Problems) -> tuple[dict[int, str], int]:
+    """Returns ({number: file name} of a folder's shards, how many the names say that there are, or 0)."""
+    numbers: dict[int, str] = {}
+    counts = {0}
+    for name in sorted(path.name for path in folder.iterdir() if SHARD.fullmatch(path.name)):
+        match = SHARD.fullmatch(name)
+        number = int(match[1])
+        counts.add(int(match[2] or 0))
+        if number in numbers:
+            problems.append(f"{folder} has shard {number} twice: {numbers[number]} and {name}. Move the wrong one "
+                            "out of the folder.")
+        numbers[number] = name
+    return numbers, max(counts)
 
 
 def joined(shards: Sequence[Mapping[str, LazyTensor]], cfg: LlamaConfig, folder: Path,
@@ -203,18 +237,21 @@ def joined(shards: Sequence[Mapping[str, LazyTensor]], cfg: LlamaConfig, folder:
         return {}
     before = len(problems)
     part = shards[0].get("tok_embeddings.weight")
-    columns = part.shape[1] if part is not None and len(part.shape) == 2 else cfg.dim
-    if columns * len(shards) != cfg.dim:
+    rows, columns = part.shape if part is not None and len(part.shape) == 2 else (cfg.vocab, cfg.dim // len(shards))
+    by_rows = columns == cfg.dim and rows * len(shards) == cfg.vocab  # Llama-3 70B
+    if columns * len(shards) != cfg.dim and not by_rows:
         problems.append(
-            f"{folder}: params.json says dim {cfg.dim}, and a shard holds {columns} of the columns of "
-            f"tok_embeddings.weight, so there should be {cfg.dim / columns:g} shards; there are {len(shards)}. "
-            "Download the missing shards, and use those of one model.")
+            f"{folder}: params.json says dim {cfg.dim} and vocab_size {cfg.vocab}, and a shard holds {columns} columns "
+            f"of {rows} rows of tok_embeddings.weight, so there should be {cfg.dim / max(columns, 1):g} shards; there "
+            f"are {len(shards)}. Take all shards, and those of one model.")
     keys = dict.fromkeys(key for shard in shards for key in shard if reason(key, IGNORED) is None)
-    tensors = {key: _join(key, [shard.get(key) for shard in shards], folder, problems) for key in keys}
+    tensors = {key: _join(key, [shard.get(key) for shard in shards], folder, problems, by_rows) for key in keys}
     return tensors if len(problems) == before else {}
 
 
-def _join(key: str, parts: Sequence[LazyTensor | None], folder: Path, problems: Problems) -> LazyTensor | None:
+def _join(key: str, parts: Sequence[LazyTensor | None], folder: Path, problems: Problems,
+          by_rows: bool) -> LazyTensor | None:
+    """Returns one whole tensor. by_rows: the embedding is split by rows, as Llama 3's is"""
     if len(parts) == 1:
         return parts[0]
     if absent := [number for number, part in enumerate(parts) if part is None]:
@@ -226,13 +263,25 @@ def _join(key: str, parts: Sequence[LazyTensor | None], folder: Path, problems: 
                         + ", ".join(f"{kind} {list(shape)}" for kind, shape in sorted(kinds)) + ".")
         return None
     axis = next((axis for pattern, axis in SPLIT if re.fullmatch(pattern, key)), -1)
-    if axis is None and any(not np.array_equal(parts[0].read(), part.read()) for part in parts[1:]):
-        problems.append(f"{folder}: {key} differs between the shards, but should be the same in all: they belong to "
-                        "different models.")
+    if axis is None:
+        _check_copies(key, parts, folder, problems)
     if axis is None or axis < 0:  # a key that is not in SPLIT is in no line of the table
         return parts[0]
+    axis = 0 if by_rows and key == "tok_embeddings.weight" else axis
     shape = tuple(size * len(parts) if number == axis else size for number, size in enumerate(parts[0].shape))
     return Computed(key, shape, parts[0].dtype, functools.partial(_whole, parts, axis, shape))
+
+
+def _check_copies(key: str, parts: Sequence[LazyTensor], folder: Path, problems: Problems) -> None:
+    """Adds a problem if the copies of a norm differ by more than rounding; a line says that they differ by less."""
+    first, *others = [part.read().astype(np.float32) for part in parts]
+    if all(np.array_equal(first, other) for other in others):
+        return
+    if all(np.allclose(first, other, rtol=ROUNDING, atol=0) for other in others):
+        note(f"{folder}: {key} differs a little between the shards, as in Llama-3 70B; the first shard's is taken.")
+    else:
+        problems.append(f"{folder}: {key} differs between the shards, but should be the same in all: they belong to "
+                        "different models.")
 
 
 def _whole(parts: Sequence[LazyTensor], axis: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -4,6 +4,9 @@ Vision: C colours   P, Q patch sides   A positions   S q, k and v   D model   F 
 Q-Former: A queries   D model   E image width   F feed-forward   N heads   H head
 Projector: E input   D language model
 
+A trained checkpoint may hold more than the projector and LoRA. What it holds replaces what the other files hold, as in
+the original, which loads it last and without asking for every name (load_state_dict with strict=False).
+
 Facts: minigpt4/models/{eva_vit,Qformer,minigpt_base}.py, and minigpt4/runners/runner_base.py for trained checkpoints.
 """
 
@@ -18,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from mmjax.config import TextConfig
-from mmjax.convert import language_model, llama, torch_file
-from mmjax.convert.lazy import LazyTensor, WeightFileError
+from mmjax.convert import kinds, language_model, llama, peft, state_dict
+from mmjax.convert.lazy import LazyTensor
+from mmjax.convert.notes import note
 from mmjax.convert.tables import (
     Computed,
     Entry,
@@ -28,14 +32,12 @@ from mmjax.convert.tables import (
     SourceCheckpoint,
     block_table,
     expand,
-    flat_tensors,
     forward,
     read_json,
     sizes_from_shapes,
     unknown_name,
 )
 from mmjax.models.eva_vit import JOINED, VitConfig
-from mmjax.models.llama import LlamaConfig
 from mmjax.models.qformer import QFormerConfig
 
 EVA_VIT = (
@@ -108,7 +110,11 @@ TRAINED_IGNORED = (
     (r"(" + _TUNED + r"|llama_model\.)" + llama.IGNORED[0][0], llama.IGNORED[0][1]),
 )
 TRAINED_KEYS = {"projector": r"llama_proj\..*", "lora": r".*\.lora_[AB]\..*"}  # by option
-TRAINED_MEMBERS = {"optimizer", "config", "scaler", "epoch"}  # besides "model"; training state
+REPLACING = {  # by option, what a trained checkpoint may hold of another part: the beginning of its names
+    "vit": r"visual_encoder\.", "qformer": r"(?=(Qformer|query_tokens|ln_vision)\b)(?!.*position_ids)",
+    "llm": r"llama_model\.(base_model\.model\.)?(?=(model|lm_head)\.)(?!.*(\.lora_[AB]\.|rotary_emb\.inv_freq))",
+}
+OPTIONS = ("vit", "llm", "qformer", "projector", "lora")
 
 # Tensors whose shapes give sizes; "" is an axis that is not used.
 VIT_SIZES = {"patch_embed.proj.weight": ("dim", "", "patch", ""), "blocks.0.mlp.fc1.weight": ("hidden", "dim"),
@@ -119,7 +125,6 @@ QFORMER_SIZES = {"query_tokens": ("", "queries", "dim"),
 REAL_VIT = {1_408: {"heads": 16, "depth": 39}}
 REAL_QFORMER = {768: {"heads": 12, "cross_every": 2}}
 REAL_IMAGE_SIZE = {"minigpt4": 224, "minigpt_v2": 448}
-LORA_ALPHA = 16.0
 
 # --arch: its names -> fields of the configs. None: a name that is only checked.
 ARCH = {
@@ -152,26 +157,6 @@ def qformer_entries(cfg: QFormerConfig, vit_dim: int) -> list[Entry]:
 
 def projector_entries(inputs: int, outputs: int) -> list[Entry]:
     return expand(PROJECTOR, {"E": inputs, "D": outputs})
-
-
-def read(path: Path, problems: Problems, members: set[str] = frozenset()) -> dict[str, LazyTensor]:
-    """Returns the tensors of a .pth: flat, or under "model" next to `members`, which are ignored."""
-    try:
-        content = torch_file.load(path)
-    except WeightFileError as error:
-        problems.append(str(error))
-        return {}
-    if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        problems.extend(f"{path.name} holds {name!r} besides 'model', which is not known as a key to ignore."
-                        for name in content if name not in members | {"model"})
-        content = content["model"]
-    return flat_tensors(path, content, problems)
-
-
-def read_trained(path: Path, problems: Problems) -> dict[str, LazyTensor]:
-    """Returns the tensors of a trained checkpoint, with peft 0.2.0's names for LoRA."""
-    tensors = read(path, problems, TRAINED_MEMBERS)
-    return {re.sub(r"\.(lora_[AB])\.default\.weight$", r".\1.weight", key): tensor for key, tensor in tensors.items()}
 
 
 def read_arch(path: Path | None, problems: Problems) -> dict[str, dict[str, Any]]:
@@ -228,23 +213,6 @@ def qformer_config(tensors: Mapping[str, LazyTensor], arch: Mapping[str, Mapping
     return _config(QFormerConfig, "qformer", tensors, found, REAL_QFORMER.get(found.get("dim"), {}), given, problems)
 
 
-def with_lora(cfg: LlamaConfig, tensors: Mapping[str, LazyTensor], rank: int, arch: Mapping[str, Mapping[str, Any]],
-              problems: Problems) -> LlamaConfig:
-    """Returns the language model's config with LoRA; the rank is that of the tensors if there are any, else `rank`."""
-    given = arch["minigpt_v2"]
-    a = next((tensor for key, tensor in tensors.items()
-              if key.endswith("q_proj.lora_A.weight") and len(tensor.shape) == 2), None)
-    if tensors and a is None:
-        problems.append("The file given as --lora has no LoRA on q_proj (names that end in q_proj.lora_A.weight).")
-    if a is not None:
-        if rank and rank != a.shape[0]:
-            problems.append(f"--lora-rank is {rank}, but the LoRA file holds rank {a.shape[0]}.")
-        rank = a.shape[0]
-    if rank and given.get("rank", rank) != rank:
-        problems.append(f"--arch: minigpt_v2.lora_r is {given['rank']}, but LoRA has rank {rank}.")
-    return dataclasses.replace(cfg, lora_rank=rank, lora_alpha=float(given.get("alpha", LORA_ALPHA)))
-
-
 def _config(cls, part: str, tensors: Mapping[str, LazyTensor], found: Mapping[str, int], known: Mapping[str, Any],
             given: Mapping[str, Any], problems: Problems):
     """Returns a config from the sizes of the tensors (`found`), of --arch (`given`) and of the release (`known`)."""
@@ -282,12 +250,13 @@ def inspect(
     """Converts MiniGPT-4 or MiniGPT-v2 from its parts.
 
     Args:
-        vit: eva_vit_g.pth
+        vit: eva_vit_g.pth. This and the other files may be .pth, .bin, .safetensors, or a folder of transformers
         llm: folder of LLaMA, Vicuna or Llama-2 as transformers saves it, or as Meta ships it
-        qformer: blip2_pretrained*.pth; omit it for the models without a Q-Former (on Llama-2, and MiniGPT-v2)
+        qformer: blip2_pretrained*.pth, or a trained checkpoint with a Q-Former; omit it for the models without one (on
+            Llama-2, and MiniGPT-v2)
         delta: folder of a Vicuna delta to add to `llm`
         projector: trained checkpoint with llama_proj; without it training initializes the projector
-        lora: trained checkpoint with LoRA; may be the same file as `projector`
+        lora: trained checkpoint with LoRA, which may be the same file as `projector`, or a folder that peft saved
         lora_rank: rank of a new LoRA to train, without `lora`
         arch: JSON file with sizes that the tensors do not determine (number of heads, image size, ...); not needed for
             released sizes
@@ -297,47 +266,98 @@ def inspect(
     problems, parameters = Problems(), {}
     given = read_arch(arch, problems)
     is_v2 = lora is not None or lora_rank > 0
-    vit_cfg, found = _read_vit(vit, given, is_v2, problems)
+    options = {"vit": vit, "qformer": qformer, "projector": projector, "lora": lora}
+    files, settings = _read_files(options, problems)
+    held, trained = _split(files, options)
+    vit_cfg, found = _read_vit(vit, held["vit"], given, is_v2, problems)
     parameters |= found
-    qformer_cfg, found, constant = _read_qformer(qformer, vit_cfg, given, problems)
+    qformer_cfg, found, constant = _read_qformer(qformer or projector or vit, held["qformer"], vit_cfg, given, problems)
     parameters |= found
-    release, found = language_model.read(llm, delta, problems)
+    release, found = language_model.read(llm, delta, problems, held["llm"])
     parameters |= found
-    trained, fresh = {path: read_trained(path, problems) for path in (projector, lora) if path}, []
+    fresh: list[str] = []
     if release:
         cfg = release.cfg
         if is_v2:
-            cfg = with_lora(cfg, trained.get(lora, {}), lora_rank, given, problems)
-        if vit_cfg and (qformer_cfg or not qformer):
+            cfg = peft.with_lora(cfg, trained.get(lora, {}), settings, lora_rank, given["minigpt_v2"], problems)
+        if vit_cfg and (qformer_cfg or not (qformer or has_qformer(held["qformer"]))):
             inputs = qformer_cfg.dim if qformer_cfg else JOINED * vit_cfg.dim
             found, fresh = _read_trained_parts(
                 trained, (("projector", projector, projector_entries(inputs, cfg.dim)),
-                          ("lora", lora, llama.lora_entries(cfg))), problems)
+                          ("lora", lora, peft.entries(cfg))), problems)
             parameters |= found
     problems.check("Cannot convert")
-    text = TEXT_V2 if is_v2 else TEXT if qformer else TEXT_NO_QFORMER
+    text = TEXT_V2 if is_v2 else TEXT if qformer_cfg else TEXT_NO_QFORMER
     text = dataclasses.replace(text, prompt_template=prompt_template)
     sources = {"vit": vit, "qformer": qformer, "projector": projector, "lora": lora}
-    sources = {name: (path,) for name, path in sources.items() if path} | {"llm": release.files}
+    sources = {name: state_dict.files_of(path) for name, path in sources.items() if path} | {"llm": release.files}
     parts = {"vit": vit_cfg, "qformer": qformer_cfg, "llm": cfg}
     return SourceCheckpoint(parts, parameters, text, release.generation, sources, release.tokenizer, tuple(fresh),
-                            constant)
+                            constant, left_out=problems.left_out)
 
 
-def _read_vit(path: Path, given: Mapping[str, Any], is_v2: bool,
+def _read_files(
+    options: Mapping[str, Path | None], problems: Problems
+) -> tuple[dict[Path, dict[str, LazyTensor]], peft.Settings]:
+    """Returns ({file: its tensors}, the settings of LoRA). A file that is something else is a problem, and empty."""
+    files: dict[Path, dict[str, LazyTensor]] = {}
+    settings = peft.Settings()
+    for option, path in options.items():
+        if path is None:
+            continue
+        if path not in files:
+            tensors, found = peft.read(path, problems)
+            files[path] = tensors
+            settings = found if option == "lora" else settings
+        if not kinds.expect(path, option, files[path], OPTIONS, problems):
+            files[path] = {}
+    return files, settings
+
+
+def _split(
+    files: Mapping[Path, Mapping[str, LazyTensor]], options: Mapping[str, Path | None]
+) -> tuple[dict[str, dict[str, LazyTensor]], dict[Path, dict[str, LazyTensor]]]:
+    """Returns ({"vit", "qformer", "llm": tensors by their own names}, {file: projector and LoRA}).
+
+    files: in the order in which the original loads them; of a tensor that several hold, the last is taken, and a line
+           says so
+    """
+    held: dict[str, dict[str, LazyTensor]] = {option: {} for option in REPLACING}
+    trained: dict[Path, dict[str, LazyTensor]] = {}
+    for path, tensors in files.items():
+        rest = dict(tensors)
+        for option, pattern in REPLACING.items():
+            names = {key: re.sub(f"^{pattern}", "", key) for key in rest if re.match(pattern, key)}
+            held[option] |= {name: rest.pop(key) for key, name in names.items()}
+            if names and path != options.get(option):
+                note(f"{path.name} also holds {len(names)} tensors of --{option}. They are taken, as the original "
+                     "does, which loads all that a trained file holds.")
+        own = {key: rest[key] for key in rest if any(re.fullmatch(pattern, key) for pattern in TRAINED_KEYS.values())}
+        for option in ("vit", "qformer"):
+            if path == options[option] and not (option == "vit" and len(rest) < len(tensors)):
+                held[option] |= {key: tensor for key, tensor in rest.items() if key not in own}
+                rest = own
+        trained[path] = rest if path in (options["projector"], options["lora"]) else own
+    return held, trained
+
+
+def has_qformer(tensors: Mapping[str, LazyTensor]) -> bool:
+    return any(key.startswith("Qformer.") for key in tensors)
+
+
+def _read_vit(path: Path, tensors: Mapping[str, LazyTensor], given: Mapping[str, Any], is_v2: bool,
               problems: Problems) -> tuple[VitConfig | None, dict[str, Parameter]]:
-    tensors = read(path, problems)
     cfg = vit_config(tensors, given, is_v2, problems)
     return cfg, forward(vit_entries(cfg), tensors, vit_ignored(cfg), path.name, problems) if cfg else {}
 
 
 def _read_qformer(
-    path: Path | None, vit_cfg: VitConfig | None, given: Mapping[str, Any], problems: Problems
+    path: Path | None, tensors: Mapping[str, LazyTensor], vit_cfg: VitConfig | None, given: Mapping[str, Any],
+    problems: Problems,
 ) -> tuple[QFormerConfig | None, dict[str, Parameter], dict[str, float]]:
-    """Returns (config, parameters, constant parameters). Without a file ln_vision is constant, because the original
+    """Returns (config, parameters, constant parameters). Without a Q-Former ln_vision is constant, because the original
     then keeps its initial values."""
-    if path:
-        tensors = read(path, problems)
+    if has_qformer(tensors):
         cfg = qformer_config(tensors, given, problems)
         if not (cfg and vit_cfg):
             return cfg, {}, {}
@@ -347,6 +367,8 @@ def _read_qformer(
     if vit_cfg.grid**2 % JOINED:
         problems.append(f"Without a Q-Former {JOINED} patches become one token, but images of {vit_cfg.image_size} "
                         f"pixels have {vit_cfg.grid**2} patches.")
+    if tensors:  # of a model without a Q-Former that was saved whole
+        return None, forward(expand(LN_VISION, {"E": vit_cfg.dim}), tensors, BLIP2_IGNORED, path.name, problems), {}
     constant = {"ln_vision/scale": 1.0, "ln_vision/bias": 0.0}
     return None, {path: _filled(path, value, vit_cfg.dim) for path, value in constant.items()}, constant
 

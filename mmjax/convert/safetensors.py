@@ -1,4 +1,4 @@
-"""Reads `.safetensors` files tensor by tensor.
+"""Reads and writes `.safetensors` files tensor by tensor.
 
 The format is eight bytes of length, a JSON table and the numbers. Reading it directly takes fewer lines than adapting
 the `safetensors` package to bfloat16 in numpy, to LazyTensor and to WeightFileError.
@@ -7,6 +7,7 @@ the `safetensors` package to bfloat16 in numpy, to LazyTensor and to WeightFileE
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -14,11 +15,15 @@ import numpy as np
 
 from mmjax.convert.lazy import MAX_AXES, MAX_HEADER, LazyTensor, WeightFileError, contiguous, kind
 
-# float8 and smaller dtypes are left out on purpose: such files store scales separately, and would be read wrong.
+# float8 and complex tensors are read so that they can be named: no parameter has such a dtype. Smaller dtypes are left
+# out, because several numbers share a byte.
 DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16),
     "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
+    "U16": np.dtype(np.uint16), "U32": np.dtype(np.uint32), "U64": np.dtype(np.uint64),
+    "C64": np.dtype(np.complex64), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2), "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }  # fmt: skip
 
 
@@ -74,6 +79,36 @@ def load(path: str | os.PathLike) -> dict[str, LazyTensor]:
     if problems:
         raise WeightFileError(f"{path} cannot be read:\n  " + "\n  ".join(problems[:20]) + again)
     return tensors
+
+
+def save(path: str | os.PathLike, tensors: Mapping[str, np.ndarray | LazyTensor]) -> None:
+    """Writes tensors, one after the other. The file is renamed to `path` when it is complete.
+
+    Raises TypeError for a dtype that the format does not have, and what LazyTensor.read raises.
+    """
+    path, names = Path(path), {dtype: name for name, dtype in DTYPES.items()}
+    table, end = {"__metadata__": {"format": "pt"}}, 0
+    for key, tensor in tensors.items():
+        if np.dtype(tensor.dtype) not in names:
+            raise TypeError(f"Cannot write {key} to {path}: {tensor.dtype} has no name in safetensors.")
+        size = math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
+        table[key] = {"dtype": names[np.dtype(tensor.dtype)], "shape": list(tensor.shape),
+                      "data_offsets": [end, end + size]}
+        end += size
+    header = json.dumps(table, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the numbers are aligned to 8 bytes
+    partial = path.with_name(f".{path.name[:40]}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for tensor in tensors.values():
+                array = tensor.read() if isinstance(tensor, LazyTensor) else tensor
+                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -13,6 +13,7 @@ No key is skipped silently: a source key that no line uses must match a line of 
 reason, and the caller must list the parameters that no line fills as fresh.
 """
 
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -22,7 +23,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,13 @@ import numpy as np
 
 from mmjax.config import TextConfig
 from mmjax.convert.lazy import LazyTensor, contiguous
+from mmjax.convert.notes import note
 
 Table = Sequence[tuple[str, str, str]]
 Ignored = Sequence[tuple[str, str]]  # (regular expression for a whole key, why it is left out)
 
 DTYPES = ("float16", "bfloat16", "float32")
+LISTED = 12  # problems of one kind and file that are listed one by one
 STACK_BYTES = 2**20  # layers smaller than this are gathered and written as one slice
 
 
@@ -44,7 +47,14 @@ class ConversionError(ValueError):
 
 
 class Problems(list[str]):
-    """A list of problems, which are reported together."""
+    """A list of problems, which are reported together.
+
+    left_out: how many tensors of a file are left out on purpose, by (file, reason)
+    """
+
+    def __init__(self, *lines: str):
+        super().__init__(lines)
+        self.left_out: collections.Counter[tuple[str, str]] = collections.Counter()
 
     def check(self, task: str) -> None:
         """Raises ConversionError listing the problems if there are any."""
@@ -81,8 +91,9 @@ class Parameter:
         return 1 if self.stacked and self.nbytes // len(self.tensors) >= STACK_BYTES else self.shape[0]
 
     def slices(self) -> Iterator[np.ndarray]:
-        """Yields arrays `[rows, ...]` in order."""
-        pieces = (_rearrange(tensor.read(), self.layout, self.sizes) for tensor in self.tensors)
+        """Yields arrays `[rows, ...]` in order; layers of a narrower dtype are cast to the parameter's."""
+        pieces = (_rearrange(tensor.read().astype(self.dtype, copy=False), self.layout, self.sizes)
+                  for tensor in self.tensors)
         if not self.stacked:
             yield from pieces
         elif self.rows == 1:
@@ -104,6 +115,7 @@ class SourceCheckpoint:
     constant:   parameters that are in no source and have a known value
     replaced:   parameters of the base that an adapter replaces
     words:      merges file of the text sense
+    left_out:   number of tensors that are left out on purpose, by (file, reason)
     """
 
     parts: dict[str, Any]
@@ -116,6 +128,7 @@ class SourceCheckpoint:
     constant: dict[str, float] = dataclasses.field(default_factory=dict)
     replaced: dict[str, Parameter] = dataclasses.field(default_factory=dict)
     words: Path | None = None
+    left_out: Mapping[tuple[str, str], int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,32 +208,84 @@ def forward(
 ) -> dict[str, Parameter]:
     """Returns the parameters that `entries` define from `tensors`; nothing is read yet.
 
-    Adds to `problems` every key that is missing, of another shape, of a mixed dtype, or neither used nor ignored.
+    Adds to `problems` every key that is missing, of another shape, of a dtype that no weights have, or neither used nor
+    ignored. Layers of different dtypes get the widest of them, and a line that says so.
     """
-    parameters = {}
-    missing, shapes = [], []
+    used = {key for entry in entries for key in entry.keys}
+    if used and tensors and not used & tensors.keys():
+        problems.append(f"{source} holds none of the {len(used)} tensors that are expected, such as "
+                        f"{entries[0].keys[0]}; its tensors are {_some(tensors)}. It is another file.")
+        return {}
+    parameters, shapes, mixed = {}, [], {}
     for entry in entries:
         found = [tensors[key] for key in entry.keys if key in tensors]
-        missing += [key for key in entry.keys if key not in tensors]
         wrong = [(key, tensors[key].shape) for key in entry.keys
                  if key in tensors and tuple(tensors[key].shape) != entry.key_shape]
         shapes += [f"{source}: {key} has shape {list(shape)}, expected {list(entry.key_shape)} ({entry.layout} with "
                    f"{', '.join(f'{axis}={size}' for axis, size in entry.sizes.items())})" for key, shape in wrong]
+        shapes += [dtype_problem(source, tensor) for tensor in found if str(tensor.dtype) not in DTYPES]
         dtypes = {str(tensor.dtype) for tensor in found}
-        shapes += [f"{source}: {tensor.key} is {tensor.dtype}; weights are {', '.join(DTYPES)}"
-                   for tensor in found if str(tensor.dtype) not in DTYPES]
-        if len(dtypes) > 1:
-            shapes.append(f"{source}: the layers of {entry.keys[0]} have different dtypes: {', '.join(sorted(dtypes))}")
-        if len(found) == len(entry.keys) and not wrong and len(dtypes) == 1:
+        if len(found) == len(entry.keys) and not wrong and dtypes <= {*DTYPES}:
+            dtype = widest(tensor.dtype for tensor in found)
+            if len(dtypes) > 1:
+                mixed.setdefault((*sorted(dtypes), str(dtype)), []).append(entry.keys[0])
             parameters[entry.path] = Parameter(
-                entry.shape, np.dtype(found[0].dtype), entry.layout, entry.sizes, tuple(found), entry.stacked)
-    used = {key for entry in entries for key in entry.keys}
-    extra = [key for key in tensors if key not in used and reason(key, ignored) is None]
-    problems.extend(f"{source}: {key} is missing" for key in missing)
-    problems.extend(shapes)
-    problems.extend(f"{source}: {key} {list(tensors[key].shape)} is neither used nor known as a key to ignore"
-                     for key in extra)
+                entry.shape, dtype, entry.layout, entry.sizes, tuple(found), entry.stacked)
+    missing = [key for entry in entries for key in entry.keys if key not in tensors]
+    problems.extend(shorten([f"{source}: {key} is missing" for key in missing], f"{source}: {{}} more are missing"))
+    problems.extend(shorten(shapes, f"{source}: {{}} more have other shapes or dtypes"))
+    problems.extend(shorten(_unknown_keys(tensors, used, ignored, source, problems),
+                            f"{source}: {{}} more are neither used nor known"))
+    for (*dtypes, dtype), keys in mixed.items():
+        note(f"{source}: the layers of {_some(keys)} have different dtypes ({', '.join(dtypes)}); stored as {dtype}.")
     return parameters
+
+
+def widest(dtypes: Iterable[Any]) -> np.dtype:
+    """Returns the dtype that holds the numbers of all: float32 for float16 with bfloat16."""
+    first, *more = {np.dtype(dtype) for dtype in dtypes}
+    return np.dtype(np.float32) if more else first
+
+
+def dtype_problem(source: str, tensor: LazyTensor) -> str:
+    """Returns what is wrong with a tensor whose dtype no parameter has, and how to save it."""
+    said = f"{source}: {tensor.key} is {tensor.dtype}; weights are {', '.join(DTYPES)}. "
+    if np.issubdtype(tensor.dtype, np.complexfloating):
+        return said + ("No model here has complex parameters: such a tensor is a buffer. Save the rest with PyTorch: "
+                       "{k: v for k, v in weights.items() if not v.is_complex()}")
+    if str(tensor.dtype).startswith("float8"):
+        return said + ("float8 weights usually have scale factors in other tensors: save the model as bfloat16 with "
+                       "the program that made it. Without such factors: {k: v.to(torch.bfloat16) for k, v in "
+                       "weights.items()}")
+    if np.issubdtype(tensor.dtype, np.floating):
+        return said + "Save it again with PyTorch: {k: v.to(torch.float32) for k, v in weights.items()}"
+    return said + "Quantised weights are not read; take the same model in float16 or bfloat16."
+
+
+def _unknown_keys(tensors: Mapping[str, LazyTensor], used: Collection[str], ignored: Ignored, source: str,
+                  problems: Problems) -> list[str]:
+    """Returns a line for each tensor that is neither used nor ignored, and counts the ignored ones."""
+    lines = []
+    for key, tensor in tensors.items():
+        if key in used:
+            continue
+        if (why := reason(key, ignored)) is not None:
+            problems.left_out[source, why] += 1
+        elif np.issubdtype(tensor.dtype, np.complexfloating):
+            lines.append(dtype_problem(source, tensor))
+        else:
+            lines.append(f"{source}: {key} {list(tensor.shape)} is neither used nor known as a key to ignore")
+    return lines
+
+
+def shorten(lines: Sequence[str], more: str) -> list[str]:
+    """Returns the first lines, and `more` with the number of the others in place of its {}."""
+    return [*lines[:LISTED], *([more.format(len(lines) - LISTED)] if len(lines) > LISTED else [])]
+
+
+def _some(names: Iterable[str], most: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
 
 
 def flat_tensors(path: Path, content: Any, problems: Problems) -> dict[str, LazyTensor]:
@@ -232,7 +297,7 @@ def flat_tensors(path: Path, content: Any, problems: Problems) -> dict[str, Lazy
             return content
         problems.append(f"{path.name} holds more than tensors: {', '.join(invalid)}.")
     else:
-        problems.append(f"{path.name} is not a dict of tensors, and has none under 'model'.")
+        problems.append(f"{path.name} is not a dict of tensors, and has none under 'model', 'module' or 'state_dict'.")
     return {}
 
 

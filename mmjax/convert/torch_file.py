@@ -8,8 +8,9 @@ returns, sets attributes, hashes any key (nested tuples overflow the C stack) an
 dicts, lists, tuples, strings and numbers, knows a fixed set of names, and raises an error for anything else. No step
 copies a value, so work and memory are bounded by the number of opcodes, which is bounded too.
 
-Left out, with an error that says so: the format before PyTorch 1.6, TorchScript, complex, quantised, float8 and
-sparse tensors, and all Python objects but `argparse.Namespace` (training scripts store their arguments in one).
+Left out, with an error that says so: the format before PyTorch 1.6, TorchScript, quantised and sparse tensors, and all
+Python objects but `argparse.Namespace` (training scripts store their arguments in one). Objects in members that the
+caller does not want (`unwanted`) are dropped: they are never made, only their names are read.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import math
 import os
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -38,9 +39,15 @@ STORAGES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-DTYPES = {f"torch.{dtype.name}" for dtype in STORAGES.values()}
+READ_STORAGES = STORAGES | {  # read so that they can be named; no parameter has such a dtype
+    "ComplexFloatStorage": np.dtype(np.complex64), "ComplexDoubleStorage": np.dtype(np.complex128)}
+UNTYPED = "torch.storage.UntypedStorage"  # of tensors that `_rebuild_tensor_v3` builds
+V3_DTYPES = {f"torch.{name}": np.dtype(getattr(ml_dtypes, name, None) or name) for name in (
+    "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "uint16", "uint32", "uint64")}
+DTYPES = {f"torch.{dtype.name}" for dtype in READ_STORAGES.values()} | V3_DTYPES.keys()
 NAMES = {"collections.OrderedDict", "argparse.Namespace", "torch.Size", "torch._utils._rebuild_tensor_v2",
-         "torch._utils._rebuild_parameter"} | {f"torch.{name}" for name in STORAGES}
+         "torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_parameter",
+         "torch._utils._rebuild_parameter_with_state", UNTYPED} | {f"torch.{name}" for name in READ_STORAGES}
 
 # A tensor takes about 15 opcodes and 150 bytes: room for 60,000 of them.
 MAX_OPCODES = 1_000_000
@@ -50,11 +57,13 @@ MAX_KEY = 1_000  # characters from the top to a tensor
 MAX_EXPANDED = 64 * 2**20  # bytes of a tensor that repeats elements (`expand`) and is small in the file
 
 
-def load(path: str | os.PathLike) -> Any:
+def load(path: str | os.PathLike, unwanted: Collection[str] = ()) -> Any:
     """Returns the structure that was saved with torch.save, with a LazyTensor for every tensor.
 
     Dicts of any kind and `argparse.Namespace` are returned as dict, parameters as tensors, dtypes as strings such as
-    "torch.float16". Attributes of dicts (PyTorch's `_metadata`) are dropped. Raises WeightFileError.
+    "torch.float16". Attributes of dicts (PyTorch's `_metadata`) and of tensors are dropped. Raises WeightFileError.
+
+    unwanted: members of the dict at the top that are returned as None, whatever objects they hold
     """
     path = Path(path)
     found = kind(path)
@@ -76,7 +85,7 @@ def load(path: str | os.PathLike) -> Any:
             raise WeightFileError(f"{path} has byte order {order[:16]!r}; expected b'little'. Save it again on a "
                                   "little-endian machine: torch.save(torch.load(f), g).")
         program = _content(file, path, members, pickles[0])
-    return _Reader(path, members, root).run(program)
+    return _Reader(path, members, root, unwanted).run(program)
 
 
 # ---------------------------------------------------------------------------------------------------------------- zip
@@ -245,11 +254,19 @@ class _Namespace:
     attributes: dict
 
 
+@dataclasses.dataclass(frozen=True)
+class _Object:
+    """Stands for an object of a class that is not read; refused unless it is in an unwanted member."""
+
+    name: str
+    where: str
+
+
 class _Reader:
     """Interprets one data.pkl. Values are dict, list, tuple, str, int, float, bool, None and the classes above."""
 
-    def __init__(self, path: Path, members: dict[str, _Member], root: str):
-        self.path, self.members, self.root = path, members, root
+    def __init__(self, path: Path, members: dict[str, _Member], root: str, unwanted: Collection[str] = ()):
+        self.path, self.members, self.root, self.unwanted = path, members, root, unwanted
         self.frames: list[list[Any]] = [[]]  # a MARK opens a frame, the opcode that consumes it closes it
         self.memo: dict[int, Any] = {}
         self.values = 0
@@ -339,6 +356,8 @@ class _Reader:
 
     def assign(self, items: list[Any]) -> None:
         target = self.frames[-1][-1]
+        if isinstance(target, _Object):
+            return
         if not isinstance(target, dict) or len(items) % 2:
             raise ValueError("items for something that is no dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
@@ -349,25 +368,39 @@ class _Reader:
 
     def extend(self, items: list[Any]) -> None:
         target = self.frames[-1][-1]
+        if isinstance(target, _Object):
+            return
         if not isinstance(target, list):
             raise ValueError("elements for something that is no list")
         target.extend(items)
 
-    def lookup(self, name: str) -> _Name | str:
+    def lookup(self, name: str) -> "_Name | _Object | str":
         if name in DTYPES:
             return name
-        if name not in NAMES:
-            raise self.refuse(f"holds a Python object made by {name[:MAX_KEY]!r}")
-        return _Name(name)
+        if name in NAMES:
+            return _Name(name)
+        if self.unwanted:
+            return _Object(name[:MAX_KEY], self.where())
+        raise self.refuse(f"holds a Python object made by {name[:MAX_KEY]!r}")
 
     def call(self, opcode: str, function: Any, arguments: Any) -> Any:
         match opcode, function, arguments:
+            case _, _Object(), _:
+                return function
             case "REDUCE", _Name("collections.OrderedDict"), ():
                 return {}
             case "REDUCE", _Name("torch.Size"), (tuple() as sizes,):
                 return sizes
             case "REDUCE", _Name("torch._utils._rebuild_parameter"), (LazyTensor() as tensor, _, _):
                 return tensor
+            case "REDUCE", _Name("torch._utils._rebuild_parameter_with_state"), (LazyTensor() as tensor, _, _, _):
+                return tensor
+            case "REDUCE", _Name("torch._utils._rebuild_tensor_v3"), (
+                    _Storage() as storage, int(offset), tuple(shape), tuple(strides), _, _, str(dtype), *_
+                    ) if dtype in V3_DTYPES:
+                size = storage.size * storage.dtype.itemsize // V3_DTYPES[dtype].itemsize
+                storage = dataclasses.replace(storage, dtype=V3_DTYPES[dtype], size=size)
+                return self.tensor(storage, offset, shape, strides)
             case "REDUCE", _Name("torch._utils._rebuild_tensor_v2"), (
                     _Storage() as storage, int(offset), tuple(shape), tuple(strides), _, _, *extra):
                 if any(extra):
@@ -383,7 +416,7 @@ class _Reader:
         match target, state:
             case _Namespace(), dict():
                 target.attributes = state
-            case dict(), _:
+            case dict() | _Object(), _:
                 pass
             case _:
                 raise self.refuse(f"sets attributes of a {type(target).__name__}")
@@ -391,8 +424,10 @@ class _Reader:
 
     def storage(self, identifier: Any) -> _Storage:
         match identifier:
-            case ("storage", _Name(name), str(key), str(), int(size)) if name.removeprefix("torch.") in STORAGES:
-                dtype, member = STORAGES[name.removeprefix("torch.")], f"{self.root}data/{key[:MAX_KEY]}"
+            case ("storage", _Name(name), str(key), str(), int(size)) if (
+                    name == UNTYPED or name.removeprefix("torch.") in READ_STORAGES):
+                dtype = READ_STORAGES.get(name.removeprefix("torch."), np.dtype(np.uint8))  # untyped: bytes
+                member = f"{self.root}data/{key[:MAX_KEY]}"
             case _:
                 raise self.refuse("refers to data outside the file in a way torch.save does not")
         if member not in self.members:
@@ -434,11 +469,15 @@ class _Reader:
         match value:
             case dict() | _Namespace():
                 items = value.attributes if isinstance(value, _Namespace) else value
-                return {name: self.finish(item, _join(key, name), depth + 1) for name, item in items.items()}
+                unwanted = self.unwanted if depth == 0 else ()
+                return {name: None if name in unwanted else self.finish(item, _join(key, name), depth + 1)
+                        for name, item in items.items()}
             case list() | tuple():
                 return type(value)(self.finish(item, _join(key, i), depth + 1) for i, item in enumerate(value))
             case LazyTensor():
                 return dataclasses.replace(value, key=key)
+            case _Object(name, where):
+                raise self.refuse(f"holds a Python object made by {name!r}", where or f" (at {key!r})")
             case _Name() | _Storage():
                 raise self.refuse(f"holds a bare {getattr(value, 'name', 'storage')} at {key!r}")
         return value
@@ -450,14 +489,17 @@ class _Reader:
         key = next(strings, None)
         return "" if key is None else f" (near the key {key[:MAX_KEY]!r})"
 
-    def refuse(self, what: str) -> WeightFileError:
+    def refuse(self, what: str, where: str | None = None) -> WeightFileError:
         return WeightFileError(
-            f"{self.path} {what}{self.where()}.\nOnly tensors in dicts and lists, with numbers and strings, are read, "
-            "because building anything else could run code that is hidden in the file.\nIf you trust its source, save "
-            "its weights alone with the PyTorch program it comes from:\n"
+            f"{self.path} {what}{self.where() if where is None else where}.\nOnly tensors in dicts and lists, with "
+            "numbers and strings, are read, because building anything else could run code that is hidden in the file."
+            "\nIf you trust its source, save its tensors alone with the PyTorch program it comes from:\n"
             f"  data = torch.load('{self.path.name}', map_location='cpu', weights_only=False)\n"
-            f"  torch.save({{'model': data['model']}}, 'weights_{self.path.name}')   # or torch.save(data, ...) if "
-            "the tensors are at the top")
+            "  print(data.keys())       # the tensors are in a member such as 'model', 'module' or 'state_dict', or at "
+            "the top\n"
+            "  weights = data['model']  # the name of that member; or: weights = data\n"
+            "  torch.save({k: v.detach().clone() for k, v in weights.items() if torch.is_tensor(v)}, "
+            f"'weights_{self.path.name}')")
 
 
 def _join(key: str, name: Any) -> str:

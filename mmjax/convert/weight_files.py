@@ -1,6 +1,6 @@
 """Selects the weight files of a folder as transformers does, and prints which files are read and which are not.
 
-Facts: transformers' modeling_utils.py, _get_resolved_checkpoint_files.
+Facts: transformers' modeling_utils.py, _get_resolved_checkpoint_files; peft's save_and_load.py, load_peft_weights.
 """
 
 import dataclasses
@@ -9,17 +9,15 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from rich.console import Console
-
+from mmjax.convert.notes import note
 from mmjax.convert.tables import Problems, read_json
 
 ORDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+PEFT_ORDER, PEFT_CONFIG = ("adapter_model.safetensors", "adapter_model.bin"), "adapter_config.json"
 INDEX = ".index.json"
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".onnx", INDEX)
 UNFINISHED = (".aria2", ".part", ".partial", ".incomplete", ".crdownload", ".download", ".tmp")  # downloads
 NUMBERED = re.compile(r"(.+-)\d+(-of-\d+.*)|(consolidated\.)\d+(\.pth)")
-
-console = Console(stderr=True, markup=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +38,18 @@ class WeightSet:
         names = [self.name] if not self.name.endswith(INDEX) else sorted(set(self.weight_map.values()))
         return [self.folder / name for name in names]
 
+    def missing(self, complete: str | None) -> list[str]:
+        """Returns a line if files of the set are missing. complete: what to do instead of downloading them"""
+        absent = [file.name for file in self.files if not os.path.lexists(file)]
+        if not absent or not os.path.lexists(self.folder / self.name):
+            return []
+        is_missing, them = ("are missing", "them") if len(absent) > 1 else ("is missing", "it")
+        return [f"{self.folder}: {listed(absent) if len(absent) > 8 else ', '.join(absent)} {is_missing}, though "
+                f"{self.name} lists {them}. {complete or f'Download {them}.'}"]
+
 
 def candidates(folder: Path, problems: Problems) -> list[str]:
-    """Returns the names of the folder's sets; transformers reads the first.
+    """Returns the names of the folder's sets; transformers, or peft for a folder of its own, reads the first.
 
     A broken link counts as a set: transformers would read the next set, which may be an older one.
     """
@@ -51,6 +58,8 @@ def candidates(folder: Path, problems: Problems) -> list[str]:
     problems.extend(line for line in found if line not in problems)
     named = config.get("transformers_weights")
     if named is None:
+        if os.path.lexists(folder / PEFT_CONFIG):
+            return [name for name in PEFT_ORDER if os.path.lexists(folder / name)]
         return [name for name in ORDER if os.path.lexists(folder / name)]
     if not _is_file_name(named) or not named.endswith((".safetensors", ".safetensors" + INDEX)):
         problems.append(f"{folder / 'config.json'}: transformers_weights is {named!r}; expected the name of a "
@@ -60,16 +69,12 @@ def candidates(folder: Path, problems: Problems) -> list[str]:
 
 
 def open_set(folder: Path, name: str, problems: Problems) -> WeightSet:
-    """Returns the set of that name. Adds a problem for each missing or unfinished file."""
+    """Returns the set of that name. Adds a problem for each unfinished file, and if there is no such set."""
     if not os.path.lexists(folder / name):
         problems.append(f"{folder}: {name} is missing, though config.json names it as transformers_weights. Download "
                         "it, or take that field out of config.json.")
         return WeightSet(folder, name, {})
     chosen = WeightSet(folder, name, _weight_map(folder / name, problems) if name.endswith(INDEX) else {})
-    absent = [file.name for file in chosen.files if not os.path.lexists(file)]
-    if absent:
-        is_missing, them = ("are missing", "them") if len(absent) > 1 else ("is missing", "it")
-        problems.append(f"{folder}: {', '.join(absent)} {is_missing}, though {name} lists {them}. Download {them}.")
     check_finished(chosen.files, problems)
     return chosen
 
@@ -120,13 +125,15 @@ def _without(name: str) -> str:
 
 def report(folder: Path, used: Collection[str], why: str) -> None:
     """Prints which files are read and which weight files are ignored. why: the reason for the latter."""
-    _print(f"{folder}: reading {listed(used)}.")
+    note(f"{folder}: reading {listed(used)}.")
     if ignored := unread(folder, used):
-        _print(f"{folder}: ignoring {listed(ignored)}. {why}")
+        note(f"{folder}: ignoring {listed(ignored)}. {why}")
 
 
 def why_ignored(folder: Path, name: str) -> str:
     """Returns why a folder's weight files other than the set `name` are not read."""
+    if name in PEFT_ORDER:
+        return f"As in peft, {name} is read, the first that exists of {', '.join(PEFT_ORDER)}."
     if name != next(known for known in (*ORDER, name) if os.path.lexists(folder / known)):
         return f"config.json names {name} as transformers_weights."
     meta = any(name.startswith("consolidated.") for name in unread(folder))
@@ -141,8 +148,3 @@ def listed(names: Iterable[str]) -> str:
         groups.setdefault(NUMBERED.sub(r"\1\3*\2\4", name), []).append(name)
     return ", ".join(found[0] if len(found) == 1 else f"{group} ({len(found)} files)"
                      for group, found in groups.items())
-
-
-def _print(line: str) -> None:
-    line = "".join(character if character.isprintable() else "?" for character in line)
-    console.print(line, highlight=False, soft_wrap=True)

@@ -12,8 +12,11 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,12 +28,15 @@ from mmjax import files, trees
 from mmjax.checkpoints import frozen as frozen_weights
 from mmjax.checkpoints import storage
 from mmjax.checkpoints.converted import CARD, FORMAT
+from mmjax.convert import weight_files
 from mmjax.convert.adapter import REPLACED
 from mmjax.convert.llama import TOKENIZER_FILES
+from mmjax.convert.notes import note
 from mmjax.convert.tables import Problems, SourceCheckpoint
 from mmjax.families.base import Family, find, shapes
 from mmjax.tokenizer import WORDS
 
+OLD = "-old"  # ending of the name of a checkpoint that is being replaced
 ALIASES = {"--llama": "--llm"}  # options of earlier versions
 
 
@@ -61,7 +67,12 @@ def command(name: str | Family) -> Callable[..., None]:
         _check_out(target, replace)
         paths = {name for name, p in signature.parameters.items() if files.is_path(p.annotation)}
         given = {name: _path(value) if name in paths else value for name, value in given.items()}
-        write(family, family.conversion.inspect(**given), target, replace)
+        recover(Path(os.path.realpath(target)))
+        begun = time.monotonic()
+        found = family.conversion.inspect(**given)
+        write(family, found, target, replace)
+        for line in summary(family, found, target, time.monotonic() - begun):
+            note(line)
 
     convert.__signature__ = signature
     convert.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
@@ -89,7 +100,7 @@ def write(family: Family, found: SourceCheckpoint, out: Path, overwrite: bool = 
     problems.check("Cannot convert")
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name[:40]}.partial-{os.getpid()}"  # file names have a maximum length
+    partial = out.parent / f"{_partial_name(out)}{socket.gethostname()[:40]}-{os.getpid()}"
     fingerprints = Fingerprints({path for paths in found.sources.values() for path in paths})
     try:
         partial.mkdir()
@@ -189,12 +200,87 @@ def _check_out(out: Path, overwrite: bool) -> None:
 
 
 def _move(partial: Path, out: Path, overwrite: bool) -> None:
+    """Renames a finished checkpoint to `out`. Between the two renames of a replacement only `recover` finds the old
+    one."""
     _check_out(out, overwrite)  # it may have been created meanwhile
-    old = partial.with_name(partial.name + "-old")
+    old = partial.with_name(partial.name + OLD)
     if out.exists():
         out.rename(old)
     partial.rename(out)
-    if old.is_dir():
-        shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _partial_name(out: Path) -> str:
+    """Returns the beginning of the names of unfinished checkpoints; file names have a maximum length."""
+    return f".{out.name[:40]}.partial-"
+
+
+def recover(out: Path) -> None:
+    """Restores the checkpoint that a killed `--overwrite` had moved away, and removes what killed conversions left.
+
+    Only leftovers of this machine's ended processes are touched: another machine may be converting.
+    """
+    pattern = re.compile(rf"{re.escape(_partial_name(out))}(.+)-(\d+)({re.escape(OLD)})?")
+    found = [] if not out.parent.is_dir() else sorted(out.parent.iterdir())
+    for path in found:
+        match = pattern.fullmatch(path.name)
+        if match is None or match[1] != socket.gethostname()[:40] or _alive(int(match[2])):
+            continue
+        if match[3] and not out.exists():
+            path.rename(out)
+            note(f"A conversion was killed while it replaced {out}. The former checkpoint is there again.")
+        else:
+            _remove(path)
+            note(f"Removed {path}, which a killed conversion left.")
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return process != os.getpid()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        old.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+
+# ---- the summary ----
+
+
+def summary(family: Family, found: SourceCheckpoint, out: Path, seconds: float) -> list[str]:
+    """Returns the lines at the end of a conversion: what was taken from where, what was left out, what is fresh."""
+    groups: dict[str, list[tuple[str, Any]]] = {}
+    for path, parameter in found.parameters.items():
+        option = next((option for pattern, option in family.conversion.origins if re.fullmatch(pattern, path)), "")
+        option = "computed" if path in found.constant else option
+        groups.setdefault(option, []).append((path, parameter))
+    lines = []
+    for option, held in groups.items():
+        files = [file.name for file in found.sources.get(option, ())]
+        dtypes = sorted({str(parameter.dtype) for _, parameter in held})
+        size = sum(parameter.nbytes for _, parameter in held)
+        source = weight_files.listed(files) or ("constants" if option == "computed" else "the given files")
+        lines.append(f"  {option or 'parameters'}: {len(held)} parameters, {', '.join(dtypes)}, {_size(size)}, from "
+                     f"{source}")
+    for (file, why), count in found.left_out.items():
+        lines.append(f"  left out of {file}: {count} tensor{'s' * (count > 1)} ({why})")
+    if found.fresh:
+        options = {option for path in found.fresh for pattern, option in family.conversion.origins
+                   if re.fullmatch(pattern, path)}
+        missing = ", ".join(f"--{option}" for option in sorted(options) if option not in found.sources)
+        names = ", ".join(found.fresh[:4]) + (f", ... ({len(found.fresh)} in all)" if len(found.fresh) > 4 else "")
+        lines.append(f"  starts fresh, and is useless until it is trained: {names}"
+                     + f" (no {missing} was given)" * bool(missing))
+    total = sum(parameter.nbytes for parameter in found.parameters.values())
+    return [f"Converted {family.name} in {seconds:.1f} s:", *lines, f"  {_size(total)} in {out}"]
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,8 +1,8 @@
 """Checks of the tokenizer against the model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from mmjax.convert.vocabulary import PADDED_VOCABULARY
+from mmjax.convert.vocabulary import padded
 from mmjax.doctor.finding import Finding, some
 from mmjax.doctor.inspection import Inspection
 from mmjax.tokenizer import Tokenizer
@@ -22,10 +22,10 @@ def check(inspection: Inspection) -> list[Finding]:
 
 def _vocabulary(tokenizer: Tokenizer, rows: int) -> Finding:
     figures = {"words": tokenizer.vocab_size, "rows": rows}
-    padded = -(-tokenizer.vocab_size // PADDED_VOCABULARY) * PADDED_VOCABULARY
-    if rows in (tokenizer.vocab_size, padded):
-        return Finding("tokenizer", "ok", f"{tokenizer.vocab_size} tokens, {rows} rows in the embedding table.",
-                       figures)
+    if tokenizer.vocab_size <= rows and padded(rows, tokenizer.vocab_size):
+        unused = len(tokenizer.without_text(rows))
+        return Finding("tokenizer", "ok", f"{tokenizer.vocab_size} tokens, {rows} rows in the embedding table"
+                       + f"; {unused} rows have no token and are never generated" * bool(unused) + ".", figures)
     return Finding("tokenizer", "wrong", f"The tokenizer has {tokenizer.vocab_size} tokens (added ones included), the "
                    f"embedding table {rows} rows: they are of different releases (LLaMA and Vicuna v1.1 have 32000, "
                    "Vicuna v0 32001). Take the tokenizer files from the folder of the weights.", figures)
@@ -37,11 +37,17 @@ def _special(inspection: Inspection, tokenizer: Tokenizer, rows: int) -> Finding
     ends = eos if isinstance(eos, list) else [eos]
     special = {"bos": tokenizer.bos, "eos": tokenizer.eos, "unk": tokenizer.unk, "pad": tokenizer.pad}
     figures = {"tokenizer": special, "generation": generation}
-    ids = [*((f"the tokenizer's {name}", i) for name, i in special.items()), ("bos_token_id", bos),
-           ("pad_token_id", pad), *(("eos_token_id", end) for end in ends)]
-    if outside := [f"{name} {i}" for name, i in ids if not 0 <= i < rows]:
-        return Finding("special ids", "wrong", f"{', '.join(outside)} have no row in the embedding table of {rows}. "
-                       "Take tokenizer and generation_config.json from the folder of the weights.", figures)
+    ids = [*(("eos_token_id", end) for end in ends), ("bos_token_id", bos), ("pad_token_id", pad),
+           *((f"the tokenizer's {name}", i) for name, i in special.items())]
+    outside = [f"{name} {i}" for name, i in ids if not (0 <= i < rows and tokenizer.has_text(i))]
+    if not any(0 <= end < rows and tokenizer.has_text(end) and end not in (tokenizer.bos, tokenizer.unk)
+               or end == tokenizer.eos for end in ends):
+        return Finding("special ids", "wrong", _never_ends(ends, tokenizer)
+                       + f" Besides, {some(outside)} have no row or no text." * bool(outside), figures)
+    if outside:
+        return Finding("special ids", "wrong", f"{', '.join(outside)} have no row in the embedding table of {rows}, or "
+                       "no text in the tokenizer. Correct them in the config.json and generation_config.json of the "
+                       "released folder, and convert again.", figures)
     if tokenizer.bos in (tokenizer.eos, tokenizer.unk) and tokenizer.bos != bos:
         kind = "end" if tokenizer.bos == tokenizer.eos else "unknown token"
         return Finding(
@@ -50,7 +56,7 @@ def _special(inspection: Inspection, tokenizer: Tokenizer, rows: int) -> Finding
             "correct bos_token in special_tokens_map.json or "
             "tokenizer_config.json.", figures)
     different = [f"{name} {special[name]} (generation: {generation[f'{name}_token_id']})" for name, same in (
-        ("bos", tokenizer.bos == bos), ("eos", tokenizer.eos in ends)) if not same]
+        ("eos", tokenizer.eos in ends), ("bos", tokenizer.bos == bos)) if not same]
     if different:
         return Finding("special ids", "warning", "Tokenizer and generation_config.json do not agree: "
                        f"{', '.join(different)}. Answers may begin or end wrongly; one of the files is of another "
@@ -58,6 +64,15 @@ def _special(inspection: Inspection, tokenizer: Tokenizer, rows: int) -> Finding
                        figures)
     return Finding("special ids", "ok", ", ".join(f"{name} {i}" for name, i in special.items()) + "; generation "
                    "agrees.", figures)
+
+
+def _never_ends(ends: Sequence[int], tokenizer: Tokenizer) -> str:
+    """Returns the message about ends of generation that no answer has."""
+    kinds = {tokenizer.bos: "its beginning", tokenizer.unk: "its unknown token"}
+    said = ", ".join(f"{end} ({kinds.get(end, 'no token')})" for end in ends)
+    return (f"Answers never end: eos_token_id is {said}, the tokenizer's end is {tokenizer.eos_text!r} "
+            f"({tokenizer.eos}). Write \"eos_token_id\": {tokenizer.eos} into the config.json of the released folder "
+            "(and into its generation_config.json, if that names one), and convert again.")
 
 
 def _round_trip(tokenizer: Tokenizer) -> Iterator[Finding]:

@@ -22,7 +22,7 @@ from rich.console import Console
 from mmjax import trees
 from mmjax.batch import Batch
 from mmjax.config import TextConfig
-from mmjax.convert import torch_file
+from mmjax.convert import safetensors, torch_file
 from mmjax.convert.tables import Entry, SourceCheckpoint
 from mmjax.models import int8, pixels
 from mmjax.models.language_model import LanguageModelConfig
@@ -154,21 +154,24 @@ class Conversion:
 
 @dataclasses.dataclass(frozen=True)
 class ExportContext:
-    """What an export needs in addition to the tensors."""
+    """What an export needs in addition to the tensors. safetensors: write that format instead of torch.save's"""
 
     config: Any
     generation: Mapping[str, Any]
     tokenizer: Path
+    safetensors: bool = False
 
 
 def save_model(out: Path, tensors: Mapping[str, Any], context: ExportContext) -> None:
-    """Writes a .pth with the tensors under "model", as the originals' runners do."""
+    """Writes a .pth with the tensors under "model", as the originals' runners do; or a .safetensors, which is flat."""
+    if context.safetensors:
+        return safetensors.save(out, tensors)
     torch_file.save(out, {"model": tensors})
 
 
 def save_flat(out: Path, tensors: Mapping[str, Any], context: ExportContext) -> None:
-    """Writes a .pth with the tensors alone."""
-    torch_file.save(out, tensors)
+    """Writes a .pth or .safetensors with the tensors alone."""
+    (safetensors if context.safetensors else torch_file).save(out, tensors)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -157,8 +157,8 @@ STAGES = (
 
 
 def _write_adapter(out: Path, tensors: Mapping[str, Any], context: ExportContext) -> None:
-    """Writes v2's tensors with the "config" that its project reads first, and v1's tensors alone."""
-    if context.config.visual is None:
+    """Writes v2's tensors with the "config" that its project reads first, and v1's tensors and safetensors alone."""
+    if context.config.visual is None or context.safetensors:
         return save_flat(out, tensors, context)
     llm = context.config.llm
     lora = {"w_lora": True, "lora_rank": llm.lora_rank} if llm.lora_rank else {"w_lora": False}

@@ -15,8 +15,8 @@ import dataclasses
 import jax
 
 from mmjax.batch import Batch
-from mmjax.convert import llama as llama_source
 from mmjax.convert import minigpt4 as source
+from mmjax.convert import peft
 from mmjax.families import parts
 from mmjax.families.base import (
     Conversion,
@@ -146,7 +146,7 @@ FAMILY = register(Family(
         (r"llm/.*/lora_[ab]", "lora"), (r"llm/.*", "llm"))),
     exports=parts.LLM_EXPORTS | {
         "projector": Export(lambda cfg, replaced: [*source.projector_entries(cfg.soft_width, cfg.llm.dim),
-                                                   *llama_source.lora_entries(cfg.llm)]),
+                                                   *peft.entries(cfg.llm)]),
         "vit": Export(lambda cfg, replaced: source.vit_entries(cfg.vit), save_flat),
         "qformer": Export(lambda cfg, replaced: source.qformer_entries(cfg.qformer, cfg.vit.dim),
                           exists=lambda cfg: cfg.qformer is not None)},

@@ -52,9 +52,10 @@ class GenerateConfig:
                         the model never reads it)
     stop:               token sequences that end a row once its new tokens end with one; they stay in the result. In
                         beam search the beam is finished as by `eos`, but its length counts the stop tokens
+    suppress_tokens:    tokens that are never generated, such as rows of the embedding table without a token
 
-    max_new_tokens, temperature, top_p, repetition_penalty and min_length are operands of the compiled function, but
-    whether the last three are on is compiled in, like all other settings.
+    max_new_tokens, temperature, top_p, repetition_penalty, min_length and suppress_tokens are operands of the compiled
+    function, but whether the last four are on is compiled in, like all other settings.
 
     Raises ValueError naming every value out of range.
     """
@@ -75,6 +76,7 @@ class GenerateConfig:
     eos: int = 2
     pad: int = 0
     stop: tuple[tuple[int, ...], ...] = ()
+    suppress_tokens: tuple[int, ...] = ()
 
     def __post_init__(self):
         def is_tokens(value: Any) -> bool:
@@ -99,6 +101,7 @@ class GenerateConfig:
             ("eos", is_token(self.eos), "a token id (of several give the others as `stop`; -1: nothing ends a row)"),
             ("pad", is_token(self.pad), "a token id (a model without one takes `eos`)"),
             ("stop", stops, "a tuple of non-empty tuples of token ids"),
+            ("suppress_tokens", self.suppress_tokens == () or is_tokens(self.suppress_tokens), "a tuple of token ids"),
         )
         wrong = [f"{name} = {getattr(self, name)!r}, but must be {rule}" for name, holds, rule in checks if not holds]
         if wrong:
@@ -138,6 +141,7 @@ class Operands(NamedTuple):
     top_p: float | jax.Array
     repetition_penalty: float | jax.Array
     min_length: int | jax.Array
+    suppress_tokens: np.ndarray | jax.Array | None = None  # int32[...]
 
 
 def compiled(config: GenerateConfig, room: int | None = None) -> tuple[Strategy, Operands]:
@@ -150,7 +154,8 @@ def compiled(config: GenerateConfig, room: int | None = None) -> tuple[Strategy,
         room, config.num_beams, config.sampling, config.repetition_penalty != 1,
         config.min_length > config.dummy, config.top_k, config.top_p < 1, config.top_p_inclusive,
         config.length_penalty, config.early_stopping, config.dummy, config.bos, config.eos, config.pad, config.stop,
-    ), Operands(config.max_new_tokens, config.temperature, config.top_p, config.repetition_penalty, config.min_length)
+    ), Operands(config.max_new_tokens, config.temperature, config.top_p, config.repetition_penalty, config.min_length,
+                np.array(config.suppress_tokens, np.int32) if config.suppress_tokens else None)
 
 
 @jax.tree_util.register_dataclass
@@ -370,7 +375,8 @@ def top_p_inclusive(scores: jax.Array, p: float) -> jax.Array:
 
 def penalise(strategy: Strategy, operands: Operands, scores: jax.Array, sequences: jax.Array,
              length: jax.Array | int) -> jax.Array:
-    """Applies the penalties to scores [...,V], given the first `length` tokens of sequences [...,W]."""
+    """Applies the penalties and `suppress_tokens` to scores [...,V], given the first `length` tokens of sequences
+    [...,W]."""
     if not strategy.dummy:
         sequences, length = sequences[..., 1:], length - 1
     if strategy.repetition:
@@ -378,6 +384,8 @@ def penalise(strategy: Strategy, operands: Operands, scores: jax.Array, sequence
         scores = repetition_penalty(scores, seen, operands.repetition_penalty)
     if strategy.minimum:
         scores = min_length(scores, length, operands.min_length, strategy.eos)
+    if operands.suppress_tokens is not None:
+        scores = scores.at[..., operands.suppress_tokens].set(-jnp.inf, mode="drop")
     return scores
 
 

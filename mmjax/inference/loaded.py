@@ -177,10 +177,20 @@ class Loaded:
         config = GenerateConfig(
             max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=temperature > 0, temperature=temperature,
             bos=special["bos_token_id"], eos=eos, pad=special["pad_token_id"],
-            stop=(*((token,) for token in more),
+            stop=(*((token,) for token in more if token >= 0),
                   *(sequence for text in stop for sequence in stop_tokens(self.tokenizer, text))),
+            suppress_tokens=self._without_text,
             **{name: settings[name] for name in DECODING_OPTIONS if name in settings})
         return config, {name: value for name, value in settings.items() if name not in DECODING_OPTIONS}
+
+    @functools.cached_property
+    def _without_text(self) -> tuple[int, ...]:
+        """The rows of the embedding table without a token, which cannot be decoded."""
+        return self.tokenizer.without_text(self.config.llm.vocab)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of generated tokens as the family's original decodes them."""
+        return self.tokenizer.decode(ids, sentencepiece=self.text.joint)
 
     def _prefill(self, samples: Sequence[Sample], config: GenerateConfig, seed: int, first: int, recall: Recall | None,
                  settings: dict[str, Any]) -> Generation:
@@ -224,16 +234,16 @@ class Loaded:
                 generation.advance()
             while not generation.done.all():  # tokens may spell a stop string in ways that the loop does not detect
                 generation.advance(generation.step + STOP_INTERVAL)
-                texts = map(self.tokenizer.decode, generation.tokens)
+                texts = map(self._decode, generation.tokens)
                 generation.close(np.array([cut(text, stop) != text for text in texts]))
             result = generation.result()
         rows = zip(np.asarray(result.sequences), np.asarray(result.lengths), strict=True)
-        return [cut(self.tokenizer.decode(row[1:length].tolist()), stop).strip() for row, length in rows]
+        return [cut(self._decode(row[1:length].tolist()), stop).strip() for row, length in rows]
 
     def _pieces(self, generation: Generation, stop: Sequence[str]) -> Iterator[str]:
         yielded = ""
         while not (generation.done[0] or generation.beams):
-            text = self.tokenizer.decode(generation.tokens[0])
+            text = self._decode(generation.tokens[0])
             if cut(text, stop) != text:
                 break
             stable = stable_prefix(text, stop)

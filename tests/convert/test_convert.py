@@ -157,13 +157,17 @@ def test_a_tied_head_may_be_stored_if_it_is_equal(tmp_path):
 
 
 @pytest.mark.parametrize("generation, expected", [
-    ({"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2}, (0, 1, -1)),
+    ({"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2}, (0, 1, 1)),
     ({"bos_token_id": 1, "eos_token_id": [2, 5], "pad_token_id": None}, (1, [2, 5], 2)),
-    (None, (0, 1, -1))])
+    ({"bos_token_id": 1, "eos_token_id": [2, 600], "pad_token_id": 0}, (1, [2], 0)),
+    ({"bos_token_id": None, "eos_token_id": [], "pad_token_id": -1}, (0, 1, 1)),
+    ({"bos_token_id": "1", "eos_token_id": True}, (0, 1, 1)),
+    ({}, (0, 1, 1)),
+    (None, (0, 1, 1))])
 def test_generation_ids(tmp_path, generation, expected):
     folder = llama_folder(tmp_path / "llama", llama_tensors(), bos_token_id=0, eos_token_id=1, pad_token_id=-1)
     (folder / "generation_config.json").unlink()
-    if generation:
+    if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
     write.command("llama")(folder, tmp_path / "out")
     assert tuple(described(tmp_path / "out")["generation"].values()) == expected
@@ -282,8 +286,16 @@ def test_shards_and_index_must_agree(tmp_path):
 
 
 @pytest.mark.parametrize("changes, said", [
-    ({"attention_bias": True}, "attention_bias is True"),
-    ({"mlp_bias": True}, "mlp_bias is True"),
+    ({"attention_bias": True}, "self_attn.q_proj.bias is missing"),
+    ({"mlp_bias": True}, "mlp.gate_proj.bias is missing"),
+    ({"mlp_bias": "yes"}, "mlp_bias is 'yes', expected true or false"),
+    ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6', expected a number above 0 and at most 1"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+    ({"rope_theta": -1}, "rope_theta is -1"),
+    ({"num_hidden_layers": 10**12}, "no valid num_hidden_layers"),
+    ({"max_position_embeddings": "x"}, "max_position_embeddings is 'x', expected a whole number"),
+    ({"head_dim": 15}, "heads of size 15 cannot be rotated"),
+    ({"rope_scaling": [1]}, "rope_scaling is [1]; expected an object"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ({"model_type": "mistral"}, "model_type is 'mistral'"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling is 'linear'"),
@@ -300,7 +312,8 @@ def test_configs_that_ask_for_something_else(tmp_path, changes, said):
 
 
 @pytest.mark.parametrize("rows, added, fits", [
-    (601, None, False), (601, "[PAD]", True), (600, "[PAD]", False), (599, None, False), (640, None, True)])
+    (601, None, True), (601, "[PAD]", True), (600, "[PAD]", False), (599, None, False), (640, None, True),
+    (632, "[PAD]", True)])
 def test_vocabulary(tmp_path, rows, added, fits):
     held = llama_tensors()
     for key in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -318,7 +331,8 @@ def test_trained_parts_are_never_lost(tmp_path):
     assert "give the same file as --lora" in refused(tmp_path, **V2 | {"lora": None})
     assert "give the same file as --lora" in refused(tmp_path, **V2 | {"lora": None, "lora_rank": 4})
     assert "give the same file as --projector" in refused(tmp_path, **V2 | {"projector": None})
-    assert "has no LoRA on q_proj" in refused(tmp_path, **V2 | {"lora": NO_QFORMER["projector"]})
+    message = refused(tmp_path, **V2 | {"lora": NO_QFORMER["projector"]})
+    assert "is a trained projector of MiniGPT-4; it was given as --lora. Give it as --projector." in message
     assert "--lora-rank is 8, but the LoRA file holds rank 4" in refused(tmp_path, **V2, lora_rank=8)
     assert "llama_proj.weight has shape [64, 48], expected [64, 256]" in refused(
         tmp_path, **NO_QFORMER | {"projector": MINIGPT4["projector"]})

@@ -160,8 +160,8 @@ def test_params_come_back(tmp_path, cfg):
 
 
 @pytest.mark.parametrize("change, said", [
-    ({"dim": "32"}, "dim is '32', expected a whole number above 0"),
-    ({"n_heads": None}, "n_heads is None, expected a whole number above 0"),
+    ({"dim": "32"}, "dim is '32', expected a whole number from 1 to"),
+    ({"n_heads": None}, "n_heads is None, expected a whole number from 1 to"),
     ({"n_heads": 5}, "5 heads (5 of keys and values) do not divide a width of 32"),
     ({"n_kv_heads": 3}, "4 heads (3 of keys and values) do not divide"),
     ({"norm_eps": -1}, "norm_eps is -1, expected a number above 0"),
@@ -170,7 +170,8 @@ def test_params_come_back(tmp_path, cfg):
     ({"n_layers": 5}, "layers.4.feed_forward.w2.weight is missing"),
     ({"n_layers": 3}, "layers.3.attention.wq.weight [32, 32] is neither used nor known"),
     ({"n_kv_heads": 2}, "wk.weight has shape [32, 32], expected [16, 32]"),
-    ({"dim": 64}, "says dim 64, and a shard holds 32 of the columns of tok_embeddings.weight, so there should be 2"),
+    ({"dim": 64}, "says dim 64 and vocab_size 600, and a shard holds 32 columns of 600 rows of tok_embeddings.weight, "
+                  "so there should be 2"),
     ({"vocab_size": 601}, "tok_embeddings.weight has 600 rows, params.json says vocab_size 601"),
 ])
 def test_params_that_do_not_fit(tmp_path, change, said):
@@ -198,7 +199,7 @@ def test_missing_files(tmp_path):
     message = refused(tmp_path, write.command("llama"), llm=folder)
     assert "so there should be 2 shards; there are 1" in message and "1 problem." in message
     (folder / "params.json").unlink()
-    assert "has consolidated*.pth, but no params.json" in refused(tmp_path, write.command("llama"), llm=folder)
+    assert "has consolidated*, but no params.json" in refused(tmp_path, write.command("llama"), llm=folder)
 
 
 def test_no_tokenizer(tmp_path):

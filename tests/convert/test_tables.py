@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mmjax.convert import llama, minigpt4, tables
+from mmjax.convert import llama, minigpt4, peft, tables
 from mmjax.convert.tables import Computed, ConversionError, Problems, backward, expand, forward, sizes_from_shapes
 from mmjax.families import FAMILIES, shapes
 from mmjax.models import eva_vit, qformer
@@ -18,7 +18,7 @@ TABLES = {
     "projector": minigpt4.projector_entries(6, 4),
     "llm": llama.entries(GROUPED),
     "llama tied": llama.entries(dataclasses.replace(GROUPED, tied=True)),
-    "lora": llama.lora_entries(GROUPED),
+    "lora": peft.entries(GROUPED),
 }
 
 
@@ -52,7 +52,7 @@ def test_there_and_back(name, dtype):
 def test_tables_fill_the_model_exactly(preset):
     cfg = FAMILIES["minigpt4"].presets[preset]
     entries = [*minigpt4.vit_entries(cfg.vit), *minigpt4.projector_entries(cfg.soft_width, cfg.llm.dim),
-               *llama.entries(cfg.llm), *llama.lora_entries(cfg.llm)]
+               *llama.entries(cfg.llm), *peft.entries(cfg.llm)]
     filled = {"ln_vision/scale": (cfg.vit.dim,), "ln_vision/bias": (cfg.vit.dim,)}
     if cfg.qformer:
         entries += minigpt4.qformer_entries(cfg.qformer, cfg.vit.dim)
@@ -99,7 +99,7 @@ def test_numbers_stack_or_stay_apart():
     assert [(entry.keys, entry.path) for entry in apart] == [(("b.0.w",), "b_0/w"), (("b.5.w",), "b_5/w")]
 
 
-def test_everything_wrong_is_listed():
+def test_everything_wrong_is_listed(capsys):
     entries, problems = TABLES["llm"], Problems()
     source = random(entries)
     del source["model.layers.1.mlp.up_proj.weight"]
@@ -111,15 +111,17 @@ def test_everything_wrong_is_listed():
     source["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(3, np.float32)
     forward(entries, lazy(source), llama.IGNORED, "shard.bin", problems)
     assert sorted(problems) == [
-        "shard.bin: lm_head.weight is int8; weights are float16, bfloat16, float32",
+        "shard.bin: lm_head.weight is int8; weights are float16, bfloat16, float32. Quantised weights are not read; "
+        "take the same model in float16 or bfloat16.",
         "shard.bin: model.layers.1.mlp.up_proj.weight is missing",
         "shard.bin: model.layers.2.self_attn.q_proj.weight has shape [12, 20], expected [20, 12] ((N H) D -> D N H "
         "with N=4, H=5, D=12)",
         "shard.bin: model.layers.3.mlp.up_proj.weight [3] is neither used nor known as a key to ignore",
         "shard.bin: model.norm.weight has shape [5], expected [12] (D -> D with D=12)",
-        "shard.bin: the layers of model.layers.0.self_attn.k_proj.weight have different dtypes: float16, float32",
     ]
-    with pytest.raises(ConversionError, match="Cannot convert: 6 problems.\n  shard.bin"):
+    assert capsys.readouterr().err == ("shard.bin: the layers of model.layers.0.self_attn.k_proj.weight have different "
+                                       "dtypes (float16, float32); stored as float32.\n")
+    with pytest.raises(ConversionError, match="Cannot convert: 5 problems.\n  shard.bin"):
         problems.check("Cannot convert")
 
 

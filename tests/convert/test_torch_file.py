@@ -225,7 +225,7 @@ def test_object_of_another_library_is_named_with_its_key(tmp_path):
                + b"comegaconf.dictconfig\nDictConfig\n)\x81" + plain({"_content": {}}) + b"bs")
     message = error(archive(tmp_path / "old.pth", program))
     assert "'omegaconf.dictconfig.DictConfig' (near the key 'config')" in message
-    assert "torch.save({'model': data['model']}" in message
+    assert "torch.save({k: v.detach().clone() for k, v in weights.items()" in message
 
 
 @pytest.mark.parametrize(("layout", "message"), [

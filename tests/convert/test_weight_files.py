@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from mmjax.convert import llama, meta, torch_file, weight_files, write
+from mmjax.convert import meta, state_dict, torch_file, weight_files, write
 from mmjax.convert.tables import Problems
 from mmjax.convert.weight_files import INDEX, ORDER
 from tests.convert.released import IMAGEBIND, described, llama_folder, llama_tensors, meta_folder, params, refused
@@ -40,7 +40,7 @@ def add(folder, name, tensors):
 def taken(folder, wanted=KEYS):
     """The value of the set that is read."""
     problems = Problems()
-    files, tensors = llama.read_tensors(folder, problems, wanted)
+    files, tensors = state_dict.read_folder(folder, problems, wanted)
     assert not problems and files
     (value,) = {float(x) for tensor in tensors.values() for x in tensor.read()}
     return value
@@ -48,7 +48,7 @@ def taken(folder, wanted=KEYS):
 
 def problems_of(folder, wanted=KEYS):
     problems = Problems()
-    _, tensors = llama.read_tensors(folder, problems, wanted)
+    _, tensors = state_dict.read_folder(folder, problems, wanted)
     assert problems
     return tensors, "\n".join(problems)
 
@@ -60,9 +60,13 @@ def test_order(tmp_path, capsys, names):
         add(tmp_path, name, held(ORDER.index(name)))
     first, *rest = sorted(names, key=ORDER.index)
     assert taken(tmp_path) == ORDER.index(first)
-    reading, *ignoring = capsys.readouterr().err.splitlines()
+    reading, *more = capsys.readouterr().err.splitlines()
     assert reading.startswith(f"{tmp_path}: reading ") and first in reading
+    ignoring = [line for line in more if line.startswith(f"{tmp_path}: ignoring ")]
     assert len(ignoring) == bool(rest)
+    warnings = [line for line in more if line not in ignoring]
+    assert [f"{first} is read, and {name} differs: the values of model.norm.weight" in line
+            for name, line in zip(rest, warnings, strict=True)] == [True] * len(rest)
     assert all(name in ignoring[0].split(" As in ")[0].split(": ignoring ")[1] for name in rest)
 
 
@@ -144,7 +148,7 @@ def test_a_set_that_lacks_tensors(tmp_path):
     add(tmp_path, BIN, {KEYS[1]: np.ones(4, np.float32)})
     assert taken(tmp_path, KEYS[:1]) == 1
     problems = Problems()
-    llama.read_tensors(tmp_path, problems, KEYS)
+    state_dict.read_folder(tmp_path, problems, KEYS)
     assert not problems  # no other set is complete either; what is missing is said where the model is filled
     add(tmp_path, BIN, held(2))
     assert f"also holds a complete set: {BIN}. If it is the one you want, delete {SAFE}, or" in problems_of(tmp_path)[1]
@@ -254,11 +258,11 @@ def test_metas_shards_that_are_no_set(tmp_path, name, said):
 
 
 def test_metas_files_under_other_names(tmp_path):
-    for name in ("consolidated.safetensors", "consolidated.00-of-01.model.pth"):
+    for name in ("consolidated.pth", "consolidated.00.bin"):
         (tmp_path / name).touch()
     problems = Problems()
     meta.read_shards(tmp_path, problems)
-    assert "it holds consolidated.00-of-01.model.pth, consolidated.safetensors, which cannot be read" in problems[0]
+    assert "it holds consolidated.00.bin, consolidated.pth, which cannot be read" in problems[0]
 
 
 def test_listed():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mmjax import trees
-from mmjax.convert import llama as llama_tables
 from mmjax.convert import minigpt4 as minigpt4_tables
+from mmjax.convert import peft
 from mmjax.convert.tables import backward
 from mmjax.training import steps
 from tests.parity import golden
@@ -148,7 +148,7 @@ def test_gradients(case):
     m = model(case)
     gradients = slopes(m.module)(m.params, batch_of(case, m))
     entries = [*minigpt4_tables.projector_entries(m.config.soft_width, m.config.llm.dim),
-               *llama_tables.lora_entries(m.config.llm)]
+               *peft.entries(m.config.llm)]
     named = backward(entries, trees.flatten(gradients))
     for name in sorted(case.arrays):
         if name.startswith("grad."):
