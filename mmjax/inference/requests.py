@@ -18,7 +18,7 @@ import numpy as np
 from mmjax import files
 from mmjax.batch import Sample
 from mmjax.data.arrays import read_npy
-from mmjax.data.formats.rows import field, image_path, parse_json, shown, text
+from mmjax.data.formats.rows import field, image_path, shown, text
 from mmjax.data.text import PLACEHOLDER
 from mmjax.families.base import PromptStyle
 
@@ -148,7 +148,7 @@ def _identity(value: Any) -> Any:
 
 def _parse(root: str, number: int, line: bytes) -> Request:
     try:
-        row = parse_json(line)
+        row = files.parse_json(line)
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(row, dict):
