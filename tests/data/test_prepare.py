@@ -36,7 +36,8 @@ def content(image):
 
 def whole(records):
     """The records with their images' bytes."""
-    return [dataclasses.replace(record, image=content(record.image)) for record in records]
+    return [dataclasses.replace(record, image=content(record.image), others=tuple(map(content, record.others)))
+            for record in records]
 
 
 def jsonl(folder, count=7, **wrong):
@@ -93,7 +94,8 @@ def test_examples_are_those_of_tensorflow_datasets():
             "name": record.name, "image": [image] if image else [], "answer": record.answer,
             "prompt": [] if record.prompt is None else [record.prompt], "input": record.input,
             "turns": [{"question": question, "answer": answer} for question, answer in record.turns]})
-        assert tf_example_pb2.Example.FromString(example(record, [image] if image else [])) == tf_example_pb2.Example.FromString(theirs)
+        ours = example(record, [image] if image else [])
+        assert tf_example_pb2.Example.FromString(ours) == tf_example_pb2.Example.FromString(theirs)
 
 
 def test_tensorflow_datasets_reads_it(tmp_path):
