@@ -240,6 +240,8 @@ class RunConfig:
     keep:        number of checkpoints kept, the newest ones
     keep_best:   also keep the checkpoint for which the mean loss of the `save_every` steps before it is lowest
     score:       write scores and a report at the end, if the data are scenes
+    allow_changed_inputs: resume although annotation files, tars, the tokenizer or the architecture of the checkpoint
+                 have changed since the run began. By default the run is refused, with the differences
     check_first_loss: stop if the first loss is that of a language model that predicts nothing (off for random weights)
     """
 
@@ -261,6 +263,7 @@ class RunConfig:
     keep: int = 2
     keep_best: bool = False
     score: bool = True
+    allow_changed_inputs: bool = False
     check_first_loss: bool = True
 
     def url_problems(self, prefix: str = "") -> list[str]:

@@ -44,6 +44,10 @@ class Lazy(Sequence[Record]):
     account: Account
     files: tuple[str, ...]
 
+    def fingerprints(self) -> dict[str, str]:
+        """Returns `{file: fingerprint}` of the files that the records were read from; files of images have none."""
+        return {file: f"SHA-256 {files.sha256(file)}" for file in self.files}
+
     def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):
             return [self[index] for index in range(*number.indices(len(self)))]

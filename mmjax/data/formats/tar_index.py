@@ -111,6 +111,15 @@ def stamp(file: str) -> tuple[int, int] | None:
     return (stat.length, stat.mtime * 10**9) if stat.mtime else None
 
 
+def describe_stamp(file: str) -> str:
+    """Returns a file's size and time of its last change as text. Raises FileNotFoundError."""
+    made_of = stamp(file)
+    if made_of is None:
+        return "no time"
+    size, changed = made_of
+    return f"{size} bytes of {changed / 1e9:.3f}"
+
+
 def _absolute(file: str) -> str:
     return file if "://" in file else os.path.abspath(file)
 

@@ -20,6 +20,7 @@ from mmjax.data import manifest
 from mmjax.data.formats.account import Account
 from mmjax.data.formats.record import Record
 from mmjax.data.formats.rows import FOLLOW, Lazy, caption_text
+from mmjax.data.formats.tar_index import describe_stamp
 
 FIELDS = ("answer", "image", "input", "name", "prompt", "turns")  # of a prepared data set, those of `Record`
 CAPTIONS = ("caption", "captions", "text", "answer", "description", "title")  # default names of the text feature
@@ -113,6 +114,14 @@ class Examples(Lazy):
 
     def __reduce__(self) -> Any:
         return Examples, (self.path, self.follow_links)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Returns `{shard: SHA-256}` of a prepared data set, of any other data set `{shard: size and time}`."""
+        stored = manifest.read(os.path.dirname(self.files[0])) if self._prepared else None
+        if stored is None:
+            return {file: describe_stamp(file) for file in self.files}
+        known = {shard.file: shard.sha256 for shard in stored.shards.values()}
+        return {file: f"SHA-256 {known.get(os.path.basename(file))}" for file in self.files}
 
     def _account(self, folder: str) -> Account:
         account = Account("examples" if self._texts == 1 else "texts", len(self), len(self))

@@ -144,6 +144,11 @@ class Samples(Lazy):
     def __len__(self) -> int:
         return int(self.ends[-1])
 
+    def fingerprints(self) -> dict[str, str]:
+        """Returns `{tar: size, time of its last change, and a digest of its headers}`."""
+        return {file: f"{tar_index.describe_stamp(file)}, headers {index.digest[:16]}"
+                for file, index in zip(self.files, self.indices, strict=True)}
+
     def name(self, number: int) -> str:
         shard, index = self._locate(number)
         return f"{os.path.basename(self.files[shard])}:{self.indices[shard].keys[index].decode(errors='replace')}"
