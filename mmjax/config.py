@@ -80,13 +80,15 @@ class ScenesConfig:
 class Source:
     """One source of a mixture; `format`, `path` and `root` are those of `DataConfig`.
 
-    ratio: share of the samples, relative to the other sources (stage 1 of MiniGPT-4: LAION 115, CC-SBU 14)
+    ratio:        share of the samples, relative to the other sources (stage 1 of MiniGPT-4: LAION 115, CC-SBU 14)
+    follow_links: as in `DataConfig`
     """
 
     format: str
     path: str
     ratio: float = 1.0
     root: str | None = None
+    follow_links: bool = False
 
     def url_problems(self, path: str, root: str, drawn: bool = False) -> list[str]:
         """Returns a line for each of the path and the root that is a URL which the format does not read.
@@ -108,6 +110,8 @@ class DataConfig:
     format:          layout of the data on disk, one of `mmjax.data.formats.FORMATS`
     path:            the folder or file of that format, such as a folder with `filter_cap.json` and `image/IMAGE_ID.jpg`
     root:            folder of the images, if it is not that of the data file
+    follow_links:    whether links may lead out of the folder of the images, as on shared disks and in snapshots of
+                     Hugging Face. By default such a link is an error
     mixture:         several sources in place of `format`, `path` and `root`
     prompts:         one is drawn for each batch, as in the original; empty for image tokens and caption alone (stage 1)
     clean_captions:  apply the original's stage-1 cleaning: lower case, no punctuation, 50 words
@@ -131,6 +135,7 @@ class DataConfig:
     format: str = "cc_sbu_align"
     path: str = ""
     root: str | None = None
+    follow_links: bool = False
     mixture: tuple[Source, ...] = ()
     prompts: tuple[str, ...] = ()
     clean_captions: bool = False
@@ -148,7 +153,7 @@ class DataConfig:
     @property
     def sources(self) -> tuple[Source, ...]:
         """The mixture, or the one source that `format`, `path` and `root` name."""
-        return self.mixture or (Source(self.format, self.path, root=self.root),)
+        return self.mixture or (Source(self.format, self.path, root=self.root, follow_links=self.follow_links),)
 
     def url_problems(self, prefix: str = "data.") -> list[str]:
         """Returns a line for every path that is a URL but must be local. prefix: of the fields' names"""
@@ -235,6 +240,8 @@ class RunConfig:
     keep:        number of checkpoints kept, the newest ones
     keep_best:   also keep the checkpoint for which the mean loss of the `save_every` steps before it is lowest
     score:       write scores and a report at the end, if the data are scenes
+    allow_changed_inputs: resume although annotation files, tars, the tokenizer or the architecture of the checkpoint
+                 have changed since the run began. By default the run is refused, with the differences
     check_first_loss: stop if the first loss is that of a language model that predicts nothing (off for random weights)
     """
 
@@ -256,6 +263,7 @@ class RunConfig:
     keep: int = 2
     keep_best: bool = False
     score: bool = True
+    allow_changed_inputs: bool = False
     check_first_loss: bool = True
 
     def url_problems(self, prefix: str = "") -> list[str]:

@@ -1,9 +1,10 @@
-"""Atomic and durable file writes, exclusive locks of folders, and checks that paths are local."""
+"""Reads JSON, writes files atomically and durably, locks folders, and checks that paths are local."""
 
 import contextlib
 import fcntl
 import hashlib
 import inspect
+import json
 import logging
 import os
 import re
@@ -63,6 +64,59 @@ def refuse(problems: Sequence[str]) -> None:
     """Raises ValueError with these lines, if there are any."""
     if problems:
         raise ValueError("\n  ".join(problems))
+
+
+# The first bytes of files that are often given in place of text, and what to do with them.
+NOT_TEXT = (
+    (b"\x1f\x8b", "is compressed with gzip. Unpack it first: gunzip"),
+    (b"PK\x03\x04", "is a zip archive. Unpack it first: unzip"),
+    (b"\x28\xb5\x2f\xfd", "is compressed with zstd. Unpack it first: zstd -d"),
+    (b"BZh", "is compressed with bzip2. Unpack it first: bunzip2"),
+    (b"\xff\xfe", "is UTF-16, but UTF-8 is expected. Convert it: iconv -f UTF-16 -t UTF-8"),
+    (b"\xfe\xff", "is UTF-16, but UTF-8 is expected. Convert it: iconv -f UTF-16 -t UTF-8"),
+    (b"version https://git-lfs", "is a Git LFS pointer, not the file. Fetch the file: git lfs pull"),
+    (b"<!DOCTYPE", "is a web page, probably of a failed download. Download it again"),
+    (b"<html", "is a web page, probably of a failed download. Download it again"),
+)
+DEEPEST = 64  # brackets in brackets of a card or another small JSON file
+
+
+def not_text(content: bytes) -> str | None:
+    """Returns what a file holds that begins so, if it is no text in UTF-8, and what to do; None if it may be text."""
+    return next((message for start, message in NOT_TEXT if content.startswith(start)), None)
+
+
+def parse_json(content: str | bytes) -> Any:
+    """Returns the value of a JSON text. Raises ValueError, also if it is nested too deeply."""
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("brackets nested too deeply") from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Returns the object in a small JSON file, such as a card. Raises ValueError naming the file and the problem, also
+    for brackets nested more than `DEEPEST` deep, and OSError."""
+    content = path.read_bytes()
+    try:
+        value = parse_json(content)
+        _check_depth(value)
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{path} {not_text(content) or f'is damaged, it is not JSON: {error}'}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    """Raises ValueError for a value that is nested too deeply to print, to copy or to write."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [part for each in level if isinstance(each, (dict, list))
+                 for part in (each.values() if isinstance(each, dict) else each) if isinstance(part, (dict, list))]
+        if not level:
+            return
+    raise ValueError(f"brackets nested more than {DEEPEST} deep")
 
 
 def replace(path: Path, content: str | Iterable[str]) -> None:

@@ -1,7 +1,6 @@
 """Reads the cards of converted checkpoints and runs, and the parameters that runs have trained."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,13 +66,7 @@ class ConvertedCheckpoint:
 
 def read_card(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file. Raises ValueError if there is none in it."""
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{path} is damaged, it is not JSON: {error}") from error
-    if not isinstance(card, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(card).__name__}.")
-    return card
+    return files.read_json_object(path)
 
 
 def read_checkpoint_card(folder: Path) -> dict[str, Any]:
@@ -147,4 +140,5 @@ def lineage(folder: Path) -> list[Path]:
 
 def trained_params(folder: Path) -> dict[str, Any]:
     """Returns `{path: array}`: the latest value of each parameter that a run, or one it started from, has trained."""
-    return {path: leaf for run in lineage(folder) for path, leaf in read_trained(run / "checkpoints").items()}
+    return {path: leaf for run in lineage(folder)
+            for path, leaf in read_trained(run / "checkpoints", run=read_run_card(run).get("id")).items()}

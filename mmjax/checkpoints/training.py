@@ -89,19 +89,27 @@ def _restored(state: Any, flat: dict[str, Any]) -> Any:
     return trees.map_with_path(pick, state)
 
 
-def seal(folder: Path, progress: Progress) -> None:
-    """Flushes a checkpoint's files to the disk and writes its seal."""
+def seal(folder: Path, progress: Progress, run: str | None = None, step: int | None = None) -> None:
+    """Flushes a checkpoint's files to the disk and writes its seal. run, step: the run's id and the step"""
     names = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in LATER)
     for path in [*names, *(path for path in folder.rglob("*") if path.is_dir())]:
         files.sync(path)
-    content = {"progress": dataclasses.asdict(progress),
+    content = {"run": run, "step": step, "progress": dataclasses.asdict(progress),
                "files": {path.relative_to(folder).as_posix(): files.sha256(path) for path in names}}
     files.replace(folder / SEAL, json.dumps({"sha256": _sha256_of(content)} | content, indent=1) + "\n")
 
 
-def verify(folder: Path) -> Progress:
-    """Returns the progress in a checkpoint. Raises `DamagedError` naming the files that changed since it was saved."""
+def verify(folder: Path, run: str | None = None) -> Progress:
+    """Returns the progress in a checkpoint. Raises `DamagedError` naming the files that changed since it was saved, or
+    if it was saved at another step, or by another run than that with the id `run`. Seals of former versions of mmjax
+    have neither step nor run."""
     content = _read_seal(folder)
+    step, sealed = content.get("step"), content.get("run")
+    if step is not None and str(step) != folder.name:
+        raise DamagedError(f"{folder} is damaged: {SEAL} is that of step {step}.")
+    if None not in (run, sealed) and run != sealed:
+        raise DamagedError(f"{folder} is damaged: {SEAL} is that of another run, {sealed}, but "
+                           f"{folder.parent.parent / 'run.json'} has {run}.")
     wrong = [f"{name} {'has changed' if (folder / name).is_file() else 'is missing'}"
              for name, expected in content["files"].items()
              if not (folder / name).is_file() or files.sha256(folder / name) != expected]
@@ -115,10 +123,15 @@ def _read_seal(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DamagedError(f"{folder} is damaged: {SEAL} is missing.")
     try:
-        content = json.loads(path.read_bytes())
+        content = files.read_json_object(path)
         if content.pop("sha256") != _sha256_of(content):
             raise ValueError
-    except (ValueError, KeyError, AttributeError) as error:  # not JSON, or no object, or other keys in it
+        names = content["files"]
+        if not all(isinstance(name, str) and Path(name).parts and ".." not in Path(name).parts
+                   and not Path(name).is_absolute() for name in names.keys()):
+            raise ValueError
+        _progress(content)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # other content
         raise DamagedError(f"{folder} is damaged: {SEAL} has changed.") from error
     return content
 
@@ -138,8 +151,10 @@ def saved(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
-def trained(folder: str | Path, step: int | None = None) -> dict[str, Any]:
+def trained(folder: str | Path, step: int | None = None, run: str | None = None) -> dict[str, Any]:
     """Returns `{path: array}`: the trained parameters in a run's newest checkpoint, or that of `step`, on one device.
+
+    run: id of the run, which the checkpoint must be of; None for any
 
     Raises FileNotFoundError if there is none, `DamagedError` if it has changed since it was saved.
     """
@@ -148,7 +163,7 @@ def trained(folder: str | Path, step: int | None = None) -> dict[str, Any]:
         raise FileNotFoundError(f"There is no folder of training checkpoints at {folder}.")
     path = folder / str(_existing_step(folder, step))
     try:
-        verify(path)
+        verify(path, run)
     except DamagedError as error:
         raise DamagedError(f"{error} Start the run again, and it resumes from the previous checkpoint; or delete that "
                            "folder to use the previous one as it is.") from error
@@ -178,11 +193,13 @@ class _Sealing(ocp.StandardCheckpointHandler):
     """Orbax's handler, which also reads a checkpoint back and seals it before it is renamed."""
 
     progress: Progress
+    run: str | None = None
+    step: int | None = None
 
     def finalize(self, directory: Any) -> None:
         super().finalize(directory)
         storage.read_back(directory)
-        seal(Path(directory), self.progress)
+        seal(Path(directory), self.progress, self.run, self.step)
 
 
 @ocp.args.register_with_handler(_Sealing, for_save=True)
@@ -217,7 +234,11 @@ class Checkpoints:
     if `keep_best`.
 
     Opening a folder removes unfinished checkpoints, so only one run at a time may have it open.
+
+    run: id of the run; checkpoints of another one are not verified. None until it is known
     """
+
+    run: str | None = None
 
     def __init__(self, folder: str | Path, keep: int = 2, keep_best: bool = False):
         self.folder, self._keep, self._keep_best = Path(folder).absolute(), keep, keep_best
@@ -247,6 +268,7 @@ class Checkpoints:
             return
         self.wait()
         self._handler.progress, self._saving = progress, step
+        self._handler.run, self._handler.step = self.run, step
         with self._raise_save_error():
             self._writer.save(storage.local(self.folder) / str(step), args=_Save(_plain(state)))
 
@@ -286,7 +308,7 @@ class Checkpoints:
 
     def verify(self, step: int) -> None:
         """Raises `DamagedError` if the checkpoint of that step has changed since it was saved."""
-        verify(self.folder / str(step))
+        verify(self.folder / str(step), self.run)
 
     def set_aside(self, step: int) -> Path:
         """Renames a damaged checkpoint, which the run will write again, and returns its new path."""

@@ -34,6 +34,8 @@ def data_check(
     sample: int | None = None,
     max_bad_share: float | None = None,
     out: Path = Path("."),
+    follow_links: bool = False,
+    list_all: bool = False,
 ) -> None:
     """Count the records and problems of the data before a run; exit status 1 if there are too many problems.
 
@@ -47,6 +49,8 @@ def data_check(
         sample: number of random records of each source to check (default: all)
         max_bad_share: largest share of records with problems for exit status 0
         out: folder for data_check.json and data_check.png; has a folder for each phase if there are several
+        follow_links: allow links that lead out of the folder of the images
+        list_all: print every item that is left out or odd, not only their numbers
     """
     from rich.console import Console
 
@@ -66,13 +70,16 @@ def data_check(
         if changes.keys() & {"format", "path", "root"}:
             changes["mixture"] = ()
         data = dataclasses.replace(phase.data, **changes)
+        if follow_links:
+            data = dataclasses.replace(data, follow_links=True, mixture=tuple(
+                dataclasses.replace(source, follow_links=True) for source in data.mixture))
         if unknown := [source.format for source in data.sources if source.format not in FORMATS]:
             raise ValueError(f"There is no format {', '.join(unknown)}; there are {', '.join(FORMATS)}.")
         problems = data.url_problems("--" if changes.keys() & {"format", "path", "root"} else "data.")
         files.refuse(problems + files.url_problems({"weights.checkpoint": phase.weights.checkpoint}))
         if name:
             console.rule(name)
-        _, worse = check.check(data, out / name, _rows(phase, tokenizer, console), sample, console)
+        _, worse = check.check(data, out / name, _rows(phase, tokenizer, console), sample, console, list_all)
         too_bad |= worse
     if too_bad:
         sys.exit(1)
@@ -86,6 +93,8 @@ def data_prepare(
     root: str | None = None,
     shard_size: int = 4_096,
     decode: bool = False,
+    follow_links: bool = False,
+    list_all: bool = False,
 ) -> None:
     """Write data of any format as a few large files with checksums, which the format `tfds` reads.
 
@@ -99,13 +108,16 @@ def data_prepare(
         root: folder of the images, if it is not the folder of the data file
         shard_size: records of the source in each file
         decode: decode every image, to find truncated ones; otherwise only its header is checked
+        follow_links: allow links that lead out of the folder of the images
+        list_all: print every item that is left out, not only their numbers
     """
     from rich.console import Console
 
     from mmjax.data import prepare
 
     files.refuse(Source(format, source, root=root).url_problems("SOURCE", "--root"))
-    info = prepare.prepare(format, source, out, name, root, shard_size, decode, Console(markup=False))
+    info = prepare.prepare(format, source, out, name, root, shard_size, decode, Console(markup=False), follow_links,
+                           list_all)
     print(*prepare.summary(info, out), sep="\n")
 
 

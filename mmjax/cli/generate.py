@@ -37,6 +37,8 @@ class GenerateOptions:
         images: a folder of images; the prompt is used for each
         out: the answers to samples or images, one JSON object a line, in their order
         root: the folder of the files in samples (default: the folder of samples)
+        follow_links: allow links that lead out of the folder of samples or images
+        list_all: print every file or line that is left out, not only their numbers
         recall: ImageBind-LLM's visual cache: vectors in a .npy file or a flat faiss index
         prompt_template: template with {} for the prompt (default: the checkpoint's)
         batch_size: samples in a batch, for many samples
@@ -54,6 +56,8 @@ class GenerateOptions:
     images: Annotated[Path | None, tyro.conf.arg(aliases=("--pictures",))] = None
     out: Path | None = None
     root: Path | None = None
+    follow_links: bool = False
+    list_all: bool = False
     decoding: tyro.conf.OmitArgPrefixes[Decoding] = GREEDY
     recall: Path | None = None
     prompt_template: str | None = None
@@ -76,15 +80,17 @@ def generate(args: Sequence[str]) -> None:
 def answer(options: GenerateOptions) -> None:
     """Runs the command. Raises ValueError naming all options that cannot be combined."""
     from mmjax import compilation, sharding
+    from mmjax.data.formats import Account
     from mmjax.inference import loaded, requests
 
     require_local(GenerateOptions, vars(options), "media")
     _check_form(options)
     samples: list[requests.Request] = []
+    account = Account("samples")
     if options.samples is not None:
-        samples = requests.read_jsonl(options.samples, options.root)
+        samples = requests.read_jsonl(options.samples, options.root, options.follow_links, account)
     elif options.images is not None:
-        samples = requests.images(options.images, options.prompt)
+        samples = requests.images(options.images, options.prompt, options.follow_links, account)
     compilation.enable()
     recall = visual_cache(options.recall)
     mesh = sharding.make_mesh(options.mesh) if options.out else None
@@ -92,7 +98,7 @@ def answer(options: GenerateOptions) -> None:
     if options.out is None:
         print(_one(model, options, recall))
     else:
-        _many(model, options, samples, recall)
+        _many(model, options, samples, account, recall)
 
 
 def visual_cache(recall: Path | None) -> Any:
@@ -112,6 +118,8 @@ def _check_form(options: GenerateOptions) -> None:
         wrong.append("--prompt: every line of --samples has its own")
     if not samples and not prompt:
         wrong.append("--prompt is missing; or name a file of --samples")
+    if not many and (options.follow_links or options.list_all):
+        wrong.append("--follow-links and --list-all are for --samples or --images")
     if not samples and options.root is not None:
         wrong.append("--root is for --samples")
     if many and not out:
@@ -136,9 +144,10 @@ def _one(model: Any, options: GenerateOptions, recall: Any) -> str:
     return model.generate([sample], **options.decoding.settings(model), recall=recall, **options.text)[0]
 
 
-def _many(model: Any, options: GenerateOptions, samples: Sequence[Any], recall: Any) -> None:
+def _many(model: Any, options: GenerateOptions, samples: Sequence[Any], account: Any, recall: Any) -> None:
     from rich.console import Console
 
+    from mmjax.data.formats.account import printable
     from mmjax.inference import predictions
 
     console = Console(stderr=True, markup=False)
@@ -147,5 +156,10 @@ def _many(model: Any, options: GenerateOptions, samples: Sequence[Any], recall: 
     done = predictions.predict(options.out, samples, answerer, card, console)
     for line in predictions.summary(done):
         console.print(line, highlight=False, soft_wrap=True)
+    if done.errors:
+        account.reject("samples with an error in their line", *done.errors)
+    lines = [account.line(str(options.samples or options.images)), *(account.listing() if options.list_all else ())]
+    for line in lines:
+        console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
     if done.errors:
         sys.exit(1)

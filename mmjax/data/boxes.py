@@ -11,7 +11,7 @@ _BOX = re.compile(r"\{<(\d{1,3})><(\d{1,3})><(\d{1,3})><(\d{1,3})>\}", re.ASCII)
 def box_text(box: Sequence[float], width: float, height: float) -> str:
     """Returns the text of a box (left, top, width, height) in pixels, whose coordinates are rounded down to the grid.
 
-    Raises ValueError if it is not inside its image.
+    Raises ValueError if it is not inside its image, or if all its numbers are shares of the image.
     """
     try:
         left, top, wide, high = map(float, box)
@@ -21,7 +21,13 @@ def box_text(box: Sequence[float], width: float, height: float) -> str:
         raise ValueError(f"{reprlib.repr(box)} is not a box in an image of {reprlib.repr(width)} x "
                          f"{reprlib.repr(height)}: {error}") from error
     if not (0 <= x1 <= x2 <= GRID and 0 <= y1 <= y2 <= GRID and min(wide, high, width, height, left + 1, top + 1) > 0):
-        raise ValueError(f"the box {reprlib.repr(box)} is not inside its image of {width} x {height}")
+        corners = left < wide and top < high and max(wide / width, high / height) <= 1
+        raise ValueError(f"the box {reprlib.repr(box)} is not inside its image of {width} x {height}"
+                         + ("; it would be as (left, top, right, bottom), but (left, top, width, height) is expected"
+                            if corners else ""))
+    if max(left, top, wide, high) <= 1 < min(width, height):
+        raise ValueError(f"the box {reprlib.repr(box)} has shares of its image of {width} x {height}, but pixels are "
+                         "expected: (left, top, width, height). Multiply them by the sides of the image")
     return f"{{<{x1}><{y1}><{x2}><{y2}>}}"
 
 

@@ -20,10 +20,15 @@ from mmjax import files
 from mmjax.batch import Sample
 from mmjax.config import DataConfig, Source, TextConfig
 from mmjax.data import images, text
-from mmjax.data.formats import Record
+from mmjax.data.formats import Account, Record
+from mmjax.data.formats.account import printable
+from mmjax.data.formats.rows import shown
 from mmjax.data.pipeline import read, sample
 from mmjax.tokenizer import Tokenizer
 
+SYMBOLS = ("</s>", "<s>", "###", "[INST]", "[/INST]", "<|im_end|>", "<|endoftext|>", "<|eot_id|>")
+ODD_SYMBOL = "captions with a special symbol or an end string, which ends the answer or becomes a special token"
+ODD_MODE = "images of 16 bits or floats, whose values above 255 become white as in the originals"
 MISSING, CORRUPT, UNFIT = "missing image", "corrupt image", "unfit record"  # kinds of problems
 CHUNK = 512  # records submitted to the threads at once
 SHOWN = 10  # problems printed; all of them are in the JSON file
@@ -62,6 +67,7 @@ class SourceSummary:
     lengths:    of the captions of records without a problem, untruncated, in `unit`
     truncated:  number of rows that are truncated; None if not counted
     unlearnt:   number of rows without a token to learn; None if not counted
+    account:    of all items of the source, with the records that cannot be used or were not looked at
     """
 
     source: Source
@@ -74,6 +80,7 @@ class SourceSummary:
     unit: str
     truncated: int | None
     unlearnt: int | None
+    account: Account
 
     @property
     def bad_share(self) -> float:
@@ -85,22 +92,25 @@ class SourceSummary:
 
 @dataclasses.dataclass(frozen=True)
 class _CheckedRecord:
-    """The result for one record."""
+    """The result for one record. odd: (what looks odd about it, details)"""
 
     name: str
     image: bool
     problem: Problem | None
+    odd: tuple[tuple[str, str], ...] = ()
     length: int = 0
     truncated: bool = False
     unlearnt: bool = False
 
 
 def check(cfg: DataConfig, out: str | Path, rows: RowSettings | None = None, at_most: int | None = None,
-          console: Console | None = None) -> tuple[list[SourceSummary], bool]:
-    """Checks the sources' records; writes `data_check.json` and `data_check.png` into `out`, and prints a table.
+          console: Console | None = None, list_all: bool = False) -> tuple[list[SourceSummary], bool]:
+    """Checks the sources' records; writes `data_check.json` and `data_check.png` into `out`, and prints a table and the
+    account of each source.
 
-    rows:    None: the lengths of captions are in words
-    at_most: number of records of each source to check, drawn with a fixed seed; None for all
+    rows:     None: the lengths of captions are in words
+    at_most:  number of records of each source to check, drawn with a fixed seed; None for all
+    list_all: print every item that is left out or odd, not only their numbers
 
     Returns the summaries, and whether a run would replace more of its samples than `max_bad_share` allows. Raises the
     errors of a source's reader.
@@ -117,7 +127,7 @@ def check(cfg: DataConfig, out: str | Path, rows: RowSettings | None = None, at_
     card = {"bad_share": share, "max_bad_share": cfg.max_bad_share, "sources": [_card(each) for each in found]}
     (folder / "data_check.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     _draw(folder / "data_check.png", found, limit)
-    _print(console, found, share, cfg.max_bad_share, folder)
+    _print(console, found, share, cfg.max_bad_share, folder, list_all)
     return found, share > cfg.max_bad_share
 
 
@@ -136,7 +146,20 @@ def _summary(source: Source, records: Sequence[Record], cfg: DataConfig, rows: R
         tuple(look.problem for look in looks if look.problem is not None),
         {name: count for name, count in names.items() if count > 1}, tuple(look.length for look in sound),
         "words" if rows is None else "tokens", sum(look.truncated for look in sound) if cut else None,
-        sum(look.unlearnt for look in sound) if cut else None)
+        sum(look.unlearnt for look in sound) if cut else None, _account(Account.of(records).copy(), records, looks))
+
+
+def _account(account: Account, records: Sequence[Record], looks: Sequence[_CheckedRecord]) -> Account:
+    """Returns a reader's account with the results of the records that were looked at."""
+    if skipped := len(records) - len(looks):
+        account.used -= skipped
+        account.leave("records not looked at", count=skipped)
+    for look in looks:
+        if look.problem is not None:
+            account.reject(look.problem.kind + "s", f"{look.name}: {look.problem.problem}")
+        for what, details in look.odd:
+            account.notice(what, f"{look.name}: {details}")
+    return account
 
 
 def _check_records(source: Source, records: Sequence[Record], numbers: Sequence[int], prompt: str, cfg: DataConfig,
@@ -152,18 +175,36 @@ def _check_records(source: Source, records: Sequence[Record], numbers: Sequence[
             counts = _counts(tried, rows)
         except (ValueError, OSError) as error:
             return dataclasses.replace(checked, problem=_problem(source, record, UNFIT, error))
-        try:
-            for image in tried.images:
-                images.rgb(image)
-        except (ValueError, OSError) as error:
-            absent = isinstance(record.image, str) and not os.path.isfile(record.image)
-            return dataclasses.replace(checked, problem=_problem(source, record, MISSING if absent else CORRUPT, error))
-        return dataclasses.replace(checked, **counts)
+        odd = list(_odd_text(tried, rows, counts))
+        for image in tried.images:
+            try:
+                _, mode = images.decoded(image)
+            except (ValueError, OSError) as error:
+                kind = MISSING if isinstance(image, str) and not os.path.isfile(image) else CORRUPT
+                return dataclasses.replace(checked, problem=_problem(source, record, kind, error))
+            if mode.startswith(images.CLIPPED):
+                odd.append((ODD_MODE, f"mode {mode} of {image}"))
+        return dataclasses.replace(checked, odd=tuple(odd), **counts)
 
     ordered = iter(track(numbers, escape(source.path), console=console, disable=not console.is_terminal))
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         while chunk := list(itertools.islice(ordered, CHUNK)):  # a whole source would not fit into memory
             yield from pool.map(check_record, chunk)
+
+
+def _odd_text(sample: Sample, rows: RowSettings | None, counts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields (what looks odd, details) of the text of a sample."""
+    symbols = set(SYMBOLS)
+    if rows is not None:
+        symbols |= {rows.tokenizer.bos_text, rows.tokenizer.eos_text}
+        symbols |= {rows.text.end_sym} if rows.text is not None else set()
+    answers = [answer for _, answer in sample.turns] or [sample.answer]
+    if held := sorted(symbol for symbol in symbols if symbol and any(symbol in answer for answer in answers)):
+        yield ODD_SYMBOL, f"{', '.join(held)} in {shown(' '.join(answers))}"
+    if counts.get("truncated"):
+        yield "rows cut at the right end", "the text is longer than text.max_txt_len allows"
+    if counts.get("unlearnt"):
+        yield "rows without a token to learn", "all of their answer is cut off"
 
 
 def _counts(sample: Sample, rows: RowSettings | None) -> dict[str, Any]:
@@ -225,11 +266,15 @@ def _draw(path: Path, found: Sequence[SourceSummary], limit: int | None) -> None
     figure.savefig(path)
 
 
-def _print(console: Console, found: Sequence[SourceSummary], share: float, limit: float, folder: Path) -> None:
+def _print(console: Console, found: Sequence[SourceSummary], share: float, limit: float, folder: Path,
+           list_all: bool) -> None:
     def of(count: int | None, whole: int) -> str:
         if count is None:
             return "not counted"
         return f"{count:,}  ({count / whole:.2%})" if count and whole else f"{count:,}"
+
+    def say(line: str) -> None:
+        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
     table = Table(show_header=len(found) > 1)
     table.add_column("")
@@ -253,9 +298,12 @@ def _print(console: Console, found: Sequence[SourceSummary], share: float, limit
     console.print(table)
     problems = [problem for each in found for problem in each.problems]
     for problem in problems[:SHOWN]:
-        line = f"{problem.kind} {problem.name}: {problem.problem}"  # may quote untrusted data
-        console.print("".join(character if character.isprintable() else " " for character in line), highlight=False)
+        say(f"{problem.kind} {problem.name}: {problem.problem}")
     if len(problems) > SHOWN:
         console.print(f"and {len(problems) - SHOWN:,} more")
+    for each in found:
+        say(each.account.line(each.source.path))
+        for line in each.account.listing() if list_all else ():
+            say(line)
     console.print(f"{share:.2%} of a run's samples would be replaced; data.max_bad_share allows {limit:.2%}. Written: "
                   f"{folder / 'data_check.json'}, {folder / 'data_check.png'}", highlight=False)

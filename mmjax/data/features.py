@@ -115,7 +115,7 @@ class ImageBytes:
         if hasattr(image, "read"):
             return ImageBytes(image, image.read())
         if not Path(image).is_file():  # neither a folder nor a pipe, which would block
-            raise ValueError(files.url_problem(image) or f"No image at {image}.")
+            raise ValueError(files.url_problem(image) or images.no_image(image))
         return ImageBytes(image, Path(image).read_bytes())
 
     def read(self) -> bytes:

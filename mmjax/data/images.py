@@ -10,15 +10,17 @@ Left out: LLaMA-Adapter v2's original reads files by OpenCV, which rotates photo
 as in the other originals, images are not rotated.
 """
 
+import contextlib
 import io
 import math
 import os
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mmjax import files
 from mmjax.batch import Sample
@@ -31,6 +33,8 @@ RATIO = 128  # maximum pixels for each byte of an image with more; photographs h
 TILE, MOST_TILE = (322, 323), 2**22  # a TIFF's tags for the sides of its tiles, and maximum pixels of a tile
 MARGIN = 4  # pixels; upscaling reads two
 THIN = 64  # ratio of an image's sides above which it is cropped before it is scaled
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2")
+CLIPPED = ("I", "F")  # first letters of the modes whose values above 255 become 255
 KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 
 
@@ -77,13 +81,18 @@ def rgb(source: Any) -> Image.Image:
     decompress to fill the memory. Only the formats of `KINDS` are tried: Pillow passes others (EPS) to programs that
     execute them.
     """
+    return decoded(source)[0]
+
+
+def decoded(source: Any) -> tuple[Image.Image, str]:
+    """Returns (the image of `rgb`, the mode that the source has it in, such as "L" or "I;16")."""
     if isinstance(source, Image.Image):
-        return source.convert("RGB")
+        return source.convert("RGB"), source.mode
     if isinstance(source, np.ndarray):
         colours = source.shape[2:] in ((), (3,))
         if source.dtype != np.uint8 or source.ndim not in (2, 3) or not colours or not source.size:
             raise ValueError(f"An image array must be uint8[H,W,3], got {source.dtype}{list(source.shape)}.")
-        return Image.fromarray(source).convert("RGB")
+        return Image.fromarray(source).convert("RGB"), "RGB" if source.ndim == 3 else "L"
     try:
         if hasattr(source, "read"):
             content = source.read()
@@ -92,13 +101,80 @@ def rgb(source: Any) -> Image.Image:
             return _decoded(source, os.path.getsize(source))
     except Exception as error:  # decoders raise any error for damaged bytes
         raise ValueError(f"{source} is not an image that can be read: {error}") from error
-    raise ValueError(files.url_problem(source) or f"No image at {source}.")
+    raise ValueError(files.url_problem(source) or no_image(source))
 
 
-def _decoded(file: Any, size: int) -> Image.Image:
-    with Image.open(file, formats=KINDS) as image:
+def _decoded(file: Any, size: int) -> tuple[Image.Image, str]:
+    with open_file(file, size) as image:
+        return image.convert("RGB"), image.mode
+
+
+@contextlib.contextmanager
+def open_file(file: Any, size: int) -> Iterator[Image.Image]:
+    """Opens an image file of `size` bytes, of which only the header is read.
+
+    Raises ValueError if it is of a kind that is not read, or would take far too much memory, and errors of Pillow.
+    """
+    try:
+        image = Image.open(file, formats=KINDS)
+    except UnidentifiedImageError as error:
+        if (kind := _other_kind(file)) is None:
+            raise
+        raise ValueError(f"it holds {kind}. Convert it to JPEG or PNG") from error
+    with image:
         check_pixels(image, size)
-        return image.convert("RGB")
+        yield image
+
+
+def _other_kind(file: Any) -> str | None:
+    """Returns what an image file that is not read holds, by its first bytes; None if it is unknown."""
+    if hasattr(file, "seek"):
+        file.seek(0)
+        start = file.read(64)
+    else:
+        with open(file, "rb") as opened:
+            start = opened.read(64)
+    if not start:
+        return "nothing (0 bytes)"
+    if start[4:8] == b"ftyp":
+        brand = start[8:12].decode("latin-1")
+        kinds = {"avif": "an AVIF image", "avis": "an AVIF sequence", "heic": "an HEIC image", "heix": "an HEIC image",
+                 "mif1": "an HEIF image"}
+        return kinds.get(brand, "a video or another file of the kind MP4") + ", which is not read here"
+    if start.startswith((b"%PDF", b"%!PS")):
+        return "a PDF or PostScript document, which is not read here"
+    if start.lstrip().startswith((b"<svg", b"<?xml")):
+        return "an SVG drawing, which is not read here"
+    return files.not_text(start) and f"no image: it {files.not_text(start)}"
+
+
+def no_image(path: Any) -> str:
+    """Returns the sentence about a path where there is no image, and names the file that has nearly its name."""
+    sentence, near = f"No image at {path}", _near(os.fspath(path)) if isinstance(path, (str, os.PathLike)) else None
+    return f"{sentence}{near}." if near else f"{sentence}."
+
+
+def missing(path: str) -> str:
+    """Returns the problem of a record whose image does not exist; see `no_image`."""
+    return f"there is no image {path!r}{_near(path)}" if len(path) < 120 else f"there is no image {path[:117]!r}..."
+
+
+def _near(path: str) -> str:
+    """Returns the end of a sentence that names the file with nearly the same name as a missing one; "" without one."""
+    stem, suffix = os.path.splitext(path)
+    folder, name = os.path.split(path)
+    forms = [os.path.join(folder, unicodedata.normalize(form, name)) for form in ("NFC", "NFD")]
+    near = [stem + each for kind in (*SUFFIXES, ".avif") for each in (kind, kind.upper()) if each != suffix]
+    near += [os.path.join(folder, each) for each in (name.lower(), name.upper(), name.capitalize())]
+    try:
+        found = next((each for each in (*forms, *near) if each != path and os.path.isfile(each)), None)
+    except ValueError:  # a zero byte, or not Unicode
+        return ""
+    if found is None:
+        return ""
+    if found in forms:
+        return "; there is a file of that name in another Unicode form (NFC or NFD): rename it"
+    return f"; there is {os.path.basename(found)!r}"
 
 
 def padded(image: Image.Image, fill: tuple[float, ...]) -> Image.Image:

@@ -49,7 +49,8 @@ class Shard:
 class Making:
     """The origin of the shards and their options; see `mmjax.data.prepare.prepare`.
 
-    records: number of records of the source
+    records:      number of records of the source
+    follow_links: whether links may lead out of the root
     """
 
     format: str
@@ -59,6 +60,7 @@ class Making:
     shard_size: int
     decode: bool
     records: int
+    follow_links: bool = False
 
     @property
     def shards(self) -> int:
@@ -69,6 +71,7 @@ class Making:
         args = ["mmjax", "data", "prepare", self.format, self.source, "--out", str(folder), "--name", self.name,
                  "--shard-size", str(self.shard_size)]
         args += [] if self.root is None else ["--root", self.root]
+        args += ["--follow-links"] if self.follow_links else []
         return shlex.join(args + (["--decode"] if self.decode else []))
 
 

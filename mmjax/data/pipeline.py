@@ -27,7 +27,8 @@ import numpy as np
 from mmjax import files
 from mmjax.batch import Batch, Sample
 from mmjax.config import DataConfig
-from mmjax.data.formats import FORMATS, Record, clean_caption
+from mmjax.data import formats
+from mmjax.data.formats import Record, clean_caption
 from mmjax.data.packing import Size, pack
 from mmjax.data.text import Tokenized
 
@@ -136,7 +137,7 @@ def interleaved(position: int, shares: Sequence[int]) -> tuple[int, int]:
 def read(cfg: DataConfig) -> list[Sequence[Record]]:
     """Returns the records of each source. Raises ValueError for unsupported URLs, and the errors of the readers."""
     files.refuse(cfg.url_problems())
-    return [FORMATS[source.format](source.path, source.root) for source in cfg.sources]
+    return [formats.read(source) for source in cfg.sources]
 
 
 def batches(
@@ -183,7 +184,7 @@ def sample(record: Record, prompt: str, cfg: DataConfig) -> Sample:
     if not all(text.strip() for text in ([text for _, text in record.turns] or [answer])):
         raise ValueError(f"an answer is empty: {(list(record.turns) or record.answer)!r}")
     return Sample(
-        images=[] if record.image is None else [record.image],
+        images=list(record.images),
         prompt=prompt if record.prompt is None else record.prompt,
         input=record.input,
         answer=answer,

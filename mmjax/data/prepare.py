@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mmjax import files
 from mmjax.config import Source
-from mmjax.data import images, manifest
-from mmjax.data.formats import FORMATS, Record
+from mmjax.data import formats, images, manifest
+from mmjax.data.formats import FORMATS, Account, Record
+from mmjax.data.formats.account import printable
 from mmjax.data.formats.tfds import example, features
 from mmjax.data.manifest import PARTIAL, Making, Manifest, Shard
 
@@ -55,6 +55,8 @@ def prepare(
     shard_size: int = 4_096,
     decode: bool = False,
     console: Console | None = None,
+    follow_links: bool = False,
+    list_all: bool = False,
 ) -> Manifest:
     """Writes a source's records into a folder, which the format `tfds` and TensorFlow Datasets can read.
 
@@ -62,6 +64,8 @@ def prepare(
     name:       name of the data set; None for that of the format
     shard_size: number of the source's records in a file
     decode:     decode every image, to find truncated ones; otherwise only the file's header is checked
+    follow_links: whether links may lead out of the root
+    list_all:   print every item of the source that is left out, not only their numbers
 
     Records that cannot be used are left out and named in `prepare_errors.jsonl` in the folder. A second call resumes
     after an interruption and makes missing or damaged shards again. Raises ValueError if the folder was begun with
@@ -72,9 +76,10 @@ def prepare(
     name = format if name is None else name
     _check_arguments(format, name, shard_size)
     files.refuse(Source(format, source, root=root).url_problems("source", "root") + files.url_problems({"out": out}))
-    records = FORMATS[format](source, root)
+    records = formats.read(Source(format, source, root=root, follow_links=follow_links))
     local = os.path.abspath(source) if os.path.exists(source) else source  # the same, whatever the working directory
-    making = Making(format, local, root and os.path.abspath(root), name, shard_size, decode, len(records))
+    making = Making(format, local, root and os.path.abspath(root), name, shard_size, decode, len(records),
+                    follow_links)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     with files.exclusive_lock(folder, "preparing data"):
@@ -93,7 +98,19 @@ def prepare(
         if not result.records:
             raise ValueError(f"None of the {making.records} records of {source} can be used: see {folder / ERRORS}.")
         _write_dataset_info(folder, result)
+        account = _account(folder, records, result)
+        for line in (account.line(source), *(account.listing() if list_all else ())):
+            console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
     return result
+
+
+def _account(folder: Path, records: Sequence[Record], result: Manifest) -> Account:
+    """Returns the account of a source, with the records that are left out."""
+    account = Account.of(records).copy()
+    lines = (json.loads(line) for line in _lines_of(folder / ERRORS, result.shards)) if result.left_out else ()
+    for line in lines:
+        account.reject("records that cannot be used", f"{line['name']}: {line['problem']}")
+    return account
 
 
 def verify(folder: str | Path, console: Console | None = None) -> Manifest:
@@ -201,8 +218,7 @@ def _prepared(records: Sequence[Record], number: int, decode: bool) -> _Prepared
         record = records[number]
         if record.problem is not None:
             raise ValueError(record.problem)
-        content = None if record.image is None else _image_bytes(record.image, decode)
-        return _PreparedRecord(record.name, example(record, content))
+        return _PreparedRecord(record.name, example(record, [_image_bytes(image, decode) for image in record.images]))
     except (ValueError, OSError) as error:
         name, image = (str(number), None) if record is None else (record.name, record.image)
         file = None if image is None else str(getattr(image, "file", image))
@@ -214,14 +230,13 @@ def _image_bytes(image: Any, decode: bool) -> bytes:
     if hasattr(image, "read"):
         content = image.read()
     elif not os.path.isfile(image):  # neither a folder nor a pipe, which would block
-        raise ValueError(f"No image at {image}.")
+        raise ValueError(images.no_image(image))
     elif (size := os.path.getsize(image)) > MOST_BYTES:
         raise ValueError(f"{image} has {size} bytes, more than the {MOST_BYTES} that are read.")
     else:
         content = Path(image).read_bytes()
     try:
-        with Image.open(io.BytesIO(content), formats=images.KINDS) as opened:
-            images.check_pixels(opened, len(content))
+        with images.open_file(io.BytesIO(content), len(content)) as opened:
             if decode:
                 opened.load()
     except Exception as error:  # decoders raise any error for damaged bytes

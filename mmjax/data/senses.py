@@ -7,24 +7,26 @@ Numpy on the host. Images keep their aspect ratio, unlike MiniGPT-4's. Depth, th
 original has no transform for them. Video files are not decoded; a video is given as its frames.
 """
 
+import dataclasses
 import functools
 import gzip
 import html
 import math
 import os
 import re
+import struct
 import unicodedata
-import wave
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from mmjax import files
 from mmjax.batch import Sample
-from mmjax.data.images import THIN, load
+from mmjax.data.arrays import read_npy
+from mmjax.data.images import THIN, load, no_image, open_file
 from mmjax.models.pixels import MEAN, STD, normalise
 from mmjax.models.senses import sense_of
 from mmjax.tokenizer import WORDS
@@ -115,6 +117,89 @@ def _bilinear(source: int, target: int, wanted: range) -> np.ndarray:
     return np.maximum(1 - np.abs(centre[:, None] - np.arange(source)), 0).astype(np.float32)
 
 
+# ---- arrays in files ----
+
+SENSES_OF_FILES = {
+    "video": "float32[clips,3,2,S,S], normalised as by `mmjax.data.senses.video`",
+    "depth": "float32[1,S,S], normalised disparity; or of float32[H,W], distances in metres. Or a 16-bit .png of "
+             "distances in millimetres",
+    "thermal": "float32[1,S,S], brightness from 0 to 1",
+    "imu": "float32[6,2000], 5 s at 400 Hz: acceleration and angular velocity, normalised",
+}
+
+
+def read_array(name: str, path: str | os.PathLike) -> np.ndarray:
+    """Returns the input of a sense in a .npy file, or depth in a 16-bit .png.
+
+    Raises ValueError naming the file if it cannot be read, or has numbers that are not finite.
+    """
+    wanted = SENSES_OF_FILES.get(name, "an array")
+    if str(path).lower().endswith(".png") and name == "depth":
+        return read_depth(path)
+    try:
+        array = read_npy(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(files.url_problem(path) or f"{path} cannot be read as an array: {error}. Expected for {name}: "
+                         f"a .npy file of {wanted}") from error
+    try:
+        check_finite(array)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used for {name}: {error}") from error
+    return array
+
+
+FOCAL_TIMES_BASELINE = 518.857901 * 0.075  # pixels times metres, of the Kinect that recorded NYU Depth v2
+NEAREST, FARTHEST = 0.01, 50.0  # metres
+MOST_DISPARITY, DISPARITY_MEAN, DISPARITY_STD = 75.0, 0.0418, 0.0295
+
+
+def read_depth(path: str | os.PathLike) -> np.ndarray:
+    """Returns float32[H,W], distances in metres, of a 16-bit grey .png of millimetres; 0 is a missing measurement.
+
+    Raises ValueError naming a file that cannot be read or has another mode.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(files.url_problem(path) or no_image(path))
+    try:
+        with open_file(path, os.path.getsize(path)) as opened:
+            mode, pixels = opened.mode, np.asarray(opened)
+    except Exception as error:  # decoders raise any error for damaged bytes
+        raise ValueError(f"{path} is not an image that can be read: {error}") from error
+    if not mode.startswith("I"):
+        raise ValueError(f"{path} cannot be used for depth: its mode is {mode}. Expected for depth: "
+                         f"{SENSES_OF_FILES['depth']}")
+    return pixels.astype(np.float32) / 1000
+
+
+def depth(distances: np.ndarray, size: int = 224) -> np.ndarray:
+    """Returns float32[1,S,S]: normalised disparity of the center of a map of distances in metres, float[H,W].
+
+    ImageBind was trained on disparity, focal length times baseline over distance, between 0 and 75, divided by 75 and
+    normalised (facebookresearch/ImageBind issues 69 and 107). The focal length and baseline of NYU Depth v2 are used
+    for every camera. The disparity of a missing measurement, 0 metres, is 0. Bilinear; not antialiased.
+
+    Raises ValueError for an empty map, and for numbers that are negative, NaN or infinite.
+    """
+    if not distances.size:
+        raise ValueError(f"a map of distances in metres must be float32[H,W], got {list(distances.shape)}")
+    check_finite(distances)
+    if (count := int((distances < 0).sum())):
+        raise ValueError(f"{count:,} of {distances.size:,} distances are negative; they are metres")
+    measured = np.clip(distances.astype(np.float32), NEAREST, FARTHEST)
+    disparity = np.where(distances > 0, FOCAL_TIMES_BASELINE / measured, 0).clip(0, MOST_DISPARITY) / MOST_DISPARITY
+    sides = _scaled_sides(*distances.shape, size)
+    top, left = (math.ceil((side - size) / 2) for side in sides)
+    square = _scaled(disparity[None, :, :, None].astype(np.float32), sides, range(top, top + size),
+                     range(left, left + size))[0, :, :, 0]
+    return ((square - DISPARITY_MEAN) / DISPARITY_STD)[None].astype(np.float32)
+
+
+def check_finite(array: np.ndarray) -> None:
+    """Raises ValueError with the number of values that are NaN or infinite."""
+    if np.issubdtype(array.dtype, np.inexact) and (count := int((~np.isfinite(array)).sum())):
+        raise ValueError(f"{count:,} of {array.size:,} numbers are NaN or infinite")
+
+
 # ---- sound ----
 
 RATE = 16_000
@@ -129,42 +214,108 @@ SOUND_MEAN, SOUND_STD = -4.268, 9.138
 LOWEST = 20.0  # hertz, of the mel filters
 
 
-def read_wav(path: str | Path) -> tuple[np.ndarray, int]:
-    """Returns (float32[C,samples] between -1 and 1, samples a second) of a PCM .wav file.
+PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE  # formats of a .wav file
+BITS = {PCM: (8, 16, 24, 32), FLOAT: (32, 64)}  # of a sample
+CONVERT = "Convert it: ffmpeg -i FILE -ac 1 -c:a pcm_s16le NEW.wav"
 
-    Raises ValueError naming the file if it is something else, or is truncated. The very large length that programs
-    write when they do not know it (ffmpeg into a pipe) means the rest of the file.
+
+@dataclasses.dataclass(frozen=True)
+class WavHeader:
+    """The header of a .wav file.
+
+    kind:    PCM or FLOAT
+    start:   position of the samples in the file
+    claimed: number of bytes of samples, as the file says
+    """
+
+    kind: int
+    channels: int
+    rate: int
+    bits: int
+    start: int
+    claimed: int
+
+
+def read_wav(path: str | Path) -> tuple[np.ndarray, int]:
+    """Returns (float32[C,samples] between -1 and 1, samples a second) of a .wav file of PCM or float samples.
+
+    Raises ValueError naming the file if it is something else, is truncated, or has numbers that are not finite. The
+    very large length that programs write when they do not know it (ffmpeg into a pipe) means the rest of the file.
     """
     if not Path(path).is_file():  # neither a folder nor a pipe, which would block
         raise ValueError(files.url_problem(path) or f"No sound at {path}.")
     try:
-        with wave.open(str(path), "rb") as file:
-            channels, width, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
-            if width not in (1, 2, 3, 4):
-                raise wave.Error(f"its samples have {width} bytes, not 1 to 4")
-            claimed = file.getnframes() * channels * width
-            frames = min(claimed, os.path.getsize(path)) // (channels * width)
-            raw = np.frombuffer(file.readframes(frames), np.uint8)
-    except FileNotFoundError as error:
-        raise ValueError(files.url_problem(path) or f"No sound at {path}.") from error
-    except (wave.Error, EOFError, OSError, RuntimeError) as error:  # the last for damaged lengths of chunks
-        reason = str(error) or "its chunks are damaged"
-        raise ValueError(f"{path} is not a PCM .wav file ({reason}). Convert it: ffmpeg -i FILE -c:a pcm_s16le NEW.wav"
-                         ) from error
+        with open(path, "rb") as file:
+            header = _wav_header(file)
+            file.seek(header.start)
+            raw = file.read(min(header.claimed, os.path.getsize(path)))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is not a PCM .wav file ({error}). {CONVERT}") from error
     try:
-        _check_sound(channels, rate)
+        _check_sound(header.channels, header.rate)
     except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
-    if len(raw) < claimed < UNKNOWN_LENGTH:
-        raise ValueError(f"{path} is cut off: its header says {claimed} bytes of sound, {len(raw)} are there.")
-    raw = raw[:len(raw) // (width * channels) * width * channels].reshape(-1, width)
-    if width == 1:  # unsigned
-        samples = raw[:, 0].astype(np.float32) / 128 - 1
+    if len(raw) < header.claimed < UNKNOWN_LENGTH:
+        raise ValueError(f"{path} is cut off: its header says {header.claimed} bytes of sound, {len(raw)} are there.")
+    samples = _wav_samples(raw, header)
+    try:
+        check_finite(samples)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
+    return samples, header.rate
+
+
+def _wav_header(file: BinaryIO) -> WavHeader:
+    """Returns the header of a RIFF file. Raises ValueError for any other file, and for samples that are not read."""
+    start = file.read(12)
+    if start[:4] != b"RIFF" or start[8:] != b"WAVE":
+        raise ValueError("it does not begin with RIFF and WAVE")
+    form: tuple[int, ...] | None = None
+    while len(head := file.read(8)) == 8:
+        name, size = head[:4], int.from_bytes(head[4:], "little")
+        if name == b"data":
+            if form is None:
+                raise ValueError("its samples come before their format")
+            kind, channels, rate, bits = form
+            return WavHeader(kind, channels, rate, bits, file.tell(), size)
+        if name == b"fmt ":
+            form = _wav_format(file.read(min(size, 40)))
+            size -= min(size, 40)
+        file.seek(size + size % 2, os.SEEK_CUR)
+    raise ValueError("it has no samples, or its chunks are damaged")
+
+
+def _wav_format(chunk: bytes) -> tuple[int, int, int, int]:
+    """Returns (kind, channels, samples a second, bits of a sample) of a format chunk."""
+    if len(chunk) < 16:
+        raise ValueError("its format is cut off")
+    kind, channels, rate, _, width, bits = struct.unpack_from("<HHIIHH", chunk)
+    if kind == EXTENSIBLE and len(chunk) >= 26:
+        kind = int.from_bytes(chunk[24:26], "little")  # the first bytes of the subformat
+    if kind not in BITS:
+        raise ValueError(f"unknown format: {kind}")
+    bits = -(-bits // 8) * 8  # fewer are in the upper bits of whole bytes
+    if bits not in BITS[kind]:
+        raise ValueError(f"its samples have {bits} bits, not {', '.join(map(str, BITS[kind]))}")
+    if not channels or width != channels * bits // 8:
+        raise ValueError(f"it says {channels} channels of {bits} bits, but {width} bytes for all of them")
+    return kind, channels, rate, bits
+
+
+def _wav_samples(raw: bytes, header: WavHeader) -> np.ndarray:
+    """Returns float32[C,samples] of the bytes of a file; an incomplete last sample is dropped."""
+    width = header.bits // 8
+    frames = np.frombuffer(raw, np.uint8, len(raw) // (width * header.channels) * width * header.channels)
+    frames = frames.reshape(-1, width)
+    if header.kind == FLOAT:
+        samples = np.ascontiguousarray(frames).view(f"<f{width}")[:, 0].astype(np.float32)
+    elif width == 1:  # unsigned
+        samples = frames[:, 0].astype(np.float32) / 128 - 1
     else:  # little endian, moved to the top of 32 bits
-        wide = np.zeros((len(raw), 4), np.uint8)
-        wide[:, 4 - width:] = raw
+        wide = np.zeros((len(frames), 4), np.uint8)
+        wide[:, 4 - width:] = frames
         samples = wide.view("<i4")[:, 0].astype(np.float32) * np.float32(2.0**-31)  # exact: a power of two
-    return samples.reshape(-1, channels).T, rate
+    return samples.reshape(-1, header.channels).T
 
 
 def _check_sound(channels: int, rate: int) -> None:
@@ -267,6 +418,7 @@ def sound(source: str | Path | tuple[np.ndarray, int], bins: int = 128, frames: 
         raise ValueError("A sound must be float[C,samples] between -1 and 1 with at least one sample, got "
                          f"{waveform.dtype}{list(waveform.shape)}.")
     _check_sound(len(waveform), rate)
+    check_finite(waveform)
     parts = _parts(waveform.astype(np.float32), int(rate), clips, seconds)
     out = np.zeros((clips, 1, bins, frames), np.float32)
     for i, clip in enumerate(parts):
@@ -388,7 +540,8 @@ def stack(samples: Sequence[Sample], cfg: Any, merges: Path | None = None) -> di
         image    `images`, at most one: a path, a PIL image, uint8[H,W,3], or normalised float32[3,S,S]
         video    (uint8[N,H,W,3], frames a second), or normalised float32[clips,3,frames,S,S]
         audio    a .wav file, (float[C,samples], samples a second), or spectrograms float32[clips,1,M,T]
-        depth, thermal   float32[1,H,W]         imu   float32[6,steps]        text   a string, or tokens int[77]
+        depth    normalised float32[1,S,S], or distances in metres float[H,W] (see `depth`)
+        thermal  float32[1,S,S]                 imu   float32[6,steps]        text   a string, or tokens int[77]
     A row without a sense that another row has gets zeros with the weight 0. A sample without inputs gets an image of
     zeros with the weight 1, as the original's rows of text alone. These are zeros after the normalisation, which the
     model does, since pixels take a quarter of the bytes; `image_valid` marks the rows with an image. If one image is
@@ -473,6 +626,8 @@ def _input(name: str, source: Any, cfg: Any, merges: Path | None) -> np.ndarray:
         return _floats(source, (None, *tower.input_shape))
     if name == "text":
         return _text_row(source, tower, merges)
+    if name == "depth" and np.ndim(source) == 2 and np.issubdtype(np.asarray(source).dtype, np.floating):
+        return depth(np.asarray(source), tower.input_shape[-1])
     return _floats(source, tower.input_shape)
 
 
@@ -484,6 +639,7 @@ def _floats(source: Any, shape: tuple[int | None, ...]) -> np.ndarray:
     if not fits or not np.issubdtype(array.dtype, np.floating):
         wanted = ",".join("clips" if size is None else str(size) for size in shape)
         raise ValueError(f"must be float32[{wanted}], got {array.dtype}{list(array.shape)}")
+    check_finite(array)
     return array.astype(np.float32)
 
 

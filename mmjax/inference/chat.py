@@ -22,12 +22,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmjax import files
 from mmjax.batch import Sample
 from mmjax.checkpoints.converted import RUN_CARD, read_run_card
 from mmjax.config import ALPACA, ScenesConfig, TextConfig
 from mmjax.data import conversation, images, senses, text
-from mmjax.data.arrays import read_npy
 from mmjax.inference.generate import GenerateConfig
 from mmjax.inference.loaded import Loaded
 from mmjax.inference.requests import is_text
@@ -248,11 +246,7 @@ def _read(sense: str, source: str | os.PathLike) -> Any:
         return str(source)
     if sense == "audio":
         return senses.read_wav(source)
-    try:
-        return read_npy(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(files.url_problem(source) or f"{source} cannot be read as the .npy file of an array: {error}"
-                         ) from error
+    return senses.read_array(sense, source)
 
 
 def add_input(model: Loaded, talk: Conversation, sense: str, value: Any) -> None:

@@ -45,7 +45,7 @@ from mmjax.data import images
 from mmjax.data.neighbours import Recall
 from mmjax.inference import generate as generation
 from mmjax.inference.loaded import Loaded
-from mmjax.inference.requests import Request, digest, read_sense, with_images
+from mmjax.inference.requests import INLINE, Request, digest, read_sense, with_images
 
 FORMAT = 1
 CARD = ".card.json"  # suffix of the answers' file
@@ -159,10 +159,13 @@ class TextAnswerer:
         return settings
 
     def open(self, request: Request) -> OpenedRequest:
-        request = read(request, self.model)
+        given, request = request, read(request, self.model)
         max_new_tokens = self.decoding.settings(self.model)["max_new_tokens"]
         [length] = self.model.prompt_lengths([request.sample], max_new_tokens, **self.text)
-        self.model.batch([request.sample], **self.text)  # raises for any other problem of the sample
+        try:
+            self.model.batch([request.sample], **self.text)  # raises for any other problem of the sample
+        except ValueError as error:
+            raise ValueError(f"{error}{_files_of(given)}") from error
         return OpenedRequest(request, length)
 
     def answer(self, requests: Sequence[Request], first: int) -> list[dict[str, Any]]:
@@ -170,6 +173,12 @@ class TextAnswerer:
         texts = self.model.generate(samples, **self.decoding.settings(self.model), first=first, batch_size=self.rows,
                                     recall=self.recall, **self.text)
         return [{"answer": text} for text in texts]
+
+
+def _files_of(request: Request) -> str:
+    """Returns the end of an error that names the files of the other senses of a request; "" without any."""
+    files = [f"{name} {value}" for name, value in request.sample.media.items() if name not in INLINE]
+    return f"\nThe files are {', '.join(files)}." if files else ""
 
 
 def rows(model: Loaded, batch_size: int) -> int:

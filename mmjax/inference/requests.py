@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ import numpy as np
 
 from mmjax import files
 from mmjax.batch import Sample
-from mmjax.data.arrays import read_npy
-from mmjax.data.formats.rows import field, image_path, parse_json, shown, text
+from mmjax.data import senses
+from mmjax.data.formats.account import Account
+from mmjax.data.formats.rows import Root, field, image_names, image_path, lines_of, shown, text
+from mmjax.data.images import SUFFIXES
 from mmjax.data.text import PLACEHOLDER
 from mmjax.families.base import PromptStyle
 
 KEYS = ("id", "image", "images", "prompt", "media", "weights")
 INLINE = ("text",)  # senses whose value in a line is the input itself, not the name of a file
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2")
+OUTSIDE = "links that lead out of the folder (--follow-links allows them)"
 MAX_LISTED = 20  # problems that one error lists
 
 
@@ -42,29 +44,32 @@ class Request:
     choices: tuple[str, ...] = ()
 
 
-def read_jsonl(path: str | Path, root: str | Path | None = None) -> list[Request]:
+def read_jsonl(path: str | Path, root: str | Path | None = None, follow_links: bool = False,
+               account: Account | None = None) -> list[Request]:
     """Reads a file with one JSON object a line: {"id"?, "image" or "images"?, "prompt", "media"?, "weights"?}.
 
-    root: the folder of all files; None for the folder of `path`
+    root:         the folder of all files; None for the folder of `path`
+    follow_links: whether links may lead out of that folder
+    account:      gets the lines that were found and left out
 
-    "image" is a file name, "images" a list of them. "media" has other senses by name: "text" as a string, all others
-    as the name of a .wav or .npy file. "weights" are the weights of the senses in their mix. A prompt may mark the
-    positions of its images by `<ImageHere>`; without it they precede the prompt. The default "id" is the line's number,
-    from 1. Blank lines are ignored.
+    "image" is a file name, a list of them, or null for none, "images" a list of them. "media" has other senses by name:
+    "text" as a string, all others as the name of a .wav, .npy or, for depth, .png file. "weights" are the weights of
+    the senses in their mix. A prompt may mark the positions of its images by `<ImageHere>`; without it they precede the
+    prompt. The default "id" is the line's number, from 1. Blank lines are ignored.
 
     Raises FileNotFoundError, or ValueError naming every invalid line.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There are no samples at {path}. Expected a file with one JSON object a line.")
-    folder = str(path.absolute().parent if root is None else root)
+    folder = Root.of(str(path.absolute().parent if root is None else root), follow_links)
     requests, problems = [], []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if line.strip():
-            try:
-                requests.append(_parse(folder, number, line))
-            except ValueError as error:
-                problems.append(f"line {number}: {error}")
+    lines, blank = lines_of(path)
+    for number, line in lines:
+        try:
+            requests.append(_parse(folder, number + 1, line))
+        except ValueError as error:
+            problems.append(f"line {number + 1}: {error}")
     problems += _duplicates(requests)
     if problems:
         more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
@@ -74,27 +79,70 @@ def read_jsonl(path: str | Path, root: str | Path | None = None) -> list[Request
                          f'"id" where needed; file names are relative to {folder}.')
     if not requests:
         raise ValueError(f"{path} has no lines.")
+    if account is not None:
+        account.unit, account.found, account.used = "lines", len(lines) + blank, len(requests)
+        if blank:
+            account.leave("blank lines", count=blank)
     return requests
 
 
-def images(folder: str | Path, prompt: str) -> list[Request]:
+def images(folder: str | Path, prompt: str, follow_links: bool = False, account: Account | None = None
+           ) -> list[Request]:
     """Returns a request with the same prompt for every image below a folder, sorted by name; the name is the id.
+
+    follow_links: whether links to files and folders may lead out of the folder
+    account:      gets the files that were found and left out
 
     Raises FileNotFoundError if there is no image, ValueError for a prompt with several images and for names that are
     not UTF-8."""
-    folder = Path(folder)
+    folder, account = Path(folder), Account("files") if account is None else account
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")
-                   if path.suffix.lower() in SUFFIXES and path.is_file())
+    account.unit, names = "files", []
+    for path, linked_folder in _files_below(folder, follow_links):
+        name = path.relative_to(folder).as_posix()
+        account.found += 1
+        if reason := _left_reason(folder, path, linked_folder, follow_links):
+            account.leave(reason, name)
+        else:
+            names.append(name)
+    account.used, names = len(names), sorted(names)
     if not names:
-        raise FileNotFoundError(f"{folder} has no images ({', '.join(SUFFIXES)}).")
+        raise FileNotFoundError(f"{folder} has no images ({', '.join(SUFFIXES)}). {account.line(str(folder))}")
     if invalid := [ascii(name) for name in names if not is_text(name)]:
         raise ValueError(f"{len(invalid)} images in {folder} have names that are not UTF-8: "
                          f"{', '.join(invalid[:MAX_LISTED])}. Rename them.")
     if prompt.count(PLACEHOLDER) > 1:
         raise ValueError(f"The prompt has {prompt.count(PLACEHOLDER)} images, but each request has one.")
     return [Request(name, Sample(images=[str(folder / name)], prompt=prompt)) for name in names]
+
+
+def _files_below(folder: Path, follow_links: bool) -> Iterator[tuple[Path, bool]]:
+    """Yields (path, False) of every file below a folder, and (path, True) of every linked folder that is not entered:
+    without `follow_links` none is, with it none that was entered before."""
+    entered = {os.path.realpath(folder)}
+    for parent, folders, names in os.walk(folder, followlinks=follow_links):
+        for name in sorted(folders):
+            path = Path(parent, name)
+            if path.is_symlink() and (not follow_links or os.path.realpath(path) in entered):
+                folders.remove(name)
+                yield path, True
+            entered.add(os.path.realpath(path))
+        yield from ((Path(parent, name), False) for name in names)
+
+
+def _left_reason(folder: Path, path: Path, linked_folder: bool, follow_links: bool) -> str | None:
+    """Returns why a file or linked folder is not answered; None for an image."""
+    outside = not os.path.realpath(path).startswith(os.path.realpath(folder).rstrip(os.sep) + os.sep)
+    if linked_folder:
+        return OUTSIDE if outside and not follow_links else "linked folders whose files are here already"
+    if path.name.startswith("._"):
+        return "files of macOS whose names begin with ._"
+    if path.suffix.lower() not in SUFFIXES:
+        return f"files with the suffix {shown(path.suffix.lower())}" if path.suffix else "files without a suffix"
+    if outside and not follow_links:
+        return OUTSIDE
+    return None if path.is_file() else "links that lead nowhere, pipes and devices"
 
 
 def is_text(text: str) -> bool:
@@ -115,14 +163,11 @@ def with_images(sample: Sample, style: PromptStyle) -> Sample:
 
 
 def read_sense(name: str, value: Any) -> Any:
-    """Returns the input of a sense: the array of a .npy file, any other value unchanged. Raises ValueError naming a
-    file that cannot be read."""
-    if name in INLINE or not isinstance(value, str) or not value.endswith(".npy"):
+    """Returns the input of a sense: the array of a file, see `mmjax.data.senses.read_array`; text, and the name of a
+    sound, unchanged. Raises ValueError naming a file that cannot be read."""
+    if name in INLINE or not isinstance(value, str) or name == "audio":
         return value
-    try:
-        return read_npy(value)
-    except (ValueError, OSError) as error:
-        raise ValueError(files.url_problem(value) or f"{value} cannot be read as an array: {error}") from error
+    return senses.read_array(name, value)
 
 
 def digest(requests: Sequence[Request]) -> str:
@@ -148,7 +193,7 @@ def _identity(value: Any) -> Any:
 
 def _parse(root: str, number: int, line: bytes) -> Request:
     try:
-        row = parse_json(line)
+        row = files.parse_json(line)
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(row, dict):
@@ -156,7 +201,7 @@ def _parse(root: str, number: int, line: bytes) -> Request:
     if unknown := sorted(row.keys() - set(KEYS)):
         raise ValueError(f"unknown {', '.join(map(shown, unknown))}; a line has {', '.join(KEYS)}")
     name = str(number) if "id" not in row else _id(row)
-    prompt, names = text(row, "prompt"), _images(row)
+    prompt, names = text(row, "prompt"), image_names(row)
     if (count := prompt.count(PLACEHOLDER)) not in (0, len(names)):
         raise ValueError(f"{count} {PLACEHOLDER} in the prompt for {len(names)} images")
     return Request(name, Sample(images=[image_path(root, each) for each in names], media=_media(root, row),
@@ -165,17 +210,6 @@ def _parse(root: str, number: int, line: bytes) -> Request:
 
 def _id(row: dict[str, Any]) -> str:
     return text(row, "id") if isinstance(row["id"], str) else str(field(row, "id", int))
-
-
-def _images(row: dict[str, Any]) -> list[str]:
-    if "image" in row and "images" in row:
-        raise ValueError("both 'image' and 'images'; give one of them")
-    if "image" in row:
-        return [text(row, "image")]
-    names = field(row, "images", list) if "images" in row else []
-    if invalid := [name for name in names if not isinstance(name, str)]:
-        raise ValueError(f"'images' must be names, but has {shown(invalid[0])}")
-    return names
 
 
 def _media(root: str, row: dict[str, Any]) -> dict[str, str]:

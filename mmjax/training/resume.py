@@ -1,20 +1,24 @@
 """Resuming a run: which changes are allowed since it stopped, and the newest undamaged checkpoint."""
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
 
-from mmjax import trees
+from mmjax import files, trees
 from mmjax.checkpoints import converted
 from mmjax.checkpoints.training import Checkpoints, DamagedError, Progress
 from mmjax.config import RunConfig
 from mmjax.training import distributed, steps
 
+SHOWN = 20  # differences that an error names
 # Settings that must not change, because the saved state depends on them. Others may: rates, length, batch size and
 # packing, devices, which checkpoints are kept; and the paths of files, whose content `check_unchanged` compares.
 FIXED = (
@@ -48,6 +52,71 @@ def differences(config: RunConfig, out: Path) -> str:
             + "\nUse the settings it began with; or begin another run: choose another `out`, and weights.start_from = "
             f"{str(out)!r} to start from its result.")
     return f"Changed since it began: {', '.join(lines.values())}." if lines else ""
+
+
+def inputs(config: RunConfig, records: Sequence[Any], stored: Any | None) -> dict[str, Any]:
+    """Returns what identifies the files that a run reads, for its card: `files`, `{name: fingerprint}`, and the
+    `architecture` of the source checkpoint.
+
+    records: of each source
+    stored:  the `mmjax.data.features.Features` that are read in place of images; None to read images
+
+    Files are named by the number of their source, so the data may be moved. Files of images are not read.
+    """
+    source = converted.ConvertedCheckpoint.open(config.weights.checkpoint)
+    found: dict[str, str] = {}
+    for number, each in enumerate(records):
+        prints = each.fingerprints() if hasattr(each, "fingerprints") else {}
+        for file, fingerprint in prints.items():
+            name = f"data.{number}/{os.path.basename(file)}"
+            found[name if name not in found else f"data.{number}/{len(found)}/{os.path.basename(file)}"] = fingerprint
+    for path in sorted((source.folder / "tokenizer").glob("*")):
+        if path.is_file():
+            found[f"tokenizer/{path.name}"] = f"SHA-256 {files.sha256(path)}"
+    if stored is not None:
+        card = {name: value for name, value in dataclasses.asdict(stored.card).items() if name != "folders"}
+        found["features"] = hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
+    return json.loads(json.dumps({"files": found, "architecture": dataclasses.asdict(source.config)}))
+
+
+def changed_inputs(now: Mapping[str, Any], out: Path, allowed: bool) -> list[str]:
+    """Returns a line for each difference between the `inputs` in the run's card and those of now.
+
+    allowed: whether the run may resume with them
+
+    Raises ValueError naming the differences if they are not allowed. Features that only one of them has are ignored:
+    they give the same results as the images.
+    """
+    before = converted.read_run_card(out).get("inputs")
+    if not isinstance(before, Mapping) or not isinstance(before.get("files"), Mapping):
+        return ["Its data and tokenizer cannot be compared: the run began with an mmjax that did not record them."]
+    old, new = before["files"], now["files"]
+    lines = [f"{name}: {old.get(name, 'not read')} -> {new.get(name, 'not read')}"
+             for name in sorted(old.keys() | new.keys())
+             if old.get(name) != new.get(name) and not (name == "features" and None in (old.get(name), new.get(name)))]
+    lines += [f"architecture.{name.replace('/', '.')}: {was!r} -> {value!r}"
+              for name, was, value in _changes(before.get("architecture"), now["architecture"])]
+    if lines and not allowed:
+        shown = lines[:SHOWN] + ([f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else [])
+        raise ValueError(
+            f"The run in {out} cannot resume: files that it reads have changed since:\n  " + "\n  ".join(shown)
+            + "\nRestore them; or set allow_changed_inputs = True to resume with them, which the run's card will say; "
+            f"or begin another run: choose another `out`, and weights.start_from = {str(out)!r}.")
+    return [f"Resuming with changed files, as allow_changed_inputs permits: {', '.join(lines)}."] if lines else []
+
+
+def history(out: Path, step: int, changed: Sequence[str]) -> list[Any]:
+    """Returns, for the run's card, the steps at which a run resumed with what had changed, with this one."""
+    card = converted.read_run_card(out) if (out / converted.RUN_CARD).is_file() else {}
+    before = card.get("resumed")
+    return (before if isinstance(before, list) else []) + ([{"step": step, "changed": [*filter(None, changed)]}]
+                                                           if step else [])
+
+
+def run_id(out: Path) -> str:
+    """Returns the id in a run's card; a new one for a run without an id."""
+    card = converted.read_run_card(out) if (out / converted.RUN_CARD).is_file() else {}
+    return card["id"] if isinstance(card.get("id"), str) else uuid.uuid4().hex
 
 
 def _changes(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

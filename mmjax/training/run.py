@@ -30,6 +30,7 @@ from mmjax.convert import write
 from mmjax.cost import flops, hardware
 from mmjax.data import collate, formats, pipeline, scenes
 from mmjax.data.features import Features
+from mmjax.data.formats.account import printable
 from mmjax.families import FAMILIES, Family
 from mmjax.training import distributed, encode_features, loop, optim, preemption, resume, steps
 from mmjax.training.loop import TrainingStopped
@@ -181,7 +182,10 @@ def begin(job: Job, optimizer: optax.GradientTransformation,
     Raises ValueError for a run that cannot resume with this configuration, or is beyond its last step.
     """
     config, out = job.config, job.out
-    changed = "" if checkpoints.latest is None else resume.differences(config, out)
+    inputs = resume.inputs(config, job.records, job.stored)
+    changed, checkpoints.run = [], resume.run_id(out)
+    if checkpoints.latest is not None:
+        changed = [resume.differences(config, out), *resume.changed_inputs(inputs, out, config.allow_changed_inputs)]
     params = job.params(loaded_by(config, job.source.family))
     mask = trees.mask(params, job.rules)
     trained, frozen = trees.split(params, mask)
@@ -193,9 +197,9 @@ def begin(job: Job, optimizer: optax.GradientTransformation,
         raise ValueError(f"{out} is at step {started}, beyond optim.epochs · optim.steps_per_epoch = "
                          f"{config.optim.steps}. Choose another `out`, or increase them.")
     if started:
-        console.print(f"Resuming at step {started} of {config.optim.steps}. {changed}")
+        console.print(f"Resuming at step {started} of {config.optim.steps}. {' '.join(filter(None, changed))}")
     if distributed.is_primary():
-        write_card(job)
+        write_card(job, checkpoints.run, inputs, resume.history(out, started, changed))
     announce(job, params, mask)
     return state, frozen, progress
 
@@ -329,11 +333,16 @@ def check_first_loss(loss: float, vocab: int, parts: dict[str, Any]) -> None:
         "purpose set check_first_loss=False.")
 
 
-def write_card(job: Job) -> None:
-    """Writes `run.json`, which has everything needed to load or repeat the run."""
+def write_card(job: Job, run: str, inputs: Mapping[str, Any], resumed: Sequence[Any]) -> None:
+    """Writes `run.json`, which has everything needed to load or repeat the run.
+
+    run:             its id
+    inputs, resumed: see `resume.inputs` and `resume.history`
+    """
     config, source, out, start = job.config, job.source, job.out, job.config.weights.start_from
     card = {
         "format": converted.FORMAT,
+        "id": run,
         "family": source.family.name,
         "checkpoint": os.path.relpath(source.folder.absolute(), out.absolute()),
         "architecture": dataclasses.asdict(source.config),
@@ -341,6 +350,8 @@ def write_card(job: Job) -> None:
         "start_from": start and os.path.relpath(os.path.abspath(start), out.absolute()),
         "config": dataclasses.asdict(config),
         "features": job.stored and dataclasses.asdict(job.stored.card),
+        "inputs": inputs,
+        "resumed": resumed,
         "versions": {name: importlib.metadata.version(name) for name in ("mmjax", "jax", "flax", "optax")}
         | {"python": platform.python_version()},
         "devices": [str(device) for device in jax.devices()],
@@ -360,3 +371,8 @@ def announce(job: Job, params: Any, mask: Any) -> None:
                   f"run folder {config.out}")
     if note := job.spec.sharding_note:
         console.print(note)
+    accounts = [formats.Account.of(records) for records in job.records]
+    for each, account in zip(config.data.sources, accounts, strict=True):
+        console.print(printable(account.line(each.path)), highlight=False, soft_wrap=True)
+    if any(account.left or account.odd for account in accounts):
+        console.print("`mmjax data check --list-all` with this config names them.", highlight=False)

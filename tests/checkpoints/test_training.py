@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from mmjax import trees
-from mmjax.checkpoints import storage
+from mmjax.checkpoints import storage, training
 from mmjax.checkpoints import training as training_checkpoints
 from mmjax.checkpoints.training import SEAL, Checkpoints, DamagedError, Progress, SaveError
 from mmjax.config import OptimConfig
@@ -174,7 +174,7 @@ def test_a_checkpoint_that_is_not_whole_is_noticed(saved, harm):
         (saved / "20" / SEAL).unlink()
     else:
         shutil.copy(saved / "10" / SEAL, saved / "20" / SEAL)
-        name = "d/"
+        name = "that of step 10"
     with pytest.raises(DamagedError, match=f"20 is damaged: .*{name}.* .*delete that folder to use the previous one"):
         training_checkpoints.trained(saved)
     assert training_checkpoints.trained(saved, 10)["projector/b"][0] == 10
@@ -287,3 +287,22 @@ def test_the_states_memory_may_be_reused_while_it_is_saved(tmp_path):
     assert not overwrite(made.params["w"]).any()
     checkpoints.close()
     np.testing.assert_array_equal(training_checkpoints.trained(tmp_path)["w"], np.arange(2_000_000, dtype=np.float32))
+
+
+def test_a_checkpoint_of_another_run_is_not_taken(tmp_path):
+    """The folder of a step that was copied from elsewhere: whole, but not of this run."""
+    for run in ("ours", "theirs"):
+        checkpoints = Checkpoints(tmp_path / run / "checkpoints")
+        checkpoints.run = run
+        checkpoints.save(1, state(seed=1), Progress())
+        checkpoints.close()
+    mixed = tmp_path / "ours" / "checkpoints"
+    training.verify(mixed / "1", "ours")
+    shutil.copytree(tmp_path / "theirs" / "checkpoints" / "1", mixed / "2")
+    with pytest.raises(DamagedError, match="is damaged: seal.json is that of step 1"):
+        training.verify(mixed / "2", "ours")
+    shutil.rmtree(mixed / "1")
+    (mixed / "2").rename(mixed / "1")
+    with pytest.raises(DamagedError, match="seal.json is that of another run, theirs, but .*run.json has ours"):
+        training.trained(mixed, run="ours")
+    assert training.trained(mixed).keys() == training.trained(mixed, run="theirs").keys()

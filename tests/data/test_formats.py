@@ -199,13 +199,14 @@ def test_finetune_records(tmp_path):
 
 @pytest.mark.parametrize(("row", "problem"), [
     ("text", "expected an object with 'instruction', got 'text'"), (3, "expected an object"),
-    ({}, "'instruction' must be str, got None"), ({**LLAVA, "image": None}, "'image' must be str, got None"),
-    ({**LLAVA, "conversations": [{"value": "What?"}]}, "a question and an answer, but has 1 messages"),
+    ({}, "'instruction' must be str, got None"), ({**LLAVA, "image": None}, "shows an image that is not there"),
+    ({**LLAVA, "conversations": [{"value": "What?"}]}, "an answer to every question, but has 1 messages"),
     ({**LLAVA, "conversations": [{"value": 1}, {"value": "b"}]}, "'value' must be str, got 1"),
     ({**LLAVA, "conversations": [{"value": "a"}, {"value": " "}]}, "'value' is empty"),
     ({**LLAVA, "conversations": {}}, "'conversations' must be list"), ({**LLAVA, "image": "../a.png"}, "is not below"),
-    ({"instruction": "Sort.", "output": "a"}, "'input' must be str, got None"),
-    ({**ALPACA_ROW, "input": None}, "'input' must be str, got None"),
+    ({**ALPACA_ROW, "input": 3}, "'input' must be str, got 3"),
+    ({**LLAVA, "image": ["a.png", "a.png"]}, "2 images, but a row of this format has one"),
+    ({**LLAVA, "conversations": LLAVA["conversations"][1::-1]}, "the conversation begins with 'gpt'"),
     ({**ALPACA_ROW, "instruction": "\ud800"}, "'instruction' is not text")])
 def test_rows_of_another_shape(row, problem, tmp_path):
     (tmp_path / "a.png").touch()

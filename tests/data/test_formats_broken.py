@@ -99,7 +99,7 @@ def data(tmp_path):
 # ---- one row of three is broken ----
 
 TEXTS = (None, 3, True, "", " \n", [], {}, ["words"], "\ud800")
-IMAGES = (None, 3, True, [], ["1.jpg"], "", ".", "none.jpg", "../outside/secret.jpg", "a/../../outside/secret.jpg",
+IMAGES = (3, True, {}, [3], [["1.jpg"]], "", ".", "none.jpg", "../outside/secret.jpg", "a/../../outside/secret.jpg",
             "ABSOLUTE", "/etc/passwd", "link.jpg", "folder/secret.jpg", "loop.jpg", "pipe.jpg", "a\0.jpg", "\udcff.jpg",
             "x" * 5000, "\ud800.jpg", "/dev/zero", "~/1.jpg")
 NUMBERS = (None, "1", 1.5, True, [], {}, -1, 10**400)
@@ -115,7 +115,7 @@ FIELDS = (
     *(("coco_captions", "image_id", value) for value in NUMBERS),
     *(("cc_sbu_align", "caption", value) for value in TEXTS),
     *(("cc_sbu_align", "image_id", value.removesuffix(".jpg") if isinstance(value, str) else value)
-      for value in (*IMAGES, 1.5, {}, -1, 10**400)),
+      for value in (*IMAGES, None, 1.5, {}, -1, 10**400)),
     *(("imagebind_llm_pretrain", "url", value) for value in IMAGES
       if value not in ("\udcff.jpg", "\ud800.jpg")),  # which cannot be written into a file of text
     *(("imagebind_llm_finetune", "image", value) for value in IMAGES),

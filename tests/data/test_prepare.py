@@ -36,7 +36,8 @@ def content(image):
 
 def whole(records):
     """The records with their images' bytes."""
-    return [dataclasses.replace(record, image=content(record.image)) for record in records]
+    return [dataclasses.replace(record, image=content(record.image), others=tuple(map(content, record.others)))
+            for record in records]
 
 
 def jsonl(folder, count=7, **wrong):
@@ -75,13 +76,14 @@ def test_whatever_a_record_holds_comes_back(tmp_path, monkeypatch):
     jpeg = layouts.put(tmp_path / "a.jpg", layouts.jpeg())
     records = [dataclasses.replace(ASKED, image=str(jpeg)),
                dataclasses.replace(ASKED, image=None, prompt=None, turns=()),
-               Record("2", str(jpeg), "", prompt="What?"), Record("", None, "words\n")]
+               Record("2", str(jpeg), "", prompt="What?"), Record("", None, "words\n"),
+               Record("several", str(jpeg), "words", others=(str(jpeg), str(jpeg)))]
     monkeypatch.setitem(FORMATS, "made", lambda path, root: records)
     prepare.prepare("made", "nowhere", tmp_path / "out")
     found = tfds(str(tmp_path / "out"))
     assert whole(found) == whole(records)
-    assert [record.prompt for record in found] == ["", None, "What?", None]
-    assert {field.name for field in dataclasses.fields(Record)} == {*FIELDS, "problem"}
+    assert [record.prompt for record in found] == ["", None, "What?", None, None]
+    assert {field.name for field in dataclasses.fields(Record)} == {*FIELDS, "problem", "others"}
 
 
 def test_examples_are_those_of_tensorflow_datasets():
@@ -92,7 +94,8 @@ def test_examples_are_those_of_tensorflow_datasets():
             "name": record.name, "image": [image] if image else [], "answer": record.answer,
             "prompt": [] if record.prompt is None else [record.prompt], "input": record.input,
             "turns": [{"question": question, "answer": answer} for question, answer in record.turns]})
-        assert tf_example_pb2.Example.FromString(example(record, image)) == tf_example_pb2.Example.FromString(theirs)
+        ours = example(record, [image] if image else [])
+        assert tf_example_pb2.Example.FromString(ours) == tf_example_pb2.Example.FromString(theirs)
 
 
 def test_tensorflow_datasets_reads_it(tmp_path):

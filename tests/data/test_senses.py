@@ -172,7 +172,7 @@ def test_rates_that_nobody_records(rate, tmp_path):
 def test_headers_that_claim_too_much(tmp_path):
     for content, message in (
             (wav(16_000, claimed=1_000), "cut off: its header says 1000 bytes of sound, 128 are there"),
-            (wav(16_000, bits=64), "its samples have 8 bytes, not 1 to 4"),
+            (wav(16_000, bits=64), "its samples have 64 bits, not 8, 16, 24, 32"),
             (wav(16_000, bits=36), "not a PCM .wav file"),
             (wav(16_000, channels=65, bits=8), "has 65 channels; at most 64"),
             (wav(16_000)[:16] + b"\xff" * 4 + wav(16_000)[20:], r"its chunks are damaged")):

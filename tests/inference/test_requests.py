@@ -39,7 +39,7 @@ BROKEN = {
     '{"prompt": "a", "image": "/etc/passwd"}': "is not below",
     '{"prompt": "a", "media": {"audio": "../b.wav"}}': "is not below",
     '{"prompt": "a", "image": "a", "images": ["b"]}': "both 'image' and 'images'",
-    '{"prompt": "a", "images": [1]}': "'images' must be names",
+    '{"prompt": "a", "images": [1]}': "'images' must be a list of names",
     '{"prompt": "<ImageHere><ImageHere>", "image": "a"}': "2 <ImageHere> in the prompt for 1 images",
     '{"prompt": "<ImageHere>"}': "1 <ImageHere> in the prompt for 0 images",
     '{"prompt": "a", "weights": {"audio": "1"}}': "'audio' must be int or float",

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+from mmjax.config import Source
+from mmjax.data.formats.account import Account
 from mmjax.data.formats.cc_sbu import cc_sbu_align
 from mmjax.data.formats.coco import coco_captions
 from mmjax.data.formats.grounding import invrefcoco, refcoco
@@ -13,13 +15,14 @@ from mmjax.data.formats.vqa import gqa, vqa
 from mmjax.data.formats.webdataset import webdataset
 
 __all__ = [
-    "CAPTION_PROMPT", "FORMATS", "Member", "Record", "cc_sbu_align", "clean_caption", "coco_captions", "gqa",
-    "imagebind_llm_finetune", "imagebind_llm_pretrain", "invrefcoco", "jsonl", "llava_instruct", "refcoco", "tfds",
-    "vqa", "webdataset",
+    "Account", "CAPTION_PROMPT", "FORMATS", "Member", "Record", "cc_sbu_align", "clean_caption", "coco_captions", "gqa",
+    "imagebind_llm_finetune", "imagebind_llm_pretrain", "invrefcoco", "jsonl", "llava_instruct", "read", "refcoco",
+    "tfds", "vqa", "webdataset",
 ]
 
-# (path, root) -> records; root: the folder of the images, None for that of the data file
-FORMATS: dict[str, Callable[[str, str | None], Sequence[Record]]] = {
+# (path, root, follow_links) -> records; root: the folder of the images, None for that of the data file;
+# follow_links: whether links may lead out of that folder
+FORMATS: dict[str, Callable[..., Sequence[Record]]] = {
     "cc_sbu_align": cc_sbu_align,
     "webdataset": webdataset,
     "llava_instruct": llava_instruct,
@@ -33,3 +36,9 @@ FORMATS: dict[str, Callable[[str, str | None], Sequence[Record]]] = {
     "imagebind_llm_finetune": imagebind_llm_finetune,
     "tfds": tfds,
 }
+
+
+def read(source: Source) -> Sequence[Record]:
+    """Returns the records of a source. Raises the errors of its format's reader."""
+    options = {"follow_links": True} if source.follow_links else {}
+    return FORMATS[source.format](source.path, source.root, **options)

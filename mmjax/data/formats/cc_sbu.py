@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.data.formats.record import Record
-from mmjax.data.formats.rows import RowRecords, caption_text, field, image_path, read_json
+from mmjax.data.formats.rows import Root, RowRecords, caption_text, field, image_path, read_json
 
 
-def cc_sbu_align(path: str, root: str | None = None) -> Sequence[Record]:
+def cc_sbu_align(path: str, root: str | None = None, follow_links: bool = False) -> Sequence[Record]:
     """Reads `filter_cap.json` ({"annotations": [{"image_id", "caption"}, ...]}) and `image/IMAGE_ID.jpg` (stage 2).
 
     path: the folder with the file
     root: the folder with the folder `image`; None for the same
+    follow_links: whether links may lead out of the root
 
     The name of a record is its `image_id`. Raises FileNotFoundError or ValueError if the file cannot be used.
     """
@@ -23,7 +24,7 @@ def cc_sbu_align(path: str, root: str | None = None) -> Sequence[Record]:
     rows = read_json(file, dict, expected=expected).get("annotations")
     if not isinstance(rows, list):
         raise ValueError(f"{file} must hold {expected}.")
-    return RowRecords(file, path if root is None else root, rows, _caption)
+    return RowRecords(file, Root.of(path if root is None else root, follow_links), rows, _caption)
 
 
 def _caption(root: str, name: str, number: int, row: Any) -> Record:

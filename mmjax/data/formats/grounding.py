@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.data.boxes import box_text
+from mmjax.data.formats.account import Account
 from mmjax.data.formats.coco import by_id
 from mmjax.data.formats.record import Record, clean_caption
 from mmjax.data.formats.rows import (
+    Root,
     RowRecords,
     about_image,
     caption_text,
@@ -24,6 +26,7 @@ from mmjax.data.formats.rows import (
     image_path,
     image_root,
     read_json,
+    shown,
     the_file,
 )
 
@@ -48,22 +51,23 @@ IDENTIFY = (  # coco_dataset.py: InvReferCOCODataset
 )
 
 
-def refcoco(path: str, root: str | None = None) -> Sequence[Record]:
+def refcoco(path: str, root: str | None = None, follow_links: bool = False) -> Sequence[Record]:
     """Reads `refs(SPLITTER).p` and `instances.json` of the same folder: sentences are prompts, boxes are answers.
 
     path: the file of references, or a folder with exactly one
     root: the folder with `train2014`; None for the parent of the files' folder
+    follow_links: whether links may lead out of the root
 
     The references of the split `train` are read. A JSON list of {"img_id", "sents", "bbox", "height", "width"} (the
     files MiniGPT-v2 is evaluated with) is read too, completely. Raises FileNotFoundError or ValueError if the files
     cannot be used, also for a pickle with anything but plain values, which is never executed.
     """
-    return _references(path, root, inverse=False)
+    return _references(path, root, follow_links, inverse=False)
 
 
-def invrefcoco(path: str, root: str | None = None) -> Sequence[Record]:
+def invrefcoco(path: str, root: str | None = None, follow_links: bool = False) -> Sequence[Record]:
     """Reads the data of `refcoco` with boxes in the prompts and sentences as answers."""
-    return _references(path, root, inverse=True)
+    return _references(path, root, follow_links, inverse=True)
 
 
 def instances(file: Path) -> tuple[dict[int, Any], dict[int, Any]]:
@@ -83,11 +87,13 @@ def instances(file: Path) -> tuple[dict[int, Any], dict[int, Any]]:
     return images, boxes
 
 
-def read_references(file: Path, train: bool) -> tuple[list[tuple[Any, Any]], dict[int, Any], dict[int, Any]]:
+def read_references(file: Path, train: bool, account: Account | None = None
+                    ) -> tuple[list[tuple[Any, Any]], dict[int, Any], dict[int, Any]]:
     """Returns ((reference, sentence) of each sentence, images by id, boxes by id) of a `refs(SPLITTER).p`.
 
     train: whether to return the references of the split `train`, or all others. An invalid reference is returned once
            with the sentence None: `reference_ids` raises for it
+    account: gets the sentences of other splits
 
     Raises the errors of `instances` and `plain_pickle`.
     """
@@ -98,6 +104,11 @@ def read_references(file: Path, train: bool) -> tuple[list[tuple[Any, Any]], dic
             rows.append((ref, None))
         elif (ref.get("split") == "train") == train:
             rows += [(ref, sentence) for sentence in ref["sentences"]]
+        elif account is not None:
+            account.leave(f"sentences of the split {shown(ref.get('split'))}", count=len(ref["sentences"]))
+    if account is not None:
+        account.used = len(rows)
+        account.found = len(rows) + sum(items.count for items in account.left.values())
     return rows, images, boxes
 
 
@@ -110,14 +121,16 @@ def reference_ids(ref: Any, images: dict[int, Any], boxes: dict[int, Any]) -> tu
     return key, box
 
 
-def _references(path: str, root: str | None, inverse: bool) -> Sequence[Record]:
+def _references(path: str, root: str | None, follow_links: bool, inverse: bool) -> Sequence[Record]:
     file = the_file(path, "refs(*).p", "RefCOCO's refs(SPLITTER).p")
     if file.suffix == ".json":
         rows = read_json(file, list, expected='a list of {"img_id", "sents", "bbox", "height", "width"}')
-        return RowRecords(file, image_root(file, root), rows, functools.partial(_evaluation, inverse))
-    root = str(file.absolute().parent.parent) if root is None else root
-    rows, images, boxes = read_references(file, train=True)
-    return RowRecords(file, root, rows, functools.partial(_reference, images, boxes, inverse))
+        return RowRecords(file, image_root(file, root, follow_links), rows, functools.partial(_evaluation, inverse))
+    root = Root.of(str(file.absolute().parent.parent) if root is None else root, follow_links)
+    account = Account("sentences")
+    rows, images, boxes = read_references(file, True, account)
+    return RowRecords(file, root, rows, functools.partial(_reference, images, boxes, inverse), account,
+                      [file.with_name("instances.json")])
 
 
 def _reference(images: dict[int, Any], boxes: dict[int, Any], inverse: bool, root: str, name: str, number: int,

@@ -36,6 +36,7 @@ class Record:
     """One example, with its image on disk.
 
     image:   path of the image, or a member of an archive; None without an image
+    others:  further images of a record with several, such as the frames of a video
     answer:  the target text: a caption, or the answer to the prompt
     prompt:  the record's prompt; None if the data have none (then one of `DataConfig.prompts` is used)
     input:   the text that the prompt refers to, as in `Sample`
@@ -50,6 +51,12 @@ class Record:
     input: str = ""
     turns: tuple[tuple[str, str], ...] = ()
     problem: str | None = None
+    others: tuple[str | Member, ...] = ()
+
+    @property
+    def images(self) -> tuple[str | Member, ...]:
+        """All images, in order."""
+        return () if self.image is None else (self.image, *self.others)
 
 
 def clean_caption(caption: str, most_words: int = 50) -> str:

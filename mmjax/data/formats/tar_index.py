@@ -20,10 +20,11 @@ from rich.console import Console
 
 from mmjax import files
 from mmjax.data.arrays import DEFLATED, read_npz
+from mmjax.data.formats.account import Items
 
 VARIABLE = "MMJAX_TAR_INDEX"
 OFF = "off"
-FORMAT = 1  # of the files; those of other formats are made again
+FORMAT = 2  # of the files; those of other formats are made again
 DIGEST = 32  # bytes of the digest at the start of a file
 
 
@@ -33,11 +34,22 @@ class TarIndex(NamedTuple):
     keys:     bytes[N]
     places:   int64[N,5]: offset and size of the image and of the caption, and whether the caption is JSON
     problems: of the samples that cannot be used, by index
+    members:  number of samples and of other members
+    left:     members that are in no sample, by reason
+    odd:      what looks odd, by what it is
     """
 
     keys: np.ndarray
     places: np.ndarray
     problems: dict[int, str]
+    members: int = 0
+    left: dict[str, Items] = {}
+    odd: dict[str, Items] = {}
+
+    @property
+    def digest(self) -> str:
+        """A digest of the names and positions of the samples, which is that of the tar's headers."""
+        return hashlib.sha256(self.keys.tobytes() + self.places.tobytes()).hexdigest()
 
 
 def folder() -> Path | None:
@@ -99,13 +111,24 @@ def stamp(file: str) -> tuple[int, int] | None:
     return (stat.length, stat.mtime * 10**9) if stat.mtime else None
 
 
+def describe_stamp(file: str) -> str:
+    """Returns a file's size and time of its last change as text. Raises FileNotFoundError."""
+    made_of = stamp(file)
+    if made_of is None:
+        return "no time"
+    size, changed = made_of
+    return f"{size} bytes of {changed / 1e9:.3f}"
+
+
 def _absolute(file: str) -> str:
     return file if "://" in file else os.path.abspath(file)
 
 
 def _content(index: TarIndex, made_of: tuple[int, int]) -> bytes:
     """Returns the bytes of a file: a digest, then the index and the stamp of its tar."""
-    problems = json.dumps({str(place): problem for place, problem in index.problems.items()})
+    groups = [{reason: [items.count, items.names] for reason, items in group.items()}
+              for group in (index.left, index.odd)]
+    problems = json.dumps([{str(place): problem for place, problem in index.problems.items()}, index.members, *groups])
     buffer = io.BytesIO()
     np.savez_compressed(buffer, made_of=np.array([FORMAT, *made_of]), keys=index.keys, places=index.places,
                         problems=np.frombuffer(problems.encode(), np.uint8))
@@ -123,11 +146,14 @@ def _parse(content: bytes, made_of: tuple[int, int]) -> TarIndex | None:
         if arrays["made_of"].tolist() != [FORMAT, *made_of]:
             return None
         keys, places = arrays["keys"], arrays["places"]
-        problems = {int(place): str(problem) for place, problem in json.loads(arrays["problems"].tobytes()).items()}
+        stored, members, *groups = files.parse_json(arrays["problems"].tobytes())
+        problems = {int(place): str(problem) for place, problem in stored.items()}
+        left, odd = ({str(reason): Items(int(count), list(map(str, names))) for reason, (count, names) in group.items()}
+                     for group in groups)
     except Exception as error:  # the content is not trusted
         raise ValueError(f"it cannot be read: {error!r}") from error
     _check(keys, places, problems, made_of[0])
-    return TarIndex(keys, places, problems)
+    return TarIndex(keys, places, problems, int(members), left, odd)
 
 
 def _check(keys: np.ndarray, places: np.ndarray, problems: dict[int, str], size: int) -> None:

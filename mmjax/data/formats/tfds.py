@@ -17,8 +17,10 @@ import numpy as np
 
 from mmjax import files
 from mmjax.data import manifest
+from mmjax.data.formats.account import Account
 from mmjax.data.formats.record import Record
-from mmjax.data.formats.rows import Lazy, caption_text
+from mmjax.data.formats.rows import FOLLOW, Lazy, caption_text
+from mmjax.data.formats.tar_index import describe_stamp
 
 FIELDS = ("answer", "image", "input", "name", "prompt", "turns")  # of a prepared data set, those of `Record`
 CAPTIONS = ("caption", "captions", "text", "answer", "description", "title")  # default names of the text feature
@@ -27,7 +29,7 @@ KEPT = 32  # cached examples, since the image is read after its record
 SPARE = 256  # files that a process has open besides those of large data sets
 
 
-def tfds(path: str, root: None = None) -> Sequence[Record]:
+def tfds(path: str, root: None = None, follow_links: bool = False) -> Sequence[Record]:
     """Reads a data set that is prepared on this machine in the format array_record.
 
     path: its folder (with `dataset_info.json`), or its name `NAME[/CONFIG][:VERSION]`, also as `tfds:NAME`, which is
@@ -40,53 +42,57 @@ def tfds(path: str, root: None = None) -> Sequence[Record]:
     For data of `mmjax data prepare` the records are those of its source, and the sizes of all shards are checked.
     Raises ValueError or FileNotFoundError if the data set is missing, incomplete, damaged or in another format, or its
     features are ambiguous; also for a `root`, because the data set includes the images.
+
+    follow_links: whether shards may be links that lead out of the folder
     """
     if root is not None:
         raise ValueError(f"The images of {path} are in the data set itself: leave out the root, {root}.")
-    return Examples(path)
+    return Examples(path, follow_links)
 
 
 @dataclass(frozen=True)
 class Stored:
     """An image in a data set. It is pickled as path and number, and the data set is opened when the image is read.
 
-    file: the path for `tfds`
+    file:  the path for `tfds`
+    index: of the image among those of the example
     """
 
     file: str
     number: int
     examples: "Examples" = field(compare=False, repr=False)
+    index: int = 0
 
     def read(self) -> bytes:
         """Returns the original bytes. Raises OSError if the shard is damaged, ValueError if it has no image."""
-        return self.examples.image(self.number)
+        return self.examples.image(self.number, self.index)
 
     def __str__(self) -> str:
-        return f"{self.file}, example {self.number}"
+        return f"{self.file}, example {self.number}" + f", image {self.index}" * bool(self.index)
 
     def __reduce__(self) -> Any:
-        return _stored, (self.file, self.number)
+        return _stored, (self.file, self.number, self.examples.follow_links, self.index)
 
 
-def _stored(file: str, number: int) -> Stored:
-    return Stored(file, number, _opened(file))
+def _stored(file: str, number: int, follow_links: bool, index: int) -> Stored:
+    return Stored(file, number, _opened(file, follow_links), index)
 
 
 @functools.lru_cache(maxsize=16)
-def _opened(file: str) -> "Examples":
-    return Examples(file)
+def _opened(file: str, follow_links: bool) -> "Examples":
+    return Examples(file, follow_links)
 
 
 class Examples(Lazy):
     """The records of a data set, which are pickled as the path."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, follow_links: bool = False) -> None:
         from tensorflow_datasets import decode
 
         folder_or_name, options = _options(path)
         builder = _builder(folder_or_name)
         split = _split(path, builder, options.get("split"))
-        self.path, self._title = path, builder.info.name
+        self.path, self._title, self.follow_links = path, builder.info.name, follow_links
         self._prepared = set(builder.info.features) == set(FIELDS)
         self._image, self._text, self._texts = "image", "answer", 1
         if not self._prepared:
@@ -101,11 +107,28 @@ class Examples(Lazy):
         except Exception as error:  # any error for invalid names and numbers
             raise ValueError(f"{path} cannot be read, its dataset_info.json is damaged: {error}") from error
         self._ends = np.cumsum([shard.take for shard in self._shards])
-        _check(builder.data_dir, [shard.filename for shard in self._shards])
+        self.files = tuple(shard.filename for shard in self._shards)
+        _check(builder.data_dir, self.files, follow_links)
+        self.account = self._account(builder.data_dir)
         self._example = functools.lru_cache(KEPT)(self._read)
 
     def __reduce__(self) -> Any:
-        return Examples, (self.path,)
+        return Examples, (self.path, self.follow_links)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Returns `{shard: SHA-256}` of a prepared data set, of any other data set `{shard: size and time}`."""
+        stored = manifest.read(os.path.dirname(self.files[0])) if self._prepared else None
+        if stored is None:
+            return {file: describe_stamp(file) for file in self.files}
+        known = {shard.file: shard.sha256 for shard in stored.shards.values()}
+        return {file: f"SHA-256 {known.get(os.path.basename(file))}" for file in self.files}
+
+    def _account(self, folder: str) -> Account:
+        account = Account("examples" if self._texts == 1 else "texts", len(self), len(self))
+        if self._prepared and (stored := manifest.read(folder)) and stored.left_out:
+            account.found += stored.left_out
+            account.leave("records left out when it was prepared (prepare_errors.jsonl)", count=stored.left_out)
+        return account
 
     def __len__(self) -> int:
         return int(self._ends[-1]) * self._texts
@@ -117,9 +140,10 @@ class Examples(Lazy):
     def record(self, number: int) -> Record:
         example, text = divmod(number, self._texts)
         stored = self._example(example)
-        image = Stored(self.path, example, self) if _values(stored, self._image) else None
+        count = len(_values(stored, self._image))
+        image = Stored(self.path, example, self) if count else None
         if self._prepared:
-            return _record(stored, image)
+            return _record(stored, [Stored(self.path, example, self, index) for index in range(count)])
         texts = _values(stored, self._text)
         if image is None or not texts:
             raise ValueError(f"there is nothing in the feature {self._text if image else self._image}")
@@ -127,12 +151,12 @@ class Examples(Lazy):
             self.name(number), image, caption_text({self._text: texts[text % len(texts)].decode()}, self._text)
         )
 
-    def image(self, number: int) -> bytes:
-        """Returns the first image of an example; raises the errors of `Stored.read`."""
+    def image(self, number: int, index: int = 0) -> bytes:
+        """Returns an image of an example; raises the errors of `Stored.read`."""
         images = _values(self._example(number), self._image)
-        if not images:
-            raise ValueError(f"example {number} of {self.path} has no image")
-        return images[0]
+        if index >= len(images):
+            raise ValueError(f"example {number} of {self.path} has no image" + f" {index}" * bool(index))
+        return images[index]
 
     def _read(self, number: int) -> Any:
         """Returns a tf.train.Example."""
@@ -151,7 +175,7 @@ class Examples(Lazy):
 
 
 def features() -> Any:
-    """Returns the features of a prepared data set. `image` and `prompt` have one or none, as none can be optional."""
+    """Returns the features of a prepared data set. `prompt` has one or none, as none can be optional."""
     from tensorflow_datasets import features as kinds
 
     return kinds.FeaturesDict({
@@ -164,8 +188,8 @@ def features() -> Any:
     })
 
 
-def example(record: Record, image: bytes | None) -> bytes:
-    """Returns a record and its image's bytes as serialised by `features().serialize_example`, ten times faster.
+def example(record: Record, images: Sequence[bytes]) -> bytes:
+    """Returns a record and its images' bytes as serialised by `features().serialize_example`, ten times faster.
 
     Raises ValueError for text that cannot be encoded as UTF-8.
     """
@@ -180,21 +204,21 @@ def example(record: Record, image: bytes | None) -> bytes:
         "turns/answer": [answer for _, answer in record.turns],
     }
     values = {key: [text.encode() for text in several] for key, several in texts.items()}
-    values["image"] = [] if image is None else [image]
+    values["image"] = list(images)
     stored = {key: tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=several))
               for key, several in values.items()}
     whole = tf_example_pb2.Example(features=tf_feature_pb2.Features(feature=stored))
     return whole.SerializeToString(deterministic=True)  # the same source makes the same shards
 
 
-def _record(stored: Any, image: Stored | None) -> Record:
+def _record(stored: Any, images: Sequence[Stored]) -> Record:
     name, answer, prompt, given, questions, answers = (
         [value.decode() for value in _values(stored, key)]
         for key in ("name", "answer", "prompt", "input", "turns/question", "turns/answer"))
     if not (len(name) == len(answer) == len(given) == 1):
         raise ValueError("the example is not as mmjax data prepare writes them")
-    return Record(name[0], image, answer[0], prompt[0] if prompt else None, given[0],
-                  tuple(zip(questions, answers, strict=True)))
+    return Record(name[0], images[0] if images else None, answer[0], prompt[0] if prompt else None, given[0],
+                  tuple(zip(questions, answers, strict=True)), others=tuple(images[1:]))
 
 
 def _values(stored: Any, feature: str) -> Sequence[bytes]:
@@ -276,7 +300,7 @@ def _split(path: str, builder: Any, split: str | None) -> str:
     return split
 
 
-def _check(folder: str, files: Sequence[str]) -> None:
+def _check(folder: str, files: Sequence[str], follow_links: bool) -> None:
     """Checks the shards, and raises the process's limit of open files so that it can open all of them.
 
     Raises FileNotFoundError or ValueError if some are missing, not below the folder (links are followed), or, if the
@@ -285,8 +309,12 @@ def _check(folder: str, files: Sequence[str]) -> None:
     if stored := manifest.read(folder):
         manifest.check(folder, stored)
     base = os.path.realpath(folder)
-    if outside := [file for file in files if not os.path.realpath(file).startswith(base + os.sep)]:
-        raise ValueError(f"{len(outside)} shards are not below {folder}, such as {', '.join(outside[:5])}.")
+    outside = [file for file in files if not os.path.realpath(file).startswith(base + os.sep)]
+    inside = [file for file in outside if os.path.abspath(file).startswith(os.path.abspath(folder) + os.sep)]
+    if outside and not (follow_links and len(inside) == len(outside)):
+        links = (f": it is a link that leads to {os.path.realpath(inside[0])}. Allow links that lead out of the "
+                 f"folder ({FOLLOW})") if inside else ""
+        raise ValueError(f"{len(outside)} shards are not below {folder}, such as {(inside or outside)[0]}{links}.")
     if absent := [file for file in files if not os.path.isfile(file)]:
         raise FileNotFoundError(f"{len(absent)} of {len(files)} shards are not there, such as {', '.join(absent[:5])}. "
                                 "Copy the data set again.")

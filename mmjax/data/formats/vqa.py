@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmjax.data.formats.account import Account
 from mmjax.data.formats.record import Record, clean_caption
 from mmjax.data.formats.rows import (
     RowRecords,
@@ -29,11 +30,12 @@ INSTRUCTIONS = (  # coco_vqa_datasets.py, gqa_datasets.py: instruction_pool
 )
 
 
-def vqa(path: str, root: str | None = None) -> Sequence[Record]:
+def vqa(path: str, root: str | None = None, follow_links: bool = False) -> Sequence[Record]:
     """Reads `..._questions.json` and `..._annotations.json` (VQAv2, OK-VQA), with images in `train2014`.
 
     path: the file of questions, or a folder with exactly one
     root: the folder with the folder of COCO's images; None for the file's, or its parent if that is `annotations`
+    follow_links: whether links may lead out of the root
 
     The file of answers has the name of that of the questions, without OpenEnded_. One file with a list of {"image",
     "question", "answer": [...]} (LAVIS's vqa_train.json and okvqa_train.json) is read too, its `image` a path below
@@ -41,32 +43,39 @@ def vqa(path: str, root: str | None = None) -> Sequence[Record]:
     """
     file = the_file(path, "*_questions.json", "VQA's questions")
     content = read_json(file, dict, list, expected='{"questions": [...]}, or a list of {"image", "question", "answer"}')
-    root = image_root(file, root)
+    root = image_root(file, root, follow_links)
     if isinstance(content, list):
         return RowRecords(file, root, content, functools.partial(_listed, ""))
     questions, split, answers = with_answers(file, content)
-    return RowRecords(file, root, questions, functools.partial(_question, split, answers))
+    account = Account("questions", len(questions), len(questions))
+    asked = {str(row.get("question_id")) for row in questions if isinstance(row, dict)}
+    if unasked := [key for key in answers if key not in asked]:
+        account.notice("answers without a question", *unasked)
+    return RowRecords(file, root, questions, functools.partial(_question, split, answers), account,
+                      [answers_file(file)])
 
 
-def gqa(path: str, root: str | None = None) -> Sequence[Record]:
+def gqa(path: str, root: str | None = None, follow_links: bool = False) -> Sequence[Record]:
     """Reads `train_balanced_questions.json`, {ID: {"imageId", "question", "answer"}}, and `images/IMAGEID.jpg`.
 
     path: the file, or a folder with exactly one *questions*.json
     root: the folder with the folder `images`; None for the file's
+    follow_links: whether links may lead out of the root
 
     A list of {"image", "question", "answer"} (LAVIS) is read too. Raises FileNotFoundError or ValueError if the file
     cannot be used.
     """
     file = the_file(path, "*questions*.json", "GQA's questions")
     content = read_json(file, dict, list, expected='{ID: {"imageId", "question", "answer"}}')
-    root = image_root(file, root)
+    root = image_root(file, root, follow_links)
     if isinstance(content, list):
         return RowRecords(file, root, content, functools.partial(_listed, "images/"))
     return RowRecords(file, root, list(content.values()), _gqa)
 
 
-def with_answers(file: Path, content: dict[str, Any]) -> tuple[list[Any], str, dict[int | str, Any]]:
-    """Returns (questions, the folder of their images, annotations by question) of a file of questions' content.
+def with_answers(file: Path, content: dict[str, Any]) -> tuple[list[Any], str, dict[str, Any]]:
+    """Returns (questions, the folder of their images, annotations by the text of the question's id) of a file of
+    questions' content. Ids may be numbers in one file and text in the other.
 
     Raises FileNotFoundError if there is no file of annotations beside it, ValueError if one of them holds something
     else.
@@ -74,19 +83,24 @@ def with_answers(file: Path, content: dict[str, Any]) -> tuple[list[Any], str, d
     questions, split = content.get("questions"), content.get("data_subtype")
     if not isinstance(questions, list) or not isinstance(split, str):
         raise ValueError(f'{file} must hold {{"data_subtype": "train2014", "questions": [...]}}.')
-    beside = file.with_name(file.name.replace("OpenEnded_", "").replace("_questions", "_annotations"))
+    beside = answers_file(file)
     if beside == file or not beside.is_file():
         raise FileNotFoundError(f"{file} has questions; their answers are expected in {beside.name} beside it, which "
                                 "is not there.")
     given = read_json(beside, dict, expected='{"annotations": [...]}').get("annotations")
     if not isinstance(given, list):
         raise ValueError(f'{beside} must hold {{"annotations": [{{"question_id", "answers"}}, ...]}}.')
-    return questions, split, {row["question_id"]: row for row in given
+    return questions, split, {str(row["question_id"]): row for row in given
                               if isinstance(row, dict) and isinstance(row.get("question_id"), (int, str))}
 
 
-def _question(split: str, answers: dict[Any, Any], root: str, name: str, number: int, row: Any) -> Record:
-    key = field(row, "question_id", int, str)
+def answers_file(file: Path) -> Path:
+    """Returns the file of answers beside a file of questions."""
+    return file.with_name(file.name.replace("OpenEnded_", "").replace("_questions", "_annotations"))
+
+
+def _question(split: str, answers: dict[str, Any], root: str, name: str, number: int, row: Any) -> Record:
+    key = str(field(row, "question_id", int, str))
     if key not in answers:
         raise ValueError(f"there is no answer to question {key}")
     given = [field(answer, "answer", str) for answer in field(answers[key], "answers", list)]

@@ -9,6 +9,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -16,12 +17,13 @@ from etils import epath
 from rich.console import Console
 from rich.progress import track
 
+from mmjax import files
 from mmjax.config import REMOTE
 from mmjax.data.formats import tar_index
+from mmjax.data.formats.account import Account, Items
 from mmjax.data.formats.record import Member, Record
-from mmjax.data.formats.rows import Lazy, caption_text, parse_json
+from mmjax.data.formats.rows import Lazy, caption_text, shown
 from mmjax.data.formats.tar_index import TarIndex
-from mmjax.files import url_problem
 
 NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)  # webdataset: base_plus_ext
 KINDS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "text", "json": "json"}
@@ -33,15 +35,17 @@ REST = "(the rest.)"  # key of the lost samples of a damaged tar; other keys hav
 BRACE = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 
 
-def webdataset(path: str, root: None = None) -> Sequence[Record]:
+def webdataset(path: str, root: None = None, follow_links: bool = False) -> Sequence[Record]:
     """Reads tars whose members are grouped by name: KEY.jpg (or jpeg, png, webp) with KEY.txt or KEY.json.
 
     path: a tar, several by braces (`laion/{00000..10488}.tar`), or a folder of them; local or gs://, s3://, hf://
 
-    The caption is the text, or the JSON's `caption` or `text`. Members with other suffixes are ignored. A sample that
+    The caption is the text, or the JSON's `caption` or `text`. Other members are left out, which the account of the
+    records counts. An archive behind the end of the first in a tar (`cat a.tar b.tar`) is read too. A sample that
     cannot be used is a record with a problem; so is, once, the rest of a damaged tar. Raises FileNotFoundError or
     ValueError naming files that are missing or not tars, or a URL that is not supported or needs a missing package;
-    also for a `root`, because the images are in the tars.
+    also for a `root`, because the images are in the tars. The tars may be links; a link in a tar is never followed,
+    whatever `follow_links` is.
     """
     try:
         return _read(path, root)
@@ -52,7 +56,7 @@ def webdataset(path: str, root: None = None) -> Sequence[Record]:
 def _read(path: str, root: None) -> Sequence[Record]:
     if root is not None:
         raise ValueError(f"The images of {path} are in the tars themselves: leave out the root, {root}.")
-    files, cache = shards(path), tar_index.folder()
+    tars, cache, account = shards(path), tar_index.folder(), Account("samples and other members")
 
     def read_index(file: str) -> TarIndex | ValueError | None:
         try:
@@ -62,35 +66,57 @@ def _read(path: str, root: None) -> Sequence[Record]:
 
     console = Console(stderr=True, markup=False)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        indices = list(track(pool.map(read_index, files), "headers of tars", len(files), console=console,
+        indices = list(track(pool.map(read_index, tars), "headers of tars", len(tars), console=console,
                              transient=True, disable=not console.is_terminal))
-    if absent := [file for file, each in zip(files, indices, strict=True) if each is None]:
-        raise FileNotFoundError(f"{len(absent)} of {len(files)} tars do not exist, such as {', '.join(absent[:5])}.")
+    if absent := [file for file, each in zip(tars, indices, strict=True) if each is None]:
+        raise FileNotFoundError(f"{len(absent)} of {len(tars)} tars do not exist, such as {', '.join(absent[:5])}.")
     if problems := [str(each) for each in indices if isinstance(each, ValueError)]:
-        raise ValueError(f"{len(problems)} of the {len(files)} tars of {path} cannot be used:\n  "
+        raise ValueError(f"{len(problems)} of the {len(tars)} tars of {path} cannot be used:\n  "
                          + "\n  ".join(problems[:20]))
-    samples = Samples(files, indices)
+    for file, each in zip(tars, indices, strict=True):
+        account.add(_account(os.path.basename(file), each))
+    if os.path.isdir(path):
+        others = [file.name for file in sorted(Path(path).iterdir()) if not _is_shard(file.name)]
+        account.found += len(others)
+        if others:
+            account.leave("files that are no .tar", *others)
+    samples = Samples(tars, indices, account)
     if not len(samples):
-        raise ValueError(f"The {len(files)} tars of {path} hold no images with captions.")
+        raise ValueError(f"The {len(tars)} tars of {path} hold no images with captions. They have "
+                         + (", ".join(f"{items.count:,} {reason}" for reason, items in account.left.items())
+                            or "no members") + ".")
     return samples
+
+
+def _account(name: str, index: TarIndex) -> Account:
+    """Returns the account of a tar with that name."""
+    account = Account("", index.members, len(index.keys))
+    for groups, add in ((index.left, account.leave), (index.odd, account.notice)):
+        for reason, items in groups.items():
+            add(reason, *(f"{name}:{each}" for each in items.names), count=items.count)
+    return account
+
+
+def _is_shard(name: str) -> bool:
+    return re.fullmatch(r"[^.].*\.tar", name, re.DOTALL) is not None
 
 
 def shards(path: str) -> list[str]:
     """Returns the tars of a path, in order. Raises ValueError if there are none or too many, or for URLs of other
     schemes than those of `REMOTE`."""
     remote = REMOTE["webdataset"]
-    if problem := url_problem(path, remote):
+    if problem := files.url_problem(path, remote):
         raise ValueError(problem)
     if os.path.isdir(path) or "{" not in path and epath.Path(path).is_dir():
         # not `glob`, which also interprets the folder's name as a pattern
-        files = sorted(str(file) for file in epath.Path(path).iterdir() if re.fullmatch(r"[^.].*\.tar", file.name))
+        found = sorted(str(file) for file in epath.Path(path).iterdir() if _is_shard(file.name))
     else:
-        files = list(itertools.islice(_expanded(path), MOST_SHARDS + 1))
-    if not files or len(files) > MOST_SHARDS:
-        raise ValueError(f"{path} matches {'more than a million tars' if files else 'no tars'}.")
-    if problem := next(filter(None, (url_problem(file, remote) for file in files)), None):
+        found = list(itertools.islice(_expanded(path), MOST_SHARDS + 1))
+    if not found or len(found) > MOST_SHARDS:
+        raise ValueError(f"{path} matches {'more than a million tars' if found else 'no tars'}.")
+    if problem := next(filter(None, (files.url_problem(file, remote) for file in found)), None):
         raise ValueError(problem)
-    return files
+    return found
 
 
 def _expanded(pattern: str) -> Iterator[str]:
@@ -111,12 +137,17 @@ def _expanded(pattern: str) -> Iterator[str]:
 class Samples(Lazy):
     """The samples of several tars, one after the other."""
 
-    def __init__(self, files: Sequence[str], indices: Sequence[TarIndex]) -> None:
-        self.files, self.indices = files, indices
+    def __init__(self, files: Sequence[str], indices: Sequence[TarIndex], account: Account) -> None:
+        self.files, self.indices, self.account = tuple(files), indices, account
         self.ends = np.cumsum([len(index.keys) for index in indices])
 
     def __len__(self) -> int:
         return int(self.ends[-1])
+
+    def fingerprints(self) -> dict[str, str]:
+        """Returns `{tar: size, time of its last change, and a digest of its headers}`."""
+        return {file: f"{tar_index.describe_stamp(file)}, headers {index.digest[:16]}"
+                for file, index in zip(self.files, self.indices, strict=True)}
 
     def name(self, number: int) -> str:
         shard, index = self._locate(number)
@@ -139,50 +170,114 @@ class Samples(Lazy):
 
 def _caption(content: bytes, is_json: bool) -> str:
     if not is_json:
-        return caption_text({"caption": content.decode()}, "caption")
-    row = parse_json(content)
+        if problem := files.not_text(content):
+            raise ValueError(f"the caption {problem}")
+        return caption_text({"caption": content.decode("utf-8-sig")}, "caption")
+    row = files.parse_json(content)
     return caption_text(row, "text" if isinstance(row, dict) and "caption" not in row else "caption")
+
+
+class _TarReader:
+    """Sorts the members of a tar into samples and other members; see `index`.
+
+    samples:  (offset, size) of the members of each sample by kind; a sample is (number of its archive, key)
+    problems: of samples that cannot be used
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size, self.members, self.archives = size, 0, 1
+        self.samples: dict[tuple[int, str], dict[str, tuple[int, int]]] = {}
+        self.problems: dict[tuple[int, str], str] = {}
+        self.left: dict[str, Items] = {}
+        self.odd: dict[str, Items] = {}
+
+    def add(self, header: "TarMember") -> None:
+        """Adds a member."""
+        shown_name, named = printable(header.name), NAME.fullmatch(header.name)
+        if header.archive + 1 > self.archives:
+            self.archives = header.archive + 1
+            self.odd.setdefault("archives behind the end of the first", Items()).add([f"from {shown_name} on"])
+        if header.kind == FOLDER:
+            return
+        kind = KINDS.get(named[2].lower()) if named else None
+        if kind is None:
+            self.members += 1
+            self.left.setdefault(_left_reason(named), Items()).add([shown_name])
+            return
+        if not is_utf8(header.name):
+            self.odd.setdefault("members whose names are not UTF-8", Items()).add([shown_name])
+        key = header.archive, named[1]
+        sample = self.samples.setdefault(key, {})
+        if problem := f"has two members {named[2]!r}" if kind in sample else _problem(header, kind, self.size):
+            self.problems.setdefault(key, problem)
+        sample[kind] = header.offset, header.size
+
+    def lose(self, problem: str) -> None:
+        """Adds a sample that stands for everything that cannot be read."""
+        key = self.archives, REST
+        self.samples[key], self.problems[key] = {}, problem
+
+    def index(self) -> TarIndex:
+        """Returns the index of the members that were added."""
+        places = np.zeros((len(self.samples), 5), np.int64)
+        for place, (key, sample) in zip(places, self.samples.items(), strict=True):
+            caption = "text" if "text" in sample else "json"
+            if {"text", "json"} <= sample.keys():
+                self.members += 1
+                self.left.setdefault("members .json beside a .txt", Items()).add([printable(key[1])])
+            if key in self.problems:
+                continue
+            if "image" in sample and caption in sample:
+                place[:] = *sample["image"], *sample[caption], caption == "json"
+            else:
+                self.problems[key] = f"has no {'caption' if 'image' in sample else 'image'}"
+        keys = np.array([key.encode("utf-8", "surrogateescape")[:LONGEST_KEY] for _, key in self.samples], np.bytes_)
+        problems = {place: self.problems[key] for place, key in enumerate(self.samples) if key in self.problems}
+        return TarIndex(keys, places, problems, self.members + len(self.samples), self.left, self.odd)
 
 
 def index(file: str) -> TarIndex:
     """Returns the index of a tar, from its headers alone. Raises ValueError if it is not a tar, or compressed."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    problems: dict[str, str] = {}
     last = None
     with epath.Path(file).open("rb") as archive:
         size = archive.seek(0, os.SEEK_END)
+        if not size:
+            raise ValueError(f"{file} is not a tar, or a compressed one: it is empty (0 bytes). Copy it again")
+        reader = _TarReader(size)
         try:
             for header in _headers(archive, size):
-                last = header.name[:LONGEST_KEY]
-                named = NAME.fullmatch(header.name)
-                kind = KINDS.get(named[2].lower()) if named else None
-                if kind is None or header.kind == FOLDER:
-                    continue
-                sample = samples.setdefault(named[1], {})
-                if problem := f"has two members {named[2]!r}" if kind in sample else _problem(header, kind, size):
-                    problems.setdefault(named[1], problem)
-                sample[kind] = header.offset, header.size
+                last = printable(header.name)
+                reader.add(header)
         except ValueError as error:
             if last is None:
-                raise ValueError(f"{file} is not a tar, or a compressed one: {error}") from error
-            samples[REST] = {}
-            problems[REST] = f"{file} is damaged after {last!r}, the samples after it are lost: {error}"
-    places = np.zeros((len(samples), 5), np.int64)
-    for place, (key, sample) in zip(places, samples.items(), strict=True):
-        caption = "text" if "text" in sample else "json"
-        if key in problems:
-            continue
-        if "image" in sample and caption in sample:
-            place[:] = *sample["image"], *sample[caption], caption == "json"
-        else:
-            problems[key] = f"has no {'caption' if 'image' in sample else 'image'}"
-    keys = np.array([key.encode("utf-8", "replace")[:LONGEST_KEY] for key in samples], np.bytes_)
-    return TarIndex(keys, places, {place: problems[key] for place, key in enumerate(samples) if key in problems})
+                archive.seek(0)
+                raise ValueError(f"{file} is not a tar, or a compressed one: "
+                                 f"{files.not_text(archive.read(64)) or error}") from error
+            reader.lose(f"{file} is damaged after {last!r}, the samples after it are lost: {error}")
+    return reader.index()
+
+
+def _left_reason(named: re.Match[str] | None) -> str:
+    """Returns why a member is not part of a sample. named: match of its name with `NAME`"""
+    if named is None:
+        return "members without a suffix, or hidden ones"
+    if "." in named[2]:
+        return "members with two dots in their names (the suffix begins at the first)"
+    return f"members with the suffix {shown('.' + named[2])}"
+
+
+def printable(name: str) -> str:
+    """Returns a member's name for messages; bytes that are not UTF-8 are replaced."""
+    return name[:LONGEST_KEY].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def is_utf8(name: str) -> bool:
+    return not any("\udc80" <= char <= "\udcff" for char in name)
 
 
 def _problem(header: "TarMember", kind: str, size: int) -> str | None:
     """Returns why a member must not be read; None if it may."""
-    name = header.name[:LONGEST_KEY]
+    name = printable(header.name)
     if name.startswith("/") or ".." in name.split("/") or "\0" in name:
         return f"the name {name!r} leads out of the tar"
     if header.kind not in FILES:
@@ -205,25 +300,34 @@ PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=\n]+)=")
 
 
 class TarMember(NamedTuple):
-    """A member: its name, its type flag, and the offset and size of its bytes."""
+    """A member: its name, its type flag, the offset and size of its bytes, and the number of its archive in the file.
+    """
 
     name: str
     kind: bytes
     offset: int
     size: int
+    archive: int = 0
 
 
 def _headers(archive: IO[bytes], end: int) -> Iterator[TarMember]:
-    """Yields the members of a tar of `end` bytes. Raises ValueError with the position of an error."""
-    position, extra = 0, {}  # pax records of the next member by keyword
+    """Yields the members of a tar of `end` bytes, and of archives that follow behind its end. Raises ValueError with
+    the position of an error."""
+    position, extra, number = 0, {}, 0  # pax records of the next member by keyword; number of the archive
     while position < end or not position:
         archive.seek(position)
         block = archive.read(BLOCK)
         if block and not block.strip(b"\0"):
-            return
+            if (following := _after_zeros(archive, position)) is None:
+                return
+            position, extra, number = following, {}, number + 1
+            continue
         name, kind, size = _text(block[:100]), block[156:157], _number(block[124:136])
         checksum = sum(block) - sum(block[148:156]) + 8 * ord(" ")
         if len(block) < BLOCK or checksum != _number(block[148:156]) or size < 0:
+            if number:
+                raise ValueError(f"it goes on behind its end, but not with a tar: {end - position} bytes from byte "
+                                 f"{position} on are not read")
             raise ValueError(f"there is no header at byte {position}")
         start = position + BLOCK
         if kind in (PAX, PAX_OF_ALL, LONG_NAME, LONG_LINK):
@@ -244,7 +348,7 @@ def _headers(archive: IO[bytes], end: int) -> Iterator[TarMember]:
         if block[257:263] == b"ustar\0" and block[345]:
             name = f"{_text(block[345:500])}/{name}"
         if b"path" in extra:
-            name = extra[b"path"].decode(errors="replace")
+            name = extra[b"path"].decode(errors="surrogateescape")
         if b"size" in extra:
             if not re.fullmatch(rb"\d{1,20}", extra[b"size"]):
                 raise ValueError(f"the member at byte {position} has the size {extra[b'size'][:40]!r}")
@@ -253,10 +357,20 @@ def _headers(archive: IO[bytes], end: int) -> Iterator[TarMember]:
             kind = SPARSE
         elif kind == FILES[1] and name.endswith("/"):
             kind = FOLDER
-        yield TarMember(name, kind, start, size)
+        yield TarMember(name, kind, start, size, number)
         position, extra = start + (0 if kind in EMPTY else _padded(size)), {}
     if position > end:
         raise ValueError("the tar ends within it")
+
+
+def _after_zeros(archive: IO[bytes], position: int) -> int | None:
+    """Returns the position of the first block from `position` on that is not all zeros; None if there is none."""
+    archive.seek(position)
+    while chunk := archive.read(2**20):
+        if rest := len(chunk.lstrip(b"\0")):
+            return position + (len(chunk) - rest) // BLOCK * BLOCK
+        position += len(chunk)
+    return None
 
 
 def _padded(size: int) -> int:
@@ -264,7 +378,7 @@ def _padded(size: int) -> int:
 
 
 def _text(field: bytes) -> str:
-    return field.partition(b"\0")[0].decode(errors="replace")
+    return field.partition(b"\0")[0].decode(errors="surrogateescape")
 
 
 def _number(field: bytes) -> int:

@@ -4,7 +4,8 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from mmjax.data.formats.rows import caption_text, field, image_root, parse_json, read_json, shown, text, the_file
+from mmjax import files
+from mmjax.data.formats.rows import caption_text, field, image_root, read_json, shown, text, the_file
 from mmjax.evaluate.benchmarks.items import Item, check_template, find_image, items, json_lines, to_sample
 from mmjax.evaluate.benchmarks.questions import SHORT
 
@@ -123,7 +124,7 @@ def _icons(root: str, prompt: str, number: int, row: Any) -> Item:
 
 
 def _pope(root: str, folder: str, setting: str, prompt: str, number: int, line: bytes) -> Item:
-    row = parse_json(line)
+    row = files.parse_json(line)
     image, label = find_image(root, folder + field(row, "image", str)), field(row, "label", str)
     if label not in YES_NO:
         raise ValueError(f"'label' must be yes or no, got {shown(label)}")

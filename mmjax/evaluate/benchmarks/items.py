@@ -14,7 +14,7 @@ from typing import Any
 
 from mmjax.batch import Sample
 from mmjax.data.conversation import IMAGE
-from mmjax.data.formats.rows import image_path, shown, without_image
+from mmjax.data.formats.rows import image_path, missing, shown, without_image
 from mmjax.data.text import MARKED, PLACEHOLDER
 
 SHOWN = 20  # broken entries that an error names
@@ -84,7 +84,7 @@ def find_image(root: str, name: str) -> str:
     """Returns the path of an image below a root; raises ValueError if it does not exist, or is outside the root."""
     path = image_path(root, name)
     if not os.path.isfile(path):
-        raise ValueError(f"there is no image {shown(path)}")
+        raise ValueError(missing(path))
     return path
 
 

@@ -3,7 +3,8 @@
 import functools
 from typing import Any
 
-from mmjax.data.formats.rows import caption_text, field, image_root, parse_json, text, the_file
+from mmjax import files
+from mmjax.data.formats.rows import caption_text, field, image_root, text, the_file
 from mmjax.evaluate.benchmarks.choosing import read_choices, right_choice
 from mmjax.evaluate.benchmarks.items import Item, check_template, find_image, items, json_lines, to_sample
 
@@ -39,7 +40,7 @@ def _lines(path: str, root: str | None, prompt: str | None, make: Any) -> list[I
 
 def _line(root: str, prompt: str, make: Any, number: int, line: bytes) -> Item:
     try:
-        row = parse_json(line)
+        row = files.parse_json(line)
     except ValueError as error:
         raise ValueError(f"the line is not JSON: {error}") from error
     question = caption_text(row, "prompt")

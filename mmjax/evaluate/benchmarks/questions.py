@@ -3,7 +3,8 @@
 import functools
 from typing import Any
 
-from mmjax.data.formats.rows import caption_text, coco_name, field, image_root, parse_json, read_json, the_file
+from mmjax import files
+from mmjax.data.formats.rows import caption_text, coco_name, field, image_root, read_json, the_file
 from mmjax.data.formats.vqa import with_answers
 from mmjax.evaluate.benchmarks.items import Item, check_template, find_image, items, json_lines, to_sample
 
@@ -79,12 +80,12 @@ def vsr(path: str, root: str | None = None, prompt: str | None = None) -> list[I
 
 
 def _question(root: str, split: str, answers: dict[Any, Any], prompt: str, number: int, row: Any) -> Item:
-    key = field(row, "question_id", int, str)
+    key = str(field(row, "question_id", int, str))
     if key not in answers:
         raise ValueError(f"there is no answer to question {key}")
     image = find_image(root, coco_name(split, field(row, "image_id", int)))
     kind = answers[key].get("answer_type", "")
-    return Item(str(key), to_sample(prompt, caption_text(row, "question"), image), _answers(answers[key]),
+    return Item(key, to_sample(prompt, caption_text(row, "question"), image), _answers(answers[key]),
                 group=kind if isinstance(kind, str) else "")
 
 
@@ -116,7 +117,7 @@ def _vizwiz(root: str, prompt: str, number: int, row: Any) -> Item:
 
 
 def _vsr(root: str, prompt: str, number: int, line: bytes) -> Item:
-    row = parse_json(line)
+    row = files.parse_json(line)
     image = find_image(root, field(row, "image", str))
     label = field(row, "label", int)
     if label not in (0, 1):
