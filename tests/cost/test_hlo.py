@@ -1,17 +1,11 @@
-"""Collectives and memory traffic of texts written by hand, and of programs compiled for eight devices."""
+"""Collectives and memory traffic of texts written by hand. Of compiled programs: tests/test_eight_devices.py."""
 
-import os
-import subprocess
-import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mmjax.cost import hlo
-
-ROOT = Path(__file__).parents[2]
 
 
 def mesh(*sizes):
@@ -201,9 +195,3 @@ def test_memory_traffic_of_a_loop():
     body = 16 + 64 + 64 + (4 + 4) + (4 + 4 + 4)  # x gathered, of its piece the result; the counter
     condition = 4 + 4 + 1
     assert hlo.memory_traffic(looped()) == 32 * (body + condition) + 4 + 4
-
-
-def test_compiled_programs():
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/eight_plan.py"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
