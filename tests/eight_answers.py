@@ -1,4 +1,4 @@
-"""Answers on eight (virtual) devices; run by test_evaluate.py."""
+"""Answers on eight (virtual) devices; run by test_eight_devices.py."""
 
 import json
 

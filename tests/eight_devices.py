@@ -1,4 +1,4 @@
-"""What needs eight (virtual) devices; run by test_sharding.py."""
+"""What needs eight (virtual) devices; run by test_eight_devices.py."""
 
 import jax
 import numpy as np

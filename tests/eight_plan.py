@@ -1,4 +1,4 @@
-"""Compiled programs and plans that need eight (virtual) devices; run by test_hlo.py."""
+"""Compiled programs and plans that need eight (virtual) devices; run by test_eight_devices.py."""
 
 import dataclasses
 

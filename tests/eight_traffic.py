@@ -1,4 +1,4 @@
-"""What crosses devices in a training step; needs eight (virtual) devices, run by test_traffic.py.
+"""What crosses devices in a training step; needs eight (virtual) devices, run by test_eight_devices.py.
 
 With TPU in the environment the same is asserted of the program for a slice of eight chips (libtpu compiles it here).
 """

@@ -1,7 +1,13 @@
-"""A tiny converted MiniGPT-4 and a folder of scenes, for tests that need something real to load or to train."""
+"""A tiny converted MiniGPT-4, a folder of scenes and a finished run, for tests that need something real.
 
+They are made once a session, by whichever process asks first (tests/conftest.py), and are not to be changed: copy them.
+"""
+
+import fcntl
 import functools
+import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from mmjax.config import DataConfig, OptimConfig, RunConfig, TextConfig, WeightsConfig
@@ -13,25 +19,44 @@ PROMPT = "<Img><ImageHere></Img> Describe this image in detail."
 
 
 @functools.cache
-def _folder() -> tempfile.TemporaryDirectory:
+def _own_folder() -> tempfile.TemporaryDirectory:
+    """For benchmarks, which use this file outside of a session of tests."""
     return tempfile.TemporaryDirectory(prefix="mmjax-tests-")
+
+
+def made_once(name: str, make: Callable[[Path], object]) -> Path:
+    """Returns the session's folder of this name, which `make` fills: one process does it, the others wait for it."""
+    shared = Path(os.environ.get("MMJAX_TESTS_FOLDER") or _own_folder().name)
+    out, done = shared / name, shared / f"{name}.done"
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            make(out)
+            done.touch()
+    return out
 
 
 @functools.cache
 def checkpoint() -> Path:
     """The reference set's MiniGPT-4, converted (images of 56 pixels, vocabulary 600)."""
-    ckpt, out = GOLDEN / "ckpt", Path(_folder().name) / "checkpoint [1]"  # a name that is a pattern, too
-    write.command("minigpt4")(ckpt / "eva_vit.pth", ckpt / "llama_hf", out, qformer=ckpt / "blip2_pretrained.pth",
-                              projector=ckpt / "minigpt4_proj.pth", arch=GOLDEN / "model_sizes.json")
-    return out
+    ckpt = GOLDEN / "ckpt"
+    return made_once("checkpoint [1]", lambda out: write.command("minigpt4")(  # a name that is a pattern, too
+        ckpt / "eva_vit.pth", ckpt / "llama_hf", out, qformer=ckpt / "blip2_pretrained.pth",
+        projector=ckpt / "minigpt4_proj.pth", arch=GOLDEN / "model_sizes.json"))
 
 
 @functools.cache
 def images() -> Path:
     """Eight scenes in the CC-SBU-align layout."""
-    out = Path(_folder().name) / "images"
-    scenes.write(out, scenes.scenes("train", 8))
-    return out
+    return made_once("images", lambda out: scenes.write(out, scenes.scenes("train", 8)))
+
+
+@functools.cache
+def finished() -> Path:
+    """A run of `run_config` that nothing disturbed, with checkpoints at steps 2 and 4."""
+    from mmjax.training import run
+
+    return made_once("finished", lambda out: run.train(run_config(out)))
 
 
 def run_config(out: Path, steps: int = 4, **changes) -> RunConfig:

@@ -8,8 +8,10 @@ from tests import conftest
 
 
 def test_a_flag_that_xla_does_not_know_is_noticed():
-    assert conftest.is_known("")
-    assert not conftest.is_known("--xla_of_another_year=false")
+    other = "--xla_of_another_year=false"
+    assert conftest.known(conftest.FLAGS) == conftest.FLAGS
+    assert conftest.known((other, *conftest.FLAGS)) == conftest.FLAGS
+    assert not conftest.are_known((other,))
 
 
 def test_jax_starts_with_the_flags_of_the_tests():

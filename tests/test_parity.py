@@ -68,6 +68,7 @@ def test_golden_cases_agree(make, name, least, tmp_path):
     assert parity.verdict(rows) == f"All {len(rows)} stages agree."
 
 
+@pytest.mark.extended
 def test_one_sense_through_its_tower(tmp_path):
     case = imagebind_golden.load("imagebind_thermal")
     renamed = {"tokens": "thermal_tokens", "head": "thermal_head", "out": "thermal_out"}

@@ -1,9 +1,4 @@
-"""Placement rules and meshes; what needs eight devices runs in a process of its own, for there is one here."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Placement rules and meshes. What needs eight devices: test_eight_devices.py."""
 
 import jax
 import numpy as np
@@ -16,7 +11,6 @@ from mmjax.config import MeshConfig
 from mmjax.families import FAMILIES, shapes
 from tests import tiny
 
-ROOT = Path(__file__).parents[1]
 AXES = ((r"a/w", ("embed", "heads", "head")), (r".*/table", ("vocab", "embed")), (r"a/b", ("place",)))
 
 
@@ -98,10 +92,3 @@ def test_constraints_act_inside_the_mesh_alone():
 def test_batches_are_cut_by_rows():
     spec = sharding.batch_sharding(mesh(2, 2, 2))
     assert {leaf.shape[0] // spec.shard_shape(leaf.shape)[0] for leaf in jax.tree.leaves(tiny.batch(rows=4))} == {4}
-
-
-def test_on_eight_devices():
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/eight_devices.py"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr

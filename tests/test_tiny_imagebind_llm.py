@@ -17,6 +17,7 @@ from mmjax.training import run
 CONFIG = Path(__file__).parents[1] / "configs" / "tiny_imagebind_llm.py"
 
 
+@pytest.mark.extended
 def test_two_steps_of_each_phase(tmp_path):
     """Converts, draws, trains both phases, scores every sense and reports."""
     few = config.ScenesConfig(count=8, held_out=4, most=1)

@@ -1,10 +1,6 @@
-"""Collectives and memory traffic of texts written by hand, and of programs compiled for eight devices."""
+"""Collectives and memory traffic of texts written by hand. Of compiled programs: tests/test_eight_devices.py."""
 
-import os
-import subprocess
-import sys
 import types
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +8,6 @@ import numpy as np
 import pytest
 
 from mmjax.cost import hlo
-
-ROOT = Path(__file__).parents[2]
 
 
 def mesh(*sizes):
@@ -421,9 +415,3 @@ def test_a_compiled_scan_reads_a_layer_a_turn():
     moved = hlo.memory_traffic(jax.jit(layers).lower(*shapes).compile().as_text())
     weights = 4 * L * D * D
     assert weights <= moved < 3.3 * weights  # XLA may first copy the layer, which reads and writes it once more
-
-
-def test_compiled_programs():
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/eight_plan.py"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr

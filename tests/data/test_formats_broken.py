@@ -20,6 +20,7 @@ from PIL import Image
 
 from mmjax.data.formats import FORMATS, Record
 from mmjax.data.images import rgb
+from tests.cases import every
 from tests.data import layouts
 
 SECONDS = 20  # far more than any case takes
@@ -87,8 +88,7 @@ def state(record):
     return "good"
 
 
-@pytest.fixture
-def data(tmp_path):
+def data_folder(tmp_path):
     """An empty folder for the data, a neighbour that is nobody's business, and ways to get there."""
     (tmp_path / "data").mkdir()
     for name in ("1.jpg", "secret.jpg", "n1.jpg", "COCO_train2014_000000000001.jpg"):
@@ -138,9 +138,9 @@ def ways_out(data, tmp_path):
     os.mkfifo(data / "pipe.jpg")
 
 
-@pytest.mark.parametrize(("name", "key", "value"), FIELDS,
-                         ids=[f"{name}-{key}-{number}" for number, (name, key, _) in enumerate(FIELDS)])
-def test_a_broken_field(name, key, value, data, tmp_path):
+@every(("name", "key", "value"), FIELDS)
+def test_a_broken_field(name, key, value, tmp_path):
+    data = data_folder(tmp_path)
     ways_out(data / "image" if name == "cc_sbu_align" else data, tmp_path)
     secret = str(tmp_path / "outside" / ("secret" if name == "cc_sbu_align" else "secret.jpg"))
 
@@ -155,9 +155,10 @@ def test_a_broken_field(name, key, value, data, tmp_path):
 LISTED = ("llava_instruct", "jsonl", "coco_captions", "vqa", "gqa", "refcoco")
 
 
-@pytest.mark.parametrize("number", range(len(ROWS)))
-@pytest.mark.parametrize("name", LISTED)
-def test_a_row_of_another_kind(name, number, data, tmp_path):
+@every("number", range(len(ROWS)))
+@every("name", LISTED)
+def test_a_row_of_another_kind(name, number, tmp_path):
+    data = data_folder(tmp_path)
     def change(rows):
         rows[1] = ROWS[number]
 
@@ -165,23 +166,25 @@ def test_a_row_of_another_kind(name, number, data, tmp_path):
     assert found == ["good", "problem", "good"]
 
 
-@pytest.mark.parametrize("name", ["../../outside/1.jpg", "/etc/passwd", "../train2017/../../outside/1.jpg", None, 3,
-                                  ""])
-def test_names_of_coco_images(name, data, tmp_path):
+@every("name", ["../../outside/1.jpg", "/etc/passwd", "../train2017/../../outside/1.jpg", None, 3, ""])
+def test_names_of_coco_images(name, tmp_path):
+    data = data_folder(tmp_path)
     path = layouts.coco_captions(data)
     text = path.read_text().replace('"000000000001.jpg"', layouts.json.dumps(name))
     assert states("coco_captions", layouts.put(path, text), tmp_path)[1] in ("problem", "unreadable")
 
 
-@pytest.mark.parametrize("split", ["../outside", "/etc", "..", "train2014/../../outside", "none", ""])
-def test_folders_of_vqa_images(split, data, tmp_path):
+@every("split", ["../outside", "/etc", "..", "train2014/../../outside", "none", ""])
+def test_folders_of_vqa_images(split, tmp_path):
+    data = data_folder(tmp_path)
     path = layouts.vqa(data)
     layouts.put(path, path.read_text().replace('"data_subtype": "train2014"', f'"data_subtype": "{split}"'))
     assert "can be used" in str(states("vqa", path, tmp_path))
 
 
-@pytest.mark.parametrize("answers", [None, 3, [], [None], [{"answer": None}], [{"answer": ""}], {"answer": "yes"}])
-def test_answers(answers, data, tmp_path):
+@every("answers", [None, 3, [], [None], [{"answer": None}], [{"answer": ""}], {"answer": "yes"}])
+def test_answers(answers, tmp_path):
+    data = data_folder(tmp_path)
     path = layouts.vqa(data)
     layouts.put_json(data / "v2_mscoco_train2014_annotations.json", {"annotations": [
         {"question_id": 100, "answers": [{"answer": "yes"}]}, {"question_id": 101, "answers": answers}, 7]})
@@ -206,29 +209,32 @@ def test_every_format_is_here():
     assert FILES.keys() == FORMATS.keys()
 
 
-@pytest.mark.parametrize("kind", CONTENTS)
-@pytest.mark.parametrize("name", FILES)
-def test_files_of_something_else(name, kind, data, tmp_path):
+@every("kind", CONTENTS)
+@every("name", FILES)
+def test_files_of_something_else(name, kind, tmp_path):
+    data = data_folder(tmp_path)
     path = getattr(layouts, name)(data)
     layouts.put(data / FILES[name], CONTENTS[kind])
     found = states(name, path, tmp_path)
     assert isinstance(found, (ValueError, FileNotFoundError)) or "good" not in found
 
 
-@pytest.mark.parametrize("content", [
+@every("content", [
     "META: [", "META: ['../outside']", "a: &a [x, x]\nb: &b [*a, *a]\nMETA: *b", "META: &a [*a]", "META: {a: b}",
     "a: &a {x: [y, y]}\nb: &b {x: [*a, *a]}\nMETA: {META: *b}", "META: [some.csv, none.csv]",
     "!!python/object/apply:os.system ['echo']", "META: [[" * 300, "META: ['a\\0']"])
-def test_lists_of_files(content, data, tmp_path):
+def test_lists_of_files(content, tmp_path):
+    data = data_folder(tmp_path)
     layouts.imagebind_llm_pretrain(data)
     layouts.put(data / "pretrain.yaml", content)
     assert isinstance(states("imagebind_llm_pretrain", data, tmp_path), ValueError)
 
 
-@pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("name", FILES)
-def test_damaged_bytes(name, seed, data, tmp_path):
+@every("seed", range(12))
+@every("name", FILES)
+def test_damaged_bytes(name, seed, tmp_path):
     """Cut at random, or bytes turned over at random."""
+    data = data_folder(tmp_path)
     path = getattr(layouts, name)(data)
     random = np.random.default_rng([seed, sorted(FILES).index(name)])
     content = bytearray((data / FILES[name]).read_bytes())
@@ -268,9 +274,10 @@ BROKEN_IMAGES = {
     "tiff": b"II*\0\xff\xff\xff\x7f", "bitmap": b"BM" + b"\xff" * 60, "numbers": b"P6 99999999 99999999 255\n"}
 
 
-@pytest.mark.parametrize("kind", BROKEN_IMAGES)
-@pytest.mark.parametrize("name", ["llava_instruct", "webdataset", "cc_sbu_align"])
-def test_broken_images(name, kind, data, tmp_path):
+@every("kind", BROKEN_IMAGES)
+@every("name", ["llava_instruct", "webdataset", "cc_sbu_align"])
+def test_broken_images(name, kind, tmp_path):
+    data = data_folder(tmp_path)
     def change(rows):
         if name == "webdataset":
             rows[3] = (rows[3][0], BROKEN_IMAGES[kind])
@@ -281,9 +288,10 @@ def test_broken_images(name, kind, data, tmp_path):
     assert states(name, path, tmp_path) == ["good", "unreadable", "good"]
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_damaged_images(seed, data, tmp_path):
+@every("seed", range(30))
+def test_damaged_images(seed, tmp_path):
     """Damage that a decoder does not see is no error; whatever it raises is a ValueError that names the file."""
+    data = data_folder(tmp_path)
     random = np.random.default_rng(seed)
     kind = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")[seed % 6]
     file = io.BytesIO()
@@ -300,7 +308,7 @@ def test_damaged_images(seed, data, tmp_path):
 
 # ---- tars ----
 
-@pytest.mark.parametrize(("members", "expected"), [
+@every(("members", "expected"), [
     ([("../outside/secret.jpg", layouts.jpeg()), ("../outside/secret.txt", b"words")], ["problem"]),
     ([("/etc/passwd.jpg", layouts.jpeg()), ("/etc/passwd.txt", b"words")], ["problem"]),
     ([("a.jpg", tarfile.SYMTYPE, "../outside/secret.jpg"), ("a.txt", b"words")], ["problem"]),
@@ -314,7 +322,8 @@ def test_damaged_images(seed, data, tmp_path):
     ([("x" * 3000 + ".jpg", layouts.jpeg()), ("x" * 3000 + ".txt", b"words")], ["good"]),
     ([("a.jpg", layouts.jpeg())], ["problem"]), ([("a.txt", b"words")], ["problem"]),
 ])
-def test_tars(members, expected, data, tmp_path):
+def test_tars(members, expected, tmp_path):
+    data = data_folder(tmp_path)
     def change(rows):
         for member in members:
             if len(member) == 3:
@@ -327,7 +336,8 @@ def test_tars(members, expected, data, tmp_path):
     assert states("webdataset", layouts.webdataset(data, change), tmp_path) == ["good"] * 3 + expected
 
 
-def test_the_watch_sees_what_is_read_outside(data, tmp_path):
+def test_the_watch_sees_what_is_read_outside(tmp_path):
+    data = data_folder(tmp_path)
     path = layouts.jsonl(data)
     with pytest.raises(AssertionError), guarded(tmp_path):
         rgb(str(tmp_path / "outside" / "secret.jpg"))

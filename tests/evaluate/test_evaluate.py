@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -25,7 +22,6 @@ from tests import small, tiny
 from tests.data.layouts import put, put_json
 from tests.parity.original import multi_select
 
-ROOT = Path(__file__).parents[2]
 QUIET = Console(quiet=True)
 COLORS = ("red", "green", "blue", "none of these")
 
@@ -361,10 +357,3 @@ def test_scenes_are_scored_for_a_run_on_them(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main()
     assert "is for runs" in capsys.readouterr().err
-
-
-def test_on_eight_devices():
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/eight_answers.py"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -27,6 +27,7 @@ def check(counts):
     assert counts.lost == 0
 
 
+@pytest.mark.extended
 def test_killed_in_a_save_then_told_to_end_then_without_room(bench):
     campaign = harness.Campaign(bench, ("--optim.steps-per-epoch", "9"))
     out = campaign.new()

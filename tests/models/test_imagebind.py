@@ -67,6 +67,7 @@ def test_config_survives_json():
         assert config_from_dict(ImageBindConfig, json.loads(json.dumps(dataclasses.asdict(cfg)))) == cfg
 
 
+@pytest.mark.extended
 def test_one_call_gives_what_single_towers_give():
     module, given = ImageBind(TINY), inputs()
     together = tiny.jit(module.apply)({"params": params()}, given)
@@ -75,7 +76,7 @@ def test_one_call_gives_what_single_towers_give():
         np.testing.assert_allclose(together[sense], tower(sense)(x), atol=1e-5)
 
 
-@pytest.mark.parametrize("sense", ["vision", "audio"])
+@pytest.mark.parametrize("sense", ["vision", pytest.param("audio", marks=pytest.mark.extended)])
 def test_clips_are_averaged(sense):
     clips = np.stack([inputs(seed=seed)[sense] for seed in range(3)], axis=1)  # [2, 3, ...]
     got = tiny.jit(ImageBind(TINY).apply)({"params": params()}, {sense: clips})[sense]
@@ -89,6 +90,7 @@ def test_a_image_is_a_video_that_stands_still():
     np.testing.assert_array_equal(tower("vision")(still), tower("vision")(moving))
 
 
+@pytest.mark.extended
 def test_words_behind_the_end_change_nothing():
     ids = inputs()["text"] % 30
     ids[:, 5] = TINY.text.vocab - 1  # the end has the highest id
@@ -112,6 +114,7 @@ def test_the_extra_value_is_one_of_the_values():
     np.testing.assert_allclose(got[0], np.tile(np.arange(1, 1 + N * H) / (T + 1), (T, 1)), rtol=1e-6)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(("factor", "length"), [(5.0, 5.0), (1000.0, 100.0)])
 def test_features_have_the_length_of_their_factor(factor, length):
     weights = {**params()["depth"], "post": {"log_scale": jnp.log(jnp.array([factor]))}}
@@ -119,6 +122,7 @@ def test_features_have_the_length_of_their_factor(factor, length):
     np.testing.assert_allclose(np.linalg.norm(got, axis=-1), length, rtol=1e-5)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("sense", ["audio", "imu"])
 def test_drop_path_acts_only_when_given_randomness(sense):
     x = inputs()[sense]
@@ -135,6 +139,7 @@ def test_windows_overlap_and_leave_out_the_rest():
     np.testing.assert_array_equal(cut[1, :, 2], x[10:26, 20:36])
 
 
+@pytest.mark.extended
 def test_bfloat16_stays_near_float32():
     module, given = ImageBind(TINY, jnp.bfloat16), inputs()
     low = tiny.jit(module.apply)({"params": params()}, given)

@@ -69,10 +69,19 @@ def names() -> list[str]:
     return sorted(path.parent.name for path in (folder() / "cases").glob("*/golden.npz"))
 
 
-def each(where: Callable[[Case], bool]):
-    """A test for every case of which `where` holds, as the argument `case`; skipped under a set without any."""
+def each(where: Callable[[Case], bool], tier: Callable[[Case], Any] = lambda case: ()):
+    """A test for every case of which `where` holds, as the argument `case`; skipped under a set without any.
+
+    tier: the marks of a case, `towers_tier` where the case's inputs go through their towers
+    """
     found = [case for case in map(load, names()) if where(case)]
-    return pytest.mark.parametrize("case", found, ids=[case.name for case in found])
+    return pytest.mark.parametrize("case", [pytest.param(case, marks=tier(case), id=case.name) for case in found])
+
+
+def towers_tier(case: Case) -> Any:
+    """The marks of a case: in the default tier ImageBind has eyes alone."""
+    senses = {name.lower() for name in (*case.arrays, *case.spec.get("inputs", ()))} | set(case.name.split("_"))
+    return pytest.mark.extended if senses & {"audio", "depth", "thermal", "imu", "text", "joint"} else ()
 
 
 def tensors(file: str) -> dict[str, LazyTensor]:

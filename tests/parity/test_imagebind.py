@@ -71,7 +71,8 @@ RECORDED = [(name, stage) for name in golden.names() if has_one_input(golden.loa
             for stage in golden.load(name).arrays if STAGE.fullmatch(stage)]
 
 
-@pytest.mark.parametrize(("name", "stage"), RECORDED)
+@pytest.mark.parametrize(("name", "stage"), [
+    pytest.param(name, stage, marks=golden.towers_tier(golden.load(name))) for name, stage in RECORDED])
 def test_stage(name, stage):
     case = golden.load(name)
     got, expected = stages(name)[stage], case.arrays[stage]
@@ -89,7 +90,7 @@ def test_resized_positions(case):
     assert_close("pos_embed_interpolated", resized, case.arrays["pos_embed_interpolated"][0], absolute=FEATURE)
 
 
-@golden.each(lambda case: "vision_x_text" in case.arrays)
+@golden.each(lambda case: "vision_x_text" in case.arrays, golden.towers_tier)
 def test_joint(case):
     expected = case.arrays
     held = [s for s in SENSES if s in expected]
@@ -143,7 +144,7 @@ def network(file: str):
     return functools.partial(tiny.jit(run), params)
 
 
-@golden.each(lambda case: "proj" in case.arrays)
+@golden.each(lambda case: "proj" in case.arrays, golden.towers_tier)
 def test_bind(case):
     x = case.arrays.get("x")
     if x is None:
@@ -157,7 +158,7 @@ def test_bind(case):
         assert_close(name, found[name], case.arrays[name], absolute=FEATURE)
 
 
-@golden.each(lambda case: {"sims", "indices"} <= case.arrays.keys())
+@golden.each(lambda case: {"sims", "indices"} <= case.arrays.keys(), golden.towers_tier)
 def test_nearest(case):
     query, settings = mixed(case.name), neighbours(case)
     products, indices = bind.nearest(query, cache(), settings["cache_size"])

@@ -274,7 +274,7 @@ def generated(name: str):
     return [ids[:new_tokens(case)] for ids in written], made.step_scores
 
 
-@golden.each(generates)
+@golden.each(generates, golden.towers_tier)
 def test_generated_ids(case):
     m, end = model(case), model(case).generation["eos_token_id"]
     written, _ = generated(case.name)
@@ -288,7 +288,7 @@ def test_generated_ids(case):
         assert [m.tokenizer.decode(ids) for ids in written] == case.spec["decoded"]
 
 
-@golden.each(lambda case: generates(case) and "step_logits" in case.arrays)
+@golden.each(lambda case: generates(case) and "step_logits" in case.arrays, golden.towers_tier)
 def test_step_logits(case):
     """Of the steps in which a row writes: the original begins at the shortest prompt, and goes on behind the end."""
     lengths, (written, scores) = [len(text) for text in prompts(case)], generated(case.name)

@@ -68,6 +68,7 @@ def lines(out, name="metrics.jsonl"):
     return [json.loads(line) for line in (out / name).read_text().splitlines()]
 
 
+@pytest.mark.extended
 def test_two_processes_are_killed_and_go_on_as_one_that_never_stopped(tmp_path):
     """Both see the broken image's replacement, the first one writes, and the second time they go on at step 4."""
     alone = start(tmp_path / "alone", "4,2,1")
@@ -100,6 +101,7 @@ class Ones:
             yield np.ones((1, *self.shape[1:]), self.dtype)
 
 
+@pytest.mark.extended
 def test_each_process_reads_its_part_of_the_frozen_weights(tmp_path):
     parameters = {"llm/layers/attn/q/w": Ones(2, 2048, 16, 128), "llm/layers/attn/o/w": Ones(2, 16, 128, 2048),
                   "llm/layers/mlp/up/w": Ones(2, 2048, 5504), "llm/layers/mlp/down/w": Ones(2, 5504, 2048)}

@@ -205,9 +205,8 @@ def finished(tmp_path_factory):
     return folder
 
 
-def test_a_run_that_is_told_to_end_loses_nothing(finished, tmp_path):
-    run.train(small.run_config(tmp_path / "run"))
-    assert outcome(finished) == outcome(tmp_path / "run")
+def test_a_run_that_is_told_to_end_loses_nothing(finished):
+    assert outcome(finished) == outcome(small.finished())
 
 
 def test_damage_costs_the_steps_since_the_checkpoint_before(finished, tmp_path, capsys):

@@ -87,6 +87,7 @@ def test_optimizer_state_exists_for_the_trained_part_alone():
     assert held == 2 * trained + 2  # two moments, two counters
 
 
+@pytest.mark.extended
 def test_compiled_step_has_no_room_for_gradients_of_the_frozen_part():
     """A model whose weights outweigh its activations: gradients of all of them would need their own size again."""
     deep = LlamaConfig(vocab=256, depth=16, dim=128, heads=4, kv_heads=4, head_dim=32, hidden=256)

@@ -1,0 +1,22 @@
+"""What needs eight (virtual) devices runs in a process of its own, for there is one here."""
+
+import importlib.util
+
+import pytest
+
+from tests.processes import on_eight_devices
+
+
+def test_training_and_answers():
+    on_eight_devices("eight_devices.py", "eight_answers.py")
+
+
+@pytest.mark.extended
+def test_compiled_programs():
+    on_eight_devices("eight_plan.py", "eight_traffic.py")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra `tpu`)")
+def test_traffic_of_a_tpu_slice():
+    on_eight_devices("eight_traffic.py", TPU="v5e:2x4", JAX_DISABLE_MOST_OPTIMIZATIONS="0", TPU_SKIP_MDS_QUERY="1")
