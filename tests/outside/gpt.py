@@ -13,21 +13,21 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mmjax.convert.llama import generation_ids
-from mmjax.convert.minigpt4 import read
+from mmjax.convert import llama, vocabulary
+from mmjax.convert.state_dict import read
 from mmjax.convert.tables import Problems, SourceCheckpoint, expand, forward
 from mmjax.families.base import EMBEDDING, LOGITS, LOSS, Export, Stage, register
 from mmjax.models.language_model import LanguageModelConfig
 from mmjax.models.layers import LayerNorm, Project, attend, einsum, embedding_lookup
+from mmjax.tokenizer import Tokenizer
 from tests.outside import patchwork
 
 AXES = (
-    (r"tokens/embedding", ("vocab", "embed")), (r"pos", ("length", "embed")), (r"ln_f/.*", ("embed",)),
-    (r"h/ln_[12]/.*", ("layer", "embed")),
+    (r"tokens/embedding", ("vocab", "embed")), (r"pos", ("length", "embed")),
+    (r"ln_f/.*", ("embed",)), (r"h/ln_[12]/.*", ("layer", "embed")),
     (r"h/c_attn/w", ("layer", "embed", "qkv", "heads", "head")), (r"h/c_attn/b", ("layer", "qkv", "heads", "head")),
     (r"h/c_proj/w", ("layer", "heads", "head", "embed")), (r"h/(c_proj|mlp_out)/b", ("layer", "embed")),
-    (r"h/mlp_in/w", ("layer", "embed", "ff")), (r"h/mlp_in/b", ("layer", "ff")),
-    (r"h/mlp_out/w", ("layer", "ff", "embed")),
+    (r"h/mlp_in/w", ("layer", "embed", "ff")), (r"h/mlp_in/b", ("layer", "ff")), (r"h/mlp_out/w", ("layer", "ff", "embed")),
 )
 
 
@@ -132,14 +132,14 @@ class Config(patchwork.Config):
 
 def inspect(patches: Path, llm: Path, *, hidden: int = Config.hidden) -> SourceCheckpoint:
     """Converts Patchwork's encoder (patches) and the folder of a GPT-2 (llm); hidden: width of the projector."""
-    problems, card = Problems(), json.loads((llm / "config.json").read_text())
+    problems, card, file = Problems(), json.loads((llm / "config.json").read_text()), llm / "pytorch_model.bin"
     cfg = GptConfig(card["vocab_size"], card["n_layer"], card["n_embd"], card["n_head"], card["n_positions"])
     encoder, found = patchwork.encoder(patches, problems)
-    found |= forward(entries(cfg), read(llm / "pytorch_model.bin", problems), (), llm.name, problems)
+    ids = vocabulary.settle_ids(llama.generation_sources(llm, problems), Tokenizer.from_folder(llm), cfg.vocab)
+    found |= forward(entries(cfg), read(file, problems), (), llm.name, problems)
     problems.check("Cannot convert")
-    return SourceCheckpoint({"patches": encoder, "llm": cfg, "hidden": hidden}, found, patchwork.TEXT,
-                            generation_ids(llm, problems),
-                            {"patches": (patches,), "llm": (llm / "pytorch_model.bin",)}, llm, fresh=patchwork.FRESH)
+    return SourceCheckpoint({"patches": encoder, "llm": cfg, "hidden": hidden}, found, patchwork.TEXT, ids,
+                            {"patches": (patches,), "llm": (file,)}, llm, fresh=patchwork.FRESH)
 
 
 FAMILY = register(dataclasses.replace(

@@ -12,7 +12,7 @@ from flax import linen as nn
 from mmjax.batch import Batch
 from mmjax.config import TextConfig
 from mmjax.convert import language_model
-from mmjax.convert.minigpt4 import read
+from mmjax.convert.state_dict import read
 from mmjax.convert.tables import Parameter, Problems, SourceCheckpoint, expand, forward
 from mmjax.families import parts
 from mmjax.families.base import (
