@@ -24,10 +24,10 @@ from tests.outside import patchwork
 
 AXES = (
     (r"tokens/embedding", ("vocab", "embed")), (r"pos", ("length", "embed")),
-    (r"ln_f/.*", ("embed",)), (r"h/ln_[12]/.*", ("layer", "embed")),
+    (r"ln_f/.*", ("embed",)), (r"h/ln_[12]/.*", ("layer", "embed")), (r"h/mlp_in/b", ("layer", "ff")),
     (r"h/c_attn/w", ("layer", "embed", "qkv", "heads", "head")), (r"h/c_attn/b", ("layer", "qkv", "heads", "head")),
     (r"h/c_proj/w", ("layer", "heads", "head", "embed")), (r"h/(c_proj|mlp_out)/b", ("layer", "embed")),
-    (r"h/mlp_in/w", ("layer", "embed", "ff")), (r"h/mlp_in/b", ("layer", "ff")), (r"h/mlp_out/w", ("layer", "ff", "embed")),
+    (r"h/mlp_in/w", ("layer", "embed", "ff")), (r"h/mlp_out/w", ("layer", "ff", "embed")),
 )
 
 
