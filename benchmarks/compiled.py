@@ -208,6 +208,23 @@ def summary(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the table of docs/performance.md."""
+    names = ("program", "slice", "ms at peak", "estimate, ms", "of peak", "in VMEM alone, ms", "GB needed", "GB",
+             "temporaries, GB", "largest wastes, ms")
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for row in rows:
+        start = f"| `{row['program']}` | {row['slice']} |"
+        if not row["fits"]:
+            lines.append(f"{start} | does not fit | | | {row['floor_bytes'] / GB:,.1f} | | | |")
+            continue
+        wastes = ", ".join(f"{name} {part['wasted_ms']:,.1f}" for name, part in list(row["parts"].items())[:4])
+        lines.append(f"{start} {row['floor_ms']:,.1f} | {row['estimate_ms']:,.1f} | {row['share_of_peak']:.2f} | "
+                     f"{row['vmem_only_ms']:,.1f} | {row['floor_bytes'] / GB:,.1f} | {row['bytes'] / GB:,.1f} | "
+                     f"{row['temporaries_bytes'] / GB:,.1f} | {wastes} |")
+    return "\n".join(lines)
+
+
 def _table(*columns: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in columns:
@@ -269,6 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         help=f"{', '.join(TOPOLOGIES)}, for which a program has its own slice, or a slice such as "
                         "v5e:4x4")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the figures")
+    parser.add_argument("--markdown", action="store_true", help="also print the table of docs/performance.md")
     parser.add_argument("--texts", type=Path, metavar="FOLDER", help="folder for the compiled programs. A program that "
                         "is in it is read and not compiled again: take a new folder after a change of the code")
     args = parser.parse_args(arguments)
@@ -282,8 +300,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         files.require_local({"--json": args.json, "--texts": args.texts})
         if args.json is not None and not args.json.parent.is_dir():
             raise ValueError(f"--json {args.json}: the folder {args.json.parent} does not exist; create it first.")
-        run(programs, list(dict.fromkeys(args.topology)), args.json, args.texts,
-            Console(width=200) if not sys.stdout.isatty() else Console())
+        rows = run(programs, list(dict.fromkeys(args.topology)), args.json, args.texts,
+                   Console(width=200) if not sys.stdout.isatty() else Console())
+        if args.markdown:
+            print(f"\n{markdown(rows)}")
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         sys.exit(2)
