@@ -8,8 +8,8 @@ Nothing runs on a device: every figure is the compiler's. All figures are of one
 - what it needs: operations of its matrix products as the model is written, and bytes of its weights and inputs, once
   for each pass that reads them;
 - what was compiled: operations and bytes in the text of the compiled program, temporaries, and the compiler's own
-  estimate of the time, which is the sum of libtpu's `estimated_cycles` over all instructions, times the turns of their
-  loops, over the clock. Copies and collectives that run beside other work have no cycles;
+  estimate of the time, which is the sum of libtpu's `estimated_cycles` over all instructions, times the iterations of
+  their loops, over the clock. Copies and collectives that overlap with other work have no cycles;
 - the share of peak: the time of the needed operations at the chip's peak over the estimate;
 - by part of the model, the estimate, and the waste, which is the time beyond that of its products at peak.
 
@@ -46,8 +46,8 @@ GB, TERA = 1e9, 1e12
 class Compiled:
     """A compiled program.
 
-    facts: what is known beside the text, as JSON: "program", "topology", "slice", "floor_flops", "floor_bytes", "fits",
-           "temporaries_bytes", "message" (the compiler's words if it refused), "seconds"
+    facts: what is known in addition to the text, as JSON: "program", "topology", "slice", "floor_flops", "floor_bytes",
+           "fits", "temporaries_bytes", "message" (the compiler's, if it refused), "seconds"
     text:  None if it does not fit
     """
 
@@ -96,7 +96,7 @@ def compile_program(name: str, topology: str) -> Compiled:
     """Compiles a program for a topology. One that the compiler refuses, such as for lack of memory, has no text."""
     program = PROGRAMS[name]
     found = hardware.find(slice_of(topology, program.devices))
-    begun = time.monotonic()
+    start = time.monotonic()
     built = program.build(mesh_of(program, found))
     facts = {"program": name, "topology": topology, "slice": found.name,
              "floor_flops": needed(name).operations // len(found.devices),
@@ -105,10 +105,10 @@ def compile_program(name: str, topology: str) -> Compiled:
         compiled = built.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         return Compiled(facts | {"fits": False, "temporaries_bytes": None, "message": str(error),
-                                 "seconds": time.monotonic() - begun}, None)
+                                 "seconds": time.monotonic() - start}, None)
     temporaries = compiled.memory_analysis().temp_size_in_bytes
     return Compiled(facts | {"fits": True, "temporaries_bytes": temporaries, "message": "",
-                             "seconds": time.monotonic() - begun}, compiled.as_text())
+                             "seconds": time.monotonic() - start}, compiled.as_text())
 
 
 def kept(name: str, topology: str, folder: Path | None) -> Compiled:
@@ -141,14 +141,16 @@ def judge(compiled: Compiled) -> dict[str, Any]:
         return row | unknown | {"fits": False} | rest
     topology = hardware.find(facts["slice"])
     chip, found = topology.chip, estimate.estimate(compiled.text, topology.chip, 1 if program.per_token else None)
-    token = found.turn() if program.per_token else found
+    token = found.main_loop() if program.per_token else found
     sent = sum(one.sent for one in hlo.collectives(compiled.text, mesh_of(program, topology)))
     floor_ms = 1e3 * facts["floor_flops"] / chip.flops
     return row | {
         "flops": token.flops, "bytes": token.bytes, "estimate_ms": 1e3 * token.seconds,
         "share_of_peak": floor_ms / (1e3 * token.seconds), "temporaries_bytes": facts["temporaries_bytes"],
         "per_call_bytes": found.bytes - token.bytes, "fits": True, "floor_ms": floor_ms,
-        "vmem_only_ms": 1e3 * token.vmem_seconds, "kernel_flops": token.kernel_flops,
+        "vmem_only_ms": 1e3 * token.vmem_seconds,
+        "share_without_vmem_only": floor_ms / (1e3 * (token.seconds - token.vmem_seconds)),
+        "kernel_flops": token.kernel_flops,
         "uncounted_kernels": list(token.uncounted), "sent_bytes": sent,
         "links_ms": 1e3 * sent / topology.links if sent else 0.0,
         "parts": {part.name: {"ms": 1e3 * part.seconds, "wasted_ms": 1e3 * part.wasted, "flops": part.flops,
@@ -176,8 +178,8 @@ def show(row: dict[str, Any], console: Console) -> None:
     if row["per_call_bytes"]:
         console.print(f"  and {row['per_call_bytes'] / GB:,.2f} GB for every call", highlight=False)
     if row["sent_bytes"]:
-        console.print(f"  sends {row['sent_bytes'] / GB:,.2f} GB, {row['links_ms']:,.1f} ms of the links, beside other "
-                      "work and not in the estimate", highlight=False)
+        console.print(f"  sends {row['sent_bytes'] / GB:,.2f} GB, {row['links_ms']:,.1f} ms of the links, which are "
+                      "not in the estimate", highlight=False)
     if row["kernel_flops"]:
         console.print(f"  {row['kernel_flops'] / TERA:,.3f} T operations are of kernels. {estimate.RULE}",
                       highlight=False)
@@ -206,6 +208,23 @@ def summary(rows: Sequence[dict[str, Any]]) -> Table:
                       f"{row['estimate_ms']:,.1f}", f"{row['share_of_peak']:.2f}",
                       f"{row['temporaries_bytes'] / GB:,.2f}", ", ".join(wastes))
     return table
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the table of docs/performance.md."""
+    names = ("program", "slice", "ms at peak", "estimate, ms", "of peak", "in VMEM alone, ms", "GB needed", "GB",
+             "temporaries, GB", "largest wastes, ms")
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for row in rows:
+        start = f"| `{row['program']}` | {row['slice']} |"
+        if not row["fits"]:
+            lines.append(f"{start} | does not fit | | | {row['floor_bytes'] / GB:,.1f} | | | |")
+            continue
+        wastes = ", ".join(f"{name} {part['wasted_ms']:,.1f}" for name, part in list(row["parts"].items())[:4])
+        lines.append(f"{start} {row['floor_ms']:,.1f} | {row['estimate_ms']:,.1f} | {row['share_of_peak']:.2f} | "
+                     f"{row['vmem_only_ms']:,.1f} | {row['floor_bytes'] / GB:,.1f} | {row['bytes'] / GB:,.1f} | "
+                     f"{row['temporaries_bytes'] / GB:,.1f} | {wastes} |")
+    return "\n".join(lines)
 
 
 def _table(*columns: str) -> Table:
@@ -269,6 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         help=f"{', '.join(TOPOLOGIES)}, for which a program has its own slice, or a slice such as "
                         "v5e:4x4")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the figures")
+    parser.add_argument("--markdown", action="store_true", help="also print the table of docs/performance.md")
     parser.add_argument("--texts", type=Path, metavar="FOLDER", help="folder for the compiled programs. A program that "
                         "is in it is read and not compiled again: take a new folder after a change of the code")
     args = parser.parse_args(arguments)
@@ -282,8 +302,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         files.require_local({"--json": args.json, "--texts": args.texts})
         if args.json is not None and not args.json.parent.is_dir():
             raise ValueError(f"--json {args.json}: the folder {args.json.parent} does not exist; create it first.")
-        run(programs, list(dict.fromkeys(args.topology)), args.json, args.texts,
-            Console(width=200) if not sys.stdout.isatty() else Console())
+        rows = run(programs, list(dict.fromkeys(args.topology)), args.json, args.texts,
+                   Console(width=200) if not sys.stdout.isatty() else Console())
+        if args.markdown:
+            print(f"\n{markdown(rows)}")
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         sys.exit(2)

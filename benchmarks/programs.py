@@ -1,8 +1,8 @@
 """The programs that `benchmarks.compiled` judges, at released width: encoders, a part of the language model, and the
 training steps of the shipped configs.
 
-Their arguments are shapes with shardings, made by what training and `mmjax plan` use (`ModelSpec`, `AbstractStep`), so
-kernels, memory layouts and dtypes are those of a run on the same devices. Nothing is allocated.
+Their arguments are shapes with shardings, from the builders of training and `mmjax plan` (`ModelSpec`, `AbstractStep`),
+so kernels, memory layouts and dtypes are those of a run on the same devices. Nothing is allocated.
 """
 
 import dataclasses
@@ -81,7 +81,7 @@ class Program:
     build:     returns the program for a mesh
     mesh:      of the devices
     devices:   number of devices
-    per_token: the program is a loop that makes a token a turn; bytes are then those of a turn
+    per_token: the program is a loop over tokens; its figures are those of one iteration
     """
 
     title: str

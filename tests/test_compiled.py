@@ -81,10 +81,12 @@ def test_the_figures_of_a_text(there):
     assert (row["temporaries_bytes"], row["per_call_bytes"], row["fits"], row["sent_bytes"]) == (5, 0, True, 0)
     assert row["parts"]["products"]["flops"] == flops and row["parts"]["recomputed"]["ms"] == 0
     assert json.loads(json.dumps(row)) == row
+    *_, line = compiled.markdown([row]).splitlines()
+    assert line.startswith("| `vit` | v5e:1x1 | 0.0 | 0.0 | 1.08 |") and "products" in line
 
 
-def test_a_program_that_makes_tokens_counts_a_turn_and_the_call_around_it(there, monkeypatch):
-    """The loop ends when the model says so, so the text has no number of turns."""
+def test_a_program_that_makes_tokens_counts_an_iteration_and_the_call_around_it(there, monkeypatch):
+    """The loop ends when the model says so, so the text has no trip count."""
     monkeypatch.setitem(programs.PROGRAMS, "decode", programs.Program("tokens", None, per_token=True))
     row = compiled.judge(compiled.Compiled(FACTS | {"program": "decode"},
                                            program(X, W, *LOOP, OUTSIDE, before=FUSED)))

@@ -1,8 +1,8 @@
 """The compiler's estimate of a program for a TPU: its operations, bytes and cycles, by part of the model.
 
 libtpu writes its own estimate into the text of a compiled program: the cycles of each fusion (`estimated_cycles`). A
-loop's body is in the text once and runs as often as the loop turns. Copies and collectives that run beside other work
-have no cycles. `cost_analysis()` of JAX is not used, because it counts the body of a loop once.
+loop's body is in the text once and runs once an iteration. Copies and collectives that overlap with other work have no
+cycles. `cost_analysis()` of JAX is not used, because it counts the body of a loop once.
 
 Pallas kernels have no estimate. One rule holds for all of them: `KERNEL_SHARE` of the chip's peak, for the operations
 of the blocks that they visit, including the blocks that they compute a second time.
@@ -28,7 +28,7 @@ RULE = (f"Pallas kernels have no estimate of the compiler: the operations of the
         f"{KERNEL_SHARE:.0%} of the chip's peak.")
 KERNEL = "tpu_custom_call"  # the target of a Pallas kernel
 
-# Parts of a model, by the scope that JAX gives an instruction, with "@" and the Python functions that made it. The
+# Parts of a model, by the scope that JAX gives an instruction, with "@" and the Python functions that traced it. The
 # first pattern found wins.
 COLLECTIVES, COPIES, KERNELS, OTHER = "collectives", "copies", "attention kernels", "other"
 PARTS = (
@@ -52,7 +52,7 @@ class Cost:
     times:   number of executions
     bytes:   moved to and from the device's memory, of all executions
     flops:   of matrix products, of all executions
-    seconds: of all executions; 0 if it runs beside other work
+    seconds: of all executions; 0 if it overlaps with other work
     """
 
     name: str
@@ -128,8 +128,8 @@ class Estimate:
         found = [self.part(name, [cost for cost in self.costs if cost.part == name]) for name in names]
         return sorted(found, key=lambda part: -part.wasted)
 
-    def turn(self) -> "Estimate":
-        """Returns the costs inside the outermost loop that moves the most bytes; a turn of it, if it turns once."""
+    def main_loop(self) -> "Estimate":
+        """Returns the costs inside that outermost loop which moves the most bytes."""
         moved = Counter()
         for cost in self.costs:
             moved[cost.loop] += cost.bytes if cost.loop else 0
@@ -145,7 +145,7 @@ class Estimate:
 def estimate(text: str, chip: Chip, unknown_trips: int | None = None) -> Estimate:
     """Returns the costs of a compiled program, given its text.
 
-    unknown_trips: number of turns of a loop whose number is not in the text
+    unknown_trips: number of iterations of a loop whose number is not in the text
 
     Raises ValueError for a text that is no program, and without `unknown_trips` for such a loop.
     """
@@ -188,8 +188,8 @@ def _outermost_loops(program: Program) -> Mapping[int, str]:
 
 
 def origin_of(instruction: Instruction, program: Program) -> Instruction:
-    """Returns the instruction that says where in the model another one belongs: of a fusion the largest product in it,
-    or else the fusion or the first instruction in it with a scope."""
+    """Returns the instruction whose scope shows where in the model another one belongs: of a fusion the largest product
+    in it, or else the fusion or the first instruction in it with a scope."""
     if instruction.opcode != "fusion":
         return instruction
     inside = list(_inside(instruction, program))
@@ -298,7 +298,7 @@ def kernel_flops(instruction: Instruction, others: Computation) -> int | None:
 
 
 def _block_sizes(instruction: Instruction) -> dict[str, int]:
-    """Returns what a kernel's metadata says of its blocks."""
+    """Returns the sizes of a kernel's blocks, from its metadata."""
     found = instruction.attribute(r'"xprof_metadata":"(\{(?:[^"\\]|\\.)*\})"')
     return json.loads(found.replace('\\"', '"')) if found else {}
 

@@ -32,7 +32,7 @@ from mmjax.training import steps
 OTHER = "other"
 RECOMPUTED = "rematted_computation"  # as JAX names it
 UNKNOWN = ("conv_general_dilated", "ragged_dot", "ragged_dot_general")
-# The kernels of JAX's splash attention, and how many of the products of dense attention each stands for: q·k and
+# The kernels of JAX's splash attention, and how many of the products of dense attention each replaces: q·k and
 # weights·v, and for the gradients dO·v, and one for each of q, k and v.
 SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
 SPLASH_DENSE = {"fwd": 2, "dq": 2, "dkv": 2}
@@ -128,7 +128,7 @@ def products(jaxpr: Any, scope: str = "", times: int = 1) -> Iterator[tuple[str,
     """Yields (where in the model, operations) of every matrix product of a `jax.extend.core.Jaxpr`.
 
     Raises ValueError for an operation whose work is not known: a convolution, an unknown kernel, or a product in a loop
-    whose number of turns depends on its condition.
+    whose number of iterations depends on its condition.
     """
     for equation in jaxpr.eqns:
         name = equation.primitive.name
@@ -149,8 +149,8 @@ def products(jaxpr: Any, scope: str = "", times: int = 1) -> Iterator[tuple[str,
             for called in _jaxprs(equation.params.values()):
                 found = list(products(called, inner, rounds))
                 if found and name == "while":
-                    raise ValueError(f"The number of turns of the loop {inner} depends on its condition; its "
-                                     "operations cannot be counted.")
+                    raise ValueError(f"The number of iterations of the loop {inner} depends on its condition; "
+                                     "its operations cannot be counted.")
                 yield from found
 
 

@@ -200,8 +200,8 @@ Computation = Mapping[str, Instruction]
 class Program:
     """The computations of a text by name, each with its instructions by name.
 
-    frames:        names of the Python functions that made an instruction, the innermost first, by its stack frame
-    unknown_trips: number of turns of a loop whose number is not in the text; None: such a loop is an error
+    frames:        names of the Python functions that traced an instruction, the innermost first, by its stack frame
+    unknown_trips: number of iterations of a loop whose number is not in the text; None: such a loop is an error
     """
 
     computations: Mapping[str, Computation]
@@ -232,7 +232,7 @@ class Program:
         return Program(computations, entry, _frames(text), unknown_trips)
 
     def functions(self, instruction: Instruction) -> tuple[str, ...]:
-        """Returns the names of the Python functions that made an instruction, the innermost first; () if unknown."""
+        """Returns the names of the Python functions that traced an instruction, the innermost first; () if unknown."""
         return self.frames.get(instruction.attribute(r"\bstack_frame_id=(\d+)") or "", ())
 
     @functools.cached_property
@@ -281,8 +281,8 @@ class Program:
         return self._users[id(computation)].get(name, [])
 
     def trips(self, loop: Instruction, around: Computation) -> int:
-        """Returns how often the body of a `while` in `around` runs: as XLA says, or read from its counter, which must
-        start at a constant, grow by a constant, and be compared with a third, as in JAX's scans and XLA's own loops.
+        """Returns how often the body of a `while` in `around` runs: its known trip count, or what its counter shows.
+        That must start at a constant, grow by a constant, and be compared with a third, as in JAX's scans.
 
         For other loops `unknown_trips`; if that is None, raises ValueError naming the loop.
         """
@@ -459,7 +459,7 @@ def memory_traffic(text: str) -> int:
     """Returns the bytes that one run of a program moves between a device and its memory.
 
     Every instruction reads its operands and writes its result once, with the padding of their tiles. Of an array that
-    an instruction slices, or changes in place, only the slice counts. Arrays in memory nearer to the arithmetic units
+    an instruction slices, or changes in place, only the slice counts. Arrays in memory closer to the arithmetic units
     cost nothing. The caches of a CPU are ignored.
     """
     program = Program.parse(text)

@@ -134,9 +134,9 @@ def plan(config: RunConfig, topology_name: str, preset: str | None = None, lengt
                          f"{dict(mesh.shape)}); {math.ceil(config.data.batch_size / shards) * shards} would work.")
     step = AbstractStep.of(config, source, mesh, length)
     count = flops.train_step(step.module, step.state.params, step.frozen, step.batch)
-    begun = time.monotonic()
+    start = time.monotonic()
     compiled, needed = _compile(step)
-    seconds = None if compiled is None else time.monotonic() - begun
+    seconds = None if compiled is None else time.monotonic() - start
     memory = _memory(step.held, compiled, needed, topology.memory)
     found, traffic, estimated = None, None, None
     if compiled:

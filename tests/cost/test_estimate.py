@@ -83,7 +83,7 @@ LOOP = ("%zero = s32[] constant(0)", "%t0 = (s32[], bf16[16,64]{1,0}, bf16[64,32
 OUTSIDE = f"ROOT %c = bf16[64,32]{{0,1}} copy(%w), {config(50)}"
 
 
-def test_a_loop_counts_each_turn():
+def test_a_loop_counts_each_iteration():
     known = f'{LOOP[-1]}, backend_config={{"known_trip_count":{{"n":"7"}}}}'
     found = of(X, W, *LOOP[:-1], known, OUTSIDE, before=FUSED)
     assert found.flops == 7 * 2 * 16 * 64 * 32
@@ -95,13 +95,13 @@ def test_a_loop_counts_each_turn():
     assert sum(part.seconds for part in parts.values()) == pytest.approx(found.seconds)
 
 
-def test_one_turn_of_a_loop_and_the_rest():
+def test_one_iteration_of_a_loop_and_the_rest():
     with pytest.raises(ValueError, match="how often the loop %loop runs"):
         of(X, W, *LOOP, OUTSIDE, before=FUSED)
     found = of(X, W, *LOOP, OUTSIDE, before=FUSED, unknown_trips=1)
-    turn = found.turn()
-    assert turn.flops == found.flops == 2 * 16 * 64 * 32
-    assert found.bytes - turn.bytes == 2 * 64 * 32 * 2
+    inside = found.main_loop()
+    assert inside.flops == found.flops == 2 * 16 * 64 * 32
+    assert found.bytes - inside.bytes == 2 * 64 * 32 * 2
 
 
 @pytest.mark.parametrize(("scope", "part"), [

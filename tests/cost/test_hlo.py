@@ -397,15 +397,15 @@ def test_the_functions_that_made_an_instruction():
     assert found.functions(found.computations["main"]["a"]) == ()
 
 
-def test_a_loop_without_a_number_of_turns_can_be_given_one():
+def test_a_loop_without_a_trip_count_can_be_given_one():
     text = looped(first="parameter(1)")
     assert hlo.Program.parse(text, unknown_trips=1).times["body"] == 1
     with pytest.raises(ValueError, match="how often the loop %w runs"):
         _ = hlo.Program.parse(text).times
 
 
-def test_a_compiled_scan_reads_a_layer_a_turn():
-    """On this machine's CPU: the weights of all layers are read once, each by its own turn, whatever XLA fuses."""
+def test_a_compiled_scan_reads_a_layer_an_iteration():
+    """On this machine's CPU: the weights of all layers are read once, each by its own iteration, whatever XLA fuses."""
     L, B, D = 5, 2, 256
 
     def layers(w, x):
