@@ -32,6 +32,7 @@ def answers(mesh, out, ranked):
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(("ranked", "cfg"), [(True, MeshConfig(data=4, fsdp=2)), (False, MeshConfig())],
                          ids=["ranked", "in words"])
 def test_eight_devices_answer_as_one(tmp_path, ranked, cfg):

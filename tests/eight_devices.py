@@ -75,6 +75,7 @@ def test_eight_devices_train_as_one():
     assert state.params["llm"]["layers"]["attn"]["q"]["w"].addressable_shards[0].data.shape == (2, 16, 2, 8)
 
 
+@pytest.mark.extended
 def test_eight_devices_train_as_one_on_int8():
     """Where the sum over a matrix is cut between devices, and where its channels and their scales are."""
     one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
@@ -111,6 +112,7 @@ def test_a_checkpoint_moves_to_another_mesh(tmp_path):
     np.testing.assert_array_equal(training_checkpoints.trained(tmp_path)["projector/w"], flat["projector/w"])
 
 
+@pytest.mark.extended
 def test_eight_devices_write_what_one_writes():
     """Greedy search, drawing and beams, of fewer rows than there are devices, from shards of the weights."""
     one = mmjax.load(small.checkpoint(), dtype="float32")
@@ -121,6 +123,7 @@ def test_eight_devices_write_what_one_writes():
         assert eight.generate(samples, 12, **settings) == one.generate(samples, 12, **settings)
 
 
+@pytest.mark.extended
 def test_heads_on_different_devices_write_what_one_writes():
     batch, made = tiny.batch(), []
     for cfg, devices in ((MeshConfig(), jax.devices()[:1]), (MeshConfig(2, 2, 2), jax.devices())):

@@ -12,6 +12,7 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+pytestmark = pytest.mark.extended
 
 from mmjax import sharding  # noqa: E402
 from mmjax.config import DataConfig, MeshConfig, OptimConfig, RunConfig, TextConfig, WeightsConfig  # noqa: E402

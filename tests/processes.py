@@ -15,9 +15,10 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def on_eight_devices(*files: str, **environment: str) -> None:
-    """Runs files of tests in one process, which they give eight virtual devices."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *(f"tests/{name}" for name in files)]
+def on_eight_devices(tier: str, *files: str, **environment: str) -> None:
+    """Runs the tests of a tier (a marker expression) in one process, which their files give eight virtual devices."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", tier,
+               *(f"tests/{name}" for name in files)]
     settings = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
     done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

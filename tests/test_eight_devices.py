@@ -6,17 +6,20 @@ import pytest
 
 from tests.processes import on_eight_devices
 
+FILES = ("eight_devices.py", "eight_answers.py", "eight_plan.py", "eight_traffic.py")
 
-def test_training_and_answers():
-    on_eight_devices("eight_devices.py", "eight_answers.py")
+
+def test_training():
+    on_eight_devices("not extended", "eight_devices.py")
 
 
 @pytest.mark.extended
-def test_compiled_programs():
-    on_eight_devices("eight_plan.py", "eight_traffic.py")
+def test_generation_and_compiled_programs():
+    on_eight_devices("extended", *FILES)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra `tpu`)")
 def test_traffic_of_a_tpu_slice():
-    on_eight_devices("eight_traffic.py", TPU="v5e:2x4", JAX_DISABLE_MOST_OPTIMIZATIONS="0", TPU_SKIP_MDS_QUERY="1")
+    on_eight_devices("extended", "eight_traffic.py", TPU="v5e:2x4", JAX_DISABLE_MOST_OPTIMIZATIONS="0",
+                     TPU_SKIP_MDS_QUERY="1")
