@@ -36,6 +36,7 @@ class Tokenizer(abc.ABC):
                    occur in text
     vocab_size:    rows of the embedding table, including added tokens
     folder:        the folder that it was read from
+    made_from_sentencepiece: whether it is a tokenizer.json made from a tokenizer.model that is not there
 
     A vocabulary may have gaps: tokens below `vocab_size` without a text, see `has_text`.
     """
@@ -48,6 +49,7 @@ class Tokenizer(abc.ABC):
     eos_text: str
     folder: Path
     vocab_size: int
+    made_from_sentencepiece: bool = False
 
     @staticmethod
     def from_folder(path: str | Path) -> "Tokenizer":
@@ -216,6 +218,7 @@ class JsonTokenizer(Tokenizer):
         self.bos_text, self.eos_text = fast.bos_token, fast.eos_token
         self.vocab_size = 1 + max(vocabulary.values())
         self._ids = frozenset(vocabulary.values())
+        self.made_from_sentencepiece = "<0x0A>" in vocabulary  # byte-level vocabularies write bytes otherwise
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         if not special:

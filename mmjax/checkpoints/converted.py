@@ -1,6 +1,7 @@
 """Reads the cards of converted checkpoints and runs, and the parameters that runs have trained."""
 
 import dataclasses
+import glob
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ class ConvertedCheckpoint:
         files.require_local({"checkpoint": folder})
         path = Path(folder) / CARD
         if not path.is_file():
+            if moved := [*Path(folder).parent.glob(f".{glob.escape(Path(folder).name[:40])}.partial-*-old")]:
+                raise FileNotFoundError(f"A conversion was killed while it replaced {folder}. The former checkpoint is "
+                                        f"{moved[0]}: rename it to {folder}. Converting again restores it first, too.")
             raise FileNotFoundError(f"{folder} is neither a converted checkpoint (no {CARD}) nor a finished run "
                                     f"(no {RUN_CARD}). Make a checkpoint with convert_weights.py.")
         card = read_checkpoint_card(Path(folder))

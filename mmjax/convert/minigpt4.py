@@ -109,6 +109,7 @@ TRAINED_IGNORED = (
     _POSITIONS,
     (r"(" + _TUNED + r"|llama_model\.)" + llama.IGNORED[0][0], llama.IGNORED[0][1]),
 )
+QFORMER_IGNORED = (*BLIP2_IGNORED, *TRAINED_IGNORED[1:])  # a trained checkpoint may be the Q-Former's file
 TRAINED_KEYS = {"projector": r"llama_proj\..*", "lora": r".*\.lora_[AB]\..*"}  # by option
 REPLACING = {  # by option, what a trained checkpoint may hold of another part: the beginning of its names
     "vit": r"visual_encoder\.", "qformer": r"(?=(Qformer|query_tokens|ln_vision)\b)(?!.*position_ids)",
@@ -361,14 +362,14 @@ def _read_qformer(
         cfg = qformer_config(tensors, given, problems)
         if not (cfg and vit_cfg):
             return cfg, {}, {}
-        return cfg, forward(qformer_entries(cfg, vit_cfg.dim), tensors, BLIP2_IGNORED, path.name, problems), {}
+        return cfg, forward(qformer_entries(cfg, vit_cfg.dim), tensors, QFORMER_IGNORED, path.name, problems), {}
     if not vit_cfg:
         return None, {}, {}
     if vit_cfg.grid**2 % JOINED:
         problems.append(f"Without a Q-Former {JOINED} patches become one token, but images of {vit_cfg.image_size} "
                         f"pixels have {vit_cfg.grid**2} patches.")
     if tensors:  # of a model without a Q-Former that was saved whole
-        return None, forward(expand(LN_VISION, {"E": vit_cfg.dim}), tensors, BLIP2_IGNORED, path.name, problems), {}
+        return None, forward(expand(LN_VISION, {"E": vit_cfg.dim}), tensors, QFORMER_IGNORED, path.name, problems), {}
     constant = {"ln_vision/scale": 1.0, "ln_vision/bias": 0.0}
     return None, {path: _filled(path, value, vit_cfg.dim) for path, value in constant.items()}, constant
 

@@ -16,6 +16,7 @@ from typing import Any
 from mmjax.convert import state_dict
 from mmjax.convert.lazy import LazyTensor
 from mmjax.convert.llama import axes, is_number, is_whole, shown
+from mmjax.convert.notes import note
 from mmjax.convert.tables import Entry, Problems, expand, read_json
 from mmjax.convert.weight_files import PEFT_CONFIG
 from mmjax.models.llama import LlamaConfig
@@ -144,7 +145,8 @@ def with_lora(cfg: LlamaConfig, tensors: Mapping[str, LazyTensor], found: Settin
     if rank and given.get("rank", rank) != rank:
         problems.append(f"--arch: minigpt_v2.lora_r is {given['rank']}, but LoRA has rank {rank}.")
     if found.alpha and given.get("alpha", found.alpha) != found.alpha:
-        problems.append(f"--arch: minigpt_v2.lora_alpha is {given['alpha']}, but {PEFT_CONFIG} gives {found.alpha:g}.")
+        note(f"--arch says lora_alpha {given['alpha']}; {PEFT_CONFIG}, which belongs to the LoRA, says "
+             f"{found.alpha:g}. The latter is taken.")
     targets = tuple(ours for name, ours in NAMES.items() if name in held)
     if found.targets and targets and set(found.targets) != set(targets):
         problems.append(f"{PEFT_CONFIG} names the modules {', '.join(sorted(found.targets))}, but the LoRA file holds "

@@ -56,7 +56,11 @@ def check_vocabulary(folder: Path, said: int, key: str, tensors: Mapping[str, An
     elif not padded(rows, tokenizer.vocab_size):
         problems.append(f"{key} has {rows} rows, the tokenizer in {folder} has only {tokenizer.vocab_size} tokens, "
                         f"including added ones: it belongs to another model. {RELEASE}")
-    elif count := len(tokenizer.without_text(rows)):
+    if tokenizer.made_from_sentencepiece:
+        note(f"{folder} has no tokenizer.model: tokenizer.json cuts text around special tokens and leading spaces "
+             "otherwise than the tokenizer that LLaMA's descendants were trained with. To have the same tokens, copy "
+             "tokenizer.model from the original folder.")
+    if count := len(tokenizer.without_text(rows)) if padded(rows, tokenizer.vocab_size) else 0:
         note(f"{folder}: {key} has {rows} rows, the tokenizer has {rows - count} tokens. The other {count} rows are "
              "padding: they are kept, and never generated.")
     return tokenizer

@@ -330,3 +330,16 @@ def test_every_wrong_setting_is_named_at_once():
         with pytest.raises(ValueError, match=words):
             GenerateConfig(**wrong)
     assert not GenerateConfig(do_sample=True, temperature=0.0, num_beams=2).sampling
+
+
+@pytest.mark.parametrize("more", [{}, {"do_sample": True, "temperature": 5.0, "top_k": 0}, {"num_beams": 3}],
+                         ids=["greedy", "drawn", "beams"])
+def test_suppressed_tokens_are_never_generated(more):
+    key = jax.random.key(0) if more.get("do_sample") else None
+    config = GenerateConfig(max_new_tokens=6, eos=-1, **more)
+    free = g.generate(MODEL, params(), rows(random_prompts(0)), config, key=key)
+    unwanted = tuple(sorted({token for row in ids_of(free) for token in row[1:]}))[: V // 2]
+    assert len(unwanted) > 2
+    config = dataclasses.replace(config, suppress_tokens=unwanted)
+    found = g.generate(MODEL, params(), rows(random_prompts(0)), config, key=key)
+    assert not {token for row in ids_of(found) for token in row[1:]} & set(unwanted)
