@@ -13,11 +13,12 @@ import abc
 import copy
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from mmjax import files
 
 PAD_PIECE = "$$"  # minigpt4/models/base_model.py: init_llm
 WORDS = "bpe_simple_vocab_16e6.txt.gz"  # the merges of ImageBind's text tower, in a checkpoint's tokenizer folder
@@ -51,10 +52,15 @@ class Tokenizer(abc.ABC):
         Raises FileNotFoundError if the folder has none, and ValueError for a damaged or contradictory file.
         """
         folder = Path(path)
-        if (folder / "tokenizer.model").exists():
-            return SentencePieceTokenizer(folder)
-        if (folder / "tokenizer.json").exists():
-            return JsonTokenizer(folder)
+        for file, kind in (("tokenizer.model", SentencePieceTokenizer), ("tokenizer.json", JsonTokenizer)):
+            if (folder / file).exists():
+                try:
+                    return kind(folder)
+                except (ValueError, OSError):
+                    raise
+                except Exception as error:  # the files are not trusted, and their readers raise any error
+                    raise ValueError(f"The tokenizer files of {folder} cannot be used: {error!r}. Download them again."
+                                     ) from error
         raise FileNotFoundError(
             f"{folder} has no tokenizer: expected tokenizer.model or tokenizer.json in it. "
             "Give the LLaMA or Vicuna folder with all its files.")
@@ -248,12 +254,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return files.read_json_object(path)
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}. Download the file again.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
-    return value
+        raise ValueError(f"{error} Download the file again.") from error
 
 
 def _load_model(path: Path) -> Any:
