@@ -13,11 +13,12 @@ import abc
 import copy
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from mmjax import files
 
 PAD_PIECE = "$$"  # minigpt4/models/base_model.py: init_llm
 UNKNOWN = " \u2047 "  # what sentencepiece decodes the unknown token to
@@ -61,9 +62,9 @@ class Tokenizer(abc.ABC):
         folder = Path(path)
         model, converted = folder / "tokenizer.model", folder / "tokenizer.json"
         if model.exists() and not (converted.exists() and is_tiktoken(model)):
-            return SentencePieceTokenizer(folder)
+            return _load_kind(SentencePieceTokenizer, folder)
         if converted.exists():
-            return JsonTokenizer(folder)
+            return _load_kind(JsonTokenizer, folder)
         raise FileNotFoundError(
             f"{folder} has no tokenizer: expected tokenizer.model or tokenizer.json in it. "
             "Give the LLaMA or Vicuna folder with all its files.")
@@ -346,12 +347,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}. Download the file again.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
-    return value
+        return files.read_json_object(path)
+    except ValueError as error:
+        raise ValueError(f"{error} Download the file again.") from error
+
+
+def _load_kind(kind: type[Tokenizer], folder: Path) -> Tokenizer:
+    """Returns the tokenizer of a folder. Raises ValueError or OSError for files that cannot be used."""
+    try:
+        return kind(folder)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # the files are not trusted, and their readers raise any error
+        raise ValueError(f"The tokenizer files of {folder} cannot be used: {error!r}. Download them again.") from error
 
 
 def is_tiktoken(path: Path) -> bool:

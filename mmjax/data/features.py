@@ -157,8 +157,8 @@ class Card:
             raise FileNotFoundError(f"There are no features at {folder}. Make them with `mmjax data features --config "
                                     f"FILE --out {folder}`.")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content.pop("format") != FORMAT:
+            content = files.read_json_object(path)
+            if content.pop("format", None) != FORMAT:
                 raise ValueError(f"it is not of format {FORMAT}, which this mmjax reads")
             card = Card(**content)
             card._check()

@@ -7,6 +7,7 @@ is written when the shard is complete; of several lines about one shard the last
 import dataclasses
 import json
 import os
+import reprlib
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -105,11 +106,26 @@ def read(folder: str | Path) -> Manifest | None:
         return None
     head, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] or [""]
     try:
-        making, shards = Making(**json.loads(head)), [Shard(**json.loads(line)) for line in lines]
+        making = Making(**files.parse_json(head))
+        shards = [Shard(**files.parse_json(line)) for line in lines]
+        _check(making, shards)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}. Copy the folder again, or delete it and prepare the data again."
                          ) from error
     return Manifest(making, {shard.number: shard for shard in shards})
+
+
+def _check(*lines: Any) -> None:
+    """Raises ValueError for values of another type than their field's."""
+    for line in (lines[0], *lines[1]):
+        for field in dataclasses.fields(line):
+            value = getattr(line, field.name)
+            kinds = {"str": str, "int": int, "bool": bool, "str | None": (str, type(None))}
+            kind = kinds[field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "str | None")]
+            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+                raise ValueError(f"{field.name} is {reprlib.repr(value)}")
+    if lines[0].shard_size < 1:
+        raise ValueError(f"shard_size is {lines[0].shard_size}")
 
 
 def write(folder: str | Path, manifest: Manifest) -> None:

@@ -191,7 +191,12 @@ def _lines_of(path: Path, shards: Iterable[int]) -> Iterator[str]:
     """Yields the lines about these shards, without an incomplete last line."""
     with open(path, encoding="utf-8") as lines:
         for line in lines:
-            if line.endswith("\n") and json.loads(line)["shard"] in shards:
+            try:
+                shard = files.parse_json(line)["shard"] if line.endswith("\n") else None
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} is damaged: {line[:80]!r} is not a line of it. Delete the folder and prepare "
+                                 "the data again.") from error
+            if shard in shards:
                 yield line
 
 

@@ -147,7 +147,7 @@ def _card(out: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"There are no answers to score: no {path}.")
     card = converted.read_card(path)
-    converted.require(path, card, *predictions.COMPARED)
+    converted.require(path, card, **dict.fromkeys(predictions.COMPARED, dict))
     return card
 
 

@@ -6,7 +6,6 @@ The inputs are arrays, text and numbers; nothing here depends on a model.
 import base64
 import html
 import io
-import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -144,8 +143,13 @@ def _check_table(table: Sequence[Sequence[str | float | None]]) -> None:
 def _curves(paths: Sequence[Path]) -> Curves:
     curves, before = Curves([], [], [], []), 0
     for path in paths:
-        records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        records = [record for record in records if "step" in record and "loss" in record]
+        lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+        try:
+            records = [files.parse_json(line) for line in lines]
+        except ValueError as error:
+            raise ValueError(f"{path} has a line that is not JSON: {error}. Repair or remove it.") from error
+        records = [record for record in records if isinstance(record, dict)
+                   and all(isinstance(record.get(name), (int, float)) for name in ("step", "loss"))]
         if not records:
             raise ValueError(f"{path} has no line with \"step\" and \"loss\", so there is no curve to draw.")
         if before:

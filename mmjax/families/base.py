@@ -9,6 +9,8 @@ import dataclasses
 import difflib
 import functools
 import importlib.metadata
+import reprlib
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -354,7 +356,12 @@ def shapes(family: str | Family, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:
 @functools.lru_cache(maxsize=32)
 def _shapes(family: Family, cfg: Any) -> dict[str, jax.ShapeDtypeStruct]:
     key = jax.eval_shape(jax.random.key, 0)
-    return trees.flatten(jax.eval_shape(initial(family, cfg), key))
+    try:
+        return trees.flatten(jax.eval_shape(initial(family, cfg), key))
+    except Exception as error:  # sizes that do not fit together raise errors of any type while tracing
+        first = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"No model of {family.name} can be built with these sizes ({type(error).__name__}: {first}): "
+                         f"{cfg}") from error
 
 
 def initial(family: str | Family, cfg: Any) -> Callable[[jax.Array], dict[str, Any]]:
@@ -370,19 +377,54 @@ def _initial(family: Family, cfg: Any) -> Callable[[jax.Array], dict[str, Any]]:
     return jax.jit(lambda key: family.Model(cfg).init(key, family.example(cfg))["params"])
 
 
+LARGEST, DEEPEST = 2**31, 10_000  # maximum size, and maximum number of layers, in a config from a file
+
+
 def config_from_dict(cls: type, values: Mapping[str, Any], where: str = "architecture") -> Any:
-    """Returns the inverse of `dataclasses.asdict`. Raises ValueError listing every unknown field."""
+    """Returns the inverse of `dataclasses.asdict`.
+
+    Raises ValueError listing every unknown field, or naming a field whose value has another type, is out of range, or
+    is refused by the config itself.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} is {reprlib.repr(values)}, but must be an object with the fields of {cls.__name__}.")
     hints = typing.get_type_hints(cls)
     known = [field.name for field in dataclasses.fields(cls)]
-    unknown = sorted(values.keys() - set(known))
+    unknown = sorted(map(str, values.keys() - set(known)))
     if unknown:
         raise ValueError(f"{where} has fields that {cls.__name__} does not know: {', '.join(unknown)}. "
                          f"It knows {', '.join(known)}.")
-    built = {}
-    for name, value in values.items():
-        choices = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
-        nested = next((choice for choice in choices if dataclasses.is_dataclass(choice)), None)
-        if nested is not None and value is not None:
-            value = config_from_dict(nested, value, f"{where}.{name}")
-        built[name] = tuple(value) if isinstance(value, list) else value
-    return cls(**built)
+    built = {name: _typed(hints[name], value, f"{where}.{name}") for name, value in values.items()}
+    try:
+        return cls(**built)
+    except Exception as error:  # of the checks of a config, or a field without a default is missing
+        raise ValueError(f"{where} cannot be used: {error}") from error
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """Returns a value from JSON as an annotation describes it; raises ValueError for a value of another type."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(hint, types.UnionType) or origin is typing.Union:
+        if value is None and type(None) in args:
+            return None
+        hint = next(choice for choice in args if choice is not type(None))
+        return _typed(hint, value, where)
+    if dataclasses.is_dataclass(hint):
+        return config_from_dict(hint, value, where)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        if args[1:] != (...,) and len(args) != len(value):
+            raise ValueError(f"{where} has {len(value)} values, but must have {len(args)}.")
+        kinds = [args[0]] * len(value) if args[1:] == (...,) else args
+        return tuple(_typed(kind, each, f"{where}.{number}")
+                     for number, (kind, each) in enumerate(zip(kinds, value, strict=True)))
+    kind = origin or hint
+    if kind not in (bool, int, float, str, tuple, dict):
+        return tuple(value) if isinstance(value, list) else value
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
+        raise ValueError(f"{where} is {reprlib.repr(value)}, but must be "
+                         f"{'a number' if kind is float else kind.__name__}.")
+    most = DEEPEST if where.rpartition(".")[2] == "depth" else LARGEST
+    if kind in (int, float) and not -LARGEST <= value <= (most if kind is int else sys.float_info.max):
+        raise ValueError(f"{where} is {reprlib.repr(value)}, but may be {most:,} at most.")
+    return value

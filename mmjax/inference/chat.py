@@ -26,6 +26,7 @@ from mmjax.batch import Sample
 from mmjax.checkpoints.converted import RUN_CARD, read_run_card
 from mmjax.config import ALPACA, ScenesConfig, TextConfig
 from mmjax.data import conversation, images, senses, text
+from mmjax.families import config_from_dict
 from mmjax.inference.generate import GenerateConfig
 from mmjax.inference.loaded import Loaded
 from mmjax.inference.requests import is_text
@@ -209,8 +210,11 @@ def scenes_of(checkpoint: Path) -> ScenesConfig | None:
     """Returns the scenes that a run was trained on; None for any other model. Raises ValueError for a damaged file."""
     folder = Path(checkpoint)
     card = read_run_card(folder) if (folder / RUN_CARD).is_file() else {}
-    config = card.get("config", {}).get("data", {}).get("scenes")
-    return None if config is None else ScenesConfig(**config)
+    for name in ("config", "data", "scenes"):
+        card = card.get(name) or {}
+        if not isinstance(card, dict):
+            raise ValueError(f"{folder / RUN_CARD} is damaged: {name} is no object.")
+    return config_from_dict(ScenesConfig, card, f"{folder / RUN_CARD}: scenes") if card else None
 
 
 def supported_inputs(model: Loaded) -> tuple[str, ...]:

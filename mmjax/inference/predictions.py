@@ -288,7 +288,7 @@ def read_answers(content: bytes, ids: Sequence[str], out: Path) -> tuple[list[di
     size, lines = 0, complete.split(b"\n")[:-1]
     for number, line in enumerate(lines, 1):
         try:
-            answer = json.loads(line)
+            answer = files.parse_json(line)
         except ValueError as error:
             if number == len(lines):
                 break

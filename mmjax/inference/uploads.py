@@ -20,6 +20,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mmjax import files
+
 WAIT = 600  # seconds after which an unread file is deleted
 MAX_FILES = 64  # of one request
 MAX_BODY = 2**20  # bytes of a request that is not an upload
@@ -193,7 +195,7 @@ class RequestFilter:
         """Returns (scope, receive) of the same request with only permitted content in its body."""
         body = await _body(receive)
         try:
-            content = json.loads(body)
+            content = files.parse_json(body)
             if not isinstance(content, dict):
                 raise ValueError("not an object")
             content = {key: content[key] for key in FIELDS if key in content}

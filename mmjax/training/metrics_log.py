@@ -33,19 +33,23 @@ class JsonlLog:
         text = path.read_text(errors="replace") if path.exists() and distributed.is_primary() else ""
         lines = text.splitlines()
         whole = [line for number, line in enumerate(lines, 1)
-                 if (parsed := self._parse(line, number, len(lines))) is not None and parsed[field] < below]
+                 if (parsed := self._parse(line, number, len(lines), field)) is not None and parsed[field] < below]
         self.kept = len(whole)
         if (kept := "".join(line + "\n" for line in whole)) != text:
             files.replace(path, kept)
 
-    def _parse(self, line: str, number: int, last: int) -> dict[str, Any] | None:
+    def _parse(self, line: str, number: int, last: int, field: str) -> dict[str, Any] | None:
         try:
-            return json.loads(line)
+            parsed = files.parse_json(line)
         except ValueError as error:
             if number == last:
                 return None
             raise ValueError(f"{self._path}, line {number} is not JSON: {error}. Repair or remove that line."
                              ) from error
+        if not isinstance(parsed, dict) or not isinstance(parsed.get(field), (int, float)):
+            raise ValueError(f"{self._path}, line {number} must be an object with a number {field!r}. Repair or remove "
+                             "that line.")
+        return parsed
 
     def __enter__(self) -> "JsonlLog":
         self._file = self._path.open("ab", buffering=0) if distributed.is_primary() else None

@@ -42,7 +42,7 @@ def differences(config: RunConfig, out: Path) -> str:
         raise FileNotFoundError(f"{out / 'checkpoints'} has checkpoints, but there is no {path}, which describes "
                                 "their run. Restore it, or choose another `out`.")
     card = converted.read_run_card(out)
-    converted.require(path, card, "config")
+    converted.require(path, card, config=dict)
     changed = list(_changes(card["config"], json.loads(json.dumps(dataclasses.asdict(config)))))
     lines = {name: f"{name.replace('/', '.')} {before!r} -> {now!r}" for name, before, now in changed}
     if refused := [lines[name] for name, before, now in changed

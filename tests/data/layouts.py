@@ -165,6 +165,19 @@ def refcoco(root, change=nothing):
 invrefcoco = refcoco
 
 
+def parquet(root, change=nothing):
+    """Images in the file, as Hugging Face writes them."""
+    import pyarrow
+    from pyarrow import parquet as arrow
+
+    rows = [{"image": {"bytes": jpeg(number), "path": f"{number}.jpg"}, "caption": CAPTIONS[number]}
+            for number in range(COUNT)]
+    change(rows)
+    root.mkdir(parents=True, exist_ok=True)
+    arrow.write_table(pyarrow.Table.from_pylist(rows), root / "train-00000-of-00001.parquet")
+    return root
+
+
 def tfds(root, change=nothing):
     """What `mmjax data prepare` makes of the rows of `jsonl`."""
     from mmjax.data.prepare import prepare

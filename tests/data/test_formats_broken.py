@@ -198,7 +198,7 @@ FILES = {
     "webdataset": "00000.tar", "llava_instruct": "llava_instruct_150k.json", "jsonl": "some.jsonl",
     "coco_captions": "annotations/captions_train2017.json", "vqa": "v2_OpenEnded_mscoco_train2014_questions.json",
     "gqa": "train_balanced_questions.json", "refcoco": "refcoco/refs(unc).p", "invrefcoco": "refcoco/instances.json",
-    "tfds": "prepared/dataset_info.json"}
+    "tfds": "prepared/dataset_info.json", "parquet": "train-00000-of-00001.parquet"}
 CONTENTS = {
     "empty": b"", "zeros": b"\0" * 3000, "brackets": b"[" * 200_000, "not UTF-8": b"\xff\xfe[]", "null": b"null",
     "number": b"1" * 9000, "text": b'"text"', "array": b"[]", "object": b"{}", "parts": b'{"annotations": {}}',

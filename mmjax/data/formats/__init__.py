@@ -9,6 +9,7 @@ from mmjax.data.formats.coco import coco_captions
 from mmjax.data.formats.grounding import invrefcoco, refcoco
 from mmjax.data.formats.imagebind_llm import CAPTION_PROMPT, imagebind_llm_finetune, imagebind_llm_pretrain
 from mmjax.data.formats.instruct import jsonl, llava_instruct
+from mmjax.data.formats.parquet import parquet
 from mmjax.data.formats.record import Member, Record, clean_caption
 from mmjax.data.formats.tfds import tfds
 from mmjax.data.formats.vqa import gqa, vqa
@@ -16,8 +17,8 @@ from mmjax.data.formats.webdataset import webdataset
 
 __all__ = [
     "Account", "CAPTION_PROMPT", "FORMATS", "Member", "Record", "cc_sbu_align", "clean_caption", "coco_captions", "gqa",
-    "imagebind_llm_finetune", "imagebind_llm_pretrain", "invrefcoco", "jsonl", "llava_instruct", "read", "refcoco",
-    "tfds", "vqa", "webdataset",
+    "imagebind_llm_finetune", "imagebind_llm_pretrain", "invrefcoco", "jsonl", "llava_instruct", "parquet", "read",
+    "refcoco", "tfds", "vqa", "webdataset",
 ]
 
 # (path, root, follow_links) -> records; root: the folder of the images, None for that of the data file;
@@ -35,6 +36,7 @@ FORMATS: dict[str, Callable[..., Sequence[Record]]] = {
     "imagebind_llm_pretrain": imagebind_llm_pretrain,
     "imagebind_llm_finetune": imagebind_llm_finetune,
     "tfds": tfds,
+    "parquet": parquet,
 }
 
 

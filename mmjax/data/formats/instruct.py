@@ -128,13 +128,18 @@ def described(name: str, images: Sequence[Any], row: dict[str, Any]) -> Record:
 
 
 def turns(values: Sequence[Any]) -> list[tuple[str, str]]:
-    """Returns the pairs of `turns`: [QUESTION, ANSWER] or {"question", "answer"}. Raises ValueError for other ones."""
+    """Returns the pairs of `turns`: [QUESTION, ANSWER], {"question", "answer"} or {"user", "assistant"}.
+
+    Raises ValueError for other ones.
+    """
     if not values:
         raise ValueError("'turns' is empty")
     pairs = []
     for value in values:
         if isinstance(value, (list, tuple)) and len(value) == 2:
             value = {"question": value[0], "answer": value[1]}
+        if isinstance(value, dict) and "user" in value:
+            value = {"question": value["user"], "answer": value.get("assistant")}
         if not isinstance(value, dict):
             raise ValueError(f"'turns' must have pairs [QUESTION, ANSWER], but has {shown(value)}")
         pairs.append((caption_text(value, "question"), caption_text(value, "answer")))

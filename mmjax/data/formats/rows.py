@@ -6,6 +6,7 @@ Images are only read below a root folder.
 
 import abc
 import codecs
+import difflib
 import functools
 import json
 import os
@@ -128,6 +129,20 @@ def the_file(path: str, pattern: str, what: str) -> Path:
         raise ValueError(f"{file} has {len(matches)} files {pattern}: {', '.join(each.name for each in matches[:5])}. "
                          "Name one of them.")
     return matches[0]
+
+
+def parse_options(path: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """Returns the path of a data set, and the options after its `?`. Raises ValueError for unknown options."""
+    place, mark, rest = path.partition("?")
+    options = {}
+    for part in rest.split("&") if mark else ():
+        key, _, value = part.partition("=")
+        if key not in known or not value:
+            close = difflib.get_close_matches(key, known, 1)
+            hint = f"Did you mean {close[0]}=...?" if close else f"There are {', '.join(known)}."
+            raise ValueError(f"{path}: {part!r} is none of the options KEY=VALUE of a data set. {hint}")
+        options[key] = value
+    return place, options
 
 
 def image_root(file: Path, root: str | None, follow_links: bool = False) -> str:

@@ -4,7 +4,6 @@
 image and the text are found by the types and names of the features.
 """
 
-import difflib
 import functools
 import os
 import re
@@ -19,7 +18,7 @@ from mmjax import files
 from mmjax.data import manifest
 from mmjax.data.formats.account import Account
 from mmjax.data.formats.record import Record
-from mmjax.data.formats.rows import FOLLOW, Lazy, caption_text
+from mmjax.data.formats.rows import FOLLOW, Lazy, caption_text, parse_options
 from mmjax.data.formats.tar_index import describe_stamp
 
 FIELDS = ("answer", "image", "input", "name", "prompt", "turns")  # of a prepared data set, those of `Record`
@@ -89,7 +88,8 @@ class Examples(Lazy):
     def __init__(self, path: str, follow_links: bool = False) -> None:
         from tensorflow_datasets import decode
 
-        folder_or_name, options = _options(path)
+        folder_or_name, options = parse_options(path, OPTIONS)
+        folder_or_name = os.path.expanduser(folder_or_name.removeprefix("tfds:"))
         builder = _builder(folder_or_name)
         split = _split(path, builder, options.get("split"))
         self.path, self._title, self.follow_links = path, builder.info.name, follow_links
@@ -231,20 +231,6 @@ def _values(stored: Any, feature: str) -> Sequence[bytes]:
 
 
 # ---- data sets and their features ----
-
-
-def _options(path: str) -> tuple[str, dict[str, str]]:
-    """Returns the data set's folder or name, and the options after the `?`. Raises ValueError for unknown options."""
-    folder_or_name, mark, rest = path.partition("?")
-    options = {}
-    for part in rest.split("&") if mark else ():
-        key, _, value = part.partition("=")
-        if key not in OPTIONS or not value:
-            close = difflib.get_close_matches(key, OPTIONS, 1)
-            hint = f"Did you mean {close[0]}=...?" if close else f"There are {', '.join(OPTIONS)}."
-            raise ValueError(f"{path}: {part!r} is none of the options KEY=VALUE of a data set. {hint}")
-        options[key] = value
-    return os.path.expanduser(folder_or_name.removeprefix("tfds:")), options
 
 
 def _builder(path: str) -> Any:
