@@ -1,6 +1,7 @@
 """`mmjax train`, and a config file with the fields that the command line changes."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 import tyro
@@ -40,7 +41,7 @@ def overridden(path: str, args: Sequence[str], command: str) -> RunConfig | dict
     Raises ValueError naming options that have another name now, or every path that is a URL but must be local.
     """
     files.refuse(_renamed_options(args))
-    built, options = load_config(path), {"args": args, "prog": f"{command} --config {path}",
+    built, options = load_config(path), {"args": _with_values(args), "prog": f"{command} --config {path}",
                                          "config": (tyro.conf.AvoidSubcommands,)}
     if isinstance(built, RunConfig):
         config = tyro.cli(RunConfig, default=built, **options)
@@ -51,6 +52,19 @@ def overridden(path: str, args: Sequence[str], command: str) -> RunConfig | dict
     configs = vars(tyro.cli(phases, default=phases(**built), **options))
     files.refuse([problem for name, config in configs.items() for problem in config.url_problems(f"{name}.")])
     return configs
+
+
+def _with_values(args: Sequence[str]) -> list[str]:
+    """Returns the arguments with the value that `--remat` and `--no-remat` have alone: "full" and "none"."""
+    found: list[str] = []
+    for arg, following in zip(args, [*args[1:], "--"], strict=True):
+        if re.fullmatch(r"--(\w+\.)?remat", arg) and following.startswith("--"):
+            found += [arg, "full"]
+        elif match := re.fullmatch(r"--(\w+\.)?no-remat", arg):
+            found += [f"--{match[1] or ''}remat", "none"]
+        else:
+            found.append(arg)
+    return found
 
 
 def _renamed_options(args: Sequence[str]) -> list[str]:

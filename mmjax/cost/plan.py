@@ -34,6 +34,7 @@ from mmjax.cost.hlo import Collective
 from mmjax.data import text
 from mmjax.data.collate import batch_spec
 from mmjax.families import FAMILIES, Family, find
+from mmjax.models import remat
 from mmjax.training import encode_features, optim, run, steps
 
 GIB = hardware.GIB
@@ -335,9 +336,10 @@ def advice(config: RunConfig, source: ConvertedCheckpoint, place: Topology, made
     not to change otherwise. Only planning again tells.
     """
     lines = []
-    if not config.remat:
-        lines.append(f"--remat: of the {_gib(made.memory.temporaries)} of temporaries most are activations of layers, "
-                     "which would be computed again instead of kept.")
+    if config.remat not in (True, "full"):
+        less = list(itertools.dropwhile(lambda name: name != (config.remat or "none"), remat.NAMES))[1:]
+        lines.append(f"--remat {' or '.join(less)}: of the {_gib(made.memory.temporaries)} of temporaries most are "
+                     "activations of layers, which would be computed again instead of kept.")
     found = _changes(config, source, place, made)
     lines += [f"{options}: about {_gib(total)} of {_gib(made.memory.limit)}." for options, total in found]
     if not lines:

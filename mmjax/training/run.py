@@ -34,6 +34,7 @@ from mmjax.data import formats, pipeline, scenes
 from mmjax.data.collate import Collator
 from mmjax.data.features import Features
 from mmjax.families import FAMILIES, Family
+from mmjax.models import kernels, remat
 from mmjax.training import distributed, encode_features, metrics_log, optim, preemption, resume, steps
 
 console = Console(stderr=True, markup=False)
@@ -119,6 +120,8 @@ class StepFlops:
     def of(job: Job, step: Any, frozen: Any) -> "StepFlops":
         """Returns the counter of a job's compiled `steps.train_step`."""
         peak = hardware.peak(job.mesh.devices.flat[0])
+        if job.module.kernels.fused:  # attention is counted in its dense form
+            step = steps.train_step(job.module.clone(kernels=kernels.XLA), optim.optimizer(job.config.optim))
         count = flops.by_shape(lambda state, batch: step.trace(state, frozen, batch), job.source.config.llm)
         return StepFlops(count, None if peak is None else peak * job.mesh.size)
 
@@ -282,6 +285,10 @@ def check(config: RunConfig) -> None:
              + ("" if config.weights.family else ", the family of weights.sources")),
             (config.weights.frozen_dtype in (None, "int8"),
              f"weights.frozen_dtype = {config.weights.frozen_dtype!r}: int8, or None for the same as weights.dtype"),
+            (config.remat in remat.POLICIES,
+             f"remat = {config.remat!r}: one of {', '.join(map(str, remat.POLICIES))}"),
+            (config.attention in kernels.CHOICES,
+             f"attention = {config.attention!r}: one of {', '.join(kernels.CHOICES)}"),
             (config.weights.dtype in ("float32", "bfloat16"), f"weights.dtype = {config.weights.dtype!r}: "
                                                               "float32 or bfloat16"),
         ) if not holds
@@ -336,7 +343,8 @@ def architecture(source: converted.ConvertedCheckpoint, config: RunConfig) -> An
 def model_spec(config: RunConfig, source: converted.ConvertedCheckpoint, mesh: jax.sharding.Mesh) -> ModelSpec:
     """Returns the spec of the model that a run trains; `source` has the run's architecture."""
     return ModelSpec(source, mesh, config.weights.dtype, config.weights.frozen_dtype,
-                     source.family.rules(config.phase, config.trained), remat=config.remat)
+                     source.family.rules(config.phase, config.trained), remat=config.remat,
+                     attention=config.attention)
 
 
 def loaded_by(config: RunConfig, family: Family) -> Callable[[str], bool]:
@@ -494,3 +502,4 @@ def announce(job: Job, params: Any, mask: Any) -> None:
                   f"{sizes[False]:,} frozen ({config.weights.frozen_dtype or config.weights.dtype})")
     console.print(f"mesh {dict(mesh.shape)} of {mesh.size} {mesh.devices.flat[0].platform} device(s); "
                   f"run folder {config.out}")
+    console.print(f"attention = {config.attention!r}: {job.module.kernels}")
