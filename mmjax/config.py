@@ -9,6 +9,7 @@ import re
 import runpy
 import traceback
 from pathlib import Path
+from typing import Literal
 
 from mmjax import files
 
@@ -235,7 +236,12 @@ class RunConfig:
                  `("projector/.*", "qformer/.*")` also trains the Q-Former, with its dropout
     image_size:  size of the images if it is not the checkpoint's; the position table is resized
     drop_path:   stochastic depth of the image tower while it is trained
-    remat:       recompute layers in the backward pass: less memory, about a third more computation
+    remat:       what the layers of the language model recompute in the backward pass, which saves memory and takes
+                 time. From the most memory to the least: "none" (or False) recomputes no product with a matrix, "gate"
+                 one of the three products of the feed-forward, "feed_forward" two of them, "full" (or True) all of a
+                 layer, about a third of the step's operations
+    attention:   "auto" computes causal attention with a fused kernel where the devices have one (TPU: splash attention,
+                 in bfloat16) and all other attention with XLA, "xla" uses XLA alone, "splash" requires the kernel
     log_every, save_every: number of steps
     keep:        number of checkpoints kept, the newest ones
     keep_best:   also keep the checkpoint for which the mean loss of the `save_every` steps before it is lowest
@@ -256,7 +262,8 @@ class RunConfig:
     trained: tuple[str, ...] | None = None
     image_size: int | None = None
     drop_path: float = 0.0
-    remat: bool = False
+    remat: bool | Literal["none", "gate", "feed_forward", "full"] = False
+    attention: Literal["auto", "xla", "splash"] = "auto"
     seed: int = 42
     log_every: int = 10
     save_every: int = 200

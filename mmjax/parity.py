@@ -25,8 +25,8 @@ from mmjax.batch import Batch
 from mmjax.data.arrays import read_npz
 from mmjax.families import shapes
 from mmjax.families.base import NUMBER, Family, Stage
-from mmjax.families.model import causal_mask
 from mmjax.inference.loaded import Loaded
+from mmjax.models.masks import causal_mask
 from mmjax.training import steps
 
 INPUTS = {

@@ -50,10 +50,10 @@ from mmjax.convert.tables import backward
 from mmjax.data import scenes as world
 from mmjax.data import text
 from mmjax.families import llama
-from mmjax.families.model import causal_mask
 from mmjax.models.eva_vit import EvaVit, VitConfig
 from mmjax.models.layers import LayerNorm
 from mmjax.models.llama import LlamaConfig
+from mmjax.models.masks import causal_mask
 from mmjax.models.pixels import normalise
 from mmjax.models.qformer import QFormer, QFormerConfig
 from mmjax.tokenizer import Tokenizer

@@ -14,7 +14,7 @@ from mmjax.config import MeshConfig, OptimConfig  # noqa: E402
 from mmjax.data import scenes  # noqa: E402
 from mmjax.families import minigpt4  # noqa: E402
 from mmjax.inference import generate  # noqa: E402
-from mmjax.models import int8  # noqa: E402
+from mmjax.models import int8, kernels, masks  # noqa: E402
 from mmjax.models.int8 import Int8  # noqa: E402
 from mmjax.training import optim, steps  # noqa: E402
 from tests import small, tiny  # noqa: E402
@@ -36,13 +36,13 @@ def on(mesh, flat):
     return trees.unflatten({path: put(path, leaf) for path, leaf in flat.items()})
 
 
-def train(mesh, rules, batches, change=lambda params: params):
+def train(mesh, rules, batches, change=lambda params: params, module=MODULE):
     """(losses, last state)"""
     with sharding.use_mesh(mesh):
         params = on(mesh, trees.flatten(change(tiny.params("minigpt4", tiny.MINIGPT4))))
         trained, frozen = trees.split(params, trees.mask(params, rules))
         state = steps.start(trained, ADAMW, 0)
-        step, losses = jax.jit(steps.train_step(MODULE, ADAMW), compiler_options=tiny.quick_options()), []
+        step, losses = jax.jit(steps.train_step(module, ADAMW), compiler_options=tiny.quick_options()), []
         for batch in batches:
             state, metrics = step(state, frozen, jax.device_put(batch, sharding.batch_sharding(mesh)))
             losses.append(float(metrics["loss"]))
@@ -83,6 +83,38 @@ def test_eight_devices_train_as_one_on_int8():
     expected, _ = train(one, minigpt4.TRAINED, [tiny.batch()] * 2, held)
     losses, _ = train(eight, minigpt4.TRAINED, [tiny.batch()] * 2, held)
     np.testing.assert_allclose(losses, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(1, 4, 2), MeshConfig(2, 2, 2)])
+def test_a_fused_kernel_on_eight_devices_is_that_on_one(mesh):
+    """Rows on all of them, and heads on two."""
+    random = np.random.default_rng(0)
+    q, k, v, by_output = (random.normal(size=(8, 20, heads, 64)).astype(np.float32) for heads in (4, 2, 2, 4))
+    segments = np.where(np.arange(20) < random.integers(5, 15, (8, 1)), 0, 1)
+
+    @tiny.jit
+    def both(q, k, v, by_output):
+        mask = masks.causal_mask(segments >= 0, segments)
+        out, pull = jax.vjp(lambda *each: kernels.Kernels("splash", interpret=True).attend(*each, mask), q, k, v)
+        return out, *pull(by_output)
+
+    alone = both(q, k, v, by_output)
+    with sharding.use_mesh(sharding.make_mesh(mesh)):
+        together = both(q, k, v, by_output)
+    for found, expected in zip(together, alone, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_eight_devices_train_with_a_fused_kernel_as_one_does_without():
+    """Within the scan of the layers, of which each is computed again in the backward pass."""
+    rules = (*minigpt4.TRAINED, "llm/layers/attn/[qv]/w")
+    fused = MODULE.clone(kernels=kernels.Kernels("splash", interpret=True), remat="feed_forward")
+    expected, alone = train(sharding.make_mesh(MeshConfig(), jax.devices()[:1]), rules, [tiny.batch()] * 2)
+    losses, state = train(sharding.make_mesh(MeshConfig(2, 2, 2)), rules, [tiny.batch()] * 2, module=fused)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    for path, leaf in trees.flatten(state.params).items():
+        if leaf is not None:
+            np.testing.assert_allclose(leaf, trees.flatten(alone.params)[path], atol=1e-5, err_msg=path)
 
 
 def test_a_checkpoint_moves_to_another_mesh(tmp_path):

@@ -143,7 +143,9 @@ def test_no_advice_but_a_larger_slice():
 
 def test_remat_comes_first():
     lines = advised(dataclasses.replace(SEVEN, remat=False), temporaries=4, limit=15.75)
-    assert lines[0].startswith("--remat: of the 4.00 GiB of temporaries")
+    assert lines[0].startswith("--remat gate or feed_forward or full: of the 4.00 GiB of temporaries")
+    lines = advised(dataclasses.replace(SEVEN, remat="gate"), temporaries=4, limit=15.75)
+    assert lines[0].startswith("--remat feed_forward or full: of the 4.00 GiB of temporaries")
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -7,6 +7,8 @@ import pytest
 from mmjax import config
 from mmjax.cli.train import overridden
 from mmjax.config import OptimConfig, RunConfig
+from mmjax.training import run
+from tests import small
 
 SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -77,6 +79,21 @@ def test_renamed_field_on_the_command_line(args, message):
     """`cli.main` prints a ValueError as one line and exits with status 2."""
     with pytest.raises(ValueError, match=f"^{message}$"):
         overridden("configs/tiny_minigpt4.py", args, "train")
+
+
+@pytest.mark.parametrize(("args", "remat"), [
+    ([], False), (["--remat"], "full"), (["--remat", "--seed", "1"], "full"), (["--no-remat"], "none"),
+    (["--remat", "gate"], "gate"), (["--seed", "1", "--remat", "True"], True), (["--remat", "none"], "none")])
+def test_remat_alone_and_with_what_is_recomputed(args, remat):
+    assert overridden("configs/tiny_minigpt4.py", args, "train").remat == remat
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"remat": "most"}, "remat = 'most': one of none, gate, feed_forward, full, False, True"),
+    ({"attention": "flash"}, "attention = 'flash': one of auto, xla, splash")])
+def test_unknown_ways_to_compute(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run.check(small.run_config(tmp_path, **changes))
 
 
 def test_steps_of_a_run():

@@ -11,8 +11,10 @@ ROOT = Path(__file__).parents[1]
 LEVELS = (
     {"files"},
     {"batch", "compilation", "config", "tokenizer", "trees"},
-    {"sharding", "models.pixels", "models.int8", "models.senses"},
-    {"models.layers", "models.language_model"},
+    {"sharding", "models.pixels", "models.int8", "models.masks", "models.remat", "models.senses"},
+    {"models.layers"},
+    {"models.kernels"},
+    {"models.blocks", "models.language_model"},
     {"models"},
     {"convert"},  # readers of weight files, tables, and one module a source of weights
     {"families"},

@@ -1,7 +1,7 @@
 """What tests of models and of training share: tiny random weights, batches that fit them, and quick compiling."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -40,6 +40,16 @@ def jit(function: Callable) -> Callable:
 def compiled(function: Any, *args: Any) -> Any:
     """A jitted function compiled quickly for these arguments."""
     return function.lower(*args).compile(compiler_options=quick_options())
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Those of a `jax.extend.core.Jaxpr` and of all that it calls."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            called = value if hasattr(value, "eqns") else getattr(value, "jaxpr", None)
+            if hasattr(called, "eqns"):
+                yield from equations(called)
 
 
 def copied(tree: Any) -> Any:

@@ -151,7 +151,7 @@ def restore(folder, shapes: Mapping[str, Any], only: Callable[[str], bool] = lam
     """Returns the parameters of `folder` as nested dicts of jax arrays.
 
     shapes: flat or nested tree of `jax.ShapeDtypeStruct`: the shape, dtype (cast while reading) and, optionally, the
-            sharding, of which each device reads its own shard (default: everything on the first device).
+            sharding, of which each device reads its own shard (default: everything on the first device), and layout.
             A matrix to quantise is given as an `Int8` (`int8.shapes`); stacked matrices are read and quantised a few
             layers at a time, so that no device has more than those in the stored dtype
     only:   which of these paths to read
@@ -182,9 +182,11 @@ def _restore(folder, wanted: Mapping[str, jax.ShapeDtypeStruct], names: Mapping[
     first_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def restore_args(shape):
+        sharding = getattr(shape, "sharding", None) or first_device
+        if sharding is not first_device and shape.format.layout is not None:
+            sharding = shape.format
         return ocp.ArrayRestoreArgs(
-            restore_type=jax.Array, dtype=shape.dtype, sharding=getattr(shape, "sharding", None) or first_device,
-            global_shape=shape.shape)
+            restore_type=jax.Array, dtype=shape.dtype, sharding=sharding, global_shape=shape.shape)
 
     wanted = trees.unflatten({names[path]: shape for path, shape in wanted.items()})
     args = ocp.args.PyTreeRestore(wanted, restore_args=jax.tree.map(restore_args, wanted), partial_restore=True)

@@ -15,7 +15,7 @@ from mmjax import sharding, trees
 from mmjax.checkpoints import frozen as frozen_weights
 from mmjax.checkpoints.converted import ConvertedCheckpoint
 from mmjax.families import initial, shapes
-from mmjax.models import int8
+from mmjax.models import int8, kernels
 from mmjax.models.int8 import Int8
 
 
@@ -28,7 +28,8 @@ class ModelSpec:
     frozen_dtype: "int8" stores the large frozen matrices as int8; None: as `dtype`
     trained:      path rules of the trained parameters, which are float32
     exact:        paths that are never stored as int8
-    remat:        recompute layers in the backward pass
+    remat:        what the layers recompute in the backward pass, see `mmjax.config.RunConfig`
+    attention:    how attention is computed, see `mmjax.models.kernels.select`
     """
 
     source: ConvertedCheckpoint
@@ -37,11 +38,13 @@ class ModelSpec:
     frozen_dtype: str | None = None
     trained: tuple[str, ...] = ()
     exact: Collection[str] = ()
-    remat: bool = False
+    remat: bool | str = False
+    attention: str = "auto"
 
     @property
     def module(self) -> nn.Module:
-        return self.source.family.Model(self.source.config, jnp.dtype(self.dtype), self.remat)
+        chosen = kernels.select(self.mesh.devices.flat[0].platform, self.attention)
+        return self.source.family.Model(self.source.config, jnp.dtype(self.dtype), self.remat, kernels=chosen)
 
     @property
     def matrices(self) -> int8.Matrices:
@@ -108,10 +111,16 @@ class ModelSpec:
         return trees.unflatten(flat)
 
     def _param_spec(self, path: str, shape: tuple[int, ...], sharding: Any) -> Any:
-        """Returns the spec of a parameter on the devices: `jax.ShapeDtypeStruct`, or an `Int8` of two."""
+        """Returns the spec of a parameter on the devices: `jax.ShapeDtypeStruct`, or an `Int8` of two.
+
+        Frozen matrices get the memory layout in which a TPU multiplies them. Trained ones keep the default layout,
+        which their optimizer state has.
+        """
         dtype = self.param_dtype(path)
         if jnp.dtype(dtype) == jnp.int8:
             return int8.shapes(shape, sharding, int8.summed(path, len(shape), self.matrices))
+        if not trees.matches(path, self.trained) and int8.holds(path, self.matrices):
+            sharding = int8.ordered(shape, sharding, int8.summed(path, len(shape), self.matrices))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def _cast(self, path: str, leaf: jax.Array, spec: Any) -> Any:

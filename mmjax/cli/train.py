@@ -1,6 +1,7 @@
 """`mmjax train`, and a config file with the fields that the command line changes."""
 
 import dataclasses
+import re
 import sys
 from collections.abc import Sequence
 
@@ -41,7 +42,7 @@ def overridden(path: str, args: Sequence[str], command: str) -> RunConfig | dict
     Raises ValueError naming options that have another name now, or every path that is a URL but must be local.
     """
     files.refuse(_renamed_options(args))
-    built, options = load_config(path), {"args": args, "prog": f"{command} --config {path}",
+    built, options = load_config(path), {"args": _with_values(args), "prog": f"{command} --config {path}",
                                          "config": (tyro.conf.AvoidSubcommands,)}
     if isinstance(built, RunConfig):
         built = _with_path_for_mixture(built, path, args)
@@ -64,6 +65,19 @@ def _with_path_for_mixture(config: RunConfig, path: str, args: Sequence[str], pr
         return config
     print(f"{option} replaces data.mixture of {path}.", file=sys.stderr)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, mixture=()))
+
+
+def _with_values(args: Sequence[str]) -> list[str]:
+    """Returns the arguments with the value that `--remat` and `--no-remat` have alone: "full" and "none"."""
+    found: list[str] = []
+    for arg, following in zip(args, [*args[1:], "--"], strict=True):
+        if re.fullmatch(r"--(\w+\.)?remat", arg) and following.startswith("--"):
+            found += [arg, "full"]
+        elif match := re.fullmatch(r"--(\w+\.)?no-remat", arg):
+            found += [f"--{match[1] or ''}remat", "none"]
+        else:
+            found.append(arg)
+    return found
 
 
 def _renamed_options(args: Sequence[str]) -> list[str]:

@@ -27,6 +27,7 @@ from flax import linen as nn
 
 from mmjax import trees
 from mmjax.batch import Batch
+from mmjax.models.kernels import XLA
 from mmjax.training import steps
 
 OTHER = "other"
@@ -79,7 +80,10 @@ def train_step(module: nn.Module, trained: Any, frozen: Any, batch: Batch) -> Fl
     computed.
 
     trained, frozen: the parameters as `trees.split` gives them
+
+    Attention is counted in its dense form, whichever kernels the module has.
     """
+    module = module.clone(kernels=XLA)
     parts = {path.split("/")[0] for path in trees.flatten(trees.merge(trained, frozen))}
 
     def objective(trained: Any, frozen: Any, batch: Batch) -> jax.Array:

@@ -32,6 +32,7 @@ from mmjax.cost.hardware import Topology
 from mmjax.cost.hlo import Collective
 from mmjax.data import collate, text
 from mmjax.families import FAMILIES, Family, find
+from mmjax.models import remat
 from mmjax.training import encode_features, optim, run, steps
 
 GIB = hardware.GIB
@@ -355,9 +356,10 @@ def advice(config: RunConfig, source: ConvertedCheckpoint, topology: Topology, p
     depend on anything else, so a new plan is needed to be sure.
     """
     lines = []
-    if not config.remat:
-        lines.append(f"--remat: of the {_gib(plan.memory.temporaries)} of temporaries most are activations of layers, "
-                     "which would be recomputed instead of saved.")
+    if config.remat not in (True, "full"):
+        less = list(itertools.dropwhile(lambda name: name != (config.remat or "none"), remat.NAMES))[1:]
+        lines.append(f"--remat {' or '.join(less)}: of the {_gib(plan.memory.temporaries)} of temporaries most are "
+                     "activations of layers, which would be recomputed instead of saved.")
     found = _changes(config, source, topology, plan)
     lines += [f"{options}: about {_gib(total)} of {_gib(plan.memory.limit)}." for options, total in found]
     if not lines:

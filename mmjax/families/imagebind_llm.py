@@ -38,6 +38,7 @@ from mmjax.families.model import LanguageModel, example_batch, for_every_layer
 from mmjax.models import bind, imagebind, llama
 from mmjax.models.bind import BIND_7B, Bind, BindConfig, mix
 from mmjax.models.imagebind import IMAGEBIND_HUGE, ImageBind, ImageBindConfig
+from mmjax.models.layers import in_float32
 from mmjax.models.llama import LLAMA_7B, LlamaConfig
 from mmjax.models.senses import SENSES, sense_of
 from mmjax.trees import prefixed
@@ -99,7 +100,7 @@ class ImageBindLLM(LanguageModel):
     def setup(self):
         super().setup()
         c = self.cfg
-        self.imagebind = ImageBind(c.imagebind, self.dtype)
+        self.imagebind = ImageBind(c.imagebind, self.dtype, self.kernels)
         self.bind = Bind(c.bind, self.dtype)
         if c.llm.injection == "head":
             self.query = self.param("query", nn.initializers.normal(1.0), (c.query_layers, 1, c.llm.dim))
@@ -130,7 +131,7 @@ class ImageBindLLM(LanguageModel):
         depth = self.cfg.llm.depth
         if self.cfg.llm.injection != "head":
             return jnp.broadcast_to(bound, (depth, *bound.shape))
-        return for_every_layer(bound + self.query[:, None].astype(bound.dtype), depth)
+        return for_every_layer(in_float32(jnp.add, bound, self.query[:, None]), depth)
 
 
 def example(cfg: ImageBindLLMConfig) -> Batch:

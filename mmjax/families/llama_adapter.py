@@ -39,6 +39,7 @@ from mmjax.families.base import (
 from mmjax.families.model import LanguageModel, example_batch, for_every_layer
 from mmjax.models import clip, llama, visual
 from mmjax.models.clip import CLIP_VIT_L14, Clip, ClipConfig
+from mmjax.models.layers import in_float32
 from mmjax.models.llama import LLAMA_7B, LlamaConfig
 from mmjax.models.visual import VISUAL_7B, VisualConfig, VisualQuery
 from mmjax.trees import prefixed
@@ -111,8 +112,8 @@ class LlamaAdapter(LanguageModel):
         super().setup()
         c = self.cfg
         if c.visual:
-            self.clip = Clip(c.clip, self.dtype)
-            self.visual = VisualQuery(c.visual, c.query_len, c.llm.dim, self.dtype)
+            self.clip = Clip(c.clip, self.dtype, self.kernels)
+            self.visual = VisualQuery(c.visual, c.query_len, c.llm.dim, self.dtype, self.kernels)
         self.query = self.param("query", nn.initializers.normal(1.0), (c.query_layers, c.query_len, c.llm.dim))
 
     def feature(self, batch: Batch) -> jax.Array:
@@ -134,10 +135,9 @@ class LlamaAdapter(LanguageModel):
 
     def encode(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         c = self.cfg
-        prompts = self.query[:, None].astype(self.dtype)
-        if c.visual:
-            prompts = prompts + self.visual_query(batch)
-        prompts = jnp.broadcast_to(prompts, (c.query_layers, len(batch.tokens), c.query_len, c.llm.dim))
+        B = len(batch.tokens)
+        added = self.visual_query(batch) if c.visual else jnp.zeros((B, c.query_len, c.llm.dim), self.dtype)
+        prompts = in_float32(jnp.add, added, self.query[:, None])
         return self.embed(batch.tokens), for_every_layer(prompts, c.llm.depth)
 
 

@@ -80,10 +80,10 @@ class MiniGPT4(LanguageModel):
     def setup(self):
         super().setup()
         c = self.cfg
-        self.vit = EvaVit(c.vit, self.dtype, self.remat)
+        self.vit = EvaVit(c.vit, self.dtype, self.remat not in (False, "none"), self.kernels)
         self.ln_vision = LayerNorm(eps=1e-5)
         if c.qformer:
-            self.qformer = QFormer(c.qformer, self.dtype)
+            self.qformer = QFormer(c.qformer, self.dtype, self.kernels)
         self.projector = Project((c.soft_width, c.llm.dim), use_bias=True)
 
     def feature(self, batch: Batch) -> jax.Array:

@@ -1,6 +1,6 @@
 """The base class of the families' modules, `LanguageModel`, and helpers of their encoders.
 
-B rows   T query tokens   S key tokens   P prompts   L layers   D model   V vocabulary
+B rows   T tokens   P prompts   L layers   D model   V vocabulary
 """
 
 import dataclasses
@@ -11,20 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mmjax.batch import Batch
-
-
-def causal_mask(valid: jax.Array, segments: jax.Array | None = None) -> jax.Array:
-    """Returns the causal mask, bool[B,T] -> bool[B,T,T]: each token sees the valid tokens of its segment up to itself.
-
-    segments: as in `Batch.segments`; None: each row is one segment. With segments a token that would see nothing sees
-              itself, because attention would return the mean of the whole row, including other segments.
-    """
-    T = valid.shape[1]
-    mask = jnp.tril(jnp.ones((T, T), bool)) & valid[:, None, :]
-    if segments is None:
-        return mask
-    mask &= segments[:, :, None] == segments[:, None, :]
-    return mask | (jnp.eye(T, dtype=bool) & ~mask.any(-1, keepdims=True))
+from mmjax.models.kernels import XLA, Kernels
+from mmjax.models.masks import causal_mask
 
 
 def for_every_layer(prompts: jax.Array, depth: int) -> jax.Array:
@@ -54,15 +42,17 @@ class LanguageModel(nn.Module):
     both is `mmjax.models.language_model`.
 
     dtype: of the activations; parameters of another dtype are cast when they are used
-    remat: recompute the layers in the backward pass
+    remat: what the layers recompute in the backward pass, see `mmjax.config.RunConfig`
+    kernels: how attention is computed, in the encoder too
     scan_layers, transposed_weights: of a language model that `unrolls`; others accept the defaults alone
     """
 
     cfg: Any
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: bool | str = False
     scan_layers: bool = True
     transposed_weights: bool = False
+    kernels: Kernels = XLA
 
     def setup(self):
         self.llm = self._language_model()
@@ -76,7 +66,7 @@ class LanguageModel(nn.Module):
         elif layout != {"scan_layers": True, "transposed_weights": False}:
             raise ValueError(f"{type(self.cfg.llm).__name__} has one layout of its layers: keep scan_layers=True and "
                              "transposed_weights=False.")
-        return self.cfg.llm.build(dtype=self.dtype, remat=self.remat, **fields)
+        return self.cfg.llm.build(dtype=self.dtype, remat=self.remat, kernels=self.kernels, **fields)
 
     def encode(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         """Returns (embedded tokens with soft tokens in their slots [B,T,D], injection [L,B,P,D] or None)."""

@@ -25,6 +25,7 @@ import numpy as np
 from flax import linen as nn
 
 from mmjax.batch import Batch
+from mmjax.models.masks import cached_mask
 
 MIN_TEMPERATURE = 1e-6  # smaller ones overflow float32 scores
 ROWS, SLOTS = -4, -3  # axes of a cache's leaves, [..., rows, slots, heads, head]
@@ -278,9 +279,8 @@ def _prefill(module, strategy, return_scores, params, batch, keys, operands):
 
     positions = jnp.maximum(jnp.cumsum(batch.valid, axis=1) - 1, 0)
     prompt = jnp.pad(batch.valid, ((0, 0), (0, R)))
-    mask = prompt[:, None, :] & (jnp.arange(S) <= jnp.arange(T)[:, None])
     x, injection = call(batch, method="encode")
-    hidden, cache = call(x, positions, mask, module.empty_cache(B, S), 0, injection, method="decode")
+    hidden, cache = call(x, positions, cached_mask(prompt, 0), module.empty_cache(B, S), 0, injection, method="decode")
     last = T - 1 - jnp.argmax(batch.valid[:, ::-1], axis=1)
     logits = call(jnp.take_along_axis(hidden, last[:, None, None], axis=1), method="logits")[:, 0]
 
@@ -300,15 +300,15 @@ def _decode(module, strategy, params, state, operands, until):
     prompt, injection = state.prompt, state.injection
     S = prompt.shape[1]
     T = S - strategy.room
-    slots, prompt_length = jnp.arange(S), prompt.sum(axis=1)
+    prompt_length = prompt.sum(axis=1)
 
     def forward(tokens, step, cache):
         """Returns (logits [B·J,V] after the new tokens int32[B·J] of step `step`, cache)."""
         # Every row writes slot T + step, so a shorter prompt leaves a gap, which the mask hides.
-        mask = prompt | ((slots >= T) & (slots <= T + step))
+        mask = cached_mask(prompt | (jnp.arange(S) >= T), T + step)
         x = call(tokens[:, None], method="embed")
         positions = (prompt_length + step)[:, None]
-        hidden, cache = call(x, positions, mask[:, None, :], cache, T + step, injection, method="decode")
+        hidden, cache = call(x, positions, mask, cache, T + step, injection, method="decode")
         return call(hidden, method="logits")[:, 0], cache
 
     def open_rows(carry):

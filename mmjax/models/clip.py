@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mmjax.models.layers import BLOCKS_AXES, LayerNorm, Project, blocks
+from mmjax.models.blocks import BLOCKS_AXES, blocks
+from mmjax.models.kernels import XLA, Kernels
+from mmjax.models.layers import LayerNorm, Project, in_float32, repeat_rows
 
 EPS = 1e-5  # torch's default
 
@@ -54,6 +56,7 @@ class Clip(nn.Module):
 
     cfg: ClipConfig
     dtype: jnp.dtype = jnp.float32
+    kernels: Kernels = XLA
 
     @nn.compact
     def __call__(self, images):
@@ -64,10 +67,10 @@ class Clip(nn.Module):
         patches = images.astype(self.dtype).reshape(B, 3, c.grid, c.patch, c.grid, c.patch)
         patch = Project((3, c.patch, c.patch, c.dim), contracted=3, name="patch")
         x = patch("BChPwQ,CPQD->BhwD", patches).reshape(B, c.grid**2, c.dim)
-        cls = self.param("cls", nn.initializers.normal(0.02), (c.dim,)).astype(self.dtype)
-        x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, c.dim)), x], axis=1)
-        x = x + self.param("pos", nn.initializers.normal(0.02), (1 + c.grid**2, c.dim)).astype(self.dtype)
+        cls = self.param("cls", nn.initializers.normal(0.02), (c.dim,))
+        x = jnp.concatenate([repeat_rows(cls[None], B, self.dtype), x], axis=1)
+        x = in_float32(jnp.add, x, self.param("pos", nn.initializers.normal(0.02), (1 + c.grid**2, c.dim)))
         x = LayerNorm(EPS, name="pre_norm")(x)
-        x, _ = blocks(c.depth, c.heads, c.hidden, EPS, quick_gelu)(x)
+        x, _ = blocks(c.depth, c.heads, c.hidden, EPS, quick_gelu, self.kernels)(x)
         x = LayerNorm(EPS, name="post_norm")(x)
         return Project((c.dim, c.out), name="out")("BTD,DE->BTE", x)

@@ -12,7 +12,17 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mmjax.models.layers import FeedForward, LayerNorm, Project, attend, einsum, resize_positions, uniform_fan_in
+from mmjax.models.kernels import XLA, Kernels
+from mmjax.models.layers import (
+    FeedForward,
+    LayerNorm,
+    Project,
+    einsum,
+    in_float32,
+    repeat_rows,
+    resize_positions,
+    uniform_fan_in,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +73,18 @@ class FusedQKV(nn.Module):
         w = self.param("w", uniform_fan_in(D), (D, 3, N, D // N))
         q_b = self.param("q_b", nn.initializers.zeros_init(), (N, D // N))
         v_b = self.param("v_b", nn.initializers.zeros_init(), (N, D // N))
-        bias = jnp.stack([q_b, jnp.zeros_like(q_b), v_b]).astype(x.dtype)
-        return einsum("BTD,DSNH->SBTNH", x, w) + bias[:, None, None]
+        bias = jnp.stack([q_b, jnp.zeros_like(q_b), v_b])
+        return in_float32(jnp.add, einsum("BTD,DSNH->SBTNH", x, w), bias[:, None, None])
 
 
 class VitAttention(nn.Module):
     cfg: VitConfig
+    kernels: Kernels = XLA
 
     @nn.compact
     def __call__(self, x):
         D, N = self.cfg.dim, self.cfg.heads
-        out = attend(*FusedQKV(self.cfg, name="qkv")(x))
+        out = self.kernels.attend(*FusedQKV(self.cfg, name="qkv")(x))
         return Project((N, D // N, D), contracted=2, use_bias=True, name="o")("BTNH,NHD->BTD", out)
 
 
@@ -81,12 +92,13 @@ class VitBlock(nn.Module):
     """A pre-norm block; each branch of a sample is dropped with probability `drop_rate` (stochastic depth)."""
 
     cfg: VitConfig
+    kernels: Kernels = XLA
 
     @nn.compact
     def __call__(self, x, drop_rate):
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
         c = self.cfg
-        x = x + self.drop_path(VitAttention(c, name="attn")(LayerNorm(c.eps, name="norm1")(x)), drop_rate)
+        x = x + self.drop_path(VitAttention(c, self.kernels, name="attn")(LayerNorm(c.eps, name="norm1")(x)), drop_rate)
         x = x + self.drop_path(FeedForward(c.hidden, name="mlp")(LayerNorm(c.eps, name="norm2")(x)), drop_rate)
         return x, None
 
@@ -103,6 +115,7 @@ class EvaVit(nn.Module):
     cfg: VitConfig
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
+    kernels: Kernels = XLA
 
     @nn.compact
     def __call__(self, images):
@@ -113,15 +126,15 @@ class EvaVit(nn.Module):
         patches = images.astype(self.dtype).reshape(B, 3, c.grid, c.patch, c.grid, c.patch)
         patch = Project((3, c.patch, c.patch, c.dim), contracted=3, use_bias=True, name="patch")
         x = patch("BChPwQ,CPQD->BhwD", patches).reshape(B, c.grid * c.grid, c.dim)
-        cls = self.param("cls", nn.initializers.normal(0.02), (c.dim,)).astype(self.dtype)
-        x = jnp.concatenate([jnp.broadcast_to(cls, (B, 1, c.dim)), x], axis=1)
+        cls = self.param("cls", nn.initializers.normal(0.02), (c.dim,))
+        x = jnp.concatenate([repeat_rows(cls[None], B, self.dtype), x], axis=1)
         pos = self.param("pos", nn.initializers.normal(0.02), (1 + c.table**2, c.dim))
-        x = x + resize_positions(pos, c.grid).astype(self.dtype)
+        x = in_float32(jnp.add, x, resize_positions(pos, c.grid))
         blocks = nn.scan(
             nn.remat(VitBlock, prevent_cse=False) if self.remat else VitBlock,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "vit": True},
             length=c.depth,
         )
-        x, _ = blocks(c, name="blocks")(x, jnp.linspace(0, c.drop_path, c.depth))
+        x, _ = blocks(c, self.kernels, name="blocks")(x, jnp.linspace(0, c.drop_path, c.depth))
         return x

@@ -19,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from mmjax.models.layers import FeedForward, LayerNorm, Project, attend, resize_positions, unit
+from mmjax.models.kernels import XLA, Kernels
+from mmjax.models.layers import FeedForward, LayerNorm, Project, in_float32, repeat_rows, resize_positions, unit
+from mmjax.models.masks import AttentionMask
 from mmjax.models.senses import SENSES
 
 EPS = 1e-6  # of every norm but the stems'
@@ -189,8 +191,8 @@ class Stem(nn.Module):
 
     def with_class(self, x):
         """[B,T,D] -> [B,1+T,D]."""
-        cls = self.param("cls", nn.initializers.normal(0.02), (self.cfg.dim,)).astype(x.dtype)
-        return jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, self.cfg.dim)), x], axis=1)
+        cls = self.param("cls", nn.initializers.normal(0.02), (self.cfg.dim,))
+        return jnp.concatenate([repeat_rows(cls[None], len(x), x.dtype), x], axis=1)
 
 
 class VisionStem(Stem):
@@ -208,7 +210,7 @@ class VisionStem(Stem):
         patch = Project((3, c.frames, c.patch, c.patch, c.dim), contracted=4, name="patch")
         x = patch("BCMhPwQ,CMPQD->BhwD", windows(x.astype(self.dtype), c.patch, c.patch))
         x = self.with_class(x.reshape(len(x), -1, c.dim))
-        return x + resize_positions(self.pos(), side // c.patch).astype(x.dtype)
+        return in_float32(jnp.add, x, resize_positions(self.pos(), side // c.patch))
 
 
 class PatchesStem(Stem):
@@ -221,7 +223,7 @@ class PatchesStem(Stem):
         patch = Project((c.patch, c.patch, c.dim), contracted=2, name="patch")
         x = patch("BhPwQ,PQD->BhwD", windows(x[:, 0].astype(self.dtype), c.patch, c.stride))
         x = self.with_class(LayerNorm(STEM_EPS, name="norm")(x.reshape(len(x), -1, c.dim)))
-        return x + self.pos().astype(x.dtype)
+        return in_float32(jnp.add, x, self.pos())
 
 
 class MotionStem(Stem):
@@ -234,7 +236,7 @@ class MotionStem(Stem):
         cut = x[..., :c.steps // c.window * c.window].astype(self.dtype).reshape(len(x), c.channels, -1, c.window)
         x = Project((c.channels, c.window, c.dim), contracted=2, name="window")("BCTP,CPD->BTD", cut)
         x = self.with_class(LayerNorm(STEM_EPS, name="norm")(x))
-        return x + self.pos().astype(x.dtype)
+        return in_float32(jnp.add, x, self.pos())
 
 
 class TextStem(Stem):
@@ -255,33 +257,36 @@ def _check_shape(x, cfg):
 
 class TowerAttention(nn.Module):
     cfg: TowerConfig
+    kernels: Kernels = XLA
 
     @nn.compact
     def __call__(self, x):
-        B, T, D = x.shape
+        D = x.shape[-1]
         N, H = self.cfg.heads, D // self.cfg.heads
         q, k, v = jnp.moveaxis(Project((D, 3, N, H), use_bias=True, name="qkv")("BTD,DSNH->BTSNH", x), 2, 0)
         if self.cfg.extra_key:
             k = self.append("bias_k", k)
             v = self.append("bias_v", v)
-        mask = jnp.broadcast_to(jnp.tri(T, dtype=bool), (B, T, T)) if self.cfg.causal else None
-        return Project((N, H, D), contracted=2, use_bias=True, name="o")("BTNH,NHD->BTD", attend(q, k, v, mask))
+        out = self.kernels.attend(q, k, v, AttentionMask(self.cfg.causal))
+        return Project((N, H, D), contracted=2, use_bias=True, name="o")("BTNH,NHD->BTD", out)
 
     def append(self, name, x):
         """Appends a learned vector: [B,T,N,H] -> [B,T+1,N,H]."""
-        extra = self.param(name, nn.initializers.xavier_normal(), x.shape[2:]).astype(x.dtype)
-        return jnp.concatenate([x, jnp.broadcast_to(extra, (len(x), 1, *extra.shape))], axis=1)
+        extra = self.param(name, nn.initializers.xavier_normal(), x.shape[2:])
+        return jnp.concatenate([x, repeat_rows(extra[None], len(x), x.dtype)], axis=1)
 
 
 class TowerBlock(nn.Module):
     """A pre-norm block; each branch of a sample is dropped with probability `drop_rate` (stochastic depth)."""
 
     cfg: TowerConfig
+    kernels: Kernels = XLA
 
     @nn.compact
     def __call__(self, x, drop_rate):
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
-        x = x + self.drop_path(TowerAttention(self.cfg, name="attn")(LayerNorm(EPS, name="norm1")(x)), drop_rate)
+        attention = TowerAttention(self.cfg, self.kernels, name="attn")
+        x = x + self.drop_path(attention(LayerNorm(EPS, name="norm1")(x)), drop_rate)
         x = x + self.drop_path(FeedForward(self.cfg.hidden, name="mlp")(LayerNorm(EPS, name="norm2")(x)), drop_rate)
         return x, None
 
@@ -330,6 +335,7 @@ class Tower(nn.Module):
     cfg: TowerConfig
     out: int
     dtype: jnp.dtype = jnp.float32
+    kernels: Kernels = XLA
 
     @nn.compact
     def __call__(self, inputs):
@@ -343,7 +349,7 @@ class Tower(nn.Module):
             split_rngs={"params": True, "imagebind": True},
             length=c.depth,
         )
-        x, _ = blocks(c, name="blocks")(x, jnp.linspace(0, c.drop_path, c.depth))
+        x, _ = blocks(c, self.kernels, name="blocks")(x, jnp.linspace(0, c.drop_path, c.depth))
         index = jnp.argmax(inputs, axis=-1) if c.causal else jnp.zeros(len(x), jnp.int32)
         return Postprocess(c, name="post")(Head(c, self.out, name="head")(x, index))
 
@@ -358,10 +364,11 @@ class ImageBind(nn.Module):
 
     cfg: ImageBindConfig
     dtype: jnp.dtype = jnp.float32
+    kernels: Kernels = XLA
 
     def setup(self):
         for sense, cfg in self.cfg.towers.items():
-            setattr(self, sense, Tower(cfg, self.cfg.out, self.dtype))
+            setattr(self, sense, Tower(cfg, self.cfg.out, self.dtype, self.kernels))
 
     def __call__(self, inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         absent = sorted(inputs.keys() - self.cfg.towers.keys())

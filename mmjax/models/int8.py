@@ -82,10 +82,14 @@ def shapes(shape: tuple[int, ...], sharding: NamedSharding, axes: tuple[int, ...
     scales = tuple(1 if axis in axes else size for axis, size in enumerate(shape))
     of_scales = NamedSharding(
         sharding.mesh, PartitionSpec(*(None if axis in axes else name for axis, name in enumerate(spec))))
-    on_tpu = sharding.mesh.devices.flat[0].platform == "tpu"
-    of_values = Format(order(shape, axes), sharding) if on_tpu else sharding
-    return Int8(jax.ShapeDtypeStruct(shape, jnp.int8, sharding=of_values),
+    return Int8(jax.ShapeDtypeStruct(shape, jnp.int8, sharding=ordered(shape, sharding, axes)),
                 jax.ShapeDtypeStruct(scales, jnp.float32, sharding=of_scales))
+
+
+def ordered(shape: tuple[int, ...], sharding: NamedSharding, axes: tuple[int, ...]) -> NamedSharding | Format:
+    """Returns the sharding of a frozen matrix with the contracted `axes`, on a TPU with its memory layout."""
+    layout = order(shape, axes) if sharding.mesh.devices.flat[0].platform == "tpu" else None
+    return sharding if layout is None else Format(layout, sharding)
 
 
 def order(shape: tuple[int, ...], axes: tuple[int, ...]) -> Layout | None:

@@ -16,6 +16,9 @@ from typing import Any, Protocol
 import jax
 from flax import linen as nn
 
+from mmjax.models.kernels import Kernels
+from mmjax.models.masks import AttentionMask
+
 Axes = tuple[tuple[str, tuple[str, ...]], ...]
 Matrices = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -27,12 +30,12 @@ class Decoder(Protocol):
         """Returns the embedded tokens, int[B,T] -> [B,T,D]: the space that soft tokens are in."""
         ...
 
-    def __call__(self, x: jax.Array, positions: jax.Array, mask: jax.Array, cache: Any = None,
+    def __call__(self, x: jax.Array, positions: jax.Array, mask: AttentionMask, cache: Any = None,
                  start: int | jax.Array = 0, injection: jax.Array | None = None) -> tuple[jax.Array, Any]:
         """Returns (hidden states [B,T,D], updated cache). They depend on positions and mask, not on the order of slots.
 
         positions: int[B,T], from 0 in every segment, in any order at padding; below `max_positions` if they are learned
-        mask:      bool[B,T,S], True is seen; S = T without a cache
+        mask:      which of the S keys a query sees; S = T without a cache
         cache:     what `empty_cache` returns, or None: the tokens read each other. With a cache the new keys and
                    values go to the slots start .. start+T-1, and the queries read all S slots through the mask
         injection: [L,B,P,D] for the layers; None: no injection. A language model without injections raises TypeError
@@ -92,10 +95,11 @@ class LanguageModelConfig(abc.ABC):
         parameters; the axis "vocab" marks the embedding table and the head."""
 
     @abc.abstractmethod
-    def build(self, *, dtype: Any, remat: bool, **fields: Any) -> nn.Module:
+    def build(self, *, dtype: Any, remat: bool | str, kernels: Kernels, **fields: Any) -> nn.Module:
         """Returns the module, which has the methods of `Decoder`.
 
-        dtype:  of the activations; parameters of another dtype are cast when they are used
-        remat:  recompute the layers in the backward pass
-        fields: of `nn.Module` (`parent`), and of a model that `unrolls`: `scan_layers`, `transposed_weights`
+        dtype:   of the activations; parameters of another dtype are cast when they are used
+        remat:   what the layers recompute in the backward pass, see `mmjax.models.remat`
+        kernels: how attention is computed
+        fields:  of `nn.Module` (`parent`), and of a model that `unrolls`: `scan_layers`, `transposed_weights`
         """

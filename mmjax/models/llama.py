@@ -23,9 +23,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
+from mmjax.models import remat
+from mmjax.models.kernels import XLA, Kernels
 from mmjax.models.language_model import Axes, LanguageModelConfig, Matrices
-from mmjax.models.layers import Project, RMSNorm, attend, einsum, embedding_lookup, uniform_fan_in
+from mmjax.models.layers import Project, RMSNorm, einsum, embedding_lookup, in_float32, uniform_fan_in
+from mmjax.models.masks import AttentionMask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +126,10 @@ def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     """Rotates element j against element j + H/2 by position · theta^(-2j/H). x [B,T,N,H], positions int[B,T]."""
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    angle = positions[..., None, None].astype(jnp.float32) * jnp.concatenate([frequency, frequency])
+    sin = jnp.sin(angle) * jnp.where(jnp.arange(2 * half) < half, -1.0, 1.0)
+    wide = x.astype(jnp.float32)  # computed in whole heads: halves would use half of a TPU's lanes
+    return (wide * jnp.cos(angle) + jnp.roll(wide, half, axis=-1) * sin).astype(x.dtype)
 
 
 class LoraProject(Project):
@@ -191,10 +195,11 @@ class LlamaAttention(nn.Module):
 
     cfg: LlamaConfig
     transposed: bool = False
+    kernels: Kernels = XLA
 
     @nn.compact
     def __call__(self, x, injection, positions, mask, cache, start):
-        # x [B,T,D]  injection [B,P,D]  positions int[B,T]  mask bool[B,T,S]
+        # x [B,T,D]  injection [B,P,D]  positions int[B,T]  mask AttentionMask
         # cache None or {"k", "v": [B,S,K,H]}, or of an unrolled layer [K,B,S,1,H]
         c = self.cfg
         project = functools.partial(projection, c, self.transposed)
@@ -204,23 +209,22 @@ class LlamaAttention(nn.Module):
         q, k, v = to_q("BTD,DNH->BTNH", x), to_k("BTD,DKH->BTKH", x), to_v("BTD,DKH->BTKH", x)
         q, k = rope(q, positions, c.rope_theta), rope(k, positions, c.rope_theta)
         if cache is None:
-            out = attend(q, k, v, mask)
+            out = self.kernels.attend(q, k, v, mask)
         elif cache["k"].ndim == 5:
             cache = update_cache(cache, start, 2, k=heads_to_front(k), v=heads_to_front(v))
-            out = attend_heads_first(q, cache["k"], cache["v"], mask)
+            out = attend_heads_first(q, cache["k"], cache["v"], mask.dense(q.shape[1], cache["k"].shape[2]))
         else:
             cache = update_cache(cache, start, 1, k=k, v=v)
-            out = attend(q, cache["k"], cache["v"], mask)
+            out = self.kernels.attend(q, cache["k"], cache["v"], mask)
         if c.injection == "head":
             gate = self.param("gate", nn.initializers.zeros_init(), (c.heads,))
             factor = self.param("new_gate", nn.initializers.ones_init(), (1,)) if c.new_gate else 1.0
             if injection is not None:
                 gate = (jnp.tanh(gate.astype(jnp.float32)) if c.gate_tanh else gate) * factor
-                out = out + gate[:, None].astype(out.dtype) * self.read(q, injection, to_k, to_v)
+                out = out + in_float32(jnp.multiply, self.read(q, injection, to_k, to_v), gate[:, None])
         return project("o", (c.heads, c.head_dim, c.dim), contracted=2)("BTNH,NHD->BTD", out), cache
 
-    @staticmethod
-    def read(q, prompts, to_k, to_v):
+    def read(self, q, prompts, to_k, to_v):
         """Attention from queries [B,T,N,H] to prompts [B,P,D]: [B,T,N,H], or [B,1,N,H] for a single prompt.
 
         Prompts have no positions, are not normalised, and use the matrices without LoRA (as in the original).
@@ -228,7 +232,7 @@ class LlamaAttention(nn.Module):
         v = to_v.matmul("BPD,DKH->BPKH", prompts)
         if prompts.shape[1] == 1:  # a softmax over one key is 1
             return jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
-        return attend(q, to_k.matmul("BPD,DKH->BPKH", prompts), v)
+        return self.kernels.attend(q, to_k.matmul("BPD,DKH->BPKH", prompts), v)
 
 
 class GatedFeedForward(nn.Module):
@@ -241,13 +245,14 @@ class GatedFeedForward(nn.Module):
     def __call__(self, x):
         D, F = self.cfg.dim, self.cfg.hidden
         project = functools.partial(projection, self.cfg, self.transposed)
-        gate, up = (project(name, (D, F))("BTD,DF->BTF", x) for name in ("gate", "up"))
+        gate, up = (checkpoint_name(project(name, (D, F))("BTD,DF->BTF", x), name) for name in (remat.GATE, remat.UP))
         return project("down", (F, D))("BTF,FD->BTD", jax.nn.silu(gate) * up)
 
 
 class LlamaBlock(nn.Module):
     cfg: LlamaConfig
     transposed: bool = False
+    kernels: Kernels = XLA
 
     @nn.compact
     def __call__(self, x, cache, injection, positions, mask, start, shared_gate):
@@ -256,11 +261,12 @@ class LlamaBlock(nn.Module):
             per_layer = c.injection == "layer"
             gate = self.param("gate", nn.initializers.zeros_init(), (1,)) if per_layer else shared_gate
             if injection is not None:
-                x = x + gate.astype(x.dtype) * injection
+                x = x + in_float32(jnp.multiply, injection, gate)
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
         normed = RMSNorm(c.eps, name="attn_norm")(x)
-        out, cache = LlamaAttention(c, self.transposed, name="attn")(normed, injection, positions, mask, cache, start)
-        x = x + out
+        attention = LlamaAttention(c, self.transposed, self.kernels, name="attn")
+        out, cache = attention(normed, injection, positions, mask, cache, start)
+        x = checkpoint_name(x + out, remat.RESIDUAL)
         return x + GatedFeedForward(c, self.transposed, name="mlp")(RMSNorm(c.eps, name="mlp_norm")(x)), cache
 
 
@@ -269,26 +275,23 @@ class UnrolledLayers(nn.Module):
 
     cfg: LlamaConfig
     transposed: bool = False
+    kernels: Kernels = XLA
 
     @nn.compact
     def __call__(self, x, cache, injection, *rest):
         caches = []
         for layer in range(self.cfg.depth):
             inputs = (None if each is None else each[layer] for each in (cache, injection))
-            x, updated = LlamaBlock(self.cfg, self.transposed, name=str(layer))(x, *inputs, *rest)
+            x, updated = LlamaBlock(self.cfg, self.transposed, self.kernels, name=str(layer))(x, *inputs, *rest)
             caches.append(updated)
         return x, None if cache is None else tuple(caches)
-
-
-# What a layer saves for the backward pass: its products with weights. Attention and elementwise operations are cheap to
-# recompute and would need more memory than those products.
-SAVED = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
 
 class Llama(nn.Module):
     """The decoder: embedded tokens in, hidden states out. `embed` gives the former, `logits` takes the latter.
 
-    remat:       recompute each layer in the backward pass instead of saving its products with weights
+    remat:       what each layer recomputes in the backward pass, see `mmjax.models.remat`
+    kernels:     how attention is computed
     scan_layers: scan the layers over stacked weights. Otherwise each layer has its own weights and its own cache (see
                  `mmjax.inference.layouts.unstack`); such a model is for decoding and has no `remat`
     transposed_weights: store the matrices of unstacked layers and of the head as [outputs, inputs]
@@ -296,22 +299,23 @@ class Llama(nn.Module):
 
     cfg: LlamaConfig
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: bool | str = False
     scan_layers: bool = True
     transposed_weights: bool = False
+    kernels: Kernels = XLA
 
     def setup(self):
         if self.scan_layers and self.transposed_weights:
             raise ValueError("transposed_weights is for unstacked layers: set scan_layers=False.")
         c, transposed = self.cfg, self.transposed_weights
         self.embedding = self.param("embedding", nn.initializers.normal(0.02), (c.vocab, c.dim))
-        self.layers = UnrolledLayers(c, transposed) if not self.scan_layers else nn.scan(
-            nn.remat(LlamaBlock, prevent_cse=False, policy=None if self.remat else SAVED),
+        self.layers = UnrolledLayers(c, transposed, self.kernels) if not self.scan_layers else nn.scan(
+            nn.remat(LlamaBlock, prevent_cse=False, policy=remat.POLICIES[self.remat]),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "llm": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.depth,
-        )(c)
+        )(c, transposed, self.kernels)
         self.norm = RMSNorm(c.eps)
         shared = c.injection == "shared"
         self.gate = self.param("gate", nn.initializers.zeros_init(), (1,)) if shared else None
@@ -327,8 +331,8 @@ class Llama(nn.Module):
         x = nn.with_logical_constraint(x, ("lookup", "length", "embed"))
         return nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
-    def __call__(self, x, positions, mask, cache=None, start=0, injection=None):
-        """x [B,T,D], positions int[B,T], mask bool[B,T,S] -> (hidden [B,T,D] after the final norm, cache).
+    def __call__(self, x, positions, mask: AttentionMask, cache=None, start=0, injection=None):
+        """x [B,T,D], positions int[B,T], mask: what the queries see -> (hidden [B,T,D] after the final norm, cache).
 
         With a cache (see `empty_cache`) this call's keys and values go to the slots start .. start+T-1, and the
         queries read all S slots through the mask.
@@ -342,8 +346,8 @@ class Llama(nn.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Returns the logits, [B,T,D] -> float32[B,T,V]."""
         if self.cfg.tied:
-            return einsum("BTD,VD->BTV", hidden, self.embedding).astype(jnp.float32)
-        return self.head("BTD,DV->BTV", hidden).astype(jnp.float32)
+            return einsum("BTD,VD->BTV", hidden, self.embedding, jnp.float32)
+        return self.head.matmul("BTD,DV->BTV", hidden, jnp.float32)
 
     def empty_cache(self, rows: int, length: int) -> Any:
         """Returns a cache of zeros for B = `rows`, S = `length`: {"k", "v": [L,B,S,K,H]}, or, without `scan_layers`,

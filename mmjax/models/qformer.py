@@ -12,7 +12,8 @@ import dataclasses
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mmjax.models.layers import FeedForward, LayerNorm, Project, attend
+from mmjax.models.kernels import XLA, Kernels
+from mmjax.models.layers import FeedForward, LayerNorm, Project, repeat_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,7 @@ class QFormerAttention(nn.Module):
     """Attention from queries x [B,Q,D] to `source` [B,S,E] (the queries themselves, or the image tokens)."""
 
     cfg: QFormerConfig
+    kernels: Kernels = XLA
 
     @nn.compact
     def __call__(self, x, source):
@@ -66,13 +68,14 @@ class QFormerAttention(nn.Module):
         q = Project((D, N, H), use_bias=True, name="q")("BQD,DNH->BQNH", x)
         k = Project((E, N, H), use_bias=True, name="k")("BSE,ENH->BSNH", source)
         v = Project((E, N, H), use_bias=True, name="v")("BSE,ENH->BSNH", source)
-        out = attend(q, k, v, drop=Dropout(self.cfg.dropout))
+        out = self.kernels.attend(q, k, v, drop=Dropout(self.cfg.dropout))
         return Project((N, H, D), contracted=2, use_bias=True, name="o")("BQNH,NHD->BQD", out)
 
 
 class Layer(nn.Module):
     cfg: QFormerConfig
     crosses: bool
+    kernels: Kernels = XLA
 
     @nn.compact
     def __call__(self, x, image):
@@ -80,9 +83,9 @@ class Layer(nn.Module):
             return LayerNorm(self.cfg.eps, name=name)(x + Dropout(self.cfg.dropout)(branch))
 
         x = nn.with_logical_constraint(x, ("batch", "query", "embed"))
-        x = add(QFormerAttention(self.cfg, name="attn")(x, x), "attn_norm")
+        x = add(QFormerAttention(self.cfg, self.kernels, name="attn")(x, x), "attn_norm")
         if self.crosses:
-            x = add(QFormerAttention(self.cfg, name="cross")(x, image), "cross_norm")
+            x = add(QFormerAttention(self.cfg, self.kernels, name="cross")(x, image), "cross_norm")
         return add(FeedForward(self.cfg.hidden, name="mlp")(x), "mlp_norm")
 
 
@@ -91,13 +94,14 @@ class QFormer(nn.Module):
 
     cfg: QFormerConfig
     dtype: jnp.dtype = jnp.float32
+    kernels: Kernels = XLA
 
     @nn.compact
     def __call__(self, image):
         c = self.cfg
         queries = self.param("query_tokens", nn.initializers.normal(0.02), (c.queries, c.dim))
-        x = jnp.broadcast_to(queries.astype(self.dtype), (image.shape[0], c.queries, c.dim))
+        x = repeat_rows(queries, image.shape[0], self.dtype)
         x = Dropout(c.dropout)(LayerNorm(c.eps, name="norm")(x))
         for i in range(c.depth):
-            x = Layer(c, crosses=i % c.cross_every == 0, name=f"layer_{i}")(x, image)
+            x = Layer(c, i % c.cross_every == 0, self.kernels, name=f"layer_{i}")(x, image)
         return x

@@ -11,7 +11,9 @@ import dataclasses
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mmjax.models.layers import BLOCKS_AXES, LayerNorm, Project, blocks
+from mmjax.models.blocks import BLOCKS_AXES, blocks
+from mmjax.models.kernels import XLA, Kernels
+from mmjax.models.layers import LayerNorm, Project, repeat_rows
 
 EPS = 1e-5  # torch's default, which the original also uses in timm's blocks
 
@@ -43,6 +45,7 @@ class VisualQuery(nn.Module):
     queries: int
     out: int
     dtype: jnp.dtype = jnp.float32
+    kernels: Kernels = XLA
 
     @nn.compact
     def __call__(self, features):
@@ -50,8 +53,8 @@ class VisualQuery(nn.Module):
         B, _, E = features.shape
         x = Project((E, c.dim), use_bias=True, name="proj")("BSE,ED->BSD", features.astype(self.dtype))
         x = LayerNorm(EPS, name="proj_norm")(x)
-        query = self.param("query", nn.initializers.normal(1.0), (self.queries, c.dim)).astype(x.dtype)
-        x = jnp.concatenate([jnp.broadcast_to(query, (B, *query.shape)), x], axis=1)
-        x, _ = blocks(c.depth, c.heads, c.hidden, EPS)(x)
+        query = self.param("query", nn.initializers.normal(1.0), (self.queries, c.dim))
+        x = jnp.concatenate([repeat_rows(query, B, x.dtype), x], axis=1)
+        x, _ = blocks(c.depth, c.heads, c.hidden, EPS, kernels=self.kernels)(x)
         x = Project((c.dim, self.out), use_bias=True, name="out")("BPD,DO->BPO", x[:, :self.queries])
         return LayerNorm(EPS, name="out_norm")(x)

@@ -32,6 +32,7 @@ from mmjax.data import collate, formats, pipeline, scenes
 from mmjax.data.features import Features
 from mmjax.data.formats.account import printable
 from mmjax.families import FAMILIES, Family
+from mmjax.models import kernels, remat
 from mmjax.training import distributed, encode_features, loop, optim, preemption, resume, steps
 from mmjax.training.loop import TrainingStopped
 
@@ -140,7 +141,10 @@ def train(config: RunConfig, score: Score | None = None) -> RunResult:
             check_first_loss(loss, job.source.config.llm.vocab, {"trained": state.params, "frozen": frozen})
 
         batches = job.batches(started, progress.position)
-        work = step_flops(job, lambda state, batch: step.trace(state, frozen, batch, counts(0)))
+        counted = step
+        if job.module.kernels.fused:  # attention is counted in its dense form
+            counted = steps.train_step(job.module.clone(kernels=kernels.XLA), optimizer)
+        work = step_flops(job, lambda state, batch: counted.trace(state, frozen, batch, counts(0)))
         with preemption.StopSignal(started) as stop:
             state, loss = loop.loop(config, started, progress, advance, diagnose, work, state, batches, checkpoints,
                                     stop, console)
@@ -249,6 +253,10 @@ def check(config: RunConfig) -> None:
              + ("" if config.weights.family else ", the family of weights.sources")),
             (config.weights.frozen_dtype in (None, "int8"),
              f"weights.frozen_dtype = {config.weights.frozen_dtype!r}: int8, or None for the same as weights.dtype"),
+            (config.remat in remat.POLICIES,
+             f"remat = {config.remat!r}: one of {', '.join(map(str, remat.POLICIES))}"),
+            (config.attention in kernels.CHOICES,
+             f"attention = {config.attention!r}: one of {', '.join(kernels.CHOICES)}"),
             (config.weights.dtype in ("float32", "bfloat16"), f"weights.dtype = {config.weights.dtype!r}: "
                                                               "float32 or bfloat16"),
         ) if not holds
@@ -303,7 +311,8 @@ def architecture(source: converted.ConvertedCheckpoint, config: RunConfig) -> An
 def model_spec(config: RunConfig, source: converted.ConvertedCheckpoint, mesh: jax.sharding.Mesh) -> ModelSpec:
     """Returns the spec of the model that a run trains; `source` has the run's architecture."""
     return ModelSpec(source, mesh, config.weights.dtype, config.weights.frozen_dtype,
-                     source.family.rules(config.phase, config.trained), remat=config.remat)
+                     source.family.rules(config.phase, config.trained), remat=config.remat,
+                     attention=config.attention)
 
 
 def step_flops(job: Job, trace: Callable[[steps.TrainState, Batch], jax.stages.Traced]) -> loop.StepFlops:
@@ -369,6 +378,7 @@ def announce(job: Job, params: Any, mask: Any) -> None:
                   f"{sizes[False]:,} frozen ({config.weights.frozen_dtype or config.weights.dtype})")
     console.print(f"mesh {dict(mesh.shape)} of {mesh.size} {mesh.devices.flat[0].platform} device(s); "
                   f"run folder {config.out}")
+    console.print(f"attention = {config.attention!r}: {job.module.kernels}")
     if note := job.spec.sharding_note:
         console.print(note)
     accounts = [formats.Account.of(records) for records in job.records]

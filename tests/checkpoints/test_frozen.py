@@ -7,6 +7,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
+from jax.experimental.layout import Format, Layout
 
 from mmjax.checkpoints import frozen as frozen_weights
 
@@ -54,6 +55,14 @@ def test_any_orbax_reads_it(folder):
     for path, array in arrays().items():
         assert held[path].dtype == array.dtype
         np.testing.assert_array_equal(held[path], array)
+
+
+def test_a_memory_layout_is_restored(folder):
+    layout = Format(Layout((0, 2, 1)), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    shape = jax.ShapeDtypeStruct((4, 6, 8), np.float32, sharding=layout)
+    w = frozen_weights.restore(folder, {"vit/w": shape})["vit"]["w"]
+    assert w.format.layout.major_to_minor == (0, 2, 1)
+    np.testing.assert_array_equal(w, arrays()["vit/w"].astype(np.float32))
 
 
 def test_metadata_and_opened_arrays(folder):

@@ -5,7 +5,6 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,8 +12,8 @@ from mmjax import trees
 from mmjax.config import OptimConfig
 from mmjax.families import llama, llama_adapter, shapes
 from mmjax.families.llama_adapter import PHASES, PRESETS, TRAINED, LlamaAdapter, LlamaAdapterConfig, with_phase
-from mmjax.families.model import causal_mask
 from mmjax.models import clip, visual
+from mmjax.models.masks import cached_mask
 from mmjax.models.pixels import MEAN, STD
 from mmjax.training import optim, steps
 from tests import tiny
@@ -90,17 +89,16 @@ def test_decoding_with_a_cache_is_the_whole_pass():
     rows = dataclasses.replace(batch(), valid=np.ones((2, 12), bool))
     module, weights = LlamaAdapter(V2), {"params": params(V2)}
     x, injection = encode(V2)(params(V2), rows)
-    mask = causal_mask(jnp.asarray(rows.valid))
 
-    def run(x, mask, cache, start, injection):
+    def run(x, cache, start, injection):
         place = slice(start, start + x.shape[1])
-        hidden, cache = module.apply(weights, x, rows.positions[:, place], mask[:, place], cache, start, injection,
-                                     method="decode")
+        hidden, cache = module.apply(weights, x, rows.positions[:, place], cached_mask(rows.valid, start), cache, start,
+                                     injection, method="decode")
         return module.apply(weights, hidden, method="logits"), cache
 
     cache, parts = module.empty_cache(2, 12), []
     for start, end in ((0, 9), (9, 12)):
-        part, cache = tiny.jit(functools.partial(run, start=start))(x[:, start:end], mask, cache, injection=injection)
+        part, cache = tiny.jit(functools.partial(run, start=start))(x[:, start:end], cache, injection=injection)
         parts.append(part)
     np.testing.assert_allclose(np.concatenate(parts, 1), logits(V2)(params(V2), rows), atol=1e-5)
 

@@ -13,10 +13,10 @@ from mmjax import trees
 from mmjax.convert.adapter import adapted
 from mmjax.families import FAMILIES
 from mmjax.families import llama as family
-from mmjax.families.model import causal_mask
 from mmjax.inference.layouts import unstack
 from mmjax.models import int8
 from mmjax.models.llama import TINY, Llama, LlamaConfig, LoraProject, rope
+from mmjax.models.masks import cached_mask, causal_mask
 from tests import tiny
 
 B, T = 2, 7
@@ -109,18 +109,19 @@ def test_cached_decoding_equals_the_full_pass(cfg, count):
     model = Llama(cfg)
 
     @tiny.jit
-    def step(params, x, positions, mask, cache, start):
+    def step(params, x, positions, valid, cache, start):
+        mask = cached_mask(valid, start)
         hidden, cache = model.apply({"params": params}, x, positions, mask, cache, start, injection)
         return model.apply({"params": params}, hidden, method="logits"), cache
 
     cache = jax.tree.map(lambda slots: slots + 100, model.empty_cache(B, S))
     assert {name: slots.shape for name, slots in cache.items()} == dict.fromkeys(
         "kv", (cfg.depth, B, S, cfg.kv_heads, cfg.head_dim))
-    mask = np.pad(np.tri(T, dtype=bool) & valid[:, None], ((0, 0), (0, 0), (0, S - T)))
+    slots = np.pad(valid, ((0, 0), (0, S - T)), constant_values=True)  # none sees a slot after its own
     found = []
     for start, stop in ((0, 4), (4, 5), (5, 6), (6, 7)):
         here = slice(start, stop)
-        words, cache = step(params(cfg), x[:, here], POSITIONS[:, here], mask[:, here], cache, start)
+        words, cache = step(params(cfg), x[:, here], POSITIONS[:, here], slots, cache, start)
         found.append(words)
     found = np.concatenate(found, axis=1)
     np.testing.assert_allclose(found[valid], np.asarray(expected)[valid], atol=5e-6)
@@ -313,17 +314,18 @@ def in_steps(model, params, injection):
     """Logits [B,T,V] of a prefill of 4 and single steps, over a cache that held rubbish, one row padded on the left."""
 
     @tiny.jit
-    def step(params, x, positions, mask, cache, start):
+    def step(params, x, positions, valid, cache, start):
+        mask = cached_mask(valid, start)
         hidden, cache = model.apply({"params": params}, x, positions, mask, cache, start, injection)
         return model.apply({"params": params}, hidden, method="logits"), cache
 
     cache = jax.tree.map(lambda slots: slots + 100, model.empty_cache(B, T))
     valid = ALL.copy()
     valid[1, :2] = False
-    mask, found = np.tri(T, dtype=bool) & valid[:, None], []
+    found = []
     for start, stop in ((0, 4), (4, 5), (5, 6), (6, 7)):
         here = slice(start, stop)
-        words, cache = step(params, vectors()[:, here], POSITIONS[:, here], mask[:, here], cache, start)
+        words, cache = step(params, vectors()[:, here], POSITIONS[:, here], valid, cache, start)
         found.append(words)
     assert {slots.shape[1:3] for slots in jax.tree.leaves(cache)} == {(B, T)}
     return np.concatenate(found, axis=1)

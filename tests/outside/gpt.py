@@ -17,8 +17,9 @@ from mmjax.convert import llama, vocabulary
 from mmjax.convert.state_dict import read
 from mmjax.convert.tables import Problems, SourceCheckpoint, expand, forward
 from mmjax.families.base import EMBEDDING, LOGITS, LOSS, Export, Stage, register
+from mmjax.models.kernels import XLA, Kernels
 from mmjax.models.language_model import LanguageModelConfig
-from mmjax.models.layers import LayerNorm, Project, attend, einsum, embedding_lookup
+from mmjax.models.layers import LayerNorm, Project, einsum, embedding_lookup
 from mmjax.tokenizer import Tokenizer
 from tests.outside import patchwork
 
@@ -57,6 +58,7 @@ class Table(nn.Module):
 
 class Block(nn.Module):
     cfg: GptConfig
+    kernels: Kernels
 
     @nn.compact
     def __call__(self, x, cache, mask, start):
@@ -68,7 +70,7 @@ class Block(nn.Module):
             cache = [jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 1)
                      for old, new in zip(cache, (k, v), strict=True)]
             k, v = cache
-        out = attend(q, k, v, mask)
+        out = self.kernels.attend(q, k, v, mask)
         x = x + Project((N, H, D), contracted=2, use_bias=True, name="c_proj")("BTNH,NHD->BTD", out)
         hidden = Project((D, F), use_bias=True, name="mlp_in")("BTD,DF->BTF", LayerNorm(1e-5, name="ln_2")(x))
         return x + Project((F, D), use_bias=True, name="mlp_out")("BTF,FD->BTD", jax.nn.gelu(hidden)), cache
@@ -77,14 +79,15 @@ class Block(nn.Module):
 class Gpt(nn.Module):
     cfg: GptConfig
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: bool | str = False
+    kernels: Kernels = XLA
 
     def setup(self):
         self.tokens = Table((self.cfg.vocab, self.cfg.dim))
         self.pos = self.param("pos", nn.initializers.normal(0.01), (self.cfg.max_positions, self.cfg.dim))
-        self.h = nn.scan(nn.remat(Block) if self.remat else Block, variable_axes={"params": 0, "intermediates": 0},
-                         split_rngs={"params": True}, in_axes=(0, nn.broadcast, nn.broadcast),
-                         length=self.cfg.depth)(self.cfg)
+        self.h = nn.scan(Block if self.remat in (False, "none") else nn.remat(Block, prevent_cse=False),
+                         variable_axes={"params": 0, "intermediates": 0}, split_rngs={"params": True},
+                         in_axes=(0, nn.broadcast, nn.broadcast), length=self.cfg.depth)(self.cfg, self.kernels)
         self.ln_f = LayerNorm(1e-5)
 
     def embed(self, tokens):

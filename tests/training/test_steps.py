@@ -12,7 +12,7 @@ import pytest
 
 from mmjax import trees
 from mmjax.config import OptimConfig
-from mmjax.families import imagebind_llm, llama, minigpt4, shapes
+from mmjax.families import FAMILIES, imagebind_llm, llama, llama_adapter, minigpt4, shapes
 from mmjax.models import imagebind
 from mmjax.models.llama import LlamaConfig
 from mmjax.training import optim, steps
@@ -302,3 +302,38 @@ def test_fingerprint_sees_leaves_that_change_places():
     a, b = jnp.arange(4.0), jnp.ones(4)
     assert steps.fingerprint({"x": a, "y": b}) != steps.fingerprint({"x": b, "y": a})
     assert steps.fingerprint({"x": a}) != steps.fingerprint({"x": a[::-1]})
+
+
+def unrounded(family, cfg, rules, batch):
+    """{path: share of the gradient that is not a bfloat16 number} of a bfloat16 model's trained parameters."""
+    trained, frozen = parts(family, cfg, rules)
+    module = FAMILIES[family].Model(cfg, jnp.bfloat16)
+    frozen = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), frozen)
+
+    def loss(trained):
+        return steps.mean_loss(module, trees.merge(trained, frozen), batch)
+
+    gradients = tiny.jit(jax.grad(loss))(trained)
+    return {path: float((leaf != leaf.astype(jnp.bfloat16).astype(jnp.float32)).mean())
+            for path, leaf in trees.flatten(gradients).items() if leaf is not None}
+
+
+ADAPTER = llama_adapter.PRESETS["tiny"]
+BIND = imagebind_llm.with_phase(imagebind_llm.PRESETS["tiny"], "finetune")
+
+
+@pytest.mark.parametrize(("family", "cfg", "rules", "features"), [
+    ("minigpt4", tiny.MINIGPT4, ("projector/.*", "qformer/query_tokens", "llm/norm/scale", "llm/layers/attn/q/w"),
+     None),
+    ("imagebind_llm", BIND, sum(imagebind_llm.PHASES.values(), ()), (4, BIND.imagebind.out)),
+    ("llama_adapter", ADAPTER, llama_adapter.TRAINED, (4, 17, ADAPTER.clip.out)),
+], ids=["minigpt4", "imagebind_llm", "llama_adapter"])
+def test_gradients_are_summed_in_float32_in_a_bfloat16_run(family, cfg, rules, features):
+    """So that they cross devices in float32: a gradient that was bfloat16 anywhere after its sum has its numbers."""
+    batch = tiny.batch(image_count=int(features is None))
+    if features:
+        drawn = np.random.default_rng(0).normal(size=features).astype(np.float32)
+        batch = dataclasses.replace(batch, features=drawn)
+    shares = unrounded(family, cfg, rules, batch)
+    shares.pop("llm/layers/attn/gate", None)  # half of the layers read no prompts
+    assert shares and not {path: share for path, share in shares.items() if share < 0.5}

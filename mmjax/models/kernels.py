@@ -1,0 +1,184 @@
+"""How attention is computed: `Kernels`, a field of the modules that attend. It never changes what attention is.
+
+B batch   T query tokens   S key tokens   N query heads   K key and value heads   G = N/K   H head
+
+    "xla"     the dense form, the reference: scores and weights are arrays [B,K,G,T,S]
+    "splash"  JAX's fused kernel for TPUs (Pallas): causal attention within rows, block by block, which leaves out the
+              blocks after the diagonal and writes no scores
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jax.sharding import PartitionSpec
+
+from mmjax.models.layers import einsum
+from mmjax.models.masks import AttentionMask
+from mmjax.models.remat import ATTENTION, QKV
+
+CHOICES = ("auto", "xla", "splash")
+SUBLANES, LANES = 8, 128  # of a TPU's tile; the splash kernel takes rows of a multiple of LANES
+CHUNK_BYTES = 64 * 2**20  # half of a TPU's VMEM
+BLOCKS = (512, 384, 256, 128)  # of the splash kernel; the largest that divides a row is used
+PADDING = -1  # id of the slots that pad a row; `causal_mask` gives it to no token
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """The implementations that a module uses.
+
+    attention:      "splash" is used for causal bfloat16 attention of whole rows, "xla" for all other attention
+    float32_scores: "xla" keeps scores in float32. False: it rounds them to the dtype of the queries before the softmax,
+                    for devices where XLA writes them to memory
+    chunk_bytes:    "xla" computes attention without a mask for a part of the rows at a time, whose scores take no more
+                    memory than this, so that they need not leave the memory beside the arithmetic; None: all at once
+    interpret:      interpret kernels on any platform, slowly and in any dtype; for tests
+    """
+
+    attention: Literal["xla", "splash"] = "xla"
+    float32_scores: bool = True
+    chunk_bytes: int | None = None
+    interpret: bool = False
+
+    @property
+    def fused(self) -> bool:
+        return self.attention != "xla"
+
+    def __str__(self) -> str:
+        if not self.fused:
+            return "all attention is computed by XLA"
+        return ("causal attention is computed by the splash kernel, with rows padded to a multiple of "
+                f"{LANES} slots; all other attention by XLA")
+
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask | None = None,
+               drop: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
+        """Scaled dot-product attention. q [B,T,N,H], k and v [B,S,K,H] -> [B,T,N,H].
+
+        Key head j is shared by the query heads j·G .. j·G + G - 1. mask: None hides nothing;
+        drop: dropout of the weights [B,K,G,T,S]
+        """
+        mask = AttentionMask() if mask is None else mask
+        if self._can_splash(q, k, mask) and drop is None:
+            return _splash(q, k, v, mask, self.interpret)
+        dense, scores_dtype = mask.dense(q.shape[1], k.shape[1]), jnp.float32 if self.float32_scores else q.dtype
+        if dense is None and drop is None and (rows := self._rows_of_a_chunk(q, k)) is not None:
+            return _in_chunks(lambda q, k, v: attend(q, k, v, scores_dtype=scores_dtype), rows, q, k, v)
+        return attend(q, k, v, dense, drop, scores_dtype)
+
+    def _can_splash(self, q: jax.Array, k: jax.Array, mask: AttentionMask) -> bool:
+        whole_rows = mask.causal and mask.start is None and q.shape[1] == k.shape[1]
+        return (self.attention == "splash" and whole_rows and (self.interpret or q.dtype == jnp.bfloat16)
+                and q.shape[0] % _num_shards("batch") == 0)
+
+    def _rows_of_a_chunk(self, q: jax.Array, k: jax.Array) -> int | None:
+        """Returns how many rows of each device have scores of at most `chunk_bytes`; None: all of them."""
+        (B, T, N, _), S, shards = q.shape, k.shape[1], _num_shards("batch")
+        if self.chunk_bytes is None or B % shards or S < LANES:
+            return None
+        of_a_row = 4 * N * (T + -T % SUBLANES) * (S + -S % LANES)
+        rows = next(rows for rows in range(B // shards, 0, -1)
+                    if B // shards % rows == 0 and (rows == 1 or rows * of_a_row <= self.chunk_bytes))
+        return None if rows == B // shards else rows
+
+
+XLA = Kernels()
+
+
+def select(platform: str, attention: str = "auto") -> Kernels:
+    """Returns the kernels for devices of a platform ("cpu", "gpu" or "tpu").
+
+    attention: "auto" selects splash on a TPU and XLA elsewhere. Raises ValueError for "splash" on another platform and
+               for an unknown name
+    """
+    if attention not in CHOICES:
+        raise ValueError(f"attention = {attention!r}: one of {', '.join(CHOICES)}")
+    if attention == "splash" and platform != "tpu":
+        raise ValueError(f"attention = 'splash': this kernel is for TPUs, but the devices are of the platform "
+                         f"{platform!r}. Use 'auto' or 'xla'.")
+    if platform != "tpu":
+        return Kernels(float32_scores=platform != "gpu")
+    return Kernels("xla" if attention == "xla" else "splash", chunk_bytes=CHUNK_BYTES)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None,
+           drop: Callable[[jax.Array], jax.Array] | None = None, scores_dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """The dense form of `Kernels.attend`. mask: bool[B,T,S] (True is seen) or None
+
+    A query that sees nothing returns the mean of all values, as with the original's additive masks, and never NaN.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    # The head axes are moved before the token axis: XLA on a CPU is faster that way, and elsewhere equally fast.
+    q = jnp.moveaxis(q.reshape(B, T, K, N // K, H) * H**-0.5, 1, 3)
+    q, k, v = (checkpoint_name(x, QKV) for x in (q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)))
+    scores = einsum("BKGTH,BKSH->BKGTS", q, k, scores_dtype).astype(jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    weights = weights if drop is None else drop(weights)
+    out = checkpoint_name(einsum("BKGTS,BKSH->BKGTH", weights, v), ATTENTION)
+    return jnp.moveaxis(out, 3, 1).reshape(B, T, N, H)
+
+
+def _in_chunks(attend: Callable[..., jax.Array], rows: int, *inputs: jax.Array) -> jax.Array:
+    """Calls `attend` with `rows` rows of each device's shard of the inputs [B,...] after another."""
+    shards = _num_shards("batch")
+
+    def chunks(x: jax.Array) -> jax.Array:
+        """[B,...] -> [chunks,shards,rows,...]"""
+        return jnp.moveaxis(x.reshape(shards, -1, rows, *x.shape[1:]), 1, 0)
+
+    def of_a_chunk(parts: tuple[jax.Array, ...]) -> jax.Array:
+        out = attend(*(x.reshape(shards * rows, *x.shape[2:]) for x in parts))
+        return out.reshape(shards, rows, *out.shape[1:])
+
+    out = jax.lax.map(of_a_chunk, tuple(map(chunks, inputs)))
+    return jnp.moveaxis(out, 0, 1).reshape(inputs[0].shape)
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, interpret: bool) -> jax.Array:
+    B, T, N, H = q.shape
+    padding = -T % LANES
+    q, k, v = (checkpoint_name(jnp.swapaxes(x, 1, 2), QKV) for x in (q * H**-0.5, k, v))
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (q, k, v))
+    ids = [jnp.zeros((B, T), jnp.int32) if ids is None else ids for ids in (mask.query_ids, mask.key_ids)]
+    ids = [jnp.pad(each, ((0, 0), (0, padding)), constant_values=PADDING) for each in ids]
+
+    def rows(q: jax.Array, k: jax.Array, v: jax.Array, query_ids: jax.Array, key_ids: jax.Array) -> jax.Array:
+        kernel = _splash_kernel(q.shape[1], T + padding, interpret)
+        return jax.vmap(kernel)(q, k, v, splash_attention_kernel.SegmentIds(query_ids, key_ids))
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:
+        of_queries, of_keys = (nn.logical_to_mesh_axes(("batch", heads, "length", "head"))
+                               for heads in ("heads", "kv_heads"))
+        of_ids = PartitionSpec(*of_queries[:1])
+        rows = jax.shard_map(rows, in_specs=(of_queries, of_keys, of_keys, of_ids, of_ids), out_specs=of_queries,
+                             check_vma=False)
+    # The kernel names its output for its own backward pass. What follows needs it if its weights are trained.
+    return checkpoint_name(jnp.swapaxes(rows(q, k, v, *ids)[:, :, :T], 1, 2), ATTENTION)
+
+
+def _splash_kernel(heads: int, length: int, interpret: bool) -> Callable[..., jax.Array]:
+    """Returns the kernel of one row: q [N,T,H], k and v [K,T,H], ids int32[T] -> [N,T,H]."""
+    block = next(size for size in BLOCKS if length % size == 0)
+    masks = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * heads)
+    return splash_attention_kernel.make_splash_mha_single_device(
+        masks, residual_checkpoint_name=ATTENTION, interpret=interpret,
+        block_sizes=splash_attention_kernel.BlockSizes(
+            block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True))
+
+
+def _num_shards(axis: str) -> int:
+    """Returns the number of shards of a dimension with a logical axis on the mesh of the current trace."""
+    mesh = jax.sharding.get_abstract_mesh()
+    (names,) = nn.logical_to_mesh_axes((axis,)) if not mesh.empty else (None,)
+    names = (names,) if isinstance(names, str) else names or ()
+    return functools.reduce(lambda shards, name: shards * mesh.shape[name], names, 1)
