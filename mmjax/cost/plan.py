@@ -31,7 +31,7 @@ from mmjax.cost import flops, hardware, hlo
 from mmjax.cost.flops import Flops
 from mmjax.cost.hardware import Topology
 from mmjax.cost.hlo import Collective
-from mmjax.data import text
+from mmjax.data import packing, text
 from mmjax.data.collate import batch_spec
 from mmjax.families import FAMILIES, Family, find
 from mmjax.training import encode_features, optim, run, steps
@@ -266,12 +266,12 @@ def _state(trained: Any, optimizer: optax.GradientTransformation, seed: int, mes
 
 
 def batch_of(config: RunConfig, spec: ModelSpec, length: int) -> Batch:
-    """The batch that the pipeline feeds, as shapes: rows with an image each, `pack_images` of packed rows."""
-    packed = None if config.data.pack_length is None else config.data.pack_images
+    """The batch that the pipeline feeds, as shapes: rows with an image each, or the lists of packed rows' images."""
+    groups = packing.Groups.of(config.data, sharding.num_shards(spec.mesh, "batch"))
     feature = None
     if config.data.features:
         feature = jax.ShapeDtypeStruct(encode_features.feature_shape(spec), jnp.dtype(config.weights.dtype))
-    return batch_spec(spec.source.config, config.data.batch_size, length, sharding.batch_sharding(spec.mesh), packed,
+    return batch_spec(spec.source.config, config.data.batch_size, length, sharding.batch_sharding(spec.mesh), groups,
                       feature)
 
 
