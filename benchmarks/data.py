@@ -31,7 +31,7 @@ from PIL import Image
 
 from mmjax import sharding
 from mmjax.config import DataConfig, MeshConfig, TextConfig
-from mmjax.data import pipeline
+from mmjax.data import packing, pipeline
 from mmjax.data.collate import Collator
 from mmjax.families.minigpt4 import PRESETS
 from mmjax.tokenizer import Tokenizer
@@ -131,9 +131,9 @@ def main() -> None:
         tokenizer = Tokenizer.from_folder(TOKENIZER)
 
         def feed(cfg: DataConfig, kind: type[Collator] = Collator) -> Callable[[], Iterator[pipeline.PipelineBatch]]:
-            most = cfg.pack_images if cfg.pack_length else None
+            groups = packing.Groups.of(cfg, 1)
             records = pipeline.read(cfg)
-            return lambda: pipeline.batches(records, cfg, kind(tokenizer, TEXT, CONFIG, most))
+            return lambda: pipeline.batches(records, cfg, kind(tokenizer, TEXT, CONFIG, groups))
 
         feeds = {"one sample a row": feed(unpacked), "packed": feed(packed)}
         unopened = {name: feed(cfg, Unopened) for name, cfg in zip(feeds, (unpacked, packed), strict=True)}

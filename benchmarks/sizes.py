@@ -38,7 +38,6 @@ class Size:
     dtype: str
     pack_length: int
     pack_rows: int
-    pack_images: int
     matmul: int
     stream: int
     turns: int
@@ -57,14 +56,14 @@ SIZES = {size.name: size for size in (
         "small",
         minigpt4.MiniGPT4Config(eva_vit.VitConfig(dim=384, depth=12, heads=6, hidden=1_536),
                                 qformer.QFormerConfig(dim=384, depth=6, heads=6, hidden=1_536), _LLAMA),
-        _bound(_LLAMA, 1_024), rows=8, length=128, dtype="float32", pack_length=512, pack_rows=5, pack_images=4,
+        _bound(_LLAMA, 1_024), rows=8, length=128, dtype="float32", pack_length=512, pack_rows=5,
         matmul=2_048, stream=2**28, turns=5),
     Size(
         "7b", minigpt4.PRESETS["minigpt4-7b"], imagebind_llm.PRESETS["imagebind-llm-7b"], rows=16, length=256,
-        dtype="bfloat16", pack_length=1_024, pack_rows=8, pack_images=8, matmul=8_192, stream=2**31, turns=20),
+        dtype="bfloat16", pack_length=1_024, pack_rows=8, matmul=8_192, stream=2**31, turns=20),
     Size(
         "toy", minigpt4.PRESETS["tiny"], _bound(llama.TINY, 20), rows=2, length=40, dtype="float32", pack_length=512,
-        pack_rows=1, pack_images=5, matmul=64, stream=2**16, turns=1),
+        pack_rows=1, matmul=64, stream=2**16, turns=1),
 )}
 
 
@@ -91,10 +90,10 @@ def batch(cfg: Any, rows: Sequence[Sequence[int]], length: int, image_count: int
     padded to `length`. Tokens and images are random.
 
     cfg:         a family's; without `image_tokens` there are no images
-    image_count: maximum of images in a row; None: one sample per row, not packed
+    image_count: images of the list that packed rows share; None: one sample per row, not packed
     """
     random, Q = np.random.default_rng(seed), cfg.image_tokens
-    shape, most = (len(rows), length), image_count or 1
+    shape, first_image = (len(rows), length), 0
     tokens, soft_index = np.full(shape, PAD, np.int32), np.full(shape, -1, np.int32)
     segments, positions = np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
     loss_mask = np.zeros(shape, bool)
@@ -103,7 +102,8 @@ def batch(cfg: Any, rows: Sequence[Sequence[int]], length: int, image_count: int
         for number, size in enumerate(samples):
             here, image = slice(start, start + size), start + BEFORE
             tokens[row, here] = random.integers(PAD + 1, cfg.llm.vocab, size)
-            soft_index[row, image:image + Q] = number * Q + np.arange(Q)
+            soft_index[row, image:image + Q] = first_image + np.arange(Q)
+            first_image += Q if image_count else 0
             loss_mask[row, image + Q + PROMPT:start + size] = True
             segments[row, here], positions[row, here] = number, np.arange(size)
             start += size
@@ -111,7 +111,8 @@ def batch(cfg: Any, rows: Sequence[Sequence[int]], length: int, image_count: int
     if image_count is None:
         positions = np.tile(np.arange(length, dtype=np.int32), (len(rows), 1))
     side = cfg.image_size
-    images = random.integers(0, 256, (len(rows), most, side, side, 3), np.uint8) if Q else None
+    lists = (1, image_count) if image_count else (len(rows), 1)
+    images = random.integers(0, 256, (*lists, side, side, 3), np.uint8) if Q else None
     return Batch(tokens, soft_index, segments >= 0, loss_mask, positions, np.full(len(rows), length, np.int32), images,
                  segments=None if image_count is None else segments)
 

@@ -10,6 +10,7 @@ mmjax trains as `mmjax train` does: `mmjax.training.steps.train_step` and its Ad
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -207,22 +208,19 @@ def step(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
                  size.rows, target={whole: 1.0, cached: None}, memory={whole: memory, cached: {}})
 
 
-MEAN = 160  # tokens of a sample of natural length, including its share of a packed row's padding
-
-
 def natural(size: Size, rounds: int, names: Sequence[str]) -> list[Row]:
     """Captions of natural lengths: packed rows, with images and with cached features, compared with one sample per row,
     padded to the longest of the batch."""
     model = Model("minigpt4", size.minigpt4, size.dtype)
-    cfg, taken = model.cfg, sizes.lengths(model.cfg, size.pack_rows * size.pack_length // MEAN)
-    room = packing.Size(size.pack_length, size.pack_images)
-    packed_rows = packing.pack([packing.Size(length, 1) for length in taken], room, size.pack_rows)
+    cfg, taken = model.cfg, sizes.lengths(model.cfg, size.pack_rows * size.pack_length // packing.TOKENS_PER_IMAGE)
+    room = packing.Size(size.pack_length, math.ceil(size.pack_rows * size.pack_length / packing.TOKENS_PER_IMAGE))
+    packed_rows = packing.pack([packing.Size(length, 1) for length in taken], room, size.pack_rows, size.pack_rows)
     taken = taken[:sum(map(len, packed_rows))]
-    packed = sizes.batch(cfg, [[taken[number] for number in row] for row in packed_rows], size.pack_length,
-                         size.pack_images)
+    packed = sizes.batch(cfg, [[taken[number] for number in row] for row in packed_rows], size.pack_length, room.images)
     padded = [sizes.batch(cfg, [[length] for length in group], max(group))
               for group in (taken[start:start + size.rows] for start in range(0, len(taken), size.rows))]
-    note = (f"{len(taken)} captions; real tokens {packed.valid.mean():.2f} of packed rows, "
+    note = (f"{len(taken)} captions, {room.images} images encoded; "
+            f"real tokens {packed.valid.mean():.2f} of packed rows, "
             f"{np.mean(np.concatenate([batch.valid.ravel() for batch in padded])):.2f} of padded ones")
     whole, cached = "captions, packed", "captions, packed, cached features"
     return train(size, model, {whole: packed, cached: with_features(packed, cfg)}, padded, names, rounds, len(taken),

@@ -33,19 +33,22 @@ class Sample:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows of one static length. B rows, T slots, F images a row, Q soft tokens an image.
+    """Rows of one static length. B rows, T slots, Q soft tokens an image; G lists of N images.
+
+    Images are in lists. A list belongs to B/G consecutive rows, whose slots refer to its images. Each row has a list of
+    its own (G = B), except packed rows (`mmjax.data.packing`): there all rows of a shard have one.
 
     tokens:        int32[B,T]  the pad token in the slots of soft tokens and of padding
-    soft_index:    int32[B,T]  index of the slot's soft token among the row's F·Q; -1 in the slot of a token
+    soft_index:    int32[B,T]  index of the slot's soft token among the N·Q of the row's list; -1 in the slot of a token
     valid:         bool[B,T]   visible to attention; False at padding (and in the slots that the original masks)
     loss_mask:     bool[B,T]   the token is a target (predicted from the slot before it)
     positions:     int32[B,T]  rotary positions: 0, 1, 2, ... in every row, or in every segment of a packed row
     padded_length: int32[B]    length to which the original pads the rows; its per-row loss divides by that minus 1
-    images:        uint8[B,F,H,W,3] (normalised by the model) or normalised float32[B,F,3,H,W]; None for text alone
-    image_valid:   bool[B,F]   for models that read one image a row: False where a row has no image, which is then zeros
+    images:        uint8[G,N,H,W,3] (normalised by the model) or normalised float32[G,N,3,H,W]; None for text alone
+    image_valid:   bool[B,N]   for models that read one image a row: False where a row has no image, which is then zeros
                    after the normalisation. None: all images are valid, or no soft token refers to the others
     features:      precomputed output of `Model.feature`, in place of images and media: the input of MiniGPT-4's
-                   projector [B,F,Q,E], the mix of all senses [B,E]
+                   projector [G,N,Q,E], the mix of all senses [B,E]
     media:         inputs of ImageBind's towers other than images, by name: "video" [B,clips,3,2,S,S], "audio"
                    [B,clips,1,M,T], "depth" and "thermal" [B,1,H,W], "imu" [B,6,steps], "text" int32[B,77]. None if
                    there are no other senses

@@ -122,8 +122,9 @@ class DataConfig:
     length_multiple: rows are padded to the batch's longest, rounded up to this, so that few lengths are compiled
     pack_length:     tokens of a row that is filled with as many samples as fit, which avoids padding; None: one
                      sample a row. A step then learns from more samples than `batch_size`
-    pack_images:     images that a packed row has room for, about `pack_length` over the mean length of a sample. The
-                     unused ones are black images, which take as much time
+    pack_images:     images for which there is room per packed row. The rows of a device share theirs: more in one of
+                     them leave less for the others. Room that stays unused is encoded as a black image, too little
+                     leaves tokens unused (docs/data.md). None: one image every 160 tokens
     features:        folder of the frozen encoder's outputs for the images (`mmjax data features`), read in place of
                      the images: the encoder is not loaded. With random crops, one of the stored crops is drawn
     threads:         number of threads that read and decode images
@@ -144,7 +145,7 @@ class DataConfig:
     batch_size: int = 12
     length_multiple: int = 32
     pack_length: int | None = None
-    pack_images: int = 4
+    pack_images: float | None = None
     features: str | None = None
     seed: int = 42
     threads: int = 2

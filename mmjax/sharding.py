@@ -143,16 +143,21 @@ def process_local_rows(mesh: Mesh, count: int) -> list[int]:
 def put_batch(batch: Any, mesh: Mesh, count: int) -> Any:
     """Copies a batch of numpy arrays to the devices, with `batch_sharding`.
 
-    Each process passes its `process_local_rows` of the `count` rows. The copies may be unfinished when this returns.
+    Each process passes its `process_local_rows` of the `count` rows, or an element for each group of them that lies in
+    one shard. The copies may be unfinished when this returns.
     """
     sharding, local = batch_sharding(mesh), {row: number for number, row in enumerate(process_local_rows(mesh, count))}
 
     def put(array: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(count)  # consecutive among the process's rows, too
-            return array[local[start]:local[start] + stop - start]
+        groups = len(array) * count // len(local)  # of all processes; as many as rows in most arrays
+        rows = count // groups
 
-        return jax.make_array_from_callback((count, *array.shape[1:]), sharding, shard)
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(groups)
+            first = local[start * rows] // rows  # consecutive among the process's groups, too
+            return array[first:first + stop - start]
+
+        return jax.make_array_from_callback((groups, *array.shape[1:]), sharding, shard)
 
     return jax.tree.map(put, batch)
 

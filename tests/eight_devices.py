@@ -59,20 +59,33 @@ def test_one_size_takes_what_is_left(cfg, shape):
 
 
 def test_eight_devices_train_as_one():
-    """Rows with different numbers of targets: the mean is over those of all devices."""
-    batches = [tiny.batch(seed=seed) for seed in (0, 1)]
+    """Rows with different numbers of targets: the mean is over those of all devices. There the two rows of a shard have
+    one list of images."""
+    batches = [tiny.batch(8, seed=seed) for seed in (0, 1)]
     assert len(set(batches[0].loss_mask.sum(1).tolist())) > 1
     rules = (*minigpt4.TRAINED, "llm/norm/.*", "llm/layers/attn/[qv]/w")
     one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     eight = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     expected, alone = train(one, rules, batches)
-    losses, state = train(eight, rules, batches)
+    losses, state = train(eight, rules, [tiny.share_images(batch, 4) for batch in batches])
     np.testing.assert_allclose(losses, expected, rtol=1e-6)
     for path, leaf in trees.flatten(state.params).items():
         if leaf is not None:
             np.testing.assert_allclose(leaf, trees.flatten(alone.params)[path], atol=1e-6, err_msg=path)
     assert state.params["projector"]["w"].sharding.spec == PartitionSpec(None, "fsdp")
     assert state.params["llm"]["layers"]["attn"]["q"]["w"].addressable_shards[0].data.shape == (2, 16, 2, 8)
+
+
+@pytest.mark.parametrize("lists", [4, 8])
+def test_images_lie_with_their_rows(lists):
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    batch = tiny.share_images(tiny.batch(16), lists)
+    placed = sharding.put_batch(batch, mesh, 16)
+    for shard, rows in zip(placed.images.addressable_shards, placed.tokens.addressable_shards, strict=True):
+        number = rows.index[0].start // 4
+        np.testing.assert_array_equal(rows.data, batch.tokens[rows.index])
+        size = lists // 4
+        np.testing.assert_array_equal(shard.data, batch.images[number * size:(number + 1) * size])
 
 
 @pytest.mark.extended

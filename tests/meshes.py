@@ -41,8 +41,11 @@ def train(mesh):
         state = jax.tree.map(lambda leaf: leaf if leaf.ndim else jax.device_put(leaf, everywhere),
                              steps.start(trained, ADAMW, 0))
         step, rows, losses = steps.train_step(MODULE, ADAMW), sharding.process_local_rows(mesh, ROWS), []
+        shards = sharding.num_shards(mesh, "batch")
+        lists = sorted({row * shards // ROWS for row in rows})  # of images, one for each shard
         for seed in range(STEPS):
-            own = jax.tree.map(lambda array: array[rows], tiny.batch(ROWS, seed=seed))
+            batch = tiny.share_images(tiny.batch(ROWS, seed=seed), shards)
+            own = jax.tree.map(lambda array: array[rows if len(array) == ROWS else lists], batch)
             state, metrics = step(state, frozen, sharding.put_batch(own, mesh, ROWS))
             losses.append(float(metrics["loss"]))
     return losses

@@ -48,11 +48,12 @@ def test_a_process_that_fails_is_told_with_its_words():
 
 def test_batches_are_as_the_pipeline_makes_them():
     cfg = TOY.minigpt4
-    packed = sizes.batch(cfg, [[30, 34], [29]], 80, image_count=2)
-    assert packed.images.shape[:2] == (2, 2)
+    packed = sizes.batch(cfg, [[30, 34], [29]], 80, image_count=4)
+    assert packed.images.shape[:2] == (1, 4)
     assert packed.valid.sum(1).tolist() == [64, 29]
     assert packed.positions[0, [29, 30, 63]].tolist() == [29, 0, 33]
     assert sorted(set(packed.soft_index[0])) == [-1, *range(2 * cfg.image_tokens)]
+    assert sorted(set(packed.soft_index[1])) == [-1, *range(2 * cfg.image_tokens, 3 * cfg.image_tokens)]
     assert packed.segments[0, [0, 30, 64]].tolist() == [0, 1, -1]
     assert not packed.loss_mask[:, 0].any() and not packed.loss_mask[0, 30] and packed.loss_mask[0, 29]
     apart = sizes.batch(cfg, [[30], [34]], 40)

@@ -1,5 +1,6 @@
 """What tests of models and of training share: tiny random weights, batches that fit them, and quick compiling."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -91,3 +92,12 @@ def batch(rows: int = 4, length: int = 12, image_count: int = 1, seed: int = 0) 
         padded_length=np.full(rows, length, np.int32),
         images=images,
     )
+
+
+def share_images(batch: Batch, lists: int) -> Batch:
+    """The same batch with so many lists of images, each of consecutive rows, as packed rows have."""
+    rows, count = batch.images.shape[:2]
+    first = np.arange(rows)[:, None] % (rows // lists) * count * Q
+    return dataclasses.replace(
+        batch, images=batch.images.reshape(lists, -1, *batch.images.shape[2:]),
+        soft_index=np.where(batch.soft_index < 0, -1, batch.soft_index + first).astype(np.int32))

@@ -30,7 +30,7 @@ from mmjax.cost import estimate, flops, hardware, hlo
 from mmjax.cost.flops import Flops
 from mmjax.cost.hardware import Topology
 from mmjax.cost.hlo import Collective
-from mmjax.data import collate, text
+from mmjax.data import collate, packing, text
 from mmjax.families import FAMILIES, Family, find
 from mmjax.models import remat
 from mmjax.training import encode_features, optim, run, steps
@@ -287,13 +287,13 @@ def _state(trained: Any, optimizer: optax.GradientTransformation, seed: int, mes
 
 
 def batch_of(config: RunConfig, spec: ModelSpec, length: int) -> Batch:
-    """Returns the batch that the pipeline feeds, as shapes: rows with one image, packed rows with `pack_images`."""
-    packed = None if config.data.pack_length is None else config.data.pack_images
+    """Returns the batch that the pipeline feeds, as shapes: rows with one image, or the lists of packed rows' images."""
+    groups = packing.Groups.of(config.data, sharding.num_shards(spec.mesh, "batch"))
     feature = None
     if config.data.features:
         feature = jax.ShapeDtypeStruct(encode_features.feature_shape(spec), jnp.dtype(config.weights.dtype))
     return collate.batch_spec(spec.source.config, config.data.batch_size, length, sharding.batch_sharding(spec.mesh),
-                              packed, feature)
+                              groups, feature)
 
 
 def _is_matrix(leaf: Any) -> bool:

@@ -40,27 +40,26 @@ def inputs(samples: Sequence[Sample], config: FamilyConfig, merges: Path | None 
 class Collator:
     """Makes batches of a run's samples; see `mmjax.data.pipeline.CollatorProtocol`.
 
-    config:      the config of the family
-    most_images: number of images of every packed row; None if rows are not packed
-    features:    stored outputs of the encoder, read in place of images; None to read images
+    config:   the config of the family
+    groups:   of packed rows; None if rows are not packed
+    features: stored outputs of the encoder, read in place of images; None to read images
     """
 
     tokenizer: Tokenizer
     text: TextConfig
     config: FamilyConfig
-    most_images: int | None = None
+    groups: packing.Groups | None = None
     features: Features | None = None
 
     def __post_init__(self):
-        if self.most_images is not None:
+        if self.groups is not None:
             packing.check(self.config)
 
     @staticmethod
     def of(config: RunConfig, tokenizer: Tokenizer, model: FamilyConfig,
-           features: Features | None = None) -> "Collator":
-        """Returns the collator of a run; `model` is the config of the model that it trains."""
-        most = None if config.data.pack_length is None else config.data.pack_images
-        return Collator(tokenizer, config.text, model, most, features)
+           features: Features | None = None, shards: int = 1) -> "Collator":
+        """Returns the collator of a run; `model` is the config of the model that it trains. shards: of a batch"""
+        return Collator(tokenizer, config.text, model, packing.Groups.of(config.data, shards), features)
 
     @property
     def blank(self) -> np.ndarray:
@@ -90,20 +89,21 @@ class Collator:
 
     def batch(self, rows: Sequence[Sequence[Tokenized]], length: int) -> Batch:
         """Returns the batch of rows of tokenised samples. Raises the errors of `collate`."""
-        if self.features is None and self.most_images is None:
+        if self.features is None and self.groups is None:
             return collate([sample for (sample,) in rows], self.tokenizer, self.text, self.config, length)
-        samples = [[sample.sample for sample in row] for row in rows]
+        size, most = self.groups or (1, None)
+        samples = [[sample.sample for row in rows[start:start + size] for sample in row]
+                   for start in range(0, len(rows), size)]
         if self.features is not None:
-            features = self.features.stack(samples, self.config.image_tokens > 0, self.most_images)
+            features = self.features.stack(samples, self.config.image_tokens > 0, most)
             return dataclasses.replace(self._tokens(rows, length), features=features)
-        return dataclasses.replace(self._tokens(rows, length), images=_packed_images(samples, self.config,
-                                                                                     self.most_images))
+        return dataclasses.replace(self._tokens(rows, length), images=_packed_images(samples, self.config, most))
 
     def _tokens(self, rows: Sequence[Sequence[Tokenized]], length: int) -> Batch:
         slots = self.config.image_tokens
-        if self.most_images is None:
+        if self.groups is None:
             return text.rows([sample for (sample,) in rows], self.tokenizer, self.text, slots, length)
-        return packing.packed(rows, self.tokenizer, self.text, slots, length)
+        return packing.packed(rows, self.tokenizer, self.text, slots, length, self.groups.rows)
 
 
 def check_model(data: DataConfig, model: FamilyConfig) -> None:
@@ -117,42 +117,47 @@ def check_model(data: DataConfig, model: FamilyConfig) -> None:
         packing.check(model)
 
 
-def batch_spec(config: FamilyConfig, rows: int, length: int, sharding: Any, packed_images: int | None = None,
+def batch_spec(config: FamilyConfig, rows: int, length: int, sharding: Any, groups: packing.Groups | None = None,
                feature: jax.ShapeDtypeStruct | None = None) -> Batch:
     """Returns the batch that a `Collator` makes of rows with an image each, as shapes; nothing is allocated.
 
-    packed_images: number of images of a packed row; None if rows are not packed
-    feature:       of one image, if features are read in place of images
+    groups:  of packed rows; None if rows are not packed
+    feature: of one image, if features are read in place of images
     """
 
     def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
 
+    def list_of(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        """Of images: a list for each row, or for each group."""
+        size, count = groups or (1, 1)
+        return jax.ShapeDtypeStruct((rows // size, count, *shape), dtype, sharding=sharding)
+
     numbers, flags = array(np.int32, length), array(np.bool_, length)
     batch = Batch(numbers, numbers, flags, flags, numbers, array(np.int32),
-                  segments=None if packed_images is None else numbers)
-    spec, count = config.images, 1 if packed_images is None else packed_images
+                  segments=None if groups is None else numbers)
+    spec = config.images
     if spec is None:
         return batch
     if feature is not None:
-        shape = (count, *feature.shape) if spec.tokens else feature.shape
-        return dataclasses.replace(batch, features=array(feature.dtype, *shape))
-    pixels = array(np.uint8, count, spec.size, spec.size, 3)
+        made = list_of if spec.tokens else array
+        return dataclasses.replace(batch, features=made(feature.dtype, *feature.shape))
+    pixels = list_of(np.uint8, spec.size, spec.size, 3)
     if config.senses:
         return dataclasses.replace(batch, images=pixels, image_valid=array(np.bool_, 1),
                                    weights={"image": array(np.float32)})
     return dataclasses.replace(
-        batch, images=pixels if spec.tokens else array(np.float32, count, 3, spec.size, spec.size))
+        batch, images=pixels if spec.tokens else list_of(np.float32, 3, spec.size, spec.size))
 
 
-def _packed_images(rows: Sequence[Sequence[Sample]], config: FamilyConfig, most: int) -> np.ndarray | None:
-    """Returns `Batch.images` of packed rows, [B,F,...] with F = `most`; black images follow those of a row."""
+def _packed_images(groups: Sequence[Sequence[Sample]], config: FamilyConfig, most: int) -> np.ndarray | None:
+    """Returns `Batch.images` of the samples of each group, [G,N,...] with N = `most`; black images follow a group's."""
     if config.images is None:
         return None
-    joined = [Sample(images=[image for sample in row for image in sample.images]) for row in rows]
+    joined = [Sample(images=[image for sample in group for image in sample.images]) for group in groups]
     pixels = images.stack(joined, config.images)
     if pixels is None:
-        return np.zeros((len(rows), most, config.image_size, config.image_size, 3), np.uint8)
+        return np.zeros((len(groups), most, config.image_size, config.image_size, 3), np.uint8)
     return np.pad(pixels, [(0, 0), (0, most - pixels.shape[1])] + [(0, 0)] * (pixels.ndim - 2))
 
 

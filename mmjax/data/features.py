@@ -555,11 +555,11 @@ class Features:
         return self.find(image, 0 if random is None else int(random.integers(self.card.crops)))
 
     def stack(self, rows: Sequence[Sequence[Sample]], in_slots: bool, most: int | None = None) -> np.ndarray | None:
-        """Returns `Batch.features` of rows of samples whose images are features.
+        """Returns `Batch.features` of rows, or groups of rows, of samples whose images are features.
 
-        in_slots: whether images take slots. If so, [B,F,...] padded with blank features, or None without images;
+        in_slots: whether images take slots. If so, [G,N,...] padded with blank features, or None without images;
                   if not, [B,...], one a row: for text alone that of the image of zeros
-        most:     F; None for the largest number of images in a row
+        most:     N; None for the largest number of images in a row
         """
         features = [[image for sample in row for image in sample.images] for row in rows]
         if not in_slots:

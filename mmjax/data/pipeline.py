@@ -29,7 +29,7 @@ from mmjax.batch import Batch, Sample
 from mmjax.config import DataConfig
 from mmjax.data import formats
 from mmjax.data.formats import Record, clean_caption
-from mmjax.data.packing import Size, pack
+from mmjax.data.packing import Groups, Size, pack
 from mmjax.data.text import Tokenized
 
 ATTEMPTS = 20  # records tried for one position
@@ -44,12 +44,14 @@ class CollatorProtocol(Protocol):
     tokenize: returns a sample with the slots of its row, from its text alone; raises ValueError if that fails
     image:    opens a record's image; `random` draws its crop, None for no random crop
     blank:    the image used where none can be opened
+    groups:   of packed rows
     batch:    returns the batch of rows of tokenised samples (one a row if rows are not packed), of that length
 
     All of them run in the reading threads.
     """
 
     blank: Any
+    groups: Groups | None
 
     def tokenize(self, sample: Sample) -> Tokenized: ...
 
@@ -79,9 +81,10 @@ class BadRecord:
 class PipelineBatch:
     """This process's rows of a batch, and their origin.
 
-    names: of the records, row by row
-    end:   position after the whole batch, where the next one begins
-    bad:   records that were replaced
+    names:  of the records, row by row
+    end:    position after the whole batch, where the next one begins
+    bad:    records that were replaced
+    images: number of images in the rows
     """
 
     number: int
@@ -89,6 +92,7 @@ class PipelineBatch:
     names: tuple[str, ...]
     batch: Batch
     bad: tuple[BadRecord, ...] = ()
+    images: int = 0
 
 
 class Order:
@@ -232,10 +236,10 @@ class _Records:
 
     @property
     def row(self) -> Size:
-        """The size of an empty row."""
+        """The size of an empty row; the images are those of an empty group."""
         if self.cfg.pack_length is None:
             return BOUNDLESS
-        return Size(self.cfg.pack_length, self.cfg.pack_images)
+        return Size(self.cfg.pack_length, self.collator.groups.images)
 
     def usable(self, position: int, prompt: str, room: Size, attempt: int = 0,
                bad: tuple[BadRecord, ...] = ()) -> _Position:
@@ -344,7 +348,7 @@ class _Batches(Sequence[PipelineBatch]):
             return _BatchPlan(prompt, [[each] for each in positions], length, position + len(positions))
         positions = []
         sizes = (positions.append(each) or each.size for each in following)
-        rows = pack(sizes, records.row, cfg.batch_size)
+        rows = pack(sizes, records.row, cfg.batch_size, records.collator.groups.rows)
         return _BatchPlan(prompt, [[positions[number] for number in row] for row in rows], cfg.pack_length,
                           position + sum(map(len, rows)))
 
@@ -365,7 +369,8 @@ class _Batches(Sequence[PipelineBatch]):
                     batch.loss_mask[row, slots] = False
         positions = [each for row in opened for each, _ in row]
         bad = sorted((bad for each in positions for bad in each.bad), key=lambda bad: (bad.position, bad.attempt))
-        return PipelineBatch(number, plan.end, tuple(each.record.name for each in positions), batch, tuple(bad))
+        images = sum(each.size.images for each in positions)
+        return PipelineBatch(number, plan.end, tuple(each.record.name for each in positions), batch, tuple(bad), images)
 
 
 def _try_out(sources: Sequence[Sequence[Record]], cfg: DataConfig, collator: CollatorProtocol) -> None:

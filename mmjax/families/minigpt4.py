@@ -1,9 +1,9 @@
 """MiniGPT-4 and MiniGPT-v2: images become soft tokens in the text (Zhu et al. 2023; Chen et al. 2023).
 
-B rows   T tokens   F images a row   S image tokens   Q soft tokens an image   M = F·Q soft tokens a row
+B rows   T tokens   G lists of images   N images of a list   S image tokens   Q soft tokens an image   M = N·Q
 D language model   E projector input
 
-    feature = qformer(ln_vision(vit(images)))  [B,F,Q,E]
+    feature = qformer(ln_vision(vit(images)))  [G,N,Q,E]
     soft = projector(feature)        x = embedded tokens, with soft tokens in their slots
 
 Without a Q-Former (MiniGPT-4 on LLaMA-2, MiniGPT-v2) the class token is dropped and four neighbouring patches in raster
@@ -87,21 +87,21 @@ class MiniGPT4(LanguageModel):
         self.projector = Project((c.soft_width, c.llm.dim), use_bias=True)
 
     def feature(self, batch: Batch) -> jax.Array:
-        """Returns the projector's input for each image, [B,F,Q,E]."""
+        """Returns the projector's input for each image, [G,N,Q,E]."""
         if batch.features is not None:
             return batch.features.astype(self.dtype)
-        B, F = batch.images.shape[:2]
+        G, N = batch.images.shape[:2]
         images = self.cfg.images.normalise(batch.images)
         tokens = self.ln_vision(self.vit(images.reshape(-1, *images.shape[2:])))
         if self.cfg.qformer:
             tokens = self.qformer(tokens)
         else:
             tokens = tokens[:, 1:]
-        return tokens.reshape(B, F, self.cfg.image_tokens, self.cfg.soft_width)
+        return tokens.reshape(G, N, self.cfg.image_tokens, self.cfg.soft_width)
 
     def soft_tokens(self, batch: Batch) -> jax.Array:
-        """Returns the soft tokens of all images, [B,M,D]."""
-        soft = self.projector("BFQE,ED->BFQD", self.feature(batch))
+        """Returns the soft tokens of all images, [G,M,D]."""
+        soft = self.projector("GNQE,ED->GNQD", self.feature(batch))
         return soft.reshape(len(soft), -1, self.cfg.llm.dim)
 
     def encode(self, batch: Batch) -> tuple[jax.Array, None]:
@@ -134,7 +134,7 @@ STAGES = (
     Stage("qformer_block_{i}", "qformer/layer_{i}", "qformer/layer_{i} (layer 0 also query_tokens and norm)",
           "Qformer.bert.encoder.layer.{i} (query_tokens)"),
     Stage("qformer_out", "qformer", "qformer", "Qformer.bert"),
-    Stage("proj_out", "projector", "projector", "llama_proj", flatten=(0, 2)),  # [B,F,Q,D]
+    Stage("proj_out", "projector", "projector", "llama_proj", flatten=(0, 2)),  # [G,N,Q,D]
     *parts.LLM_STAGES,
 )
 

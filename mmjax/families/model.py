@@ -21,11 +21,13 @@ def for_every_layer(prompts: jax.Array, depth: int) -> jax.Array:
 
 
 def place_soft_tokens(x: jax.Array, soft: jax.Array, soft_index: jax.Array) -> jax.Array:
-    """Writes soft tokens into the embedded tokens: x [B,T,D], soft [B,M,D] -> [B,T,D].
+    """Writes soft tokens into the embedded tokens: x [B,T,D], soft [G,M,D] -> [B,T,D].
 
-    A slot with `soft_index` [B,T] >= 0 gets the soft token of that number of its row.
+    G divides B: B/G consecutive rows have a list of M soft tokens. A slot with `soft_index` [B,T] >= 0 gets the soft
+    token of that number of its row's list.
     """
-    chosen = jnp.take_along_axis(soft, jnp.maximum(soft_index, 0)[..., None], axis=1)
+    index = jnp.maximum(soft_index, 0).reshape(len(soft), -1, 1)
+    chosen = jnp.take_along_axis(soft, index, axis=1).reshape(x.shape)
     return jnp.where(soft_index[..., None] >= 0, chosen, x)
 
 

@@ -105,7 +105,7 @@ class MetricsLog(JsonlLog):
     """`metrics.jsonl`: one line every `log_every` steps, and one for the first and the last step.
 
     Speeds and the share of waiting are averages over the steps since the previous line or the resume; everything else
-    describes this step alone. With several processes, real tokens and waiting are those of the primary process.
+    describes this step alone. With several processes, real tokens, images and waiting are those of the primary process.
 
     peak: operations a second of all devices, or None. If known, lines have "mfu", the share of it that the model used;
           if not, "gflops_per_second"
@@ -146,12 +146,23 @@ class MetricsLog(JsonlLog):
             "real_token_share": round(real / item.batch.tokens.size, 4),
             "waiting_share": round(self._waited / seconds, 4),
         }
+        if (share := _image_share(item)) is not None:
+            line["image_share"] = share
         if self._operations:
             line |= utilization(self._operations / seconds, self._peak)
         if "gates" in metrics:
             line["gates"] = [round(float(gate), 6) for gate in metrics["gates"]]
         self.write(line)
         self._start_window(item.end)
+
+
+def _image_share(item: PipelineBatch) -> float | None:
+    """Returns the share of the encoded images of packed rows that samples have; None if there are none."""
+    batch = item.batch
+    images = batch.images if batch.features is None else batch.features
+    if batch.segments is None or images is None:
+        return None
+    return round(item.images / (images.shape[0] * images.shape[1]), 4)
 
 
 def utilization(speed: float, peak: float | None) -> dict[str, float]:

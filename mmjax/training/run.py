@@ -94,7 +94,8 @@ class Job:
     def batches(self, started: int, position: int) -> Iterator[tuple[pipeline.PipelineBatch, Batch]]:
         """Yields the remaining batches from step `started` on, each as it was read and on the devices (`put_batch`)."""
         config, data = self.config, self.config.data
-        collator = collate.Collator.of(config, self.source.tokenizer, self.source.config, self.stored)
+        collator = collate.Collator.of(config, self.source.tokenizer, self.source.config, self.stored,
+                                       sharding.num_shards(self.mesh, "batch"))
         read = pipeline.batches(self.records, data, collator, started, position,
                                 sharding.process_local_rows(self.mesh, data.batch_size))
         return ((item, sharding.put_batch(item.batch, self.mesh, data.batch_size))
@@ -238,7 +239,7 @@ def check(config: RunConfig) -> None:
              f"{o.steps_per_epoch}, because a window ends with its epoch"),
             (d.length_multiple > 0, f"data.length_multiple = {d.length_multiple}: at least 1"),
             (d.pack_length is None or d.pack_length > 1, f"data.pack_length = {d.pack_length}: at least 2"),
-            (d.pack_images > 0, f"data.pack_images = {d.pack_images}: at least 1"),
+            (d.pack_images is None or 0 < d.pack_images < math.inf, f"data.pack_images = {d.pack_images}: above 0"),
             (config.log_every > 0 and config.save_every > 0 and config.keep > 0,
              "log_every, save_every and keep: at least 1"),
             (0 <= config.drop_path < 1, f"drop_path = {config.drop_path}: at least 0, below 1"),

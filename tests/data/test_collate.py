@@ -18,6 +18,7 @@ from mmjax.data import features, pipeline
 from mmjax.data.collate import Collator, batch_spec, collate
 from mmjax.data.features import Card, Features, ImageBytes, Writer
 from mmjax.data.formats import Record
+from mmjax.data.packing import Groups
 from mmjax.data.pipeline import Order
 from mmjax.data.text import rows, tokenize
 from mmjax.families import FAMILIES, imagebind_llm, llama_adapter, minigpt4
@@ -100,8 +101,8 @@ def test_a_batch_is_what_its_spec_says(config, model, packed, stored, tmp_path):
     planned = plan.batch_of(config, spec, length)
     assert kinds(step.batch) == kinds(planned)
     feature = jax.ShapeDtypeStruct(found.card.shape, found.dtype) if stored else None
-    images = data.pack_images if packed else None
-    assert kinds(batch_spec(model, 2, length, None, images, feature)) == kinds(planned)
+    assert collator.groups == (Groups(2, 6) if packed else None)
+    assert kinds(batch_spec(model, 2, length, None, collator.groups, feature)) == kinds(planned)
     assert len(step.names) > 2 if packed else len(step.names) == 2
     assert (step.batch.features is not None) == stored
     assert (step.batch.images is not None) == (model.images is not None and not stored)
@@ -149,7 +150,7 @@ def test_a_sample_is_tokenised_once(text, model, texts, packed):
     records = [Record(str(n), image, f"Answer {n}.", f"{mark}Is it {n}?") for n in range(100)]
     data = DataConfig(path="somewhere", batch_size=3, **({"pack_length": 150, "pack_images": 4} if packed else {}))
     tokenizer = Counting()
-    collator = Collator(tokenizer, text, model, data.pack_images if packed else None)
+    collator = Collator.of(RunConfig(data=data, text=text), tokenizer, model)
     steps = list(itertools.islice(pipeline.batches([records], data, collator), 4))
     order, counts = Order([len(records)], data), collections.Counter(tokenizer.seen)
     # The sample behind a packed batch has been looked at before it was known to have no room.

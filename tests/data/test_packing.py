@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from mmjax import trees
 from mmjax.batch import Sample
-from mmjax.config import TextConfig
+from mmjax.config import DataConfig, TextConfig
 from mmjax.data import images
 from mmjax.data.collate import Collator
-from mmjax.data.packing import Size, pack
+from mmjax.data.packing import Groups, Size, pack
 from mmjax.data.text import rows, tokenize
 from mmjax.families import FAMILIES, llama, minigpt4
 from mmjax.models.masks import causal_mask
@@ -47,11 +47,12 @@ STREAM = (  # the third stands behind the first, the fourth behind the second; t
 )
 
 
-def make(samples=STREAM, text=TEXT, config=CONFIG, length=LENGTH, rows=ROWS, most_images=IMAGES):
+def make(samples=STREAM, text=TEXT, config=CONFIG, length=LENGTH, rows=ROWS, most_images=IMAGES,
+         group_rows=1):
     """A batch of the first samples of a stream, and how many it took."""
-    collator, tokenized = Collator(TOKENIZER, text, config, most_images), []
+    collator, tokenized = Collator(TOKENIZER, text, config, Groups(group_rows, most_images)), []
     sizes = (tokenized.append(collator.tokenize(sample)) or size(tokenized[-1]) for sample in samples)
-    placed = pack(sizes, Size(length, most_images), rows)
+    placed = pack(sizes, Size(length, most_images), rows, group_rows)
     return collator.batch([[tokenized[number] for number in row] for row in placed], length), sum(map(len, placed))
 
 
@@ -122,6 +123,21 @@ def test_images_take_room_too():
     assert pack([Size(1, 2), Size(1, 2)], Size(10, 2), 1) == [[0]]
 
 
+def test_rows_of_a_group_share_the_room_for_images():
+    sizes = [Size(4, 1)] * 12
+    assert pack(sizes, Size(10, 3), 4, 2) == [[0, 1], [2], [3, 4], [5]]
+    assert pack(sizes, Size(10, 3), 3, 2) == [[0, 1], [2], [3, 4]]  # the last group is not whole
+    assert pack([Size(4, 1)] * 3 + [Size(4)] * 9, Size(10, 3), 2, 2) == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize(("images", "shards", "expected"), [
+    (None, 1, (4, 13)), (None, 4, (1, 4)), (3.2, 2, (2, 7)), (3, 2, (2, 6)), (3.2, 1, (4, 13)), (0.1, 4, (1, 1))])
+def test_a_shard_is_a_group(images, shards, expected):
+    data = DataConfig(path="x", batch_size=4, pack_length=512, pack_images=images)
+    assert Groups.of(data, shards) == expected
+    assert Groups.of(dataclasses.replace(data, pack_length=None), shards) is None
+
+
 def test_a_stream_is_read_up_to_the_first_without_room():
     stream = iter([Size(6), Size(6), Size(3), Size(1)])
     assert pack(stream, Size(10), 1) == [[0]]
@@ -139,16 +155,18 @@ def test_what_does_not_fit_into_an_empty_row_is_named(size, message):
 
 @settings(max_examples=80, deadline=None)
 @given(st.lists(st.builds(Size, st.integers(1, 12), st.integers(0, 2)), min_size=1, max_size=40),
-       st.integers(12, 30), st.integers(1, 4), st.integers(2, 5))
-def test_batches_of_a_stream_hold_every_sample_once(sizes, length, rows, most):
+       st.integers(12, 30), st.integers(1, 4), st.integers(2, 5), st.integers(1, 4))
+def test_batches_of_a_stream_hold_every_sample_once(sizes, length, rows, most, group_rows):
     start, seen = 0, []
     while start < len(sizes):
-        placed = pack(sizes[start:], Size(length, most), rows)
-        assert placed == pack(iter(sizes[start:]), Size(length, most), rows)
+        placed = pack(sizes[start:], Size(length, most), rows, group_rows)
+        assert placed == pack(iter(sizes[start:]), Size(length, most), rows, group_rows)
         for row in placed:
             assert row == sorted(row)
             assert sum(sizes[start + number].tokens for number in row) <= length
-            assert sum(sizes[start + number].images for number in row) <= most
+        for first in range(0, rows, group_rows):
+            group = itertools.chain(*placed[first:first + group_rows])
+            assert sum(sizes[start + number].images for number in group) <= most
         taken = sorted(itertools.chain(*placed))
         assert taken == list(range(len(taken))) and taken
         seen += [start + number for number in taken]
@@ -170,15 +188,15 @@ def test_little_of_packed_caption_rows_is_padding():
     padded = sizes[:len(longest) * 12].sum() / (12 * longest.sum())
     assert 0.5 < padded < 0.6
     shares, images, start = [], [], 0
-    length, rows, most = 1024, 4, 8
+    length, rows, most = 1024, 4, 26  # one image every 160 tokens
     while len(sizes) - start > length * rows // sizes.min():
-        taken = sum(map(len, pack((Size(int(n), 1) for n in sizes[start:]), Size(length, most), rows)))
+        taken = sum(map(len, pack((Size(int(n), 1) for n in sizes[start:]), Size(length, most), rows, rows)))
         shares.append(sizes[start:start + taken].sum() / (length * rows))
-        images.append(taken / (rows * most))
+        images.append(taken / most)
         start += taken
     assert len(shares) > 50
     assert np.mean(shares) >= 0.90
-    assert np.mean(images) >= 0.75  # of the places for images, the rest are black ones
+    assert np.mean(images) >= 0.97  # of the images that are encoded, the rest are black ones
 
 
 # ---- the batch ----
@@ -272,6 +290,21 @@ def test_a_stream_goes_on_behind_what_was_taken():
     np.testing.assert_array_equal(batch.images[0, 0], image(4))
 
 
+def test_rows_of_a_group_have_one_list_of_images():
+    """All images of both rows, in order; the slots of the second row go on where those of the first one end."""
+    apart_rows, _ = make()
+    batch, taken = make(most_images=5, group_rows=2)
+    assert taken == 4 and batch.images.shape == (1, 5, SIZE, SIZE, 3)
+    used = [apart_rows.soft_index[row].max() // Q + 1 for row in range(ROWS)]
+    expected = np.concatenate([images[:count] for images, count in zip(apart_rows.images, used, strict=True)])
+    np.testing.assert_array_equal(batch.images[0, :4], expected)
+    assert not batch.images[0, 4:].any()
+    moved = np.where(apart_rows.soft_index < 0, 0, Q * np.array([0, used[0]])[:, None])
+    np.testing.assert_array_equal(batch.soft_index, apart_rows.soft_index + moved)
+    for name in ("tokens", "valid", "loss_mask", "positions", "segments"):
+        np.testing.assert_array_equal(getattr(batch, name), getattr(apart_rows, name))
+
+
 # ---- what a model makes of it ----
 
 
@@ -279,8 +312,9 @@ def relative(found, expected):
     return np.linalg.norm(np.subtract(found, expected)) / np.linalg.norm(expected)
 
 
-def test_loss_and_gradients_are_those_of_samples_on_their_own():
-    batch, taken = make()
+@pytest.mark.parametrize("group", [{}, {"group_rows": 2, "most_images": 4}], ids=["a list a row", "one list"])
+def test_loss_and_gradients_are_those_of_samples_on_their_own(group):
+    batch, taken = make(**group)
     loss, targets, _, grads = measured(batch)
     expected, count, _, reference = measured(apart(STREAM[:taken]))
     assert targets == count > 0
@@ -358,7 +392,7 @@ def test_other_refusals():
     with pytest.raises(ValueError, match="have images, but this is a language model"):
         make(config=llama.PRESETS["tiny"])
     with pytest.raises(ValueError, match=r"(?s)1 of 1 packed rows do not fit into 20 slots:\n  row 0: \d+ tokens"):
-        Collator(TOKENIZER, TEXT, CONFIG, IMAGES).batch([tokenize(STREAM[:2], TOKENIZER, TEXT, Q)], 20)
+        Collator(TOKENIZER, TEXT, CONFIG, Groups(1, IMAGES)).batch([tokenize(STREAM[:2], TOKENIZER, TEXT, Q)], 20)
 
 
 @pytest.mark.parametrize("family", ["imagebind_llm", "llama_adapter"])

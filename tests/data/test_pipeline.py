@@ -13,6 +13,7 @@ from mmjax.batch import Sample
 from mmjax.config import DataConfig, Source
 from mmjax.data import images
 from mmjax.data.formats import Record
+from mmjax.data.packing import Groups
 from mmjax.data.pipeline import Order, batches, interleaved
 from mmjax.data.text import Slot, Tokenized
 
@@ -42,6 +43,7 @@ class Plain:
     refused: tuple[str, ...] = ()
     image: Any = path
     blank = "blank"
+    groups = Groups(1, 9)
 
     def tokenize(self, sample):
         if {sample.prompt, sample.answer} & set(self.refused):

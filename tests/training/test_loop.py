@@ -73,7 +73,8 @@ class Simulated:
     def batches(self):
         for number in range(self.started, self.config.optim.steps):
             self.now += self.batch_seconds.get(number, 0.0)
-            batch = types.SimpleNamespace(valid=np.ones((2, 8), bool), tokens=np.ones((2, 8), int))
+            batch = types.SimpleNamespace(valid=np.ones((2, 8), bool), tokens=np.ones((2, 8), int),
+                                          features=None, images=None, segments=None)
             records = tuple(BadRecord(number, attempt, "x", "name", "file", "cut off")
                             for attempt in range(self.bad.get(number, 0)))
             yield PipelineBatch(number, 2 * number + 2, (f"a{number}", f"b{number}"), batch, records), None

@@ -66,7 +66,8 @@ def test_operations_a_second_since_the_line_before(tmp_path, monkeypatch, peak, 
     monkeypatch.setattr(metrics_log.time, "monotonic", lambda: now[0])
     config = RunConfig(log_every=2, optim=OptimConfig(epochs=1, steps_per_epoch=3))
     measured = {"loss": 1.0, "grad_norm": 1.0, "tokens": 4}
-    batch = types.SimpleNamespace(valid=np.ones((2, 8), bool), tokens=np.ones((2, 8), int))
+    batch = types.SimpleNamespace(valid=np.ones((2, 8), bool), tokens=np.ones((2, 8), int),
+                                  features=None, images=None, segments=None)
     with metrics_log.MetricsLog(tmp_path / "metrics.jsonl", 0, 0, config, peak) as log:
         for number in range(3):
             now[0] += 1
@@ -81,7 +82,8 @@ def test_operations_a_second_since_the_line_before(tmp_path, monkeypatch, peak, 
 
 def test_a_step_that_cannot_be_counted_leaves_no_figure(tmp_path):
     config = RunConfig(log_every=2, optim=OptimConfig(epochs=1, steps_per_epoch=2))
-    batch = types.SimpleNamespace(valid=np.ones((2, 8), bool), tokens=np.ones((2, 8), int))
+    batch = types.SimpleNamespace(valid=np.ones((2, 8), bool), tokens=np.ones((2, 8), int),
+                                  features=None, images=None, segments=None)
     with metrics_log.MetricsLog(tmp_path / "metrics.jsonl", 1, 0, config) as log:
         log.add(types.SimpleNamespace(number=1, batch=batch, end=2), {"loss": 1.0, "grad_norm": 1.0, "tokens": 4},
                 0.0, None)
