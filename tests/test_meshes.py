@@ -1,6 +1,6 @@
 """One device, eight of them, and two processes of four train alike, on every mesh. Minutes: `pytest -m slow`.
 
-The quick tests have one mesh of each: test_eight_devices.py (eight_devices.py) and training/test_distributed.py.
+The other tiers have one mesh of each: test_eight_devices.py (eight_devices.py) and training/test_distributed.py.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Runs that are killed, told to end, or have no room, end as the one that was left alone.
 
-A few of them in every test run; `pytest -m faults` does many, which takes minutes; `benchmarks/faults.py` does more and
-prints the counts.
+`pytest -m extended` does a few of them, `pytest -m faults` many, which takes minutes; `benchmarks/faults.py` does more
+and prints the counts.
 """
 
 import numpy as np
