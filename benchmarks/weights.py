@@ -20,13 +20,13 @@ import argparse
 import collections
 import contextlib
 import copy
-import functools
 import io
 import json
 import os
 import random
+import re
+import resource
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -43,6 +43,7 @@ from benchmarks import machine
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 SECONDS, BYTES = 10, 10**9  # limits of a mutated file
+SHARE = 50  # files that are converted in one process
 TOLERANCE, NEW_TOKENS = 1e-5, 16
 
 # ---- mutated files ----
@@ -159,25 +160,45 @@ def outcome(folder: Path, expected: dict[str, np.ndarray]) -> str:
     return "converted"
 
 
-def measured(run: Callable[[], str]) -> tuple[str, int, float]:
-    """Returns (result, peak bytes beyond those at the start, seconds of computing) of a function, in a fork."""
-    reading_end, writing_end = os.pipe()
-    if not (child := os.fork()):
-        signal.alarm(20 * SECONDS)
-        machine.forget_peak()
-        start, begun = machine.peak(), time.process_time()
-        try:
-            result = run()
-        except BaseException:
-            result = f"FAILED: {traceback.format_exc()[-2_000:]}"
-        report = result[:10_000], machine.peak() - start, time.process_time() - begun
-        os.write(writing_end, json.dumps(report).encode())
-        os._exit(0)
-    os.close(writing_end)
-    with os.fdopen(reading_end, "rb") as pipe:
-        content = pipe.read()
-    _, status = os.waitpid(child, 0)
-    return json.loads(content) if content else (f"FAILED: the process died with status {status}", 0, 0.0)
+def results(numbers: range, run: Callable[[int], str]) -> Iterator[tuple[int, str, int, float]]:
+    """Yields (number, result, peak bytes beyond those at the start, seconds of computing) of a function.
+
+    Some numbers share a fork; if it dies, the others go on in another one.
+    """
+    left = list(numbers)
+    while left:
+        reading_end, writing_end = os.pipe()
+        if not (child := os.fork()):
+            os.close(reading_end)
+            with os.fdopen(writing_end, "w") as pipe:
+                for number in left[:SHARE]:
+                    pipe.write(json.dumps((number, *measured(run, number))) + "\n")
+                    pipe.flush()
+            os._exit(0)
+        os.close(writing_end)
+        share = left[:SHARE]
+        with os.fdopen(reading_end) as pipe:
+            for line in pipe:
+                number, result, peak, seconds = json.loads(line)
+                share.remove(number)
+                yield number, result, peak, seconds
+        _, status = os.waitpid(child, 0)
+        left = left[SHARE:]
+        if share:
+            yield share[0], f"FAILED: the process died with status {status}", 0, 0.0
+            left = share[1:] + left
+
+
+def measured(run: Callable[[int], str], number: int) -> tuple[str, int, float]:
+    """Returns (result, peak bytes beyond those at the start, seconds of computing); a process that hangs is killed."""
+    machine.forget_peak()
+    start, begun = machine.peak(), time.process_time()
+    resource.setrlimit(resource.RLIMIT_CPU, (int(begun) + 3 * SECONDS, resource.RLIM_INFINITY))
+    try:
+        result = run(number)
+    except Exception:
+        result = f"FAILED: {traceback.format_exc()[-2_000:]}"
+    return result[:10_000], machine.peak() - start, time.process_time() - begun
 
 
 def mutations(first: int, count: int, verbose: bool) -> None:
@@ -192,20 +213,26 @@ def mutations(first: int, count: int, verbose: bool) -> None:
             found = {name: language_model.inspect(path).parameters for name, path in whole.items()}
         expected = {name: {path: np.concatenate(list(each.slices())) for path, each in held.items()}
                     for name, held in found.items()}
-        for number in range(first, first + count):
-            draw = random.Random(number)
+
+        def run(number: int) -> str:
+            draw, changed = random.Random(number), Path(folder) / f"changed{number}"
             name = draw.choice([*whole])
-            changed = Path(folder) / "changed"
             shutil.copytree(whole[name], changed)
-            what = mutate(changed, draw)
-            result, peak, seconds = measured(functools.partial(outcome, changed, expected[name]))
-            shutil.rmtree(changed)
-            kind = result.split(":")[0]
+            try:
+                what = mutate(changed, draw)
+                return f"{outcome(changed, expected[name])} [{name}/{what}]"
+            finally:
+                shutil.rmtree(changed)
+
+        for number, result, peak, seconds in results(range(first, first + count), run):
+            kind = re.split(r"[: ]", result)[0]
             if seconds > SECONDS or peak > BYTES:
                 kind = "FAILED"
             counts[kind] += 1
             if kind == "FAILED" or verbose:
-                print(f"{number}: {name}/{what}: {result} ({peak / 1e6:.0f} MB, {seconds:.1f} s)", flush=True)
+                print(f"{number}: {result} ({peak / 1e6:.0f} MB, {seconds:.1f} s)", flush=True)
+            if sum(counts.values()) % 200 == 0:
+                print(f"{sum(counts.values())} files: {dict(counts)}", flush=True)
     print(", ".join(f"{count} {kind}" for kind, count in counts.items()))
     if counts["FAILED"]:
         sys.exit(1)

@@ -180,6 +180,10 @@ def read_config(folder: Path, problems: Problems) -> LlamaConfig | None:
     values = {name: value for name, value in read_json(path, problems).items() if value is not None}
     if len(problems) > before:
         return None
+    if "family" in values and "architecture" in values:
+        problems.append(f"{folder} is a converted checkpoint; --llm expects the released folder. To get one back, run "
+                        f"`mmjax export --checkpoint {folder} --part llm --out FOLDER`.")
+        return None
     missing = [name for name in FIELDS if not is_whole(values.get(name), RANGES[name])]
     if missing:
         problems.append(f"{path} has no valid {', '.join(missing)}; is it a LLaMA's config.json? Expected "
@@ -189,7 +193,8 @@ def read_config(folder: Path, problems: Problems) -> LlamaConfig | None:
                     if not isinstance(value, dict))
     rope = tables["rope_parameters"] if isinstance(tables["rope_parameters"], dict) else {}
     scaling = {**rope, **(tables["rope_scaling"] if isinstance(tables["rope_scaling"], dict) else {})}
-    values = values | {"rope_theta": rope.get("rope_theta") or values.get("rope_theta") or 10_000.0}
+    values = {"rope_theta": 10_000.0} | values | {name: rope[name] for name in ("rope_theta",)
+                                                   if rope.get(name) is not None}
     refused = {
         "model_type": (values.get("model_type", "llama"), "llama"),
         "hidden_act": (values.get("hidden_act", "silu"), "silu"),

@@ -141,7 +141,7 @@ def word_vectors(inspection: Inspection) -> Iterator[Finding]:
         spread, blank = _spread(inspection.read[path], axis)
         figures = {"tensor": path, "rms": tensor.whole.rms, "spread": spread, "zero words": blank}
         vocab = tensor.shape[axis]
-        if blank > 0.05 * vocab:
+        if blank - _padding(inspection, vocab) > 0.05 * vocab:
             yield Finding("word vectors", "wrong", f"{path}: {blank} of {vocab} tokens are zeros. It came from "
                           f"{inspection.comes_from(path)}; a merge or a resized vocabulary left them empty.", figures)
         elif spread < NOISE:
@@ -152,6 +152,14 @@ def word_vectors(inspection: Inspection) -> Iterator[Finding]:
         else:
             yield Finding("word vectors", "ok", f"{path} looks trained: the norms of its vectors vary "
                           f"{spread:.0f} times as much as those of independent numbers.", figures)
+
+
+def _padding(inspection: Inspection, rows: int) -> int:
+    """Returns the number of rows without a token, which may be empty; 0 if the tokenizer cannot be read."""
+    try:
+        return len(inspection.source.tokenizer.without_text(rows))
+    except (ValueError, OSError):
+        return 0
 
 
 def _spread(rows: StoredRows, axis: int) -> tuple[float, int]:
