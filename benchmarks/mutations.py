@@ -16,6 +16,7 @@ another one goes on.
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import io
 import json
@@ -351,22 +352,31 @@ def watch() -> None:
     sys.addaudithook(_watch)
 
 
-def attempt(reader: Reader, name: str, number: int, folder: Path) -> Outcome:
-    """Reads the mutation of that number in an empty folder, in this process."""
+@contextlib.contextmanager
+def watching() -> Iterator[list[str]]:
+    """Yields the list of what must not happen, which the audit hook of `watch` fills meanwhile."""
     global _watching
-    _write(folder, files_of(reader, name, number))
     _seen.clear()
-    machine.forget_peak()
-    before, begun, _watching = machine.peak(), time.process_time(), True
+    _watching = True
     try:
-        reader.read(folder)
-        kind, detail = "read", ""
-    except (ValueError, OSError) as error:
-        kind, detail = "refused", str(error)
-    except (Exception, RecursionError) as error:
-        kind, detail = "traceback", f"{type(error).__name__}: {error}"[:300]
+        yield _seen
     finally:
         _watching = False
+
+
+def attempt(reader: Reader, name: str, number: int, folder: Path) -> Outcome:
+    """Reads the mutation of that number in an empty folder, in this process."""
+    _write(folder, files_of(reader, name, number))
+    machine.forget_peak()
+    before, begun = machine.peak(), time.process_time()
+    with watching():
+        try:
+            reader.read(folder)
+            kind, detail = "read", ""
+        except (ValueError, OSError) as error:
+            kind, detail = "refused", str(error)
+        except Exception as error:
+            kind, detail = "traceback", f"{type(error).__name__}: {error}"[:300]
     seconds, peak = time.process_time() - begun, machine.peak() - before
     if _seen:
         kind, detail = "executed", _seen[0]
