@@ -2,17 +2,23 @@
 
     python benchmarks/hostile.py                 about 40 files, written to a temporary folder; half a minute
     python benchmarks/hostile.py FILE ...        other files, read by their endings: .wav, .npy, .npz, .p, images
+    python benchmarks/hostile.py FOLDER ...      all files below folders, such as corpora that others made: the images
+                                                 of Pillow's tests, SciPy's sounds (scipy/io/tests/data), JSONTestSuite,
+                                                 the pickles of picklescan and modelaudit
     python benchmarks/hostile.py --most 500      fails above this many megabytes
 
 Each file is read in a forked process, which reports its peak memory. Fails if a process dies, raises an error other
-than ValueError or OSError, or needs more memory.
+than ValueError or OSError, executes something, takes more than ten seconds of the processor, or needs more memory. The
+last line has the counts; files with other endings are counted as left out.
 """
 
 import argparse
+import collections
 import io
 import json
 import os
 import pickle
+import signal
 import struct
 import sys
 import tempfile
@@ -28,8 +34,11 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import machine
+from mmjax import files
+from mmjax.convert import torch_file
 from mmjax.data import arrays, images, senses
 from mmjax.data.formats import grounding
+from mmjax.data.formats.webdataset import index as tar_index
 
 # ---- the files ----
 
@@ -134,6 +143,9 @@ def cases() -> Iterator[tuple[str, Callable[[], bytes]]]:
 
 # ---- reading them ----
 
+PICKLES, TORCH = (".p", ".pkl", ".pickle"), (".pt", ".pth", ".bin")
+KNOWN = (*PICKLES, *TORCH, ".wav", ".npy", ".npz", ".json", ".tar", *images.SUFFIXES)
+
 
 def read(path: Path) -> str:
     """Reads a file and returns a summary. Raises ValueError or OSError if it is invalid."""
@@ -143,21 +155,41 @@ def read(path: Path) -> str:
         return f"{(array := arrays.read_npy(path)).dtype}{list(array.shape)}"
     if path.suffix == ".npz":
         return f"{len(arrays.read_npz(path))} arrays"
-    if path.suffix == ".p":
+    if path.suffix in PICKLES:
         return f"{len(grounding.plain_pickle(path))} references"
+    if path.suffix in TORCH:
+        return f"{type(torch_file.load(path)).__name__}"
+    if path.suffix == ".json":
+        return f"{type(files.parse_json(path.read_bytes())).__name__}"
+    if path.suffix == ".tar":
+        return f"{len(tar_index(str(path)).keys)} samples"
     random = np.random.default_rng(0)
     for options in ({}, {"fit": "center_crop"}, {"fit": "center_crop", "random": random}, {"fit": "pad"}):
         pixels = images.load(path, 224, **options)
     return f"uint8{list(pixels.shape)}"
 
 
+def expanded(paths: list[Path]) -> tuple[list[Path], int]:
+    """Returns (the files, and those below the folders, that `read` knows; the number of others below the folders)."""
+    below = [each for path in paths if path.is_dir() for each in sorted(path.rglob("*")) if each.is_file()]
+    known = [each for each in below if each.suffix.lower() in KNOWN]
+    return [path for path in paths if not path.is_dir()] + known, len(below) - len(known)
+
+
 def measured(path: Path) -> tuple[str, int | None, float]:
     """Returns (result of reading a file, peak bytes, seconds), in a new process; None bytes if it died or failed."""
+    from benchmarks import mutations
+
     begun, (reading_end, writing_end) = time.monotonic(), os.pipe()
     if not (child := os.fork()):
         machine.forget_peak()
+        mutations.watch()
+        signal.setitimer(signal.ITIMER_PROF, mutations.SECONDS)  # ends the process
         try:
-            result = read(path), machine.peak()
+            with mutations.watching() as seen:
+                result = read(path), machine.peak()
+            if seen:
+                result = f"executed {seen[0]}", None
         except (ValueError, OSError) as error:
             result = f"refused: {error}", machine.peak()
         except BaseException as error:
@@ -177,7 +209,7 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--most", type=int, default=500, help="limit of a file in megabytes")
     options = parser.parse_args()
-    failed = []
+    failed, counts, options.files, others = [], collections.Counter(), *expanded(options.files)
     with tempfile.TemporaryDirectory(prefix="mmjax-hostile-") as folder:
         written = ((Path(folder) / name, content) for name, content in (() if options.files else cases()))
         for path, content in [(path, None) for path in options.files] or written:
@@ -187,8 +219,12 @@ def main() -> None:
             megabytes = "failed" if peak is None else f"{peak / 1e6:.0f} MB"
             print(f"{path.name:24} {path.stat().st_size:9,} bytes  {megabytes:>7} {seconds:5.1f} s  "
                   f"{result.replace(folder + '/', '')}", flush=True)
+            refused = result.startswith("refused: ")
             if peak is None or peak > options.most * 1e6:
                 failed.append(path.name)
+            counts["failed" if path.name in failed[-1:] else "refused" if refused else "read"] += 1
+    print(", ".join(f"{kind} {count:,}" for kind, count in sorted(counts.items()))
+          + (f"; {others:,} files with other endings left out" if others else ""))
     if failed:
         sys.exit(f"Died, raised something else or took more than {options.most} MB: {', '.join(failed)}")
 

@@ -6,14 +6,17 @@
     python -m benchmarks.mutations --keep FOLDER         keeps the files that failed
 
 Each file is a small valid one with random changes: bytes, lengths, and values of JSON. Every mutated file must give a
-result, or a ValueError or OSError, within ten seconds and one gigabyte, and must not execute anything, open a network
-connection or write a file. Counts what was read, refused, and what failed; exit status 1 if anything failed.
+result, or a ValueError or OSError, within ten seconds of the processor and one gigabyte, and must not execute
+anything, open a network connection or write a file. Counts what was read, refused, and what failed; exit status 1 if
+anything failed.
 
-Files are read in forked processes, in groups. A process that dies or does not end fails the file that it was reading.
+Every reader has a process of its own. A process that dies or does not end fails the file that it was reading, and
+another one goes on.
 """
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import io
 import json
@@ -23,6 +26,7 @@ import random
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -37,7 +41,6 @@ from PIL import Image
 from benchmarks import hostile, machine
 
 SECONDS, BYTES = 10, 2**30  # of one file
-GROUP = 50  # files of one process
 # Audit events of executing, connecting and writing. "open" counts if the file is opened for writing.
 FORBIDDEN = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "pickle.find_class", "exec",
              "shutil.rmtree", "os.remove", "os.rename", "socket.connect", "socket.getaddrinfo", "ctypes.dlopen")
@@ -303,7 +306,7 @@ def _mutate_value(value: Any, draw: random.Random) -> Any:
         return copied
     chosen = draw.randrange(4)
     if chosen == 0:
-        for _ in range(draw.choice((1, 50, 900))):
+        for _ in range(draw.choice((1, 50, 250))):
             value = [value] if draw.random() < 0.5 else {"a": value}
         return value
     if chosen == 1 and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -338,7 +341,9 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
     if not _watching:
         return
     writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
-    if event in FORBIDDEN or writes:
+    code = arguments[0] if event == "exec" else None
+    imports = code is not None and code.co_filename.startswith((sys.prefix, sys.base_prefix))  # of installed modules
+    if event in FORBIDDEN and not imports or writes:
         _seen.append(f"{event} {arguments!r}"[:200])
 
 
@@ -347,25 +352,32 @@ def watch() -> None:
     sys.addaudithook(_watch)
 
 
-def attempt(reader: Reader, name: str, number: int, folder: Path) -> Outcome:
-    """Reads the mutation of that number in an empty folder, in this process."""
+@contextlib.contextmanager
+def watching() -> Iterator[list[str]]:
+    """Yields the list of what must not happen, which the audit hook of `watch` fills meanwhile."""
     global _watching
-    for path, content in files_of(reader, name, number).items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(content)
     _seen.clear()
-    machine.forget_peak()
-    before, begun, _watching = machine.peak(), time.monotonic(), True
+    _watching = True
     try:
-        reader.read(folder)
-        kind, detail = "read", ""
-    except (ValueError, OSError) as error:
-        kind, detail = "refused", str(error)
-    except (Exception, RecursionError) as error:
-        kind, detail = "traceback", f"{type(error).__name__}: {error}"[:300]
+        yield _seen
     finally:
         _watching = False
-    seconds, peak = time.monotonic() - begun, machine.peak() - before
+
+
+def attempt(reader: Reader, name: str, number: int, folder: Path) -> Outcome:
+    """Reads the mutation of that number in an empty folder, in this process."""
+    _write(folder, files_of(reader, name, number))
+    machine.forget_peak()
+    before, begun = machine.peak(), time.process_time()
+    with watching():
+        try:
+            reader.read(folder)
+            kind, detail = "read", ""
+        except (ValueError, OSError) as error:
+            kind, detail = "refused", str(error)
+        except Exception as error:
+            kind, detail = "traceback", f"{type(error).__name__}: {error}"[:300]
+    seconds, peak = time.process_time() - begun, machine.peak() - before
     if _seen:
         kind, detail = "executed", _seen[0]
     elif peak > BYTES:
@@ -375,34 +387,40 @@ def attempt(reader: Reader, name: str, number: int, folder: Path) -> Outcome:
     return Outcome(name, number, kind, detail)
 
 
-def group(reader: Reader, name: str, numbers: Sequence[int]) -> Iterator[Outcome]:
-    """Yields the outcomes of these mutations, read in a process of their own."""
+def worker(name: str, numbers: Sequence[int], base: Path, out: Any) -> None:
+    """Reads these mutations in this process, and prints the outcomes as JSON lines to `out`."""
+    os.environ["MMJAX_TAR_INDEX"] = "off"
+    reader = readers(base)[name]
+    with tempfile.TemporaryDirectory(prefix="mmjax-mutation-") as folder:  # imports, and what is compiled once
+        _write(Path(folder), reader.files)
+        try:
+            reader.read(Path(folder))
+        except (ValueError, OSError):
+            pass
+    watch()
+    for number in numbers:
+        signal.setitimer(signal.ITIMER_PROF, 2 * SECONDS)  # of the processor; ends the process
+        signal.alarm(60 * SECONDS)  # for what waits instead
+        with tempfile.TemporaryDirectory(prefix="mmjax-mutation-") as folder:
+            outcome = attempt(reader, name, number, Path(folder))
+        print(json.dumps(dataclasses.asdict(outcome)), file=out, flush=True)
+
+
+def outcomes(name: str, numbers: Sequence[int], base: Path) -> Iterator[Outcome]:
+    """Yields the outcomes of these mutations, read in another process; in a new one after a process that died."""
     while numbers:
-        reading, writing = os.pipe()
-        if not (child := os.fork()):
-            _child(reader, name, numbers, writing)
-        os.close(writing)
-        done = 0
-        with os.fdopen(reading, encoding="utf-8") as lines:
-            for line in lines:
-                yield Outcome(**json.loads(line))
-                done += 1
-        _, status = os.waitpid(child, 0)
-        numbers = numbers[done:]
+        command = [sys.executable, "-m", "benchmarks.mutations", "--worker", name, "--base", str(base),
+                   "--numbers", str(numbers[0]), str(numbers[-1] + 1)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                              cwd=machine.ROOT) as process:
+            for line in process.stdout:
+                if line.startswith('{"reader"'):
+                    yield Outcome(**json.loads(line))
+                    numbers = numbers[1:]
         if numbers:
-            late = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
-            yield Outcome(name, numbers[0], "time" if late else "died", f"status {status}")
+            late = process.returncode in (-signal.SIGALRM, -signal.SIGPROF)
+            yield Outcome(name, numbers[0], "time" if late else "died", f"status {process.returncode}")
             numbers = numbers[1:]
-
-
-def _child(reader: Reader, name: str, numbers: Sequence[int], writing: int) -> None:
-    with os.fdopen(writing, "w", encoding="utf-8") as out:
-        for number in numbers:
-            signal.alarm(3 * SECONDS)  # ends the process
-            with tempfile.TemporaryDirectory(prefix="mmjax-mutation-") as folder:
-                outcome = attempt(reader, name, number, Path(folder))
-            print(json.dumps(dataclasses.asdict(outcome)), file=out, flush=True)
-    os._exit(0)
 
 
 def main() -> None:
@@ -410,43 +428,41 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--only", nargs="+", default=())
     parser.add_argument("--keep", type=Path, help="folder for the files that failed")
+    for internal in ("--worker", "--base"):
+        parser.add_argument(internal, help=argparse.SUPPRESS)
+    parser.add_argument("--numbers", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.worker:
+        worker(options.worker, range(*options.numbers), Path(options.base), sys.stdout)
+        return
     from tests import small
 
-    os.environ["MMJAX_TAR_INDEX"] = "off"
-    chosen = {name: reader for name, reader in readers(small.checkpoint()).items()
-              if not options.only or name in options.only}
-    for name, reader in chosen.items():  # imports, and programs that are compiled once
-        with tempfile.TemporaryDirectory() as folder:
-            for path, content in reader.files.items():
-                (Path(folder) / path).parent.mkdir(parents=True, exist_ok=True)
-                (Path(folder) / path).write_bytes(content)
-            try:
-                reader.read(Path(folder))
-            except (ValueError, OSError) as error:
-                print(f"{name}: the valid file is refused: {error}")
-    watch()
+    base = small.checkpoint()
+    chosen = {name: reader for name, reader in readers(base).items() if not options.only or name in options.only}
     each, total = -(-options.count // len(chosen)), collections.Counter()
     for name, reader in chosen.items():
         counts = collections.Counter()
-        for first in range(0, each, GROUP):
-            for outcome in group(reader, name, range(first, min(first + GROUP, each))):
-                counts[outcome.kind] += 1
-                if outcome.kind not in ("read", "refused"):
-                    print(f"  {name} {outcome.number}: {outcome.kind}: {outcome.detail}", flush=True)
-                    if options.keep:
-                        _keep(options.keep / f"{name}-{outcome.number}", reader, outcome)
+        for outcome in outcomes(name, range(each), base):
+            counts[outcome.kind] += 1
+            if outcome.kind not in ("read", "refused"):
+                print(f"  {name} {outcome.number}: {outcome.kind}: {outcome.detail}", flush=True)
+                if options.keep:
+                    _keep(options.keep / f"{name}-{outcome.number}", reader, outcome)
         print(f"{name:24} " + "  ".join(f"{kind} {count:,}" for kind, count in sorted(counts.items())), flush=True)
         total += counts
     print(f"{'all':24} " + "  ".join(f"{kind} {count:,}" for kind, count in sorted(total.items())))
     sys.exit(bool(total.keys() - {"read", "refused"}))
 
 
+def _write(folder: Path, content: Mapping[str, bytes]) -> None:
+    for path, each in content.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(each)
+
+
 def _keep(folder: Path, reader: Reader, outcome: Outcome) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    for path, content in files_of(reader, outcome.reader, outcome.number).items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(content)
+    _write(folder, files_of(reader, outcome.reader, outcome.number))
 
 
 if __name__ == "__main__":

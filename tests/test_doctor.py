@@ -271,7 +271,7 @@ def test_generation_ids_are_judged(tmp_path):
                                 ({"eos_token_id": [2, 512]}, "wrong", "eos_token_id 512 have no row"),
                                 ({"eos_token_id": 1}, "wrong", "Answers never end: eos_token_id is 1 (its beginning)"),
                                 ({"eos_token_id": []}, "wrong", "Answers never end: eos_token_id is -1 (no token)")):
-        out = tmp_path / words[:20]
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
         shutil.copytree(scenes(), out)
         card = json.loads((out / "config.json").read_text())
         card["generation"] |= ids

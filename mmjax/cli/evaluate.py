@@ -16,7 +16,8 @@ from mmjax.inference.predictions import Decoding
 SCENES = "scenes"
 AT_ONCE = 16  # default batch size
 # Options that do not apply to scenes, and those that do not apply to stored answers.
-NOT_OF_SCENES = ("data", "root", "prompt", "limit", "rank_by", "in_words", "score_only", "recall", "prompt_template")
+NOT_OF_SCENES = ("data", "root", "follow_links", "prompt", "limit", "rank_by", "in_words", "score_only", "recall",
+                 "prompt_template")
 NOT_OF_ANSWERS = ("checkpoint", *(field.name for field in dataclasses.fields(Decoding)), "recall", "prompt_template",
                   "batch_size", "mesh", "dtype", "frozen_dtype")
 
@@ -35,6 +36,7 @@ class EvaluateOptions:
         checkpoint: converted checkpoint or run folder
         data: the benchmark's folder or file
         root: the folder of the images (default: the folder of the data)
+        follow_links: allow links that lead out of root
         prompt: template with {} for the question (default: the benchmark's)
         limit: number of items, evenly spread over all (default: all)
         rank_by: the loss that ranks choices: sum over the answer, mean of its tokens, or the original's
@@ -54,6 +56,7 @@ class EvaluateOptions:
     checkpoint: Path | None = None
     data: str | None = None
     root: str | None = None
+    follow_links: bool = False
     prompt: str | None = None
     limit: int | None = None
     rank_by: Literal["sum", "mean", "original"] = "sum"
@@ -91,7 +94,7 @@ def score(options: EvaluateOptions) -> None:
         _scenes(options)
         return
     test = benchmarks.Test(options.benchmark, options.data or "", options.root, options.prompt, options.limit,
-                           options.in_words, options.rank_by)
+                           options.in_words, options.rank_by, options.follow_links)
     if options.score_only:
         test = benchmarks.stored_test(options.out, test)
     _check(options, test)
@@ -120,6 +123,8 @@ def _check(options: EvaluateOptions, test: Any) -> None:
     wrong = []
     if options.checkpoint is None and not options.score_only:
         wrong.append("--checkpoint is missing: the converted checkpoint or run to score")
+    if options.follow_links and options.root is None:
+        wrong.append("--follow-links: name the folder of the images as --root")
     if options.data is None:
         wrong.append("--data is missing: the benchmark's folder or file")
     unused, why = benchmarks.unused(test, options.decoding, options.recall)

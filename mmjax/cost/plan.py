@@ -287,7 +287,7 @@ def _state(trained: Any, optimizer: optax.GradientTransformation, seed: int, mes
 
 
 def batch_of(config: RunConfig, spec: ModelSpec, length: int) -> Batch:
-    """Returns the batch that the pipeline feeds, as shapes: rows with an image each, or lists of packed rows' images."""
+    """Returns the batch that the pipeline feeds, as shapes: rows with an image each, or the lists of packed rows."""
     groups = packing.Groups.of(config.data, sharding.num_shards(spec.mesh, "batch"))
     feature = None
     if config.data.features:

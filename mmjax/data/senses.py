@@ -16,6 +16,7 @@ import os
 import re
 import struct
 import unicodedata
+import zlib
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -443,6 +444,8 @@ def _parts(waveform: np.ndarray, rate: int, clips: int, seconds: float) -> Itera
 
 # ---- text ----
 
+MOST_MERGES = 2**26  # bytes of a file of merges, unpacked; the original's has 3 MB
+
 
 class WordTokenizer:
     """CLIP's byte pair encoding: lower case, merges within words, a suffix on each word's last piece.
@@ -459,7 +462,7 @@ class WordTokenizer:
         self._letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
         single = list(self._letters.values())
         count = vocab - 2 * len(single) - 2
-        lines = gzip.decompress(Path(path).read_bytes()).decode("utf-8").split("\n")[1:count + 1]
+        lines = _unpacked(path).split("\n")[1:count + 1]
         merges = [tuple(line.split()) for line in lines]
         if len(merges) < count or any(len(merge) != 2 for merge in merges):
             usable = sum(len(merge) == 2 for merge in merges)
@@ -506,6 +509,21 @@ class WordTokenizer:
                 i += width
             parts = joined
         return [self._ids[part] for part in parts]
+
+
+def _unpacked(path: str | Path) -> str:
+    """Returns the text in a gzip file. Raises ValueError naming a file that is damaged or unpacks to too much."""
+    try:
+        with gzip.open(path) as file:
+            content = file.read(MOST_MERGES + 1)
+        if len(content) > MOST_MERGES:
+            raise ValueError(f"it unpacks to more than {MOST_MERGES:,} bytes")
+        return content.decode("utf-8")
+    except FileNotFoundError:
+        raise
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(f"{path} is not a gzip file of merges that can be read: {error}. Download it again."
+                         ) from error
 
 
 _SHORT = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d")

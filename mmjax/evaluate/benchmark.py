@@ -25,6 +25,7 @@ from rich.table import Table
 from mmjax import files
 from mmjax.checkpoints import converted
 from mmjax.data import boxes, images
+from mmjax.data.formats.rows import Root
 from mmjax.data.text import without_placeholders
 from mmjax.evaluate import report
 from mmjax.evaluate.benchmarks import BENCHMARKS, Figure, Item, Scores
@@ -52,6 +53,7 @@ class Test:
     limit:    number of items, evenly spread over all of them; None for all
     in_words: generate text and read the choice from it, instead of ranking the choices by their loss
     rank_by:  the rule by which choices are ranked; see `mmjax.evaluate.rank.chosen`
+    follow_links: whether links may lead out of `root`
     """
 
     name: str
@@ -61,6 +63,7 @@ class Test:
     limit: int | None = None
     in_words: bool = False
     rank_by: Rule = "sum"
+    follow_links: bool = False
 
     def __post_init__(self):
         if self.name not in BENCHMARKS:
@@ -79,7 +82,8 @@ class Test:
 
     def items(self) -> list[Item]:
         """Returns the items. Raises FileNotFoundError or ValueError naming what cannot be used."""
-        items = BENCHMARKS[self.name].read(self.data, self.root, self.prompt)
+        root = None if self.root is None else Root.of(self.root, self.follow_links)
+        items = BENCHMARKS[self.name].read(self.data, root, self.prompt)
         count = len(items) if self.limit is None else min(self.limit, len(items))
         return [items[number * len(items) // count] for number in range(count)]
 

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -143,12 +143,18 @@ class RequestFilter:
     pages: paths of the page's own images, the only files that are served
     most:  maximum bytes of an uploaded file
     total: maximum bytes of an upload of several files
+    calls: number of inputs of each of the page's handlers, by its number; None to pass on any call
+
+    Requests of other sites are refused: their `Origin` is not the host that the request is for. A handler that fails
+    for the content of a call answers with the status 400.
 
     A cookie identifies a visitor. Unread files are deleted when the last of a visitor's open pages closes (each keeps a
     connection to "heartbeat" open), after `WAIT` seconds, or when the server ends.
     """
 
-    def __init__(self, inner: Any, uploads: Uploads, pages: Collection[str], most: int, total: int):
+    def __init__(self, inner: Any, uploads: Uploads, pages: Collection[str], most: int, total: int,
+                 calls: Mapping[int, int] | None = None):
+        self.calls = calls
         self.inner, self.uploads, self.pages, self.most, self.total = inner, uploads, frozenset(pages), most, total
         self.open: Counter[str] = Counter()
 
@@ -168,6 +174,8 @@ class RequestFilter:
 
     async def _pass(self, scope, receive, send, visitor):
         path, method = scope["path"], scope["method"]
+        if not _is_own_origin(scope):
+            raise RequestRefused(403, "This page does not answer requests from other sites.")
         known = {"GET": GET, "HEAD": GET, "POST": POST}.get(method)
         if not known or not known.fullmatch(path):
             raise RequestRefused(403, "This page does not serve that.")
@@ -180,6 +188,7 @@ class RequestFilter:
             return await self._keep(scope, receive, send, visitor)
         if route in ("queue/join", "run/predict"):
             scope, receive = await self._checked(scope, receive, visitor)
+            return await self._guarded(scope, receive, send)
         if not route.startswith("heartbeat/"):
             return await self.inner(scope, receive, send)
         self.open[visitor] += 1
@@ -191,22 +200,45 @@ class RequestFilter:
                 del self.open[visitor]
                 self.uploads.leave(visitor)
 
+    async def _guarded(self, scope, receive, send):
+        """Passes on a call. If Gradio fails for its content, answers with the status 400 in place of 500."""
+        begun, failed = False, False
+
+        async def sent(message):
+            nonlocal begun, failed
+            if message["type"] == "http.response.start":
+                failed = message["status"] >= 500
+                begun = not failed
+            if not failed:
+                await send(message)
+
+        try:
+            await self.inner(scope, receive, sent)
+        except Exception as error:
+            if begun:
+                raise
+            raise RequestRefused(400, "The request cannot be processed.") from error
+        if failed:
+            raise RequestRefused(400, "The request cannot be processed.")
+
     async def _checked(self, scope, receive, visitor):
         """Returns (scope, receive) of the same request with only permitted content in its body."""
         body = await _body(receive)
         try:
             content = files.parse_json(body)
             if not isinstance(content, dict):
-                raise ValueError("not an object")
+                raise ValueError("it is not a JSON object")
             content = {key: content[key] for key in FIELDS if key in content}
         except (ValueError, RecursionError) as error:
-            raise RequestRefused(400, "The request is not a JSON object.") from error
+            raise RequestRefused(400, f"The request is not one of this page: {error}") from error
         try:
             body = json.dumps(self.uploads.admitted(visitor, content, self.pages)).encode()
         except RecursionError as error:
             raise RequestRefused(400, "The request is nested too deeply.") from error
         except ValueError as error:
             raise RequestRefused(403, str(error)) from error
+        if problem := _call_problem(content, self.calls):
+            raise RequestRefused(400, f"The request is not one of this page: {problem}")
         headers = [(name, value) for name, value in scope["headers"]
                    if name.lower() not in (b"content-length", b"content-type", b"transfer-encoding")]
         headers += [(b"content-length", str(len(body)).encode()), (b"content-type", b"application/json")]
@@ -238,6 +270,32 @@ class RequestFilter:
         except (HTTPException, MultiPartException) as error:
             raise RequestRefused(400, f"The upload was refused: {getattr(error, 'detail', error)}") from error
         await _answer(send, 200, json.dumps(paths), b"application/json")
+
+
+def _is_own_origin(scope) -> bool:
+    """Returns whether a request is from this page, or has no origin, as one that a visitor types in or follows."""
+    headers = dict(scope["headers"])
+    if (origin := headers.get(b"origin")) is None:
+        return True
+    host = origin.partition(b"://")[2].lower()
+    return bool(host) and host in (headers.get(b"host", b"").lower(), headers.get(b"x-forwarded-host", b"").lower())
+
+
+def _call_problem(content: dict[str, Any], calls: Mapping[int, int] | None) -> str | None:
+    """Returns what is wrong with a call of a handler; None for one as the page sends it."""
+    number, data, session = content.get("fn_index"), content.get("data"), content.get("session_hash")
+    if not isinstance(number, int) or isinstance(number, bool) or calls is not None and number not in calls:
+        return "fn_index is not the number of a handler"
+    if not isinstance(data, list) or calls is not None and len(data) != calls[number]:
+        return "data is not the list of the handler's inputs"
+    if not isinstance(session, str) or not re.fullmatch(r"[\w-]{1,64}", session, re.ASCII):
+        return "session_hash is not the name of a session"
+    if not isinstance(content.get("event_data"), (dict, type(None))):
+        return "event_data is not an object"
+    trigger = content.get("trigger_id")
+    if trigger is not None and (not isinstance(trigger, int) or isinstance(trigger, bool)):
+        return "trigger_id is not a number"
+    return None
 
 
 def _visitor(scope, send):

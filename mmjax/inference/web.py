@@ -34,6 +34,7 @@ from mmjax.inference.uploads import RequestFilter, Uploads
 MAX_BYTES = 20 * 2**20  # of an uploaded file
 MAX_PIXELS = 40_000_000  # of an image; decoded they take six times the bytes of the largest file
 MAX_IMAGES = 16  # of one visitor
+MAX_QUESTION = 4_000  # characters
 THUMBNAIL = 320  # pixels, the longer side of what the page shows
 LOOPBACK = ("127.0.0.1", "localhost")
 EXAMPLES = 8
@@ -128,6 +129,10 @@ class Visit:
 
     def ask(self, question: str) -> None:
         """Adds a question to the conversation. Raises ValueError for an invalid one."""
+        if not isinstance(question, str):
+            raise ValueError("The question is no text.")
+        if len(question) > MAX_QUESTION:
+            raise ValueError(f"A question may have {MAX_QUESTION:,} characters; this one has {len(question):,}.")
         self.talk.ask(question)
         given = "".join(self.waiting.values())
         self.messages += [{"role": "user", "content": f"{given}\n\n{_literal(question)}".strip()},
@@ -247,8 +252,8 @@ class Handlers:
             settings = dataclasses.replace(self.page.settings, temperature=float(temperature), num_beams=int(beams),
                                            top_p=float(top_p), max_new_tokens=int(tokens))
             visit.ask(question)
-        except ValueError as error:
-            yield visit.messages, question, _notice([str(error)])
+        except (ValueError, TypeError, OverflowError) as error:  # such as NaN, or no number, in a call of a program
+            yield visit.messages, question if isinstance(question, str) else "", _notice([str(error)])
             return
         yield visit.messages, "", ""
         try:
@@ -308,7 +313,7 @@ def blocks(model: Loaded, page: Page, uploads: Uploads) -> Any:
                                   layout="bubble", placeholder="Show an image, then ask about it.")
                 with gr.Row():
                     question = gr.Textbox(show_label=False, placeholder="Ask something", lines=1, max_lines=6, scale=8,
-                                          max_length=4000, autofocus=True, elem_id="question", container=False)
+                                          max_length=MAX_QUESTION, autofocus=True, elem_id="question", container=False)
                     send = gr.Button("Ask", variant="primary", scale=1, min_width=80, elem_id="send")
                     stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
                     reset = gr.Button("Reset", scale=1, min_width=80, elem_id="reset")
@@ -394,8 +399,10 @@ def app(model: Loaded, page: Page, host: str = LOOPBACK[0]) -> Any:
     uploads = Uploads(gr.utils.get_upload_folder())  # Gradio does not copy files in it
     page_blocks = blocks(model, page, uploads)
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    outer.add_middleware(RequestFilter, uploads=uploads, pages=_paths(page_blocks.get_config_file()), most=MAX_BYTES,
-                         total=MAX_BYTES * MAX_IMAGES)
+    config = page_blocks.get_config_file()
+    outer.add_middleware(RequestFilter, uploads=uploads, pages=_paths(config), most=MAX_BYTES,
+                         total=MAX_BYTES * MAX_IMAGES,
+                         calls={call["id"]: len(call["inputs"]) for call in config["dependencies"]})
     outer.add_middleware(Headers)
     if host in LOOPBACK:
         outer.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK])

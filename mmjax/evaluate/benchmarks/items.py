@@ -79,7 +79,7 @@ def json_lines(file: Path) -> dict[int, bytes]:
     return {number: line for number, line in enumerate(file.read_bytes().split(b"\n"), 1) if line.strip()}
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096, typed=True)  # a `Root` is not an equal string
 def find_image(root: str, name: str) -> str:
     """Returns the path of an image below a root; raises ValueError if it does not exist, or is outside the root."""
     path = image_path(root, name)
