@@ -21,7 +21,7 @@ CONFIG = RunConfig(
     out=out,
     weights=WeightsConfig(checkpoint=checkpoint, dtype="float32"),
     data=DataConfig(path=images, prompts=("<Img><ImageHere></Img> What is it?",), batch_size=8, length_multiple=64,
-                    pack_length=None),
+                    max_bad_share=0.5),
     text=TextConfig(prompt_template="###Human: {} ###Assistant: ", end_sym="###", max_txt_len=32),
     optim=OptimConfig(init_lr=1e-3, warmup_steps=1, epochs=1, steps_per_epoch=10),
     mesh=MeshConfig(*map(int, mesh.split(","))),

@@ -1,9 +1,13 @@
 """Several processes of one run: how they are told of each other, and that they do what one does."""
 
+import atexit
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +48,19 @@ def test_one_process_needs_nobody():
     assert distributed.all_sum(2, 3) == [2, 3] and distributed.all_gather_objects([{"a": 1}]) == [{"a": 1}]
 
 
+@functools.cache
+def broken_images():
+    folder = Path(tempfile.mkdtemp(prefix="mmjax-tests-")) / "images"
+    atexit.register(shutil.rmtree, folder.parent)
+    shutil.copytree(small.images(), folder)
+    file = folder / "image" / "2.jpg"
+    file.write_bytes(file.read_bytes()[:100])
+    return folder
+
+
 def start(out, mesh, process=0, processes=1, devices=8, port=0, kill=()):
-    """A process of a run of ten steps."""
-    words = (small.checkpoint(), small.images(), out, port, process, processes, devices, mesh, *kill)
+    """A process of a run of ten steps; one of its images is broken."""
+    words = (small.checkpoint(), broken_images(), out, port, process, processes, devices, mesh, *kill)
     return subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "one_of_two.py"), *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
@@ -83,6 +97,8 @@ def test_two_processes_are_killed_and_go_on_as_one_that_never_stopped(tmp_path):
     expected, found = lines(tmp_path / "alone"), lines(tmp_path / "two")
     assert [line["step"] for line in found] == list(range(10))
     np.testing.assert_allclose([line["loss"] for line in found], [line["loss"] for line in expected], rtol=1e-6)
+    errors, again = (lines(tmp_path / name, "data_errors.jsonl") for name in ("alone", "two"))
+    assert errors == again and len(errors) > 1
     one, two = (training_checkpoints.trained(tmp_path / name / "checkpoints") for name in ("alone", "two"))
     for path, leaf in one.items():
         np.testing.assert_allclose(two[path], leaf, atol=2e-6, err_msg=path)
