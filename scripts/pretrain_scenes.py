@@ -64,7 +64,6 @@ from mmjax.families.model import example_batch
 from mmjax.models.eva_vit import EvaVit, VitConfig
 from mmjax.models.layers import LayerNorm
 from mmjax.models.llama import Llama, LlamaConfig
-from mmjax.models.masks import causal_mask
 from mmjax.models.pixels import normalise
 from mmjax.models.qformer import QFormer, QFormerConfig
 from mmjax.tokenizer import Tokenizer

@@ -79,10 +79,10 @@ def test_the_figures_of_a_text(there):
     assert row["flops"] == flops and row["estimate_ms"] == pytest.approx(1e3 * 7_050 / clock)
     assert row["share_of_peak"] == pytest.approx(1e9 / 197e12 / (7_050 / clock))
     assert (row["temporaries_bytes"], row["per_call_bytes"], row["fits"], row["sent_bytes"]) == (5, 0, True, 0)
-    assert row["parts"]["products"]["flops"] == flops and row["parts"]["recomputed"]["ms"] == 0
+    assert row["parts"]["feed-forward"]["flops"] == flops and row["parts"]["recomputed"]["ms"] == 0
     assert json.loads(json.dumps(row)) == row
     *_, line = compiled.markdown([row]).splitlines()
-    assert line.startswith("| `vit` | v5e:1x1 | 0.0 | 0.0 | 1.08 |") and "products" in line
+    assert line.startswith("| `vit` | v5e:1x1 | 0.0 | 0.0 | 1.08 |") and "feed-forward" in line
 
 
 def test_a_program_that_makes_tokens_counts_an_iteration_and_the_call_around_it(there, monkeypatch):
@@ -132,7 +132,7 @@ def test_compiled_programs_are_kept_and_read(there, monkeypatch, tmp_path, capsy
         compiled.main(["--program", "vit", "--topology", "v5e", "--texts", str(tmp_path / "texts")])
     shown = capsys.readouterr().out
     assert calls == ["vit"] and "not compiled again, read from" in shown
-    assert "Compiled, not run" in shown and "50%" in shown and "products" in shown
+    assert "Compiled, not run" in shown and "50%" in shown and "feed-forward" in shown
 
 
 @pytest.mark.parametrize(("args", "message"), [

@@ -34,9 +34,10 @@ COLLECTIVES, COPIES, KERNELS, OTHER = "collectives", "copies", "attention kernel
 PARTS = (
     ("norms", r"norm\w*/|/ln_\w+/"),
     ("rope", r"[/@]rope\b"),
-    ("products", r"/(attn|cross|attention)/(q|k|v|o|qkv)/|/(gate|up|down|fc1|fc2|mlp|projector|patch|proj|bind)/"),
+    ("projections", r"/(attn|cross|attention)/(q|k|v|o|qkv)/|/(projector|patch|proj)/"),
+    ("feed-forward", r"/(gate|up|down|fc1|fc2|mlp|bind)/"),
     ("scores and softmax", r"/(attn|cross|attention)(/|$)|splash|flash|softmax(?!_cross)"),
-    ("logits and loss", r"logits|softmax_cross|/head/|loss|branch_\d+_fun|argsort|take_along"),
+    ("logits and loss", r"logits|softmax_cross|loss|branch_\d+_fun|argsort|take_along"),
     ("embedding", r"embed"),
 )
 DATA_MOVEMENT = {"copy", "copy-start", "slice-start", "slice", "dynamic-slice", "dynamic-update-slice", "transpose",

@@ -89,8 +89,8 @@ def test_a_loop_counts_each_iteration():
     assert found.flops == 7 * 2 * 16 * 64 * 32
     assert found.seconds == pytest.approx((7 * 1000 + 50) / CHIP.clock)
     parts = {part.name: part for part in found.parts}
-    assert parts["products"].flops == found.flops  # named by the product in the fusion, not by its last operation
-    assert parts["products"].wasted == pytest.approx(7000 / CHIP.clock - found.flops / CHIP.flops)
+    assert parts["feed-forward"].flops == found.flops  # named by the product in the fusion, not by its last operation
+    assert parts["feed-forward"].wasted == pytest.approx(7000 / CHIP.clock - found.flops / CHIP.flops)
     assert parts["copies"].seconds == pytest.approx(50 / CHIP.clock) and parts["copies"].bytes == 2 * 64 * 32 * 2
     assert sum(part.seconds for part in parts.values()) == pytest.approx(found.seconds)
 
@@ -107,8 +107,8 @@ def test_one_iteration_of_a_loop_and_the_rest():
 @pytest.mark.parametrize(("scope", "part"), [
     ("jit(step)/jvp(M.hidden)/llm/while/body/layers/attn_norm/mul", "norms"),
     ("jit(step)/vit/while/body/blocks/norm1/sub", "norms"), ("jit(step)/ln_vision/mul", "norms"),
-    ("jit(step)/llm/while/body/layers/attn/q/q.matmul/BTD,DNH->BTNH/dot_general", "products"),
-    ("jit(step)/llm/while/body/layers/mlp/mul", "products"), ("jit(step)/vit/blocks/mlp/fc1/add", "products"),
+    ("jit(step)/llm/while/body/layers/attn/q/q.matmul/BTD,DNH->BTNH/dot_general", "projections"),
+    ("jit(step)/llm/while/body/layers/mlp/mul", "feed-forward"), ("jit(step)/vit/blocks/mlp/fc1/add", "feed-forward"),
     ("jit(step)/llm/while/body/layers/attn/BKGTH,BKSH->BKGTS/dot_general", "scores and softmax"),
     ("jit(step)/qformer/layer_0/cross/reduce_max", "scores and softmax"),
     ("jit(step)/llm/while/body/layers/attn/rope/mul", "rope"),

@@ -316,7 +316,7 @@ def test_sounds_as_programs_write_them(tmp_path):
     (wav(1, 64, bytes(64)), "64 bits, not 8, 16, 24, 32"),
     (wav(1, 36, bytes(40)), "36"), (wav(1, 40, bytes(40)), "40 bits, not"), (wav(6, 8, bytes(64)), "unknown format: 6"),
     (wav(3, 32, np.float32([0, np.nan, np.inf]).tobytes()), "2 of 3 numbers are NaN or infinite"),
-    (wav(1, 16, bytes(64), rate=2**31 - 1), "samples a second; whole numbers from 40"), (b"RIFF", "does not begin with"),
+    (wav(1, 16, bytes(64), rate=2**31 - 1), "samples a second; whole"), (b"RIFF", "does not begin with"),
     (wav(1, 16, b"").replace(b"data", b"atad"), "it has no samples")])
 def test_sounds_that_cannot_be_used(content, said, tmp_path):
     with pytest.raises(ValueError, match=f"a.wav .*{said}"):
