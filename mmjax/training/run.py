@@ -208,6 +208,7 @@ def set_up(config: RunConfig) -> Job:
         raise ValueError(f"data.random_crop is for models that crop images; images of {source.family} "
                          + (f"are read with the fit {images.fit!r}" if images else "are not read")
                          + ". Set data.random_crop = False.")
+    kernels.select(mesh.devices.flat[0].platform, config.attention)  # refuses a kernel that the devices cannot run
     spec = model_spec(config, source, mesh)
     earlier = converted.trained_params(Path(config.weights.start_from)) if config.weights.start_from else None
     stored = encode_features.load(config, source, spec.trained, records, earlier) if config.data.features else None
