@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mmjax.models.blocks import BLOCKS_AXES, blocks
-from mmjax.models.kernels import XLA, Kernels
+from mmjax.models.kernels import XLA, Kernels, scan_rows
 from mmjax.models.layers import LayerNorm, Project, in_float32, repeat_rows
 
 EPS = 1e-5  # torch's default
@@ -71,6 +71,7 @@ class Clip(nn.Module):
         x = jnp.concatenate([repeat_rows(cls[None], B, self.dtype), x], axis=1)
         x = in_float32(jnp.add, x, self.param("pos", nn.initializers.normal(0.02), (1 + c.grid**2, c.dim)))
         x = LayerNorm(EPS, name="pre_norm")(x)
-        x, _ = blocks(c.depth, c.heads, c.hidden, EPS, quick_gelu, self.kernels)(x)
+        layers = blocks(c.depth, c.heads, c.hidden, EPS, quick_gelu, self.kernels)
+        x = scan_rows(layers, x, heads=c.heads, kernels=self.kernels)
         x = LayerNorm(EPS, name="post_norm")(x)
         return Project((c.dim, c.out), name="out")("BTD,DE->BTE", x)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mmjax.models.kernels import XLA, Kernels
+from mmjax.models.kernels import XLA, Kernels, scan_rows
 from mmjax.models.layers import (
     FeedForward,
     LayerNorm,
@@ -136,5 +136,5 @@ class EvaVit(nn.Module):
             split_rngs={"params": True, "vit": True},
             length=c.depth,
         )
-        x, _ = blocks(c, self.kernels, name="blocks")(x, jnp.linspace(0, c.drop_path, c.depth))
-        return x
+        layers = blocks(c, self.kernels, name="blocks")
+        return scan_rows(layers, x, jnp.linspace(0, c.drop_path, c.depth), heads=c.heads, kernels=self.kernels)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from mmjax.models.kernels import XLA, Kernels
+from mmjax.models.kernels import XLA, Kernels, scan_rows
 from mmjax.models.layers import FeedForward, LayerNorm, Project, in_float32, repeat_rows, resize_positions, unit
 from mmjax.models.masks import AttentionMask
 from mmjax.models.senses import SENSES
@@ -349,7 +349,8 @@ class Tower(nn.Module):
             split_rngs={"params": True, "imagebind": True},
             length=c.depth,
         )
-        x, _ = blocks(c, self.kernels, name="blocks")(x, jnp.linspace(0, c.drop_path, c.depth))
+        layers = blocks(c, self.kernels, name="blocks")
+        x = scan_rows(layers, x, jnp.linspace(0, c.drop_path, c.depth), heads=c.heads, kernels=self.kernels)
         index = jnp.argmax(inputs, axis=-1) if c.causal else jnp.zeros(len(x), jnp.int32)
         return Postprocess(c, name="post")(Head(c, self.out, name="head")(x, index))
 

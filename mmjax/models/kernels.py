@@ -10,11 +10,12 @@ B batch   T query tokens   S key tokens   N query heads   K key and value heads 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import DenyList
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import PartitionSpec
@@ -25,7 +26,7 @@ from mmjax.models.remat import ATTENTION, QKV
 
 CHOICES = ("auto", "xla", "splash")
 SUBLANES, LANES = 8, 128  # of a TPU's tile; the splash kernel takes rows of a multiple of LANES
-CHUNK_BYTES = 64 * 2**20  # half of a TPU's VMEM
+SCORES_BYTES = 64 * 2**20  # half of a TPU's VMEM
 BLOCKS = (512, 384, 256, 128)  # of the splash kernel; the largest that divides a row is used
 PADDING = -1  # id of the slots that pad a row; `causal_mask` gives it to no token
 
@@ -37,14 +38,14 @@ class Kernels:
     attention:      "splash" is used for causal bfloat16 attention of whole rows, "xla" for all other attention
     float32_scores: "xla" keeps scores in float32. False: it rounds them to the dtype of the queries before the softmax,
                     for devices where XLA writes them to memory
-    chunk_bytes:    "xla" computes attention without a mask for a part of the rows at a time, whose scores take no more
-                    memory than this, so that they need not leave the memory beside the arithmetic; None: all at once
+    scores_bytes:   an encoder processes as many rows at a time as have scores of this size in a layer, so that XLA can
+                    keep them in the memory beside the arithmetic; None: all rows at once
     interpret:      interpret kernels on any platform, slowly and in any dtype; for tests
     """
 
     attention: Literal["xla", "splash"] = "xla"
     float32_scores: bool = True
-    chunk_bytes: int | None = None
+    scores_bytes: int | None = None
     interpret: bool = False
 
     @property
@@ -67,25 +68,22 @@ class Kernels:
         mask = AttentionMask() if mask is None else mask
         if self._can_splash(q, k, mask) and drop is None:
             return _splash(q, k, v, mask, self.interpret)
-        dense, scores_dtype = mask.dense(q.shape[1], k.shape[1]), jnp.float32 if self.float32_scores else q.dtype
-        if dense is None and drop is None and (rows := self._rows_of_a_chunk(q, k)) is not None:
-            return _in_chunks(lambda q, k, v: attend(q, k, v, scores_dtype=scores_dtype), rows, q, k, v)
-        return attend(q, k, v, dense, drop, scores_dtype)
+        dense = mask.dense(q.shape[1], k.shape[1])
+        return attend(q, k, v, dense, drop, jnp.float32 if self.float32_scores else q.dtype)
 
     def _can_splash(self, q: jax.Array, k: jax.Array, mask: AttentionMask) -> bool:
         whole_rows = mask.causal and mask.start is None and q.shape[1] == k.shape[1]
         return (self.attention == "splash" and whole_rows and (self.interpret or q.dtype == jnp.bfloat16)
                 and q.shape[0] % _num_shards("batch") == 0)
 
-    def _rows_of_a_chunk(self, q: jax.Array, k: jax.Array) -> int | None:
-        """Returns how many rows of each device have scores of at most `chunk_bytes`; None: all of them."""
-        (B, T, N, _), S, shards = q.shape, k.shape[1], _num_shards("batch")
-        if self.chunk_bytes is None or B % shards or S < LANES:
-            return None
-        of_a_row = 4 * N * (T + -T % SUBLANES) * (S + -S % LANES)
-        rows = next(rows for rows in range(B // shards, 0, -1)
-                    if B // shards % rows == 0 and (rows == 1 or rows * of_a_row <= self.chunk_bytes))
-        return None if rows == B // shards else rows
+    def rows_at_once(self, rows: int, tokens: int, heads: int) -> int:
+        """Returns how many of the rows [B,T,D] of an encoder each device should process at once, see `scores_bytes`."""
+        local = rows // _num_shards("batch")
+        if self.scores_bytes is None or rows % _num_shards("batch") or not local:
+            return rows
+        of_a_row = 4 * heads * (tokens + -tokens % SUBLANES) * (tokens + -tokens % LANES)
+        return next(count for count in range(local, 0, -1)
+                    if local % count == 0 and (count == 1 or count * of_a_row <= self.scores_bytes))
 
 
 XLA = Kernels()
@@ -104,7 +102,7 @@ def select(platform: str, attention: str = "auto") -> Kernels:
                          f"{platform!r}. Use 'auto' or 'xla'.")
     if platform != "tpu":
         return Kernels(float32_scores=platform != "gpu")
-    return Kernels("xla" if attention == "xla" else "splash", chunk_bytes=CHUNK_BYTES)
+    return Kernels("xla" if attention == "xla" else "splash", scores_bytes=SCORES_BYTES)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None,
@@ -127,20 +125,22 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
     return jnp.moveaxis(out, 3, 1).reshape(B, T, N, H)
 
 
-def _in_chunks(attend: Callable[..., jax.Array], rows: int, *inputs: jax.Array) -> jax.Array:
-    """Calls `attend` with `rows` rows of each device's shard of the inputs [B,...] after another."""
-    shards = _num_shards("batch")
+def scan_rows(layers: nn.Module, x: jax.Array, *others: Any, heads: int, kernels: Kernels) -> jax.Array:
+    """Calls `layers(x, *others)`, which returns (x, None), with as many rows of x [B,T,D] at a time as
+    `Kernels.rows_at_once` says."""
+    B, T, _ = x.shape
+    rows, shards = kernels.rows_at_once(B, T, heads), _num_shards("batch")
+    if rows * shards >= B:
+        return layers(x, *others)[0]
+    parts = jnp.moveaxis(x.reshape(shards, -1, rows, *x.shape[1:]), 1, 0)
 
-    def chunks(x: jax.Array) -> jax.Array:
-        """[B,...] -> [chunks,shards,rows,...]"""
-        return jnp.moveaxis(x.reshape(shards, -1, rows, *x.shape[1:]), 1, 0)
+    def part(layers: nn.Module, carry: None, x: jax.Array) -> tuple[None, jax.Array]:
+        out = layers(x.reshape(shards * rows, *x.shape[2:]), *others)[0]
+        return carry, out.reshape(x.shape)
 
-    def of_a_chunk(parts: tuple[jax.Array, ...]) -> jax.Array:
-        out = attend(*(x.reshape(shards * rows, *x.shape[2:]) for x in parts))
-        return out.reshape(shards, rows, *out.shape[1:])
-
-    out = jax.lax.map(of_a_chunk, tuple(map(chunks, inputs)))
-    return jnp.moveaxis(out, 0, 1).reshape(inputs[0].shape)
+    scanned = nn.scan(part, variable_broadcast="params", variable_axes={"intermediates": 0},
+                      split_rngs={"params": False, DenyList("params"): True})
+    return jnp.moveaxis(scanned(layers, None, parts)[1], 0, 1).reshape(B, *x.shape[1:])
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, interpret: bool) -> jax.Array:

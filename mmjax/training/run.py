@@ -174,6 +174,7 @@ def set_up(config: RunConfig) -> Job:
         raise ValueError(f"data.batch_size = {config.data.batch_size} cannot be divided into "
                          f"{sharding.num_shards(mesh, 'batch')} shards (mesh {dict(mesh.shape)}).")
     collate.check_model(config.data, source.config)
+    kernels.select(mesh.devices.flat[0].platform, config.attention)  # refuses a kernel that the devices cannot run
     spec = model_spec(config, source, mesh)
     earlier = converted.trained_params(Path(config.weights.start_from)) if config.weights.start_from else None
     stored = encode_features.load(config, source, spec.trained, records, earlier) if config.data.features else None

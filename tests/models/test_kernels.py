@@ -1,6 +1,7 @@
 """The kernels compute what the dense form computes, and no token of one segment reaches another. Fused kernels are
 interpreted."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.models import kernels, remat
+from mmjax.models import eva_vit, kernels, remat
 from mmjax.models.kernels import XLA, Kernels, attend
 from mmjax.models.masks import AttentionMask, cached_mask, causal_mask
 from tests import tiny
@@ -164,13 +165,21 @@ def test_float32_caches_and_attention_that_is_not_causal_stay_with_xla():
     assert not splash._can_splash(q, q, AttentionMask())
 
 
-def test_rows_in_chunks_are_the_rows():
-    q, k, v = (draw(6, 130, 2, 8) for _ in range(3))
-    chunked = Kernels(chunk_bytes=3 * 4 * 2 * 136 * 256)
-    assert chunked._rows_of_a_chunk(q, k) == 3
-    assert Kernels(chunk_bytes=1)._rows_of_a_chunk(q, k) == 1
-    assert Kernels(chunk_bytes=2**30)._rows_of_a_chunk(q, k) is None
-    np.testing.assert_allclose(tiny.jit(chunked.attend)(q, k, v), tiny.jit(XLA.attend)(q, k, v), atol=1e-6)
+def test_an_encoder_processes_a_few_rows_at_a_time_and_returns_the_same():
+    cfg = dataclasses.replace(eva_vit.TINY, drop_path=0.5)
+    images = draw(6, 3, 28, 28)
+    whole = eva_vit.EvaVit(cfg)
+    few = whole.clone(kernels=Kernels(scores_bytes=3 * 4 * 4 * 24 * 128))
+    assert few.kernels.rows_at_once(6, 17, 4) == 3
+    assert Kernels(scores_bytes=1).rows_at_once(6, 17, 4) == 1 and XLA.rows_at_once(6, 17, 4) == 6
+    params = tiny.module_params(whole, images)
+    assert jax.tree.structure(params) == jax.tree.structure(tiny.module_params(few, images))
+    found, expected = (tiny.jit(lambda images, module=module: module.apply({"params": params}, images))(images)
+                       for module in (few, whole))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    same, rngs = np.tile(images[:1], (6, 1, 1, 1)), {"vit": jax.random.key(0)}
+    dropped = tiny.jit(lambda images: few.apply({"params": params}, images, rngs=rngs))(same)
+    assert len({np.asarray(row).tobytes() for row in dropped}) > 2  # each row draws its own
 
 
 # ---- what is saved for the backward pass ----
