@@ -98,7 +98,7 @@ def test_missing_names_have_neighbours(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "said"), [
-    (gzip.compress(b"[]"), "is compressed with gzip. Unpack it first: gunzip some.json"), (b"PK\3\4", "a zip archive"),
+    (gzip.compress(b"[]", mtime=0), "is compressed with gzip. Unpack it first: gunzip some.json"), (b"PK\3\4", "a zip archive"),
     ("[]".encode("utf-16"), "is UTF-16, but UTF-8 is expected"), (b"version https://git-lfs", "a Git LFS pointer"),
     (b"<!DOCTYPE html>", "is a web page"), (b"[" * 10, "is damaged, it is not JSON")])
 def test_files_that_are_something_else_say_what(content, said, tmp_path):
@@ -109,7 +109,7 @@ def test_files_that_are_something_else_say_what(content, said, tmp_path):
 
 
 def test_a_tab_separated_file_that_is_compressed(tmp_path):
-    layouts.put(tmp_path / "a.csv.gz", gzip.compress(b"url\tcaption\n"))
+    layouts.put(tmp_path / "a.csv.gz", gzip.compress(b"url\tcaption\n", mtime=0))
     layouts.put(tmp_path / "pretrain.yaml", "META:\n- a.csv.gz\n")
     with pytest.raises(ValueError, match="a.csv.gz is compressed with gzip. Unpack it first: gunzip a.csv.gz"):
         imagebind_llm_pretrain(str(tmp_path))
