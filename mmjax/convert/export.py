@@ -60,7 +60,8 @@ def export_part(source: ConvertedCheckpoint, part: str, out: Path, trained: Mapp
     if merge_lora:
         _check_merge(source, part, parts[part])
     elif parts[part].base and lora_rank(cfg):
-        note(f"{out}: this is the base model, without its LoRA. To add it, export with --merge-lora.")
+        note(f"{out}: this is the base model, without its LoRA."
+             + " To add it, export with --merge-lora." * (not cfg.injects))
     stored, trained = frozen_weights.arrays(source.folder / "weights"), trees.flatten(trained or {})
     _write(parts[part], source, stored, trained, out, format, merge_lora)
 
@@ -82,8 +83,13 @@ def _check_merge(source: ConvertedCheckpoint, part: str, export: Export) -> None
 
 
 def merged(arrays: Mapping[str, Any], llm: Any) -> dict[str, Any]:
-    """Returns the parameters with LoRA added: W + (alpha / R) · A B, in float32, rounded once to the dtype of W."""
+    """Returns the parameters with LoRA added: W + (alpha / R) · A B, in float32, rounded once to the dtype of W.
+
+    Raises ConversionError if there is no LoRA among them.
+    """
     weights = {path.removesuffix("lora_a") + "w": path.removesuffix("a") for path in arrays if path.endswith("/lora_a")}
+    if not weights:
+        raise ConversionError("The LoRA was never trained: there is nothing to merge. Export without --merge-lora.")
     return {**arrays, **{path: Merged(arrays[path], arrays[f"{lora}a"], arrays[f"{lora}b"],
                                       llm.lora_alpha / llm.lora_rank) for path, lora in weights.items()}}
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mmjax.checkpoints.converted import ConvertedCheckpoint
-from mmjax.convert import torch_file, write
+from mmjax.convert import safetensors, torch_file, write
 from mmjax.convert.export import export, export_part
 from mmjax.convert.tables import ConversionError
 from mmjax.families import config_from_dict, imagebind_llm
@@ -77,6 +77,29 @@ def test_llama_folder(checkpoints, tmp_path, monkeypatch):
                         for folder in (tmp_path / "llama", CKPT / "llama_hf"))
     same = original.keys() - {"initializer_range", "transformers_version", "use_cache"}
     assert {key: config[key] for key in same} == {key: original[key] for key in same}
+
+
+def test_llama_folder_in_safetensors_with_lora_merged(checkpoints, tmp_path, monkeypatch, capsys):
+    for shard_bytes, count in ((5 * 10**9, 1), (200_000, 3)):
+        monkeypatch.setattr("mmjax.convert.llama.SHARD_BYTES", shard_bytes)
+        export(checkpoints / "v2", "llm", tmp_path / f"base{count}", format="hf")
+        assert "without its LoRA. To add it, export with --merge-lora" in capsys.readouterr().err
+        shards = sorted((tmp_path / f"base{count}").glob("*.safetensors"))
+        assert len(shards) == count and (shards[0].name == "model.safetensors") == (count == 1)
+        assert (tmp_path / f"base{count}" / "tokenizer.model").is_file()
+        held = {key: tensor.read() for path in shards for key, tensor in safetensors.load(path).items()}
+        assert_same(held, llama_tensors())
+    export(checkpoints / "v2", "llm", tmp_path / "merged", format="hf", merge_lora=True)
+    key, lora = "model.layers.1.self_attn.q_proj.weight", tensors(V2["lora"])
+    a, b = (lora[f"llama_model.base_model.model.{key.replace('weight', f'lora_{side}.weight')}"] for side in "AB")
+    held = {key: tensor.read() for path in (tmp_path / "merged").glob("*.safetensors")
+            for key, tensor in safetensors.load(path).items()}
+    expected = llama_tensors()[key].astype(np.float32) + 16 / 4 * b.astype(np.float32) @ a.astype(np.float32)
+    np.testing.assert_allclose(held[key], expected, rtol=2e-3, atol=1e-4)
+    untouched = "model.layers.1.self_attn.o_proj.weight"
+    np.testing.assert_array_equal(held[untouched], llama_tensors()[untouched])
+    with pytest.raises(ConversionError, match="has no LoRA to merge"):
+        export(checkpoints / "minigpt4", "llm", tmp_path / "none", merge_lora=True)
 
 
 def test_trained_parameters_take_the_checkpoints_place(checkpoints, tmp_path):
