@@ -98,7 +98,8 @@ def test_missing_names_have_neighbours(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "said"), [
-    (gzip.compress(b"[]", mtime=0), "is compressed with gzip. Unpack it first: gunzip some.json"), (b"PK\3\4", "a zip archive"),
+    (gzip.compress(b"[]", mtime=0), "is compressed with gzip. Unpack it first: gunzip some.json"),
+    (b"PK\3\4", "a zip archive"),
     ("[]".encode("utf-16"), "is UTF-16, but UTF-8 is expected"), (b"version https://git-lfs", "a Git LFS pointer"),
     (b"<!DOCTYPE html>", "is a web page"), (b"[" * 10, "is damaged, it is not JSON")])
 def test_files_that_are_something_else_say_what(content, said, tmp_path):
