@@ -295,12 +295,12 @@ def _wav_format(chunk: bytes) -> tuple[int, int, int, int]:
         kind = int.from_bytes(chunk[24:26], "little")  # the first bytes of the subformat
     if kind not in BITS:
         raise ValueError(f"unknown format: {kind}")
-    bits = -(-bits // 8) * 8  # fewer are in the upper bits of whole bytes
-    if bits not in BITS[kind]:
+    whole = -(-bits // 8) * 8  # fewer are in the upper bits of whole bytes
+    if whole not in BITS[kind]:
         raise ValueError(f"its samples have {bits} bits, not {', '.join(map(str, BITS[kind]))}")
-    if not channels or width != channels * bits // 8:
+    if not channels or width != channels * whole // 8:
         raise ValueError(f"it says {channels} channels of {bits} bits, but {width} bytes for all of them")
-    return kind, channels, rate, bits
+    return kind, channels, rate, whole
 
 
 def _wav_samples(raw: bytes, header: WavHeader) -> np.ndarray:

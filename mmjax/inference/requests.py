@@ -133,7 +133,8 @@ def _files_below(folder: Path, follow_links: bool) -> Iterator[tuple[Path, bool]
 
 def _left_reason(folder: Path, path: Path, linked_folder: bool, follow_links: bool) -> str | None:
     """Returns why a file or linked folder is not answered; None for an image."""
-    outside = not os.path.realpath(path).startswith(os.path.realpath(folder).rstrip(os.sep) + os.sep)
+    base, real = os.path.realpath(folder), os.path.realpath(path)
+    outside = real != base and not real.startswith(base.rstrip(os.sep) + os.sep)
     if linked_folder:
         return OUTSIDE if outside and not follow_links else "linked folders whose files are here already"
     if path.name.startswith("._"):

@@ -100,7 +100,7 @@ def test_missing_names_have_neighbours(tmp_path):
 @pytest.mark.parametrize(("content", "said"), [
     (gzip.compress(b"[]", mtime=0), "is compressed with gzip. Unpack it first: gunzip some.json"),
     (b"PK\3\4", "a zip archive"),
-    ("[]".encode("utf-16"), "is UTF-16, but UTF-8 is expected"), (b"version https://git-lfs", "a Git LFS pointer"),
+    (b"\xff\xfe{", "is UTF-16, but UTF-8 is expected"), (b"version https://git-lfs", "a Git LFS pointer"),
     (b"<!DOCTYPE html>", "is a web page"), (b"[" * 10, "is damaged, it is not JSON")])
 def test_files_that_are_something_else_say_what(content, said, tmp_path):
     for read, name in ((llava_instruct, "some.json"), (jsonl, "some.jsonl")):
@@ -291,7 +291,7 @@ def test_depth_of_sixteen_bits_is_read_in_millimetres(tmp_path):
 
 def wav(kind, bits, samples, channels=1, extensible=False, rate=16_000):
     width = channels * bits // 8
-    form = struct.pack("<HHIIHH", 0xFFFE if extensible else kind, channels, rate, rate * width, width, bits)
+    form = struct.pack("<HHIIHH", 0xFFFE if extensible else kind, channels, rate, rate * width & 0xFFFFFFFF, width, bits)
     if extensible:
         form += struct.pack("<HHIH", 22, bits, 4, kind) + bytes.fromhex("000000001000800000aa00389b71")
     body = (b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"LIST" + struct.pack("<I", 3) + b"odd\0"
