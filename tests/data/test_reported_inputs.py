@@ -291,7 +291,8 @@ def test_depth_of_sixteen_bits_is_read_in_millimetres(tmp_path):
 
 def wav(kind, bits, samples, channels=1, extensible=False, rate=16_000):
     width = channels * bits // 8
-    form = struct.pack("<HHIIHH", 0xFFFE if extensible else kind, channels, rate, rate * width & 0xFFFFFFFF, width, bits)
+    kind_field, bytes_a_second = 0xFFFE if extensible else kind, rate * width & 0xFFFFFFFF
+    form = struct.pack("<HHIIHH", kind_field, channels, rate, bytes_a_second, width, bits)
     if extensible:
         form += struct.pack("<HHIH", 22, bits, 4, kind) + bytes.fromhex("000000001000800000aa00389b71")
     body = (b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"LIST" + struct.pack("<I", 3) + b"odd\0"
