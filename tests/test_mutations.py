@@ -6,6 +6,7 @@ from benchmarks import mutations
 from tests import small
 
 COUNT = 9  # of each reader
+pytestmark = pytest.mark.slow  # not yet seen to pass: no free processor when it was written
 
 
 @pytest.fixture(scope="module")
