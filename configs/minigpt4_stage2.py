@@ -30,5 +30,5 @@ def config() -> RunConfig:
         ),
         text=TextConfig(prompt_template="###Human: {} ###Assistant: ", end_sym="###", max_txt_len=160),
         optim=OptimConfig(init_lr=3e-5, min_lr=1e-5, warmup_lr=1e-6, warmup_steps=200, epochs=5, steps_per_epoch=200),
-        remat=True,
+        remat="feed_forward",
     )

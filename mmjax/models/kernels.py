@@ -38,6 +38,7 @@ class Kernels:
     attention:      "splash" is used for causal bfloat16 attention of whole rows, "xla" for all other attention
     float32_scores: "xla" keeps scores in float32. False: it rounds them to the dtype of the queries before the softmax,
                     for devices where XLA writes them to memory
+    swap_by_product: halves of vectors are swapped by a product with a permutation, which uses all lanes of a TPU
     scores_bytes:   an encoder processes as many rows at a time as have scores of this size in a layer, so that XLA can
                     keep them in the memory beside the arithmetic; None: all rows at once
     interpret:      interpret kernels on any platform, slowly and in any dtype; for tests
@@ -45,6 +46,7 @@ class Kernels:
 
     attention: Literal["xla", "splash"] = "xla"
     float32_scores: bool = True
+    swap_by_product: bool = False
     scores_bytes: int | None = None
     interpret: bool = False
 
@@ -70,6 +72,13 @@ class Kernels:
             return _splash(q, k, v, mask, self.interpret)
         dense = mask.dense(q.shape[1], k.shape[1])
         return attend(q, k, v, dense, drop, jnp.float32 if self.float32_scores else q.dtype)
+
+    def swap_halves(self, x: jax.Array) -> jax.Array:
+        """Returns vectors [B,T,N,H] with their halves along H swapped, in float32; no number is rounded."""
+        size = x.shape[-1]
+        if not self.swap_by_product:
+            return jnp.roll(x.astype(jnp.float32), size // 2, axis=-1)
+        return einsum("BTNH,HI->BTNI", x, jnp.roll(jnp.eye(size, dtype=x.dtype), size // 2, axis=-1), jnp.float32)
 
     def _can_splash(self, q: jax.Array, k: jax.Array, mask: AttentionMask) -> bool:
         whole_rows = mask.causal and mask.start is None and q.shape[1] == k.shape[1]
@@ -102,7 +111,7 @@ def select(platform: str, attention: str = "auto") -> Kernels:
                          f"{platform!r}. Use 'auto' or 'xla'.")
     if platform != "tpu":
         return Kernels(float32_scores=platform != "gpu")
-    return Kernels("xla" if attention == "xla" else "splash", scores_bytes=SCORES_BYTES)
+    return Kernels("xla" if attention == "xla" else "splash", swap_by_product=True, scores_bytes=SCORES_BYTES)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None,
@@ -169,11 +178,13 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, inter
 def _splash_kernel(heads: int, length: int, interpret: bool) -> Callable[..., jax.Array]:
     """Returns the kernel of one row: q [N,T,H], k and v [K,T,H], ids int32[T] -> [N,T,H]."""
     block = next(size for size in BLOCKS if length % size == 0)
+    # One kernel computes all gradients if it has whole rows. It would round that of the queries for each block of keys.
+    of_queries = {"use_fused_bwd_kernel": True} if block == length else {"block_q_dq": block, "block_kv_dq": block}
     masks = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * heads)
     return splash_attention_kernel.make_splash_mha_single_device(
         masks, residual_checkpoint_name=ATTENTION, interpret=interpret,
         block_sizes=splash_attention_kernel.BlockSizes(
-            block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True))
+            block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, **of_queries))
 
 
 def _num_shards(axis: str) -> int:

@@ -122,14 +122,13 @@ MATRICES = (
 )
 
 
-def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+def rope(x: jax.Array, positions: jax.Array, theta: float, kernels: Kernels = XLA) -> jax.Array:
     """Rotates element j against element j + H/2 by position · theta^(-2j/H). x [B,T,N,H], positions int[B,T]."""
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None, None].astype(jnp.float32) * jnp.concatenate([frequency, frequency])
     sin = jnp.sin(angle) * jnp.where(jnp.arange(2 * half) < half, -1.0, 1.0)
-    wide = x.astype(jnp.float32)  # computed in whole heads: halves would use half of a TPU's lanes
-    return (wide * jnp.cos(angle) + jnp.roll(wide, half, axis=-1) * sin).astype(x.dtype)
+    return (x.astype(jnp.float32) * jnp.cos(angle) + kernels.swap_halves(x) * sin).astype(x.dtype)
 
 
 class LoraProject(Project):
@@ -207,7 +206,7 @@ class LlamaAttention(nn.Module):
         to_k = project("k", (c.dim, c.kv_heads, c.head_dim))
         to_v = project("v", (c.dim, c.kv_heads, c.head_dim))
         q, k, v = to_q("BTD,DNH->BTNH", x), to_k("BTD,DKH->BTKH", x), to_v("BTD,DKH->BTKH", x)
-        q, k = rope(q, positions, c.rope_theta), rope(k, positions, c.rope_theta)
+        q, k = (rope(each, positions, c.rope_theta, self.kernels) for each in (q, k))
         if cache is None:
             out = self.kernels.attend(q, k, v, mask)
         elif cache["k"].ndim == 5:

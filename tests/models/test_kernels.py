@@ -182,6 +182,15 @@ def test_an_encoder_processes_a_few_rows_at_a_time_and_returns_the_same():
     assert len({np.asarray(row).tobytes() for row in dropped}) > 2  # each row draws its own
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_halves_are_swapped_without_rounding(dtype):
+    x = jnp.asarray(draw(2, 3, 4, 16), dtype)
+    for chosen in (XLA, Kernels(swap_by_product=True)):
+        swapped, pull = jax.vjp(chosen.swap_halves, x)
+        np.testing.assert_array_equal(swapped, np.concatenate(np.split(np.float32(x), 2, -1)[::-1], -1))
+        np.testing.assert_array_equal(chosen.swap_halves(pull(swapped)[0]), swapped)
+
+
 # ---- what is saved for the backward pass ----
 
 
