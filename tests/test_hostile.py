@@ -18,7 +18,8 @@ def test_memory_is_bounded(tmp_path):
     done = subprocess.run([sys.executable, "benchmarks/hostile.py", *(tmp_path / name for name in (*READ, *REFUSED))],
                           cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
+    *lines, counts = done.stdout.splitlines()
+    assert counts == f"read {len(READ)}, refused {len(REFUSED)}"
     assert [line.split()[0] for line in lines] == [*READ, *REFUSED]
     assert ["refused: " in line for line in lines] == [False] * len(READ) + [True] * len(REFUSED)
 

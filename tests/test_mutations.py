@@ -5,8 +5,8 @@ import pytest
 from benchmarks import mutations
 from tests import small
 
-COUNT = 9  # of each reader
-pytestmark = pytest.mark.slow  # not yet seen to pass: no free processor when it was written
+COUNT = 10  # of each reader
+pytestmark = pytest.mark.extended
 
 
 @pytest.fixture(scope="module")

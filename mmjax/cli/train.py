@@ -70,7 +70,7 @@ def _with_path_for_mixture(config: RunConfig, path: str, args: Sequence[str], pr
 def _with_values(args: Sequence[str]) -> list[str]:
     """Returns the arguments with the value that `--remat` and `--no-remat` have alone: "full" and "none"."""
     found: list[str] = []
-    for arg, following in zip(args, [*args[1:], "--"], strict=True):
+    for arg, following in zip(args, [*args, "--"][1:], strict=True):
         if re.fullmatch(r"--(\w+\.)?remat", arg) and following.startswith("--"):
             found += [arg, "full"]
         elif match := re.fullmatch(r"--(\w+\.)?no-remat", arg):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.custom_derivatives import SymbolicZero
 
 from mmjax.models import int8
 from mmjax.models.int8 import Int8
@@ -45,26 +46,30 @@ def _multiply(letters: str, x: jax.Array, w: jax.Array, dtype: jnp.dtype) -> jax
 
 
 # JAX would multiply a float32 gradient of a bfloat16 product as float32. This rounds it first, as the forward pass
-# rounds its factors. The gradient of a float32 matrix is summed in float32, also over devices.
+# rounds its factors. The gradient of a float32 matrix is summed in float32, also over devices. Only the gradients that
+# are needed are products of the program.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _mixed_einsum(letters: str, dtype: jnp.dtype, x: jax.Array, w: jax.Array) -> jax.Array:
     return _multiply(letters, x, w, dtype)
 
 
-def _mixed_einsum_forward(letters: str, dtype: jnp.dtype, x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
-    return _multiply(letters, x, w, dtype), (x, w)
+def _mixed_einsum_forward(letters: str, dtype: jnp.dtype, x: Any, w: Any) -> tuple[jax.Array, Any]:
+    saved = x.value if w.perturbed else None, w.value if x.perturbed else None
+    dtypes = jnp.zeros((0,), x.value.dtype), jnp.zeros((0,), w.value.dtype)
+    return _multiply(letters, x.value, w.value, dtype), (saved, dtypes)
 
 
-def _mixed_einsum_backward(letters: str, dtype: jnp.dtype, factors: Any, dy: jax.Array) -> tuple[Any, Any]:
-    (x, w), dy = factors, dy.astype(factors[0].dtype)
+def _mixed_einsum_backward(letters: str, dtype: jnp.dtype, factors: Any, dy: Any) -> tuple[Any, Any]:
+    (x, w), (of_x, of_w) = factors
+    if isinstance(dy, SymbolicZero):
+        return None, None
     x_axes, w_axes, y_axes = letters.replace("->", ",").split(",")
-    dx = _multiply(f"{y_axes},{w_axes}->{x_axes}", dy, w, x.dtype)
-    if not jnp.issubdtype(w.dtype, jnp.floating):
-        return dx, None
-    return dx, _multiply(f"{x_axes},{y_axes}->{w_axes}", x, dy, w.dtype)
+    dy = dy.astype(of_x.dtype)
+    return (None if w is None else _multiply(f"{y_axes},{w_axes}->{x_axes}", dy, w, of_x.dtype),
+            None if x is None else _multiply(f"{x_axes},{y_axes}->{w_axes}", x, dy, of_w.dtype))
 
 
-_mixed_einsum.defvjp(_mixed_einsum_forward, _mixed_einsum_backward)
+_mixed_einsum.defvjp(_mixed_einsum_forward, _mixed_einsum_backward, symbolic_zeros=True)
 
 
 def on_cpu() -> bool:

@@ -11,7 +11,7 @@ from tests import small
 def test_folder_that_is_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither a converted checkpoint"):
         mmjax.load(tmp_path)
-    with pytest.raises(ValueError, match="Convert a Hugging Face folder first"):
+    with pytest.raises(ValueError, match="as transformers saves it, not a converted checkpoint. Convert it first"):
         mmjax.load(small.GOLDEN / "ckpt" / "llama_hf")
 
 
@@ -27,7 +27,7 @@ def test_damaged_description_is_named(tmp_path, text, message):
 
 
 def test_run_whose_checkpoint_was_moved(tmp_path):
-    card = {"checkpoint": "../gone", "architecture": {}, "config": {}}
+    card = {"checkpoint": "../gone", "architecture": {}, "config": {"text": {}}}
     (tmp_path / "run.json").write_text(json.dumps(card))
     with pytest.raises(FileNotFoundError, match=r"trained on the checkpoint .*gone, which is not there"):
         mmjax.load(tmp_path)

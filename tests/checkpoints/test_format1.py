@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import importlib.metadata
 import json
 import shutil
 from pathlib import Path
@@ -18,7 +17,6 @@ from mmjax.config import DataConfig, OptimConfig, RunConfig, TextConfig, Weights
 from mmjax.convert import torch_file
 from mmjax.convert.export import export
 from mmjax.training import run
-from tests.data_format1.instructions import instructions
 
 FOLDER = Path(__file__).parents[1] / "data_format1"
 CHECKPOINT, RUN = FOLDER / "checkpoint", FOLDER / "run"
@@ -133,7 +131,7 @@ def test_a_run_is_read_with_todays_names():
     assert "llm/layers/attn/q/lora_a" in changed
     config = converted.read_run_card(RUN)["config"]
     assert config["trained"] == list(CONFIG.trained)
-    assert config["data"]["pack_images"] == CONFIG.data.pack_images and "pack_pictures" not in config["data"]
+    assert config["data"]["pack_images"] == 4 and "pack_pictures" not in config["data"]
 
 
 def test_a_run_is_exported(tmp_path):
@@ -143,16 +141,11 @@ def test_a_run_is_exported(tmp_path):
     assert any(key.endswith("q_proj.lora_A.weight") for key in found)
 
 
-def same_arithmetic():
-    """Whether a program gives here the bits that it gave where the run was made."""
-    versions = {name: importlib.metadata.version(name) for name in expected()["versions"]}
-    return instructions() == expected()["instructions"] and versions == expected()["versions"]
-
-
 def test_a_run_goes_on_and_ends_as_it_would_have(copied):
-    """Dropout of LoRA and of the Q-Former, the summed gradients and Adam's moments are the old run's, bit for bit.
+    """Dropout of LoRA and of the Q-Former, the summed gradients and Adam's moments are the old run's.
 
-    Elsewhere, with another jaxlib or other vector instructions, the last bits of sums differ.
+    The last bits are not: GELU and rotary positions have been computed otherwise since (docs/decisions/0019), and other
+    vector instructions or another jaxlib add in another order.
     """
     done = run.train(CONFIG)
     assert done.step == CONFIG.optim.steps
@@ -162,13 +155,12 @@ def test_a_run_goes_on_and_ends_as_it_would_have(copied):
     with np.load(FOLDER / "expected.npz") as arrays:
         wanted = {format1.rename(path): array for path, array in arrays.items()}
     assert state.keys() == wanted.keys()
-    elsewhere = 0.0 if same_arithmetic() else 1e-4
-    np.testing.assert_allclose(losses, expected()["losses"], rtol=0, atol=elsewhere)
+    np.testing.assert_allclose(losses, expected()["losses"], rtol=0, atol=1e-5)
     for path, array in wanted.items():
         found = np.asarray(state[path])
         assert found.dtype == array.dtype and found.shape == array.shape, path
-        if not (elsewhere and path.endswith("/k/b")):  # a softmax does not see it: its gradient is what rounding leaves
-            np.testing.assert_allclose(found, array, rtol=0, atol=elsewhere, err_msg=path)
+        if not path.endswith("/k/b"):  # a softmax does not see it: its gradient is what rounding leaves
+            np.testing.assert_allclose(found, array, rtol=0, atol=1e-4, err_msg=path)
     card = json.loads((copied / "run" / "run.json").read_text())
     assert card["format"] == converted.FORMAT and "llm" in card["architecture"]
     assert [path.name for path in (copied / "run" / "checkpoints").iterdir()] == ["6"]

@@ -14,7 +14,7 @@ import pytest
 
 from mmjax import trees
 from mmjax.convert import adapter as adapter_source
-from mmjax.convert import imagebind, llama, llama_adapter, torch_file, write
+from mmjax.convert import imagebind, llama_adapter, torch_file, vocabulary, write
 from mmjax.convert.tables import Computed
 from mmjax.families import config_from_dict, imagebind_llm, shapes
 from mmjax.families import llama_adapter as adapters
@@ -129,11 +129,13 @@ def released(tmp_path, monkeypatch):
     def place(found, folder=tmp_path):
         files.update(found)
         for name in found:
-            (folder / name).touch()
+            (folder / name).write_bytes(b"PK\3\4")
         return [folder / name for name in found]
 
-    monkeypatch.setattr(torch_file, "load", lambda path: files[path.name])
-    monkeypatch.setattr(llama.Tokenizer, "from_folder", lambda folder: SimpleNamespace(vocab_size=32_000))
+    monkeypatch.setattr(torch_file, "load", lambda path, members=(): files[path.name])
+    small = vocabulary.Tokenizer.from_folder(CKPT / "llama_hf")
+    small.vocab_size = 32_000
+    monkeypatch.setattr(vocabulary.Tokenizer, "from_folder", lambda folder: small)
     monkeypatch.setattr(write.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
     monkeypatch.setattr(write.frozen_weights, "save", lambda folder, parameters, progress: written.update(parameters))
     (tmp_path / "llama").mkdir()

@@ -292,7 +292,7 @@ def test_what_models_perceive(model, mixing):
 
 def test_what_cannot_be_taken_is_named(model, mixing, tmp_path):
     (tmp_path / "a.npy").write_bytes(b"no array")
-    np.save(tmp_path / "b.npy", np.zeros((2, 3), np.float32))
+    np.save(tmp_path / "b.npy", np.zeros((2, 3, 4), np.float32))
     for loaded, sense, name, message in (
             (model, "image", "c.jpg", "No image at .*c.jpg"), (mixing, "audio", "c.wav", "No sound at .*c.wav"),
             (mixing, "depth", "a.npy", "a.npy cannot be read"), (mixing, "depth", "b.npy", "(?s)b.npy: .*float32")):

@@ -182,7 +182,9 @@ def test_a_stopped_answer_stays(does):
 
 @pytest.mark.parametrize(("question", "knobs", "message"), [
     (" ", KNOBS, "There is no question"), ("What?", (1.0, 3, 0.9, 8), "num_beams = 3"),
-    ("What?", (0.0, 1, 0.9, 5000), "max_length = 2000"), ("word " * 3000, KNOBS, "The question takes")])
+    ("What?", (0.0, 1, 0.9, 5000), "max_length = 2000"),
+    ("word " * 3000, KNOBS, "A question may have 4,000 characters"),
+    ("word " * 700, KNOBS, "The question takes")])
 def test_what_cannot_be_asked_stays_in_the_field(does, question, knobs, message):
     visit = does.visit()
     *_, (messages, field, notice) = does.answer(question, visit, *knobs)

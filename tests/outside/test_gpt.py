@@ -21,6 +21,7 @@ from mmjax.families import register
 from mmjax.inference import chat
 from mmjax.inference.generate import GenerateConfig, generate
 from mmjax.models.int8 import Int8
+from mmjax.models.masks import causal_mask
 from mmjax.training import run, steps
 from tests import small
 from tests.outside import gpt, patchwork
@@ -176,7 +177,7 @@ def full_pass(model, batch, tokens):
     x, _ = model.module.apply({"params": model.params}, batch, method="encode")
     new = model.module.apply({"params": model.params}, jnp.asarray([tokens]), method="embed")
     x = jnp.concatenate([x[:, valid], new], axis=1)
-    mask = jnp.tril(jnp.ones((1, x.shape[1], x.shape[1]), bool))
+    mask = causal_mask(jnp.ones(x.shape[:2], bool))
     hidden, _ = model.module.apply({"params": model.params}, x, jnp.arange(x.shape[1])[None], mask, method="decode")
     logits = model.module.apply({"params": model.params}, hidden, method="logits")[0]
     return jax.nn.log_softmax(logits[valid.sum() - 1 : -1])

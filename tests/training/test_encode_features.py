@@ -18,7 +18,7 @@ from mmjax.checkpoints import training as training_checkpoints
 from mmjax.checkpoints.restore import ModelSpec
 from mmjax.config import DataConfig, OptimConfig, RunConfig, ScenesConfig, TextConfig, WeightsConfig
 from mmjax.convert import write
-from mmjax.data import images, pipeline, scenes
+from mmjax.data import images, packing, pipeline, scenes
 from mmjax.data.collate import Collator
 from mmjax.data.features import Features, ImageNames, crop_random
 from mmjax.families import FAMILIES, shapes
@@ -136,7 +136,7 @@ def test_packed_rows_of_features(minigpt4):
     found = load(with_features(*minigpt4, "run"))
     images = [record.image for record in pipeline.read(config.data)[0]][:4]
     samples = [mmjax.Sample(images=[image], prompt=small.PROMPT, answer="A dog.") for image in images]
-    shown, read = batches(config, found, [samples[:3], samples[3:]], 192, most_images=5)
+    shown, read = batches(config, found, [samples[:3], samples[3:]], 192, groups=packing.Groups(1, 5))
     for field in ("tokens", "soft_index", "valid", "loss_mask", "positions", "segments"):
         np.testing.assert_array_equal(getattr(read, field), getattr(shown, field))
     feature = read.features
@@ -254,7 +254,7 @@ def test_random_crops(imagebind, tmp_path):
     assert drawn == {row.tobytes() for row in stored}
     with pytest.raises(ValueError, match="crops: 3 -> 2"):
         encode_features.make(random, opened(random), tmp_path / "features", crops=2)
-    with pytest.raises(ValueError, match="images are read with the fit 'stretch', not cropped"):
+    with pytest.raises(ValueError, match="this model reads images with the fit 'stretch'"):
         squashed = small.run_config(tmp_path)
         encode_features.make(dataclasses.replace(squashed, data=random.data), opened(squashed), tmp_path / "other")
     with pytest.raises(ValueError, match="not cropped at random"):
