@@ -114,7 +114,8 @@ def _forward(spec: ModelSpec, parts: str, method: Callable[..., Any], inputs: An
     """The forward pass of the parts of a model whose paths the pattern matches; `method` is called as `(module,
     inputs)`."""
     params = trees.unflatten(spec.param_specs(lambda path: trees.matches(path, [parts])))
-    call = jax.jit(lambda params, inputs: spec.module.apply({"params": params}, inputs, method=method))
+    module = spec.module.clone(kernels=spec.module.kernels.for_encoding())
+    call = jax.jit(lambda params, inputs: module.apply({"params": params}, inputs, method=method))
 
     def count() -> Needed:
         traced = jax.make_jaxpr(call)(params, inputs)

@@ -85,6 +85,13 @@ class Kernels:
         return (self.attention == "splash" and whole_rows and (self.interpret or q.dtype == jnp.bfloat16)
                 and q.shape[0] % _num_shards("batch") == 0)
 
+    def for_encoding(self) -> "Kernels":
+        """Returns the kernels for a program that only encodes: on a TPU, a few rows at a time.
+
+        Within a training step libtpu 0.0.42 crashes while it compiles such a scan over rows.
+        """
+        return dataclasses.replace(self, scores_bytes=SCORES_BYTES) if self.swap_by_product else self
+
     def rows_at_once(self, rows: int, tokens: int, heads: int) -> int:
         """Returns how many of the rows [B,T,D] of an encoder each device should process at once, see `scores_bytes`."""
         local = rows // _num_shards("batch")
@@ -111,7 +118,7 @@ def select(platform: str, attention: str = "auto") -> Kernels:
                          f"{platform!r}. Use 'auto' or 'xla'.")
     if platform != "tpu":
         return Kernels(float32_scores=platform != "gpu")
-    return Kernels("xla" if attention == "xla" else "splash", swap_by_product=True, scores_bytes=SCORES_BYTES)
+    return Kernels("xla" if attention == "xla" else "splash", swap_by_product=True)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None,

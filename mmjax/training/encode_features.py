@@ -352,7 +352,8 @@ def _encoder(spec: ModelSpec, earlier: dict[str, Any] | None, card: Card,
     # Flax requires a module's own parameters whichever method is called; these are not read.
     params |= {path: jnp.zeros(shape.shape, spec.dtype) for path, shape in shapes(source.family, source.config).items()
                if "/" not in path}
-    params, batch_sharding, feature = trees.unflatten(params), sharding.batch_sharding(mesh), _feature(spec.module)
+    module = spec.module.clone(kernels=spec.module.kernels.for_encoding())
+    params, batch_sharding, feature = trees.unflatten(params), sharding.batch_sharding(mesh), _feature(module)
     call = jax.jit(lambda params, batch: feature(params, batch).astype(card.dtype))
     num_shards = sharding.num_shards(mesh, "batch")
     rows = -(-max(batch_size, card.crops) // num_shards) * num_shards
