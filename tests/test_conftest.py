@@ -9,8 +9,9 @@ from tests import conftest
 
 def test_a_flag_that_xla_does_not_know_is_noticed():
     other = "--xla_of_another_year=false"
-    assert conftest.known(conftest.FLAGS) == conftest.FLAGS
-    assert conftest.known((other, *conftest.FLAGS)) == conftest.FLAGS
+    known = conftest.known(conftest.FLAGS)  # a newer XLA may have dropped some
+    assert conftest.are_known(known) and set(known) <= set(conftest.FLAGS)
+    assert conftest.known((other, *conftest.FLAGS)) == known
     assert not conftest.are_known((other,))
 
 
