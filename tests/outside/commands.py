@@ -1,5 +1,7 @@
 """What the tests of families outside the package share."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -64,3 +66,25 @@ def train_killed(config: RunConfig) -> None:
         with pytest.raises(Killed):
             run.train(config)
     run.train(config)
+
+
+def check_killed_run(config: Callable[..., RunConfig], checkpoint: Path, trained: Path, folder: Path) -> None:
+    """A run that is killed and resumed ends as `trained`, the same run that was left alone."""
+    train_killed(config(checkpoint, folder / "killed"))
+    expected, found = saved(trained), saved(folder / "killed")
+    assert expected.keys() == found.keys()
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(found[path], leaf, err_msg=path)
+
+
+def check_data_and_features(config: Callable[..., RunConfig], checkpoint: Path, trained: Path, folder: Path) -> None:
+    """The data are checked, and features that are computed once train as the encoder does in `trained`."""
+    path = folder / "config.py"
+    path.write_text(f"from {config.__module__} import config as settings\n\n\ndef config():\n"
+                    f"    return settings({str(checkpoint)!r}, {str(folder / 'unused')!r})\n")
+    call("data", "check", "--config", path, "--out", folder)
+    assert json.loads((folder / "data_check.json").read_text())
+    call("data", "features", "--config", path, "--out", folder / "features")
+    run.train(config(checkpoint, folder / "cached", features=str(folder / "features")))
+    for path, leaf in saved(trained).items():
+        np.testing.assert_allclose(saved(folder / "cached")[path], leaf, rtol=0, atol=1e-5, err_msg=path)

@@ -18,7 +18,7 @@ from mmjax.parity import stages as stages_of
 from mmjax.training import run
 from tests import small
 from tests.outside import patchwork
-from tests.outside.commands import call, encoder_file, forget, saved, train_killed
+from tests.outside.commands import call, check_data_and_features, check_killed_run, encoder_file, forget, saved
 
 ROOT = Path(__file__).parents[2]
 QUESTION = "<ImageHere> What is it?"
@@ -63,23 +63,11 @@ def trained(checkpoint, folder):
 
 
 def test_a_killed_run_ends_as_the_one_that_was_left_alone(checkpoint, trained, folder):
-    train_killed(config(checkpoint, folder / "killed"))
-    expected, found = saved(trained), saved(folder / "killed")
-    assert expected.keys() == found.keys()
-    for path, leaf in expected.items():
-        np.testing.assert_array_equal(found[path], leaf, err_msg=path)
+    check_killed_run(config, checkpoint, trained, folder)
 
 
 def test_data_are_checked_and_features_train_as_the_encoder_does(checkpoint, trained, folder):
-    path = folder / "config.py"
-    path.write_text(f"from tests.outside.test_patchwork import config as made\n\n\ndef config():\n"
-                    f"    return made({str(checkpoint)!r}, {str(folder / 'unused')!r})\n")
-    call("data", "check", "--config", path, "--out", folder)
-    assert json.loads((folder / "data_check.json").read_text())
-    call("data", "features", "--config", path, "--out", folder / "features")
-    run.train(config(checkpoint, folder / "cached", features=str(folder / "features")))
-    for path, leaf in saved(trained).items():
-        np.testing.assert_allclose(saved(folder / "cached")[path], leaf, rtol=0, atol=1e-5, err_msg=path)
+    check_data_and_features(config, checkpoint, trained, folder)
 
 
 def test_it_generates_chats_and_is_evaluated(trained, folder, capsys):
